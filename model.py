@@ -1,0 +1,394 @@
+"""GPT-Neo from scratch: the model, its KV cache, and its weights on disk.
+
+Needs torch and safetensors only; copy this file alone into another code base and it works.
+
+What sets GPT-Neo apart from GPT-2, and is easily got wrong:
+- attention scores are NOT divided by sqrt(head size);
+- layers alternate between global attention and local attention, where a position sees the last
+  `window_size` positions, itself included;
+- q, k and v have no bias, the output projection has one;
+- positions are learned, the activation is gelu_new (tanh), the head is tied to the token embedding.
+
+Module attributes bear the names of the hub's state-dict keys and config fields those of config.json, so
+loading is strict and there is no table of renames.
+
+Shapes: B rows, T tokens, D hidden size, H heads, K head size, V vocabulary, S cache slots, L layers.
+Source: github.com/EleutherAI/gpt-neo (Black et al., 2021); checked against transformers' GPTNeoForCausalLM.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Keys of hub checkpoints that hold no parameter: causal-mask buffers, and the head when tied to `wte`.
+IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class GPTNeoConfig:
+    """The fields of config.json that decide what the model computes; defaults as in transformers."""
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 2048
+    hidden_size: int = 2048
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int | None = None  # None: 4 * hidden_size
+    attention_types: tuple = ((("global", "local"), 12),)  # ((kinds, repeats), ...)
+    window_size: int = 256
+    activation_function: str = "gelu_new"
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    resid_dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected an integer >= 1")
+        for name in ("embed_dropout", "attention_dropout", "resid_dropout"):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in [0, 1)")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number > 0")
+        for name, only in (("activation_function", "gelu_new"), ("tie_word_embeddings", True)):
+            if getattr(self, name) != only:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: only {only!r} is supported")
+        if self.intermediate_size is not None and (
+            not isinstance(self.intermediate_size, int) or self.intermediate_size < 1
+        ):
+            raise ValueError(f"config field intermediate_size = {self.intermediate_size!r}: expected null or >= 1")
+        if self.eos_token_id is not None and (not isinstance(self.eos_token_id, int) or self.eos_token_id < 0):
+            raise ValueError(f"config field eos_token_id = {self.eos_token_id!r}: expected null or one token id")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"config field num_heads = {self.num_heads}: must divide hidden_size = {self.hidden_size}")
+        if len(self.attention_layers) != self.num_layers or set(self.attention_layers) - {"global", "local"}:
+            raise ValueError(
+                f"config field attention_types = {self.attention_types!r}: expected [[kinds, repeats], ...] of 'global' "
+                f"and 'local' that name num_layers = {self.num_layers} layers"
+            )
+
+    @property
+    def attention_layers(self) -> list[str]:
+        """The kind of attention of each layer, `attention_types` written out."""
+        try:
+            return [kind for kinds, repeats in self.attention_types for _ in range(repeats) for kind in kinds]
+        except (TypeError, ValueError):
+            return []
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> "GPTNeoConfig":
+        """Reads config.json. Raises ValueError naming the file and the field that is not supported."""
+        raw = _read_json(Path(path))
+        if raw.get("model_type") != "gpt_neo":
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'gpt_neo'")
+        known = {f.name for f in fields(cls)}
+        try:
+            return cls(**{name: value for name, value in raw.items() if name in known})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self) -> str:
+        """The text of a config.json that transformers reads too."""
+        head = {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo"}
+        return json.dumps(head | asdict(self) | {"attention_layers": self.attention_layers}, indent=2) + "\n"
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated: two tensors (L, B, H, S, K). `length` slots are filled."""
+
+    def __init__(self, config: GPTNeoConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, batch, config.num_heads, slots, config.hidden_size // config.num_heads)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, H, T, K) behind the filled slots; returns all filled ones, (B, H, length + T, K)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops every batch row but `rows` (indices)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class GPTNeoSelfAttention(nn.Module):
+    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.layer, self.num_heads, self.dropout = layer, config.num_heads, config.attention_dropout
+        self.k_proj = nn.Linear(D, D, bias=False)
+        self.v_proj = nn.Linear(D, D, bias=False)
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.out_proj = nn.Linear(D, D)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, K)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout * self.training, scale=1.0
+        )
+        return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class GPTNeoAttention(nn.Module):
+    """Exists for the hub's key `attn.attention.*` alone."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = GPTNeoSelfAttention(config, layer)
+
+
+class GPTNeoMLP(nn.Module):
+    def __init__(self, config: GPTNeoConfig) -> None:
+        super().__init__()
+        inner = config.intermediate_size or 4 * config.hidden_size
+        self.c_fc = nn.Linear(config.hidden_size, inner)
+        self.c_proj = nn.Linear(inner, config.hidden_size)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class GPTNeoBlock(nn.Module):
+    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+        super().__init__()
+        self.kind = config.attention_layers[layer]
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = GPTNeoAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = GPTNeoMLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn.attention(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPTNeo(nn.Module):
+    """GPT-Neo with a language-model head tied to the token embedding."""
+
+    def __init__(self, config: GPTNeoConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.hidden_size),
+                "wpe": nn.Embedding(config.max_position_embeddings, config.hidden_size),
+                "drop": nn.Dropout(config.embed_dropout),
+                "h": nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_layers)),
+                "ln_f": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
+            }
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S) of 0 and 1, S = T plus the filled cache slots; 0 marks padding, on any side.
+                Learned positions count real tokens only. None: no padding (right padding needs no mask either,
+                since no real token can see it).
+            cache: filled slots are attended to, and the T new tokens are appended.
+
+        Returns: (B, T, D) in the model's dtype; rows at padding are finite and meaningless.
+        Raises: ValueError where a row is longer than max_position_embeddings.
+        """
+        past = cache.length if cache is not None else 0
+        positions = self._positions(input_ids, attention_mask, past)
+        masks = self._masks(positions, attention_mask, past)
+        wte, wpe, drop, h, ln_f = self.transformer.values()
+        x = drop(wte(input_ids) + wpe(positions[:, past:]))
+        for block in h:
+            x = block(x, masks[block.kind], cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return ln_f(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the weight whose product with `hidden` gives logits, for a fused kernel."""
+        return self.transformer["wte"].weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return F.linear(hidden, self.head_weight)
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for `batch` rows of `slots` tokens, in the dtype the model computes in (autocast's, if on)."""
+        device = self.head_weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.head_weight.dtype
+        return KVCache(self.config, batch, slots, dtype, device)
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+        """(B or 1, past + T): the learned position of every token, those in the cache included."""
+        S, limit = past + input_ids.shape[1], self.config.max_position_embeddings
+        if attention_mask is None:
+            positions = torch.arange(S, device=input_ids.device)[None]
+        else:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if S > limit and int(positions.max()) >= limit:
+            raise ValueError(f"{int(positions.max()) + 1} tokens in a row: max_position_embeddings is {limit}")
+        return positions
+
+    def _masks(self, positions: Tensor, attention_mask: Tensor | None, past: int) -> dict[str, Tensor | None]:
+        """For each kind of layer a mask (B or 1, 1, T, S), True where attention is allowed; None: plainly causal."""
+        S = positions.shape[1]
+        window = self.config.window_size
+        if attention_mask is None and not past and S <= window:
+            return {"global": None, "local": None}
+        slot = torch.arange(S, device=positions.device)
+        allowed = (slot <= slot[past:, None])[None]  # (1, T, S)
+        if attention_mask is not None:
+            # A padding query may see itself: a row with nothing to attend to would be NaN.
+            allowed = allowed & attention_mask[:, None].bool() | (slot == slot[past:, None])
+        near = positions[:, past:, None] - positions[:, None] < window
+        plain = attention_mask is None and not past
+        return {"global": None if plain else allowed[:, None], "local": (allowed & near)[:, None]}
+
+    def init_weights(self, generator: torch.Generator | None = None) -> "GPTNeo":
+        """Random weights for training from scratch: N(0, initializer_range), biases 0, norms 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "GPTNeo":
+        """Loads a directory of hub layout, in evaluation mode.
+
+        Reads config.json and the first of WEIGHT_FILES that is there. Each tensor goes to `device` and `dtype` as
+        it is read, so no second copy of the model exists. No pickle is executed (`weights_only=True`).
+
+        Raises: FileNotFoundError without a config or weights; ValueError naming the file for a config that is not
+        supported, a damaged file, or keys and shapes that do not fit.
+        """
+        path = Path(path)
+        config = GPTNeoConfig.from_json(path / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        state = {}
+        for file in _weight_files(path):
+            for key, tensor in _tensors(file, device):
+                if not key.endswith(IGNORED_KEYS):
+                    state[key] = tensor.to(device, dtype)
+        _check_fit(path, state, model)
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors; transformers loads them with no key missing or unexpected.
+
+        Each file is written under a temporary name and renamed. Raises ValueError where the module holds other
+        parameters than GPT-Neo's (adapters: merge and remove them first).
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with torch.device("meta"):
+            expected = GPTNeo(self.config)
+        state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
+        _check_fit(path, state, expected)
+        temporary = path / "model.safetensors.tmp"
+        save_file(state, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path / "model.safetensors")
+        temporary = path / "config.json.tmp"
+        temporary.write_text(self.config.to_json())
+        os.replace(temporary, path / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of the model in directory `path`."""
+    found = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path}: no weights, expected one of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    names = _read_json(found).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{found}: expected a 'weight_map' from tensor names to file names")
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if Path(name).name != name:  # an index from a stranger must not read outside its own directory
+            raise ValueError(f"{found}: shard name {name!r} is not a plain file name")
+        if not (path / name).exists():
+            raise FileNotFoundError(f"{path / name}: named by {found.name} but missing")
+    return [path / name for name in shards]
+
+
+def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yields the (name, tensor) pairs of one weight file, each read when asked for."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt", device=str(device)) as reader:
+                for key in reader.keys():  # noqa: SIM118 - a safetensors reader, not a dict
+                    yield key, reader.get_tensor(key)
+        else:
+            # mmap keeps the file out of memory; only the zip format (torch >= 1.6) can be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+                raise ValueError("no state dict of tensors")
+            yield from state.items()
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: damaged or not a weight file ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch.load names its refusals pickle.UnpicklingError, KeyError and others
+        raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
+
+
+def _check_fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises ValueError naming the first keys or shapes in which `state` differs from `model`."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: tensors do not fit the GPT-Neo of its config.json: {'; '.join(problems[:3])}{more}")

@@ -1,0 +1,167 @@
+"""sampling.py: against transformers' generate and logit warpers, and against a full scoring pass."""
+
+import pytest
+import torch
+from transformers import GPTNeoForCausalLM
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+from model import GPTNeo, GPTNeoConfig
+from sampling import filter_logits, generate, sample
+
+EOS = 50
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTNeo:
+    """Random weights large enough that the model has opinions, and a window shorter than the prompts."""
+    config = GPTNeoConfig(
+        vocab_size=51, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4,
+        attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
+        bos_token_id=EOS, eos_token_id=EOS,
+    )  # fmt: skip
+    return GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randint(50, (1 + 5 * i % 17,), generator=rng).tolist() for i in range(count)]
+
+
+def test_greedy_equals_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    theirs = GPTNeoForCausalLM.from_pretrained(tmp_path)
+    samples = generate(model, prompts(7), max_new_tokens=20, eos_token_id=EOS, temperature=0, batch_size=4)
+    for prompt, ids in zip(prompts(7), samples.ids):
+        ids_in = torch.tensor([prompt])
+        expected = theirs.generate(
+            ids_in, attention_mask=torch.ones_like(ids_in), max_new_tokens=20, do_sample=False, pad_token_id=0,
+            eos_token_id=EOS,
+        )  # fmt: skip
+        assert ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_do_not_depend_on_their_batch(model, temperature):
+    """Batch sizes 1, 3 and 16 over ragged prompts, some of which stop early: the same ids, in the prompts' order."""
+    results = [
+        generate(
+            model, prompts(16), max_new_tokens=30, eos_token_id=EOS, temperature=temperature, batch_size=size,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for size in (1, 3, 16)
+    ]  # fmt: skip
+    if temperature:
+        lengths = {len(ids) for ids in results[0].ids}
+        assert len(lengths) > 3, "the test means little unless rows stop at different steps"
+    for other in results[1:]:
+        assert other.ids == results[0].ids and other.finished == results[0].finished
+        for a, b in zip(other.logps, results[0].logps):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.8)])
+def test_logps_are_those_of_a_full_scoring_pass(model, settings):
+    """Under the model's own distribution, whatever temperature and filters the sampling used."""
+    samples = generate(
+        model, prompts(9), max_new_tokens=20, eos_token_id=EOS, generator=torch.Generator().manual_seed(0), **settings
+    )
+    for prompt, ids, logps in zip(prompts(9), samples.ids, samples.logps):
+        full = torch.tensor([prompt + ids])
+        expected = model.logits(model(full)).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert (torch.tensor(logps) - expected).abs().max() <= 1e-4
+
+
+def test_finished_means_that_eos_was_sampled(model):
+    samples = generate(
+        model, prompts(64), max_new_tokens=12, eos_token_id=EOS, temperature=1.5, batch_size=16,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert 0 < sum(samples.finished) < 64
+    for ids, finished, logps in zip(*samples):
+        assert finished == (ids[-1] == EOS) and EOS not in ids[:-1] and len(logps) == len(ids)
+        assert finished or len(ids) == 12
+
+
+def test_without_eos_every_row_runs_to_the_limit(model):
+    samples = generate(model, prompts(5), max_new_tokens=9, eos_token_id=None)
+    assert [len(ids) for ids in samples.ids] == [9] * 5 and not any(samples.finished)
+
+
+def test_context_may_be_filled_to_the_last_position(model):
+    prompt = [1] * 54
+    assert len(generate(model, [prompt, [1]], max_new_tokens=10, eos_token_id=None).ids[0]) == 10
+    with pytest.raises(ValueError, match="prompt 1 has 55 tokens: expected 1 to 54"):
+        generate(model, [[1], prompt + [1]], max_new_tokens=10, eos_token_id=None)
+
+
+def test_same_seed_same_ids_other_seed_other_ids(model):
+    def ids(seed):
+        rng = torch.Generator().manual_seed(seed)
+        return generate(model, prompts(8), max_new_tokens=10, eos_token_id=EOS, generator=rng).ids
+
+    state = torch.random.get_rng_state()
+    assert ids(0) == ids(0) != ids(1)
+    assert torch.equal(state, torch.random.get_rng_state()), "the global generator was touched"
+
+
+def test_filters_equal_transformers():
+    logits = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)) * 3
+    for temperature in (0.5, 1.0, 2.0):
+        scaled = logits / temperature
+        for k in (1, 5, 33, 100):
+            expected = TopKLogitsWarper(k)(None, scaled)
+            assert torch.equal(filter_logits(logits, temperature, top_k=k), expected)
+        for p in (0.01, 0.5, 0.9, 0.999):
+            expected = TopPLogitsWarper(p)(None, scaled)
+            assert torch.equal(filter_logits(logits, temperature, top_p=p), expected)
+    both = TopPLogitsWarper(0.7)(None, TopKLogitsWarper(6)(None, logits))
+    assert torch.equal(filter_logits(logits, 1.0, 6, 0.7), both)
+
+
+def test_sample_inverts_the_distribution():
+    """p = (0.5, 0, 0.25, 0.25): the token changes at the cumulative sums; probability 0 is never drawn."""
+    logits = torch.tensor([0.5, 0.0, 0.25, 0.25]).log()
+    uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1 - 2**-24])
+    assert sample(logits.expand(6, 4), uniform).tolist() == [0, 0, 2, 2, 3, 3]
+    first_excluded = torch.tensor([[-torch.inf, 0.0]])
+    assert sample(first_excluded, torch.zeros(1)).tolist() == [1]
+    last_excluded = torch.tensor([[0.0, -torch.inf]])
+    assert sample(last_excluded, torch.tensor([1 - 2**-24])).tolist() == [0]
+
+
+def test_sampled_frequencies_follow_the_model(model):
+    """4000 draws of one next token: every frequency within 5 standard errors of its probability."""
+    n = 4000
+    rng = torch.Generator().manual_seed(0)
+    samples = generate(model, [[3, 1, 4]] * n, max_new_tokens=1, eos_token_id=None, generator=rng, batch_size=n)
+    count = torch.bincount(torch.tensor(samples.ids)[:, 0], minlength=51) / n
+    p = model.logits(model(torch.tensor([[3, 1, 4]])))[0, -1].softmax(-1).detach()
+    assert ((count - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-3).all()
+
+
+def test_mode_is_restored_and_dropout_is_off_while_sampling(model):
+    config = GPTNeoConfig(**{**model.config.__dict__, "resid_dropout": 0.5})
+    noisy = GPTNeo(config)
+    noisy.load_state_dict(model.state_dict())
+    noisy.train()
+    settings = dict(max_new_tokens=10, eos_token_id=EOS, temperature=0)
+    assert generate(noisy, prompts(6), **settings).ids == generate(model, prompts(6), **settings).ids
+    assert noisy.training and not model.training
+
+
+def test_no_prompts():
+    config = GPTNeoConfig(num_layers=1, attention_types=((("global",), 1),), hidden_size=16, vocab_size=5, num_heads=1)
+    assert generate(GPTNeo(config), [], max_new_tokens=3, eos_token_id=0) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
+     {"top_p": 1.1}, {"batch_size": 0}],
+)  # fmt: skip
+def test_bad_settings_are_named(model, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        generate(model, [[1]], **{"max_new_tokens": 3, "eos_token_id": None, **settings})
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        generate(model, [[1], []], max_new_tokens=3, eos_token_id=None)

@@ -1,0 +1,261 @@
+"""LoRA: trainable low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685), in PEFT's file format.
+
+    add_lora(model, rank=8, alpha=16)        # freezes the model; lora_A and lora_B alone are trained
+    with lora_disabled(model): ...           # inside: exactly the base model
+    save_adapter(model, "adapter")           # PeftModel.from_pretrained(base_model, "adapter") reads it
+    merge(model); remove_lora(model)         # the plain model again, with the update in its weights
+
+Shapes: in, out = features of the linear layer, r = rank, ... = any leading dimensions.
+"""
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")  # all linear layers of a GPT-Neo block
+
+# The fields of adapter_config.json. One in none of these tables must be null, false, {} or []: load_adapter refuses an
+# option that is not implemented here, it never ignores one.
+HONOURED = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": list}
+CHECKED = {"peft_type": ["LORA"], "bias": ["none"], "layers_to_transform": [None, []]}
+CHECKED |= {"init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # "pissa" and others change the base weights
+NEUTRAL = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version"}
+NEUTRAL |= {"megatron_config", "megatron_core", "qalora_group_size"}  # without effect unless another field is set
+
+
+class LoRALinear(nn.Module):
+    """Linear layer with a low-rank update: y = x W^T + b + (alpha / r) * drop(x) A^T B^T.
+
+    Adopts the weight (out, in) and bias (out) of `linear` under their names. lora_A (r, in) and lora_B (out, r) are
+    fp32 over any base dtype, on the weight's device; casting the model afterwards casts them too.
+
+    Raises: ValueError if rank < 1 or dropout is outside [0, 1).
+    Source: arXiv 2106.09685, section 4.1. A starts as in loralib and PEFT; B = 0, so the layer starts as its base.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
+                 generator: torch.Generator | None = None) -> None:  # fmt: skip
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank = {rank}: must be at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout = {dropout}: must be in [0, 1)")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, alpha / rank, dropout
+        self.enabled, self.training = True, linear.training
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.register_parameter("base_weight", None)  # the unmerged weight, while merged
+        device = linear.weight.device
+        A = torch.empty(rank, self.in_features, dtype=torch.float32, device=generator.device if generator else device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # uniform in +-1 / sqrt(in)
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+
+    @property
+    def merged(self) -> bool:
+        return self.base_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the base layer's output dtype. Raises: RuntimeError if merged and disabled."""
+        if self.merged and not self.enabled:
+            raise RuntimeError("LoRA is disabled but merged into the weights: call unmerge(model) first")
+        base = F.linear(x, self.weight, self.bias)  # (..., out)
+        if self.merged or not self.enabled:
+            return base
+        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)  # x itself at p = 0 and in eval mode
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., in) -> (..., r) -> (..., out)
+        return (base + self.scaling * update).to(base.dtype)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yields (dotted name, layer) of every LoRA layer, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
+             targets: Collection[str] = DEFAULT_TARGETS,
+             generator: torch.Generator | None = None) -> list[str]:  # fmt: skip
+    """Replaces the targeted nn.Linear layers by LoRALinear, freezes everything else, returns the replaced names.
+
+    A module is targeted if its dotted name equals a target or ends in "." + target (PEFT's rule for a list). A parent
+    that reads `child.weight` instead of calling the child bypasses the adapter, and hooks on a replaced layer are
+    dropped. `generator` draws every A, on the generator's device and in the model's order.
+
+    Raises: ValueError, with the model untouched, if it has LoRA already, if a target matches nothing or matches
+    something other than a plain nn.Linear, or if rank or dropout is out of range.
+    """
+    for name, _ in lora_layers(model):
+        raise ValueError(f"{name} has LoRA already: call remove_lora(model) first")
+    linears = _find_targets(model, targets)
+    replacements = {linear: LoRALinear(linear, rank, alpha, dropout, generator) for linear in linears.values()}
+    model.requires_grad_(False)
+    _replace_modules(model, replacements)
+    return list(linears)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Turns every LoRALinear back into an nn.Linear with the weight it has now: merge first to keep the update.
+
+    The weights stay frozen. The model's own save function now writes an ordinary checkpoint.
+    """
+    replacements = {}
+    for _, layer in lora_layers(model):
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        replacements[layer] = linear.train(layer.training)
+    _replace_modules(model, replacements)
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is exactly its base model; on leaving, every layer has the flag it had before. Nests."""
+    previous = [(layer, layer.enabled) for _, layer in lora_layers(model)]
+    try:
+        for layer, _ in previous:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in previous:
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Makes every layer's weight W + (alpha / r) * B A, for inference: A and B get no gradient while merged.
+
+    The sum is taken in fp32 and rounded once to the weight's dtype: in bf16 an entry's update below 1/512 of the weight
+    is lost. Idempotent; train() and eval() never merge or unmerge. The state dict of a merged model holds the merged
+    `weight` and, beside lora_A and lora_B, `base_weight`: a strict load into a plain or unmerged model refuses it
+    instead of applying the update twice. For a plain model's state dict call remove_lora, too.
+    """
+    for _, layer in lora_layers(model):
+        if layer.merged:
+            continue
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())  # (out, in)
+        layer.base_weight = layer.weight
+        # A new Parameter: the old one may be tied to another module, such as the token embedding.
+        layer.weight = nn.Parameter((layer.weight + update).to(layer.weight.dtype), requires_grad=False)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts back the very Parameters that merge set aside, and with them their ties to other modules. Idempotent."""
+    for _, layer in lora_layers(model):
+        if layer.merged:
+            layer.weight, layer.base_weight = layer.base_weight, None
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, in PEFT's layout, into folder `path`.
+
+    Each file appears whole or not at all; the pair cannot be replaced as one, so give every adapter its own folder.
+
+    Raises: ValueError if there are no LoRA layers, or if they differ in rank, alpha or dropout.
+    """
+    layers = dict(lora_layers(model))
+    options = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    if len(options) != 1:
+        raise ValueError(f"expected LoRA layers of one (rank, alpha, dropout), found {sorted(options)}")
+    config = {"peft_type": "LORA", "base_model_name_or_path": base_model_name_or_path, "target_modules": list(layers)}
+    config |= zip(("r", "lora_alpha", "lora_dropout"), options.pop(), strict=True)
+    tensors = {_key(name, "lora_A"): layer.lora_A.detach().cpu().contiguous() for name, layer in layers.items()}
+    tensors |= {_key(name, "lora_B"): layer.lora_B.detach().cpu().contiguous() for name, layer in layers.items()}
+    Path(path).mkdir(parents=True, exist_ok=True)
+    _write(Path(path, "adapter_model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    _write(Path(path, "adapter_config.json"), json.dumps(config, indent=2).encode())
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads an adapter that save_adapter or PEFT wrote, adding the LoRA layers if the model has none.
+
+    Layers already there must agree in rank, alpha and names, and keep their dropout.
+
+    Raises, with the model untouched: FileNotFoundError; RuntimeError if the model is merged; ValueError naming the
+    file if it is damaged, sets an option that is not implemented here, or does not fit the model.
+    """
+    config, file = _read_config(Path(path, "adapter_config.json")), Path(path, "adapter_model.safetensors")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged, or not a safetensors file ({error})") from error
+    rank, alpha, dropout, targets = (config[field] for field in HONOURED)
+    existing, expected = dict(lora_layers(model)), {}
+    for name, layer in existing.items():
+        if layer.merged:
+            raise RuntimeError(f"cannot load an adapter while {name} is merged: call unmerge(model) first")
+        if (layer.rank, layer.alpha) != (rank, alpha):
+            raise ValueError(f"{path}: rank {rank}, alpha {alpha}; {name} has rank {layer.rank}, alpha {layer.alpha}")
+    for name, layer in (existing or _find_targets(model, targets)).items():
+        expected |= {_key(name, "lora_A"): (rank, layer.in_features), _key(name, "lora_B"): (layer.out_features, rank)}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if found != expected:  # a wrong shape counts as missing and as unexpected
+        missing, unexpected = expected.items() - found.items(), found.items() - expected.items()
+        raise ValueError(f"{file}: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    if not existing:
+        add_lora(model, rank, alpha, dropout, targets)
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            layer.lora_A.copy_(tensors[_key(name, "lora_A")])
+            layer.lora_B.copy_(tensors[_key(name, "lora_B")])
+
+
+def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Linear | LoRALinear]:
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets = {targets!r}: must be a list of module names, not empty")
+    modules = dict(model.named_modules())
+    matches = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
+    for target, names in matches.items():
+        if not names:
+            raise ValueError(f"target {target!r} matches no module of {type(model).__name__}")
+        for name in names:
+            # No subclass: nn.MultiheadAttention's out_proj is one, and its weight is read without calling it.
+            if type(modules[name]) not in (nn.Linear, LoRALinear):
+                raise ValueError(f"target {name!r} is a {type(modules[name]).__name__}, not a plain nn.Linear")
+    found = {name for names in matches.values() for name in names}
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a shared layer comes once for each name
+        if module in replacements:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, replacements[module])
+
+
+def _key(name: str, part: str) -> str:
+    return f"base_model.model.{name}.{part}.weight"
+
+
+def _write(file: Path, content: bytes) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = dict.fromkeys((*HONOURED, "peft_type")) | json.loads(file.read_bytes())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from error
+    for field, value in config.items():
+        if field in HONOURED:
+            supported = isinstance(value, HONOURED[field])
+        else:
+            supported = field in NEUTRAL or value in CHECKED.get(field, [None, False, {}, []])
+        if not supported:
+            raise ValueError(f"{file}: {field} = {value!r} is not supported")
+    return config

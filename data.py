@@ -1,0 +1,181 @@
+"""Data on disk to token ids: JSON Lines, the prompt template, the tokenizer, and the held-out share.
+
+Every prompt of the project, for generation as for training, is encoded by `encode` and nowhere else.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+
+@dataclass(slots=True)
+class Example:
+    """One prompt and its human response; `encode` fills in the ids."""
+
+    where: str  # "file:line", for messages
+    prompt: str  # without the template
+    response: str
+    references: list[str]  # every text that counts as right in evaluation; the response is one of them
+    prompt_ids: list[int] = field(default_factory=list)  # with the template
+    real_ids: list[int] = field(default_factory=list)  # ends with exactly one end-of-sequence token
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.real_ids)
+
+
+def load_examples(path: str | Path) -> list[Example]:
+    """Reads JSON Lines, gzipped where the name ends in .gz, in either of two layouts a line:
+
+    {"prompt": str, "response": str, "references": [str, ...] (optional)}
+    {"real": [{"role": "user", "content": str}, {"role": "assistant", "content": str}], ...}    (uclaml/SPIN's)
+
+    Raises: ValueError naming file and line, FileNotFoundError, or another OSError.
+    """
+    examples = []
+    for where, line in _lines(Path(path)):
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: not valid JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        examples.append(_official(where, record) if "real" in record else _plain(where, record))
+    if not examples:
+        raise ValueError(f"{path}: holds no records, expected JSON Lines with 'prompt' and 'response'")
+    return examples
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", text) of the lines that are not blank."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}:{number + 1}: not readable as UTF-8 text ({error})") from None
+
+
+def _plain(where: str, record: dict[str, Any]) -> Example:
+    prompt, response = (_text(where, record, name) for name in ("prompt", "response"))
+    references = record.get("references", [response])
+    if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
+        raise ValueError(f"{where}: field 'references' must be a list of texts")
+    return Example(where, prompt, response, references)
+
+
+def _official(where: str, record: dict[str, Any]) -> Example:
+    turns = record["real"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: field 'real' must be a list of {{'role', 'content'}}")
+    roles = [turn.get("role") for turn in turns]
+    if roles != ["user", "assistant"]:
+        raise ValueError(f"{where}: field 'real' has the roles {roles}, expected ['user', 'assistant']")
+    prompt, response = (_text(where, turn, "content") for turn in turns)
+    return Example(where, prompt, response, [response])
+
+
+def _text(where: str, record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        found = "is missing" if name not in record else f"is {type(value).__name__}"
+        raise ValueError(f"{where}: field {name!r} {found}, expected text")
+    if not value.strip():
+        raise ValueError(f"{where}: field {name!r} is empty")
+    return value
+
+
+def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
+    """Reads tokenizer.json, or GPT-2's vocab.json + merges.txt, from a model's directory.
+
+    Raises: FileNotFoundError, or ValueError naming the file and what does not fit the model.
+    """
+    path = Path(directory)
+    source = path / "tokenizer.json"
+    try:
+        if source.exists():
+            tokenizer = Tokenizer.from_file(str(source))
+        elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            source = path / "vocab.json"
+            tokenizer = Tokenizer(models.BPE.from_file(str(source), str(path / "merges.txt")))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            if eos := tokenizer.id_to_token(eos_token_id):
+                tokenizer.add_special_tokens([AddedToken(eos, special=True)])
+        else:
+            raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for every malformed file
+        raise ValueError(f"{source}: not a readable tokenizer ({str(error).splitlines()[0]})") from None
+    tokenizer.no_truncation()  # a file may carry settings of its last user; lengths are this project's business
+    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size or tokenizer.id_to_token(eos_token_id) is None:
+        raise ValueError(
+            f"{source}: does not fit the model: its largest id is {largest}, the model has vocab_size {vocab_size} "
+            f"and eos_token_id {eos_token_id}"
+        )
+    return tokenizer
+
+
+def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_token_id: int) -> None:
+    """Fills in prompt_ids and real_ids.
+
+    Prompt and response are encoded apart and joined as ids, so no token spans their boundary (TRL #1679). The real
+    response ends with exactly one end-of-sequence token, whether or not its text carried one.
+    """
+    prompts = tokenizer.encode_batch(
+        [template.replace("{prompt}", e.prompt) for e in examples], add_special_tokens=False
+    )
+    responses = tokenizer.encode_batch([e.response for e in examples], add_special_tokens=False)
+    for example, prompt, response in zip(examples, prompts, responses):
+        ids = response.ids
+        while ids and ids[-1] == eos_token_id:
+            ids = ids[:-1]
+        if not ids or eos_token_id in ids:
+            raise ValueError(f"{example.where}: the response is empty or has an end-of-sequence token inside")
+        example.prompt_ids, example.real_ids = prompt.ids, [*ids, eos_token_id]
+
+
+def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:
+    """Returns the examples that fit and how many were left out (`overlong` = "skip"; "error" raises ValueError).
+
+    Both the human response and one of max_new_tokens have to fit behind the prompt.
+    """
+    kept = []
+    for example in examples:
+        need = len(example.prompt_ids) + max(len(example.real_ids), max_new_tokens)
+        if need <= context:
+            kept.append(example)
+        elif overlong == "error":
+            raise ValueError(
+                f"{example.where}: needs {need} tokens (prompt {len(example.prompt_ids)}, response "
+                f"{len(example.real_ids)}, --max-new-tokens {max_new_tokens}) but the model's context is {context}; "
+                f"--overlong skip leaves such examples out"
+            )
+    if not kept:
+        raise ValueError(f"{examples[0].where.rsplit(':', 1)[0]}: no example fits the context of {context} tokens")
+    return kept, len(examples) - len(kept)
+
+
+def held_out(prompt: str, share: float) -> bool:
+    """Whether a prompt belongs to the held-out share. Depends on the prompt's text alone, so the same prompts are
+    held out in every run and phase, and two records of one prompt never end up on both sides."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def split(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples."""
+    train = [e for e in examples if not held_out(e.prompt, share)]
+    return train, [e for e in examples if held_out(e.prompt, share)]

@@ -1,0 +1,37 @@
+"""Shared by the tests: a start of a few thousand parameters and a little real data."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPTNeo, GPTNeoConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> Path:
+    """A hub-layout directory: the embedded task's tokenizer and a random model, so that nothing is memorised."""
+    path = tmp_path_factory.mktemp("start")
+    shipped = json.loads((ROOT / "pronounce/start/config.json").read_text())
+    config = GPTNeoConfig(
+        vocab_size=shipped["vocab_size"], max_position_embeddings=64, hidden_size=16, num_layers=2, num_heads=2,
+        attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
+        bos_token_id=shipped["eos_token_id"], eos_token_id=shipped["eos_token_id"],
+    )  # fmt: skip
+    GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(path)
+    (path / "tokenizer.json").write_text((ROOT / "pronounce/start/tokenizer.json").read_text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The first 80 words of the shipped dictionary that have letters only."""
+    path = tmp_path_factory.mktemp("data") / "words.jsonl"
+    with gzip.open(ROOT / "pronounce/cmudict.jsonl.gz", "rt") as file:
+        lines = [line for line in file if json.loads(line)["prompt"].isalpha()][:80]
+    path.write_text("".join(lines))
+    return path

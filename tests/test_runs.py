@@ -1,0 +1,118 @@
+"""Whole runs as a user starts them: the default run, its recipes, and GSM8K through a model of the 125M shape."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import spin
+from conftest import ROOT
+from model import GPTNeo, GPTNeoConfig
+
+SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
+
+
+def run(*argv, cwd) -> str:
+    """spin.py as a process of its own; returns what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / "spin.py"), *argv], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_default_run_improves_on_its_start(tmp_path):
+    """`python spin.py` with no flag, from another directory: table, plot, files, and better held-out metrics.
+
+    By more than three standard errors in one metric, and worse by more than one in none.
+    """
+    printed = run(cwd=tmp_path)
+    out = tmp_path / "runs/spin"
+    first, *_, last = rows(out / "metrics.jsonl")
+    gains = {}
+    for key, sign in (("greedy", 1), ("sampled", 1), ("greedy_error", -1), ("sampled_error", -1), ("nll", -1)):
+        gains[key] = sign * (last[key] - first[key]) / first[f"{key}_se"]
+    assert max(gains.values()) > 3 and min(gains.values()) > -1, gains
+    assert "Held-out metrics" in printed and "Training signals" in printed
+    plot = ElementTree.parse(out / "metrics.svg").getroot()
+    text = " ".join(t.text or "" for t in plot.iter("{http://www.w3.org/2000/svg}text"))
+    assert "sampled" in text and "grad norm" in text
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"final", *(f"iterate-{i + 1}" for i in range(last["iterate"]))}
+
+
+def test_start_can_be_made_again(tmp_path):
+    """The shipped data and tokenizer are what pronounce/make_data.py makes of the dictionary, byte for byte."""
+    (tmp_path / "pronounce").mkdir()
+    for name in ("model.py", "pronounce/make_data.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "pronounce/make_data.py"], cwd=tmp_path, check=True, capture_output=True)
+    for name in ("cmudict.jsonl.gz", "start/tokenizer.json", "start/config.json"):
+        assert (tmp_path / "pronounce" / name).read_bytes() == (ROOT / "pronounce" / name).read_bytes(), name
+
+
+def test_sft_recipe_trains_from_scratch(tmp_path):
+    """The command that made the start, cut to 2,000 words: held-out loss falls from about ln V."""
+    argv = ["sft", f"@{ROOT}/recipes/pronounce-sft.args", "--prompts", "2000", "--epochs", "1", "--eval-limit", "200"]
+    run(*argv, "--out", "run", cwd=tmp_path)
+    before, after = rows(tmp_path / "run/metrics.jsonl")
+    assert after["nll"] < 0.6 * before["nll"]
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory) -> tuple[Path, Path]:
+    """(model directory with the real GPT-2 vocabulary and random weights of 125M shape, 20 GSM8K records)."""
+    if not SHARED.is_dir():
+        pytest.skip("SPIN_SHARED names no directory with GSM8K and the GPT-2 vocabulary")
+    path = tmp_path_factory.mktemp("gsm8k")
+    config = GPTNeoConfig(
+        hidden_size=768, num_layers=12, num_heads=12, attention_types=((("global", "local"), 6),)
+    )
+    GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(path / "model")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(SHARED / "data/gpt2-tokenizer" / name, path / "model" / name)
+    records = [json.loads(line) for line in (SHARED / "data/gsm8k/train.jsonl").read_text().splitlines()[:20]]
+    lines = [json.dumps({"prompt": r["question"], "response": r["answer"]}) + "\n" for r in records]
+    (path / "train.jsonl").write_text("".join(lines[:16]))
+    (path / "eval.jsonl").write_text("".join(lines[16:]))
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gsm8k_at_the_125m_shape(gsm8k, precision, tmp_path):
+    """One short iteration of 16 prompts and 32 new tokens on real text and the real vocabulary."""
+    run(
+        "--model", str(gsm8k / "model"), "--data", str(gsm8k / "train.jsonl"), "--eval-data", str(gsm8k / "eval.jsonl"),
+        "--iterations", "1", "--max-new-tokens", "32", "--epochs", "1", "--batch", "8", "--lr", "1e-3", "--beta", "0.1",
+        "--precision", precision, "--out", "run", cwd=tmp_path,
+    )  # fmt: skip
+    pairs, steps = rows(tmp_path / "run/pairs-0.jsonl"), rows(tmp_path / "run/steps-0.jsonl")
+    assert len(pairs) == 16 and all(1 <= len(pair["generated_ids"]) <= 32 for pair in pairs)
+    assert len(steps) == 2
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5 if precision == "fp32" else 2e-2)
+    assert steps[1]["loss"] < steps[0]["loss"]
+
+
+def test_readme_commands_exist():
+    """Every `python spin.py` and `make` line of the README parses, and every path it names is there."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:python|make) .*$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands:
+        words = command.split("#")[0].split()
+        if words[0] == "make":
+            assert words[1] in targets, command
+        elif words[1] == "spin.py" and "--help" not in words:
+            options = [w.replace("@recipes", f"@{ROOT}/recipes") for w in words[2:]]
+            spin.parse(options)
+    for path in re.findall(r"`([\w/.-]+/[\w.-]*|[\w-]+\.(?:py|md|toml|args))`", text):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,588 @@
+"""spin.py: the loss, Algorithm 1, and one test for every row of the list of mistakes seen in the wild."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import lora
+import spin
+from data import Example, encode, fit_context, held_out, load_examples, load_tokenizer
+from model import GPTNeo, GPTNeoConfig
+
+LN2 = math.log(2)
+
+
+def flags(start, data, out, **options) -> list[str]:
+    """A command line for a run of seconds; `options` override it."""
+    defaults = {
+        "model": start, "data": data, "out": out, "eval_share": 0.2, "iterations": 1, "max_new_tokens": 8, "rank": 4,
+        "lr": 1e-2, "epochs": 1, "batch": 16, "micro_batch": 8, "beta": 1.0,
+    }  # fmt: skip
+    argv = []
+    for name, value in (defaults | options).items():
+        if value is None:
+            continue
+        argv += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return argv
+
+
+def begin(start, data, out, command="spin", **options):
+    """(player, training examples, held-out examples, run) of a tiny run."""
+    return spin.setup(spin.parse([command, *flags(start, data, out, **options)])[1], command)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- Eq. 4.7
+
+
+def test_loss_on_hand_computed_numbers():
+    """log-ratios -2 - (-3) = 1 and -5 - (-4) = -1: margin 2; at beta 0.5 the loss is log(1 + e^-1) = 0.31326169.
+
+    The two bugs of the seed implementation give other numbers on the same input: with the opponent's generated in
+    place of its real log-probability the margin is (-2 + 4) - (-5 + 4) = 3, with the real term's sign flipped 0.
+    """
+    args = [torch.tensor([x]) for x in (-2.0, -5.0, -3.0, -4.0)]
+    assert spin.spin_loss(*args, beta=0.5).item() == pytest.approx(0.31326169, abs=1e-7)
+    assert spin.spin_loss(*args, beta=0.1).item() == pytest.approx(math.log(1 + math.exp(-0.2)), abs=1e-7)
+    two = [torch.cat([x, x * 3]) for x in args]
+    expected = [math.log(1 + math.exp(-2 * b)) for b in (1, 3)]
+    assert spin.spin_loss(*two, beta=1.0).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradient_raises_the_real_and_lowers_the_generated_response():
+    args = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-2.0, -5.0, -3.0, -4.0)]
+    spin.spin_loss(*args, beta=0.5).sum().backward()
+    weight = 0.5 / (1 + math.exp(0.5 * 2))  # beta * sigmoid(-beta * margin)
+    assert [x.grad.item() for x in args] == pytest.approx([-weight, weight, weight, -weight])
+
+
+def test_loss_is_finite_and_not_flat_far_out():
+    """log(1 + exp(-z)) at z = -+ 10^4 is 10^4 and 0; computed naively it would be inf."""
+    far = torch.tensor([1e4, -1e4])
+    zero = torch.zeros(2)
+    assert spin.spin_loss(far, zero, zero, zero, 1.0).tolist() == [0.0, 1e4]
+
+
+def expected_loss(logits, p_data, p_opponent, beta):
+    """The loss of one iteration in expectation over y ~ p_data, y' ~ p_opponent, for a table of responses."""
+    logp, opponent = logits.log_softmax(0), p_opponent.log()
+    real, generated = (i.flatten() for i in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+    losses = spin.spin_loss(logp[real], logp[generated], opponent[real], opponent[generated], beta)
+    return (p_data[real] * p_opponent[generated] * losses).sum()
+
+
+TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_expected_gradient_at_the_start_is_half_beta_times_the_supervised_one(beta):
+    p_data, p_opponent = TABLES
+    logits = p_opponent.log().requires_grad_()
+    (gradient,) = torch.autograd.grad(expected_loss(logits, p_data, p_opponent, beta), logits)
+    (supervised,) = torch.autograd.grad(-(p_data * logits.log_softmax(0)).sum(), logits)
+    torch.testing.assert_close(gradient, beta / 2 * supervised)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_minimiser_of_an_iteration_is_the_closed_form(beta):
+    """p_{t+1} is proportional to p_t (p_data / p_t)^(1/beta): one step to the data at beta = 1."""
+    p_data, p_opponent = TABLES
+    logits = p_opponent.log().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = expected_loss(logits, p_data, p_opponent, beta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = p_opponent * (p_data / p_opponent) ** (1 / beta)
+    torch.testing.assert_close(logits.softmax(0).detach(), expected / expected.sum(), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- Algorithm 1
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_every_iteration_starts_at_ln_2_with_a_gradient(start, data, tmp_path, rank):
+    """At t = 0, 1, 2 the player begins as its opponent: the commonest LoRA bug (uclaml #29) shows from t = 1 on.
+
+    In float32 the margins are zero but for rounding of sums of some -30 nats.
+    """
+    argv = flags(start, data, tmp_path / "run", rank=rank, iterations=3, mix_previous=True, lr=3e-3)
+    assert spin.main(argv) == 0
+    for t in range(3):
+        steps = rows(tmp_path / f"run/steps-{t}.jsonl")
+        assert steps[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+        assert abs(steps[0]["margin"]) < 1e-5
+        assert steps[0]["grad_norm"] > 1e-2
+        assert steps[-1]["loss"] < LN2 - 1e-3, "nothing was learned: the test would pass without training"
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_opponent_of_iteration_1_is_the_player_after_iteration_0(start, data, tmp_path, rank):
+    """The log-probabilities stored with the pairs of t = 1 are those of the saved iterate 1, not of the base."""
+    argv = flags(start, data, tmp_path / "run", rank=rank, iterations=2, lr=3e-3)
+    assert spin.main(argv) == 0
+    player, _, _, run = begin(start, data, tmp_path / "again", rank=rank)
+    pairs = rows(tmp_path / "run/pairs-1.jsonl")
+    sequences = [(p["prompt_ids"], p["generated_ids"]) for p in pairs]
+    stored = torch.tensor([p["opponent_generated_logp"] for p in pairs])
+    base = torch.tensor(spin.sequence_logps(player, sequences, run))
+    if rank:
+        lora.load_adapter(player, tmp_path / "run/iterate-1")
+    else:
+        player = GPTNeo.from_pretrained(tmp_path / "run/iterate-1")
+    torch.testing.assert_close(torch.tensor(spin.sequence_logps(player, sequences, run)), stored, atol=1e-4, rtol=0)
+    assert (base - stored).abs().max() > 0.1
+
+
+def test_pairs_of_the_iteration_before_are_scored_again(start, data, tmp_path):
+    """Mixed-in pairs get log p_t of the new opponent, as in the official code."""
+    player, train_set, _, run = begin(start, data, tmp_path / "run", rank=0)
+    pairs, _ = spin.generate(player, train_set[:8], 0, run)
+    spin.score(player, pairs, run)
+    before = [pair.opponent_real_logp for pair in pairs]
+    spin.train(player, pairs, 0, run)
+    spin.score(player, pairs, run)
+    assert all(abs(a - pair.opponent_real_logp) > 1e-3 for a, pair in zip(before, pairs))
+
+
+def test_scoring_happens_once_before_training_and_with_the_one_model(start, data, tmp_path, monkeypatch):
+    """No second model: every forward pass of a whole run goes through the same module."""
+    models, phases = set(), []
+    forward = GPTNeo.forward
+    monkeypatch.setattr(GPTNeo, "forward", lambda self, *a, **k: (models.add(id(self)), forward(self, *a, **k))[1])
+    for name in ("generate", "score", "train", "evaluate"):
+        original = getattr(spin, name)
+        monkeypatch.setattr(spin, name, lambda *a, f=original, n=name, **k: (phases.append(n), f(*a, **k))[1])
+    merges = []
+    monkeypatch.setattr(lora, "merge", lambda model, f=lora.merge: (merges.append(len(phases)), f(model)))
+    assert spin.main(flags(start, data, tmp_path / "run", iterations=2)) == 0
+    assert phases == ["evaluate"] + ["generate", "score", "train", "evaluate"] * 2
+    assert len(models) == 1
+    assert merges == [len(phases)], "adapters are merged once, after the loop, never to change roles"
+
+
+def test_training_moves_only_what_is_trainable(start, data, tmp_path):
+    player, train_set, _, run = begin(start, data, tmp_path / "run")
+    before = {name: p.clone() for name, p in player.named_parameters()}
+    pairs, _ = spin.generate(player, train_set, 0, run)
+    spin.score(player, pairs, run)
+    spin.train(player, pairs, 0, run)
+    for name, parameter in player.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("lora_" in name), name
+
+
+def test_micro_batches_change_nothing(start, data, tmp_path):
+    """16 pairs a step in micro-batches of 1, 5 or 16 give the same weights, the last small step included."""
+    ends = []
+    for size in (1, 5, 16):
+        player, train_set, _, run = begin(start, data, tmp_path / f"run{size}", micro_batch=size, rank=0, lr=1e-3)
+        pairs, _ = spin.generate(player, train_set[:40], 0, run)
+        spin.score(player, pairs, run)
+        spin.train(player, pairs, 0, run)
+        ends.append(torch.cat([p.flatten() for p in player.parameters()]))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], atol=2e-5, rtol=0)
+
+
+def test_schedule_is_ten_percent_rise_then_linear_fall_to_zero():
+    factors = [spin.schedule(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
+    assert factors[55] == pytest.approx(45 / 90) and factors[99] == pytest.approx(1 / 90)
+    assert [spin.schedule(step, 2, 0.0) for step in range(2)] == [1.0, 0.5]
+    assert spin.schedule(0, 1, 1.0) == 1.0
+
+
+def test_lists_hold_one_value_an_iteration(start, data, tmp_path):
+    argv = flags(start, data, tmp_path / "run", iterations=2, lr="1e-3,5e-4", beta="0.1,5.0", epochs="1,2", warmup=0)
+    assert spin.main(argv) == 0
+    first, second = (rows(tmp_path / f"run/steps-{t}.jsonl") for t in range(2))
+    assert first[0]["lr"] == pytest.approx(1e-3) and second[0]["lr"] == pytest.approx(5e-4)
+    assert len(second) == 2 * len(first)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_optimizers_are_torch_s_over_trainable_parameters(name):
+    args = spin.Args(optimizer=name, weight_decay=0.1)
+    optimizer = spin.make_optimizer([torch.nn.Parameter(torch.ones(1))], args, lr=1e-3)
+    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["weight_decay"] == (0.1 if name == "adamw" else 0)
+
+
+# ---------------------------------------------------------------- mistakes seen in the wild
+
+
+def known_model() -> GPTNeo:
+    """No attention, no MLP, no positions: the next token depends on the current one alone, by a known table."""
+    config = GPTNeoConfig(
+        vocab_size=11, max_position_embeddings=32, hidden_size=8, num_layers=1, num_heads=2,
+        attention_types=((("global",), 1),), bos_token_id=10, eos_token_id=10,
+    )  # fmt: skip
+    model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        model.transformer["wpe"].weight.zero_()
+        for module in (model.transformer["h"][0].attn.attention.out_proj, model.transformer["h"][0].mlp.c_proj):
+            module.weight.zero_()
+    return model
+
+
+def plain_run(model: GPTNeo, tmp_path, bf16=False) -> spin.Run:
+    device = torch.device("cpu")
+    return spin.Run(
+        spin.Args(micro_batch=2), None, model.config.eos_token_id, device,
+        lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16), tmp_path,
+    )  # fmt: skip
+
+
+def test_each_response_token_is_predicted_from_the_token_before_it(tmp_path):
+    """The one-token shift, on a model whose next-token table is known: lucidrains' spin.py gathered without it."""
+    model = known_model()
+    wte = model.transformer["wte"].weight.detach()
+    table = (torch.nn.functional.layer_norm(wte, (8,)) @ wte.T).log_softmax(-1)  # (current, next)
+    sequences = [([3, 1, 4], [1, 5, 10]), ([9], [2, 6]), ([5, 3], [10])]
+    expected = [table[4, 1] + table[1, 5] + table[5, 10], table[9, 2] + table[2, 6], table[3, 10]]
+    got = spin.response_logps(model, sequences, plain_run(model, tmp_path))
+    torch.testing.assert_close(got.detach(), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_logps_do_not_depend_on_batch_or_padding(start, tmp_path, data):
+    player, train_set, _, run = begin(start, data, tmp_path / "run", rank=0)
+    sequences = [(e.prompt_ids, e.real_ids) for e in train_set[:9]]
+    alone = torch.cat([spin.response_logps(player, [s], run) for s in sequences])
+    torch.testing.assert_close(spin.response_logps(player, sequences, run), alone, atol=2e-5, rtol=0)
+    assert spin.sequence_logps(player, sequences, run) == pytest.approx(alone.tolist(), abs=2e-5)
+
+
+def test_sums_and_log_ratios_are_fp32_under_bf16(start, data, tmp_path):
+    """Under bf16 autocast a response's log-probability is fp32, and 20 equal terms sum without bf16's 8 bits."""
+    model = known_model()
+    sequences = [([3], [7] * 20)]
+    run = plain_run(model, tmp_path, bf16=True)
+    one = spin.response_logps(model, [([7], [7])], run)
+    total = spin.response_logps(model, sequences, run)
+    first = spin.response_logps(model, [([3], [7])], run)
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx((first + 19 * one).item(), rel=1e-5)
+
+
+def tokenizer_of(start):
+    eos = json.loads((start / "config.json").read_text())["eos_token_id"]
+    return load_tokenizer(start, eos, 10**6), eos
+
+
+def test_prompt_and_response_are_encoded_apart(start):
+    """'H' at the end of the prompt and 'H' at the start of the response would merge into 'HH' (TRL #1679)."""
+    tokenizer, eos = tokenizer_of(start)
+    assert len(tokenizer.encode("HH", add_special_tokens=False).ids) == 1
+    example = Example("x:1", "H", "H", ["H"])
+    encode([example], tokenizer, "{prompt}", eos)
+    assert example.prompt_ids + example.real_ids == [*tokenizer.encode("H").ids * 2, eos]
+
+
+@pytest.mark.parametrize("text", ["HH AH0", "HH AH0<|endoftext|>", "HH AH0<|endoftext|><|endoftext|>"])
+def test_real_responses_end_with_exactly_one_eos(start, text):
+    tokenizer, eos = tokenizer_of(start)
+    example = Example("x:1", "a", text, [text])
+    encode([example], tokenizer, "{prompt}", eos)
+    assert example.real_ids == [*tokenizer.encode("HH AH0").ids, eos]
+
+
+def test_eos_inside_a_response_is_refused(start):
+    tokenizer, eos = tokenizer_of(start)
+    with pytest.raises(ValueError, match="x:7: .*end-of-sequence token inside"):
+        encode([Example("x:7", "a", "HH<|endoftext|>AH0", [])], tokenizer, "{prompt}", eos)
+
+
+class Scripted:
+    """Stands in for sampling: returns given ids."""
+
+    def __init__(self, monkeypatch, ids, finished):
+        from sampling import Samples
+
+        samples = Samples(ids, finished, [[0.0] * len(i) for i in ids])
+        monkeypatch.setattr(spin, "sample_responses", lambda *a, **k: samples)
+
+
+def test_sampled_ids_are_scored_as_sampled(start, data, tmp_path, monkeypatch):
+    """Ids that decoding and encoding would change ('H', 'H' -> 'HH') stay; a cut response gets no end token."""
+    player, train_set, _, run = begin(start, data, tmp_path / "run")
+    h = run.tokenizer.encode("H").ids[0]
+    assert run.tokenizer.encode(run.tokenizer.decode([h, h])).ids != [h, h]
+    ids = [[h, h, run.eos_token_id], [h] * 8]
+    Scripted(monkeypatch, ids, [True, False])
+    pairs, counts = spin.generate(player, train_set[:2], 0, run)
+    assert [pair.generated_ids for pair in pairs] == ids
+    assert counts["truncated"] == 0.5 and counts["generated_length"] == 5.5
+    seen = []
+    monkeypatch.setattr(spin, "linear_logprobs", lambda hidden, w, targets: seen.append(targets) or targets.float())
+    spin.score(player, pairs[:1], run)
+    assert [h, h, run.eos_token_id] in [seen[0].tolist()[-3:], seen[0].tolist()[:3]]
+
+
+def test_end_token_equal_to_the_padding_id_is_still_scored(start, data, tmp_path, monkeypatch):
+    """Padding is told by length, never by id: a response that holds the id 0 used as filler counts in full."""
+    player, _, _, run = begin(start, data, tmp_path / "run", rank=0)
+    seen = []
+    real = spin.linear_logprobs
+    monkeypatch.setattr(spin, "linear_logprobs", lambda h, w, targets: seen.append(targets) or real(h, w, targets))
+    spin.response_logps(player, [([5, 0, 0], [0, 0, run.eos_token_id]), ([7], [0])], run)
+    assert seen[0].tolist() == [0, 0, run.eos_token_id, 0]
+
+
+def test_unfinished_responses_keep_drop_cut(start, data, tmp_path, monkeypatch):
+    for option, pairs_left, real_length in (("keep", 2, None), ("drop", 1, None), ("cut", 2, 3)):
+        player, train_set, _, run = begin(start, data, tmp_path / option, unfinished=option)
+        long = [e for e in train_set if len(e.real_ids) > 5][:2]
+        Scripted(monkeypatch, [[1, 2, run.eos_token_id], [1, 2, 3]], [True, False])
+        pairs, counts = spin.generate(player, long, 0, run)
+        assert len(pairs) == pairs_left and counts["truncated"] == 0.5
+        assert pairs[0].real_ids == long[0].real_ids, "a finished pair is left alone"
+        if option != "drop":
+            assert pairs[1].real_ids == long[1].real_ids[:real_length]
+
+
+def test_identical_pairs_are_dropped_and_counted(start, data, tmp_path, monkeypatch):
+    player, train_set, _, run = begin(start, data, tmp_path / "run")
+    Scripted(monkeypatch, [train_set[0].real_ids, [1, run.eos_token_id]], [True, True])
+    pairs, counts = spin.generate(player, train_set[:2], 0, run)
+    assert counts["identical"] == 1 and counts["pairs"] == 1 and pairs[0].generated_ids == [1, run.eos_token_id]
+
+
+def test_nothing_but_identical_pairs_ends_the_run_in_words(start, data, tmp_path, monkeypatch):
+    player, train_set, _, run = begin(start, data, tmp_path / "run")
+    Scripted(monkeypatch, [train_set[0].real_ids], [True])
+    with pytest.raises(ValueError, match="iteration 0: no pair is left"):
+        spin.generate(player, train_set[:1], 0, run)
+
+
+def test_generation_and_training_see_the_same_prompt(start, data, tmp_path, monkeypatch):
+    """One template, encoded once: the ids that were sampled from are the ids that are trained on (uclaml #33)."""
+    prompts = []
+    original = spin.sample_responses
+    monkeypatch.setattr(spin, "sample_responses", lambda m, p, **k: (prompts.extend(p), original(m, p, **k))[1])
+    player, train_set, _, run = begin(start, data, tmp_path / "run", template="Say {prompt}: ")
+    pairs, _ = spin.generate(player, train_set[:4], 0, run)
+    assert [pair.prompt_ids for pair in pairs] == prompts
+    assert run.tokenizer.decode(prompts[0]) == f"Say {train_set[0].prompt}: "
+
+
+def test_over_long_examples_are_an_error_or_counted(start):
+    tokenizer, eos = tokenizer_of(start)
+    examples = [Example("f:1", "ab", "HH", []), Example("f:2", "a" * 60, "HH", [])]
+    encode(examples, tokenizer, "{prompt}", eos)
+    with pytest.raises(ValueError, match="f:2: needs 68 tokens .*context is 64"):
+        fit_context(examples, 64, 8, "error")
+    kept, skipped = fit_context(examples, 64, 8, "skip")
+    assert [e.where for e in kept] == ["f:1"] and skipped == 1
+    assert examples[1].real_ids[-1] == eos, "nothing was cut"
+
+
+def test_scoring_is_free_of_dropout_and_of_the_global_generator(start, data, tmp_path):
+    player, train_set, _, run = begin(start, data, tmp_path / "run", lora_dropout=0.5)
+    for parameter in player.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    player.train()
+    state = torch.random.get_rng_state()
+    sequences = [(e.prompt_ids, e.real_ids) for e in train_set[:4]]
+    assert spin.sequence_logps(player, sequences, run) == spin.sequence_logps(player, sequences, run)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_generators_are_private_to_seed_iteration_and_purpose():
+    draws = {
+        torch.rand((), generator=spin.generator(seed, t, purpose)).item()
+        for seed in (0, 1) for t in (0, 1) for purpose in ("generate", "shuffle")
+    }  # fmt: skip
+    assert len(draws) == 8
+    assert torch.rand((), generator=spin.generator(1, 1, "x")) == torch.rand((), generator=spin.generator(1, 1, "x"))
+
+
+def test_signs_of_degeneration_are_logged(start, data, tmp_path):
+    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    step = rows(tmp_path / "run/steps-0.jsonl")[0]
+    assert {"loss", "margin", "accuracy", "real_logp", "generated_logp", "grad_norm", "lr"} <= set(step)
+    first, last = rows(tmp_path / "run/metrics.jsonl")
+    assert {"truncated", "identical", "real_length", "generated_length", "kl", "kl_se"} <= set(last)
+    assert first["kl"] == 0 and last["kl"] > 0
+
+
+def test_kl_to_the_start_is_that_of_the_whole_distribution(tmp_path):
+    """One-token responses, where KL(theta_0 || theta) is a sum over 11 tokens: the estimate agrees within 5 se."""
+    model = known_model()
+    run = plain_run(model, tmp_path)
+    prompt = [3]
+    before = model.logits(model(torch.tensor([prompt])))[0, -1].detach().log_softmax(-1)
+    draws = torch.multinomial(before.exp(), 4000, replacement=True, generator=torch.Generator().manual_seed(0))
+    sequences = [(prompt, [token]) for token in draws.tolist()]
+    start_logps = spin.sequence_logps(model, sequences, run)
+    with torch.no_grad():
+        model.transformer["ln_f"].weight.mul_(3.0)
+    after = model.logits(model(torch.tensor([prompt])))[0, -1].detach().log_softmax(-1)
+    exact = (before.exp() * (before - after)).sum().item()
+    now = spin.sequence_logps(model, sequences, run)
+    estimate = spin.with_se("kl", [a - b for a, b in zip(start_logps, now)])
+    assert exact > 1e-3
+    assert abs(estimate["kl"] - exact) <= 5 * estimate["kl_se"]
+
+
+def test_same_seed_same_run_other_seed_other_run(start, data, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert spin.main(flags(start, data, tmp_path / name, seed=seed, iterations=2)) == 0
+    a, b, c = (rows(tmp_path / name / "pairs-1.jsonl") for name in "abc")
+    assert a == b != c
+
+
+def test_a_rerun_appends_nothing(start, data, tmp_path, capsys):
+    """A second run into the same directory is refused and changes nothing in it (uclaml #10: duplicate rows)."""
+    argv = flags(start, data, tmp_path / "run")
+    assert spin.main(argv) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert spin.main(argv) == 2
+    assert "already holds another run" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert not [p for p in before if p.suffix == ".tmp"]
+    assert len(rows(tmp_path / "run/metrics.jsonl")) == 2
+
+
+# ---------------------------------------------------------------- evaluation, files, sft
+
+
+def test_edit_distance_on_known_pairs():
+    assert spin.edits("kitten", "sitting") == 3 and spin.edits("", "abc") == 3 and spin.edits("abc", "") == 3
+    assert spin.nearest_edits("A B C", ["A B", "A B C D"]) == (1, 4)
+    assert spin.nearest_edits("A B", ["X", "A B"]) == (0, 2)
+
+
+def test_standard_errors_of_mean_and_ratio():
+    """Of a mean: sqrt(p (1 - p) / n). Of a ratio: against the spread over 2000 resampled data sets."""
+    row = spin.with_se("x", [1.0, 0.0, 0.0, 0.0])
+    assert row["x"] == 0.25 and row["x_se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 9, (300,), generator=rng).double()
+    values = weights * 2 + torch.randn(300, generator=rng)
+    row = spin.with_se("x", values.tolist(), weights.tolist())
+    index = torch.randint(300, (2000, 300), generator=rng)
+    resampled = values[index].sum(1) / weights[index].sum(1)
+    assert row["x_se"] == pytest.approx(resampled.std().item(), rel=0.1)
+
+
+def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeypatch):
+    player, _, heldout, run = begin(start, data, tmp_path / "run")
+    base = spin.StartSamples([(heldout[0].prompt_ids, heldout[0].real_ids)], [0.0])
+    heldout = [dataclasses.replace(heldout[0], references=["A B", "HH AH0"]), heldout[1]]
+    right = [*run.tokenizer.encode("HH AH0").ids, run.eos_token_id]
+    Scripted(monkeypatch, [right, [1, 2]], [True, False])
+    row = spin.evaluate(player, heldout, base, run, iterate=0)
+    assert row["greedy"] == row["sampled"] == 0.5
+    logps = spin.sequence_logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], run)
+    assert row["nll"] == pytest.approx(-sum(logps) / sum(len(e.real_ids) for e in heldout))
+
+
+def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
+    _, train_set, heldout, _ = begin(start, data, tmp_path / "a")
+    _, sft_train, sft_heldout, _ = begin(start, data, tmp_path / "b", command="sft", from_scratch=True, beta=None)
+    assert not {e.prompt for e in train_set} & {e.prompt for e in heldout}
+    assert [e.prompt for e in heldout] == [e.prompt for e in sft_heldout]
+    assert [e.prompt for e in train_set] == [e.prompt for e in sft_train]
+    share = sum(held_out(f"word{i}", 0.1) for i in range(20_000)) / 20_000
+    assert abs(share - 0.1) < 0.01
+
+
+def test_official_layout_equals_the_plain_one(tmp_path):
+    plain, official = tmp_path / "plain.jsonl", tmp_path / "official.jsonl"
+    plain.write_text('{"prompt": "q", "response": "a"}\n\n')
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    official.write_text(json.dumps({"real": turns, "generated": turns}) + "\n")
+    (a,), (b,) = load_examples(plain), load_examples(official)
+    assert (a.prompt, a.response, a.references) == (b.prompt, b.response, b.references) == ("q", "a", ["a"])
+
+
+def test_gpt2_style_tokenizer_equals_tokenizer_json(tmp_path):
+    """vocab.json + merges.txt in a directory gives the ids that transformers' GPT-2 tokenizer gives."""
+    from transformers import GPT2TokenizerFast
+
+    from conftest import ROOT
+
+    tokenizer = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"] | {"<|endoftext|>": len(tokenizer["model"]["vocab"])}
+    merges = ["#version: 0.2"] + [" ".join(m) if isinstance(m, list) else m for m in tokenizer["model"]["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n")
+    ours = load_tokenizer(tmp_path, vocab["<|endoftext|>"], len(vocab))
+    theirs = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    for text in ("HH AH0 L OW1", "### Instruction: x\n\n### Response: ", "caf\u00e9 \u4f60 12", " <|endoftext|>"):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+        assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):
+    """final/ loads without adapters, here and in transformers, and scores as the last iterate does."""
+    from transformers import GPTNeoForCausalLM
+
+    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    player, _, heldout, run = begin(start, data, tmp_path / "again")
+    lora.load_adapter(player, tmp_path / "run/iterate-1")
+    final = GPTNeo.from_pretrained(tmp_path / "run/final")
+    ids = torch.tensor([heldout[0].prompt_ids])
+    expected = player.logits(player(ids))
+    torch.testing.assert_close(final.logits(final(ids)), expected, atol=1e-4, rtol=0)
+    theirs = GPTNeoForCausalLM.from_pretrained(tmp_path / "run/final")
+    torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):
+    """The logged loss of the first step is the NLL of its batch over the mean length; training lowers held-out NLL."""
+    out = tmp_path / "run"
+    assert spin.main(["sft", *flags(start, data, out, rank=0, epochs=5, lr=1e-2, batch=500, beta=None)]) == 0
+    player, train_set, _, run = begin(start, data, tmp_path / "again", rank=0)
+    logps = spin.sequence_logps(player, [(e.prompt_ids, e.real_ids) for e in train_set], run)
+    tokens = sum(len(e.real_ids) for e in train_set)
+    assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(-sum(logps) / tokens, rel=1e-5)
+    before, after = rows(out / "metrics.jsonl")
+    assert after["nll"] < before["nll"] - 0.1
+
+
+def test_bf16_run_keeps_small_updates(start, data, tmp_path):
+    """bf16: the frozen base is bf16 under LoRA, everything trained is fp32, in full-parameter training too."""
+    for rank in (4, 0):
+        player, _, _, _ = begin(start, data, tmp_path / f"run{rank}", rank=rank, precision="bf16")
+        trained = {p.dtype for p in player.parameters() if p.requires_grad}
+        frozen = {p.dtype for p in player.parameters() if not p.requires_grad}
+        assert trained == {torch.float32} and frozen == ({torch.bfloat16} if rank else set())
+        assert spin.main(flags(start, data, tmp_path / f"main{rank}", rank=rank, precision="bf16", lr=1e-3)) == 0
+        first = rows(tmp_path / f"main{rank}/steps-0.jsonl")[0]
+        assert first["loss"] == pytest.approx(LN2, abs=5e-3)
+
+
+# ---------------------------------------------------------------- help and flags
+
+
+def test_every_option_has_help_and_one_default(capsys):
+    assert len(spin.field_comments(spin.Args)) == len(dataclasses.fields(spin.Args))
+    with pytest.raises(SystemExit) as done:
+        spin.parse(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(spin.Args):
+        assert ("--" + field.name.replace("_", "-") in text) == (field.name != "from_scratch")
+
+
+def test_published_recipe_parses_to_the_published_values():
+    from conftest import ROOT
+
+    _, args = spin.parse([f"@{ROOT}/recipes/paper.args", "--model", "m", "--data", "d"])
+    assert args.lr == (5e-7, 5e-7, 1e-7, 1e-7) and args.beta == (0.1, 0.1, 0.1, 5.0) and args.epochs == (2,)
+    assert args.optimizer == "rmsprop" and args.rank == 0 and args.batch == 64 and args.mix_previous
+    assert args.prompts == 50000 and args.max_new_tokens == 256 and args.model == "m"

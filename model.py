@@ -86,8 +86,8 @@ class GPTNeoConfig:
             raise ValueError(f"config field num_heads = {self.num_heads}: must divide hidden_size = {self.hidden_size}")
         if len(self.attention_layers) != self.num_layers or set(self.attention_layers) - {"global", "local"}:
             raise ValueError(
-                f"config field attention_types = {self.attention_types!r}: expected [[kinds, repeats], ...] of 'global' "
-                f"and 'local' that name num_layers = {self.num_layers} layers"
+                f"config field attention_types = {self.attention_types!r}: expected [[kinds, repeats], ...] of "
+                f"'global' and 'local' that name num_layers = {self.num_layers} layers"
             )
 
     @property

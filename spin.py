@@ -146,6 +146,10 @@ class Pair:
         return len(self.prompt_ids) + max(len(self.real_ids), len(self.generated_ids))
 
 
+class Stopped(RuntimeError):
+    """The run cannot go on; the message says where and why."""
+
+
 class Run(NamedTuple):
     """What every phase needs besides the player."""
 
@@ -222,7 +226,7 @@ def generate(opponent: GPTNeo, examples: list[Example], t: int, run: Run) -> tup
     different = [pair for pair in pairs if pair.generated_ids != pair.real_ids]
     kept = [pair for pair in different if pair.finished or args.unfinished != "drop"]
     if not kept:
-        raise ValueError(f"iteration {t}: no pair is left, all {len(pairs)} were identical or dropped as unfinished")
+        raise Stopped(f"iteration {t}: no pair is left, all {len(pairs)} were identical or dropped as unfinished")
     return kept, {
         "pairs": len(kept),
         "identical": len(pairs) - len(different),
@@ -258,15 +262,15 @@ def train(player: GPTNeo, pairs: list[Pair], t: int, run: Run) -> report.Row:
             run,
         )
         real, generated = logps.chunk(2)  # (B,) each
-        stored = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in batch], device=run.device)
-        margins = beta * spin_margins(real, generated, *stored.T).detach()
+        opponent = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in batch], device=run.device)
+        lengths = torch.tensor([(len(p.real_ids), len(p.generated_ids)) for p in batch], device=run.device)
+        margins = beta * spin_margins(real, generated, *opponent.T).detach()
         return {
-            "loss": spin_loss(real, generated, *stored.T, beta),
+            "loss": spin_loss(real, generated, *opponent.T, beta),
             "margin": margins,
             "accuracy": (margins > 0).float(),
-            "real_logp": real.detach() / torch.tensor([len(p.real_ids) for p in batch], device=run.device),
-            "generated_logp": generated.detach()
-            / torch.tensor([len(p.generated_ids) for p in batch], device=run.device),
+            "real_logp": real.detach() / lengths[:, 0],
+            "generated_logp": generated.detach() / lengths[:, 1],
         }
 
     return fit(player, pairs, pair_loss, t, run)
@@ -287,8 +291,10 @@ def evaluate(player: GPTNeo, heldout: list[Example], start: "StartSamples", run:
         texts = [decode(ids, run) for ids in samples.ids]
         right = [float(text in example.references) for text, example in zip(texts, heldout)]
         row |= with_se(name, right)
-        edits = [nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
-        row |= with_se(f"{name}_error", [float(e) for e, _ in edits], [float(n) for _, n in edits])
+        nearest = [nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
+        row |= with_se(
+            f"{name}_error", [float(edits) for edits, _ in nearest], [float(length) for _, length in nearest]
+        )
     real = sequence_logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], run)
     row |= with_se("nll", [-logp for logp in real], [float(len(e.real_ids)) for e in heldout])
     now = sequence_logps(player, start.sequences, run)
@@ -342,7 +348,7 @@ def fit(player: GPTNeo, items: list, loss_of: Callable[[list], dict[str, Tensor]
     """Minimises the mean of loss_of(batch)["loss"] over `items`; the optimizer starts afresh every iteration.
 
     `loss_of` maps a list of items to (b,) tensors by name. A step's gradient is that of the mean over its batch,
-    however the batch is cut into micro-batches. Raises FloatingPointError at a loss or gradient that is not finite.
+    however the batch is cut into micro-batches. Raises Stopped at a loss or gradient that is not finite.
     """
     args, began = run.args, time.perf_counter()
     params = [p for p in player.parameters() if p.requires_grad]
@@ -367,7 +373,7 @@ def fit(player: GPTNeo, items: list, loss_of: Callable[[list], dict[str, Tensor]
         means = (torch.stack([*sums.values()]) / len(batch)).tolist()
         row = dict(zip(sums, means)) | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise FloatingPointError(
+            raise Stopped(
                 f"iteration {t}, step {step + 1} of {steps}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                 f"nothing was updated by this step; a lower --lr or --precision fp32 may help"
             )
@@ -503,10 +509,10 @@ def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
     if text in references:
         return 0, len(text.split())
     words = text.split()
-    return min(((edits(words, r.split()), max(len(r.split()), 1)) for r in references), key=lambda e: e[0] / e[1])
+    return min(((distance(words, r.split()), max(len(r.split()), 1)) for r in references), key=lambda e: e[0] / e[1])
 
 
-def edits(a: list[str], b: list[str]) -> int:
+def distance(a: list[str], b: list[str]) -> int:
     """Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -707,7 +713,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = (play if command == "spin" else sft)(player, train_set, heldout, run)
         finish(player, rows, run)
-    except (FloatingPointError, OSError) as error:
+    except (Stopped, FloatingPointError, OSError) as error:  # FloatingPointError: sampling met NaN
         fail(error)
         return 1
     return 0

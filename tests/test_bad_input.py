@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from test_spin import flags
 
 import spin
-from conftest import ROOT
-from test_spin import flags
 
 GOOD = '{"prompt": "a", "response": "EY1"}\n'
 
@@ -74,12 +74,14 @@ def test_eval_data_is_checked_like_data(start, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flag, value",
     [
-        ("beta", "0"), ("beta", "nan"), ("beta", "x"), ("beta", "0.1,0.2"), ("lr", "-1"), ("lr", "1e-4,1e-4"), ("lr", ""),
-        ("epochs", "0"), ("epochs", "1.5"), ("temperature", "-1"), ("temperature", "nan"), ("top_p", "0"), ("top_k", "-1"),
+        ("beta", "0"), ("beta", "nan"), ("beta", "x"), ("beta", "0.1,0.2"), ("lr", "-1"), ("lr", "1e-4,1e-4"),
+        ("lr", ""), ("epochs", "0"), ("epochs", "1.5"), ("temperature", "-1"), ("temperature", "nan"),
+        ("top_p", "0"), ("top_k", "-1"),
         ("rank", "-1"), ("rank", "x"), ("alpha", "0"), ("lora_dropout", "1"), ("lora_targets", "nolayer"),
         ("lora_targets", "wte"), ("optimizer", "sgd"), ("precision", "fp16"), ("device", "tpu"), ("device", "cuda:99"),
         ("batch", "0"), ("micro_batch", "0"), ("gen_batch", "0"), ("max_new_tokens", "0"), ("iterations", "0"),
-        ("template", "no slot"), ("overlong", "maybe"), ("unfinished", "maybe"), ("eval_share", "1"), ("eval_share", "0"),
+        ("template", "no slot"), ("overlong", "maybe"), ("unfinished", "maybe"), ("eval_share", "1"),
+        ("eval_share", "0"),
         ("warmup", "2"), ("clip", "0"), ("prompts", "-1"), ("eval_limit", "-1"), ("seed", "x"), ("weight_decay", "-1"),
     ],
 )  # fmt: skip

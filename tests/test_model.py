@@ -271,3 +271,28 @@ def test_public_checkpoint():
     torch.testing.assert_close(last[:4], torch.tensor([8.4062, 9.2780, -2.2560, -6.6768]), atol=1e-3, rtol=0)
     samples = generate(model, [prompt], max_new_tokens=8, eos_token_id=None, temperature=0)
     assert samples.ids == [[11, 612, 373, 257, 1310, 2576, 3706, 20037]]
+
+
+def test_loading_holds_one_copy_of_the_weights(tmp_path):
+    """Peak memory of loading 128 MB of fp32 weights as bf16 stays below one and a half times 64 MB, plus 24 MB."""
+    code = """
+import resource, sys, torch
+from model import GPTNeo, GPTNeoConfig
+config = GPTNeoConfig(vocab_size=1000, max_position_embeddings=16, hidden_size=512, num_layers=10, num_heads=8,
+                      attention_types=((("global", "local"), 5),))
+if sys.argv[1] == "save":
+    GPTNeo(config).save_pretrained(sys.argv[2])
+else:
+    GPTNeo.from_pretrained(sys.argv[3])  # imports and allocator pools are warm
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    GPTNeo.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    GPTNeo(GPTNeoConfig(**TINY)).save_pretrained(tmp_path / "tiny")
+
+    def child(*args) -> str:
+        command = [sys.executable, "-c", code, *map(str, args)]
+        return subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
+
+    child("save", tmp_path / "big")
+    assert float(child("load", tmp_path / "big", tmp_path / "tiny")) < 1.5 * 64 + 24

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import ROOT
 
 import spin
-from conftest import ROOT
 from model import GPTNeo, GPTNeoConfig
 
 SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
@@ -46,7 +46,10 @@ def test_default_run_improves_on_its_start(tmp_path):
     plot = ElementTree.parse(out / "metrics.svg").getroot()
     text = " ".join(t.text or "" for t in plot.iter("{http://www.w3.org/2000/svg}text"))
     assert "sampled" in text and "grad norm" in text
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {"final", *(f"iterate-{i + 1}" for i in range(last["iterate"]))}
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        "final",
+        *(f"iterate-{i + 1}" for i in range(last["iterate"])),
+    }
 
 
 def test_start_can_be_made_again(tmp_path):
@@ -73,9 +76,7 @@ def gsm8k(tmp_path_factory) -> tuple[Path, Path]:
     if not SHARED.is_dir():
         pytest.skip("SPIN_SHARED names no directory with GSM8K and the GPT-2 vocabulary")
     path = tmp_path_factory.mktemp("gsm8k")
-    config = GPTNeoConfig(
-        hidden_size=768, num_layers=12, num_heads=12, attention_types=((("global", "local"), 6),)
-    )
+    config = GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12, attention_types=((("global", "local"), 6),))
     GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(path / "model")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(SHARED / "data/gpt2-tokenizer" / name, path / "model" / name)

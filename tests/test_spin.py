@@ -299,7 +299,7 @@ def test_real_responses_end_with_exactly_one_eos(start, text):
 
 def test_eos_inside_a_response_is_refused(start):
     tokenizer, eos = tokenizer_of(start)
-    with pytest.raises(ValueError, match="x:7: .*end-of-sequence token inside"):
+    with pytest.raises(ValueError, match=r"x:7: .*end-of-sequence token inside"):
         encode([Example("x:7", "a", "HH<|endoftext|>AH0", [])], tokenizer, "{prompt}", eos)
 
 
@@ -361,7 +361,7 @@ def test_identical_pairs_are_dropped_and_counted(start, data, tmp_path, monkeypa
 def test_nothing_but_identical_pairs_ends_the_run_in_words(start, data, tmp_path, monkeypatch):
     player, train_set, _, run = begin(start, data, tmp_path / "run")
     Scripted(monkeypatch, [train_set[0].real_ids], [True])
-    with pytest.raises(ValueError, match="iteration 0: no pair is left"):
+    with pytest.raises(spin.Stopped, match="iteration 0: no pair is left"):
         spin.generate(player, train_set[:1], 0, run)
 
 
@@ -380,7 +380,7 @@ def test_over_long_examples_are_an_error_or_counted(start):
     tokenizer, eos = tokenizer_of(start)
     examples = [Example("f:1", "ab", "HH", []), Example("f:2", "a" * 60, "HH", [])]
     encode(examples, tokenizer, "{prompt}", eos)
-    with pytest.raises(ValueError, match="f:2: needs 68 tokens .*context is 64"):
+    with pytest.raises(ValueError, match=r"f:2: needs 68 tokens .*context is 64"):
         fit_context(examples, 64, 8, "error")
     kept, skipped = fit_context(examples, 64, 8, "skip")
     assert [e.where for e in kept] == ["f:1"] and skipped == 1
@@ -460,7 +460,7 @@ def test_a_rerun_appends_nothing(start, data, tmp_path, capsys):
 
 
 def test_edit_distance_on_known_pairs():
-    assert spin.edits("kitten", "sitting") == 3 and spin.edits("", "abc") == 3 and spin.edits("abc", "") == 3
+    assert spin.distance("kitten", "sitting") == 3 and spin.distance("", "abc") == 3 and spin.distance("abc", "") == 3
     assert spin.nearest_edits("A B C", ["A B", "A B C D"]) == (1, 4)
     assert spin.nearest_edits("A B", ["X", "A B"]) == (0, 2)
 
@@ -511,9 +511,8 @@ def test_official_layout_equals_the_plain_one(tmp_path):
 
 def test_gpt2_style_tokenizer_equals_tokenizer_json(tmp_path):
     """vocab.json + merges.txt in a directory gives the ids that transformers' GPT-2 tokenizer gives."""
-    from transformers import GPT2TokenizerFast
-
     from conftest import ROOT
+    from transformers import GPT2TokenizerFast
 
     tokenizer = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"] | {"<|endoftext|>": len(tokenizer["model"]["vocab"])}
@@ -532,7 +531,7 @@ def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):
     from transformers import GPTNeoForCausalLM
 
     assert spin.main(flags(start, data, tmp_path / "run")) == 0
-    player, _, heldout, run = begin(start, data, tmp_path / "again")
+    player, _, heldout, _ = begin(start, data, tmp_path / "again")
     lora.load_adapter(player, tmp_path / "run/iterate-1")
     final = GPTNeo.from_pretrained(tmp_path / "run/final")
     ids = torch.tensor([heldout[0].prompt_ids])
@@ -586,3 +585,31 @@ def test_published_recipe_parses_to_the_published_values():
     assert args.lr == (5e-7, 5e-7, 1e-7, 1e-7) and args.beta == (0.1, 0.1, 0.1, 5.0) and args.epochs == (2,)
     assert args.optimizer == "rmsprop" and args.rank == 0 and args.batch == 64 and args.mix_previous
     assert args.prompts == 50000 and args.max_new_tokens == 256 and args.model == "m"
+
+
+def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
+    """owner/name is fetched once for safetensors, and again for .bin files only where there are none."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, [p for p in allow_patterns if "model" in p]))
+        return str(start)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert spin.main(flags("owner/gpt-neo.tiny", data, tmp_path / "run")) == 0
+    assert asked == [("owner/gpt-neo.tiny", ["model*.safetensors*"])]
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (asked.append(k), tmp_path / "old")[1])
+    assert spin.main(flags("owner/old", data, tmp_path / "again")) == 2
+    assert "pytorch_model*.bin*" in asked[-1]["allow_patterns"]
+
+    def offline(name, allow_patterns):
+        raise OSError("no network\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    capsys.readouterr()
+    assert spin.main(flags("owner/name", data, tmp_path / "again")) == 2
+    error = capsys.readouterr().err
+    assert "--model owner/name" in error and "no network" in error and error.count("\n") == 1

@@ -1,0 +1,46 @@
+# make run    the default run on the embedded task (about a minute and a half on two cores)
+# make test   all tests
+# make bench  times, beside peers; make test-gpu and make bench-gpu: on a machine with a CUDA GPU
+# make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: run test test-gpu lint bench bench-gpu start clean
+
+run: $(VENV)/run.stamp
+	$(PYTHON) spin.py $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+bench: $(VENV)/dev.stamp
+	$(PYTHON) benchmarks/bench.py $(ARGS)
+
+# On a machine with a GPU, with the python3 that is there: its torch was built for it.
+test-gpu:
+	python3 -m pytest tests/test_kernels.py tests/test_lora.py tests/test_model.py tests/test_sampling.py $(ARGS)
+
+bench-gpu:
+	python3 benchmarks/bench.py --device cuda $(ARGS)
+
+start: $(VENV)/dev.stamp
+	$(PYTHON) pronounce/make_data.py
+	$(PYTHON) spin.py sft $(ARGS)
+	cp runs/pronounce-sft/final/model.safetensors pronounce/start/
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path './$(VENV)/*')
+
+$(VENV)/run.stamp: requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -r requirements-dev.txt
+	touch $@ $(VENV)/run.stamp

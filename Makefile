@@ -22,12 +22,13 @@ bench: $(VENV)/dev.stamp
 
 # On a machine with a GPU, with the python3 that is there: its torch was built for it.
 test-gpu:
-	python3 -m pytest tests/test_kernels.py tests/test_lora.py tests/test_model.py tests/test_sampling.py $(ARGS)
+	python3 -m pytest tests/test_kernels.py tests/test_lora.py tests/test_spin.py $(ARGS)
 
 bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)
 
 start: $(VENV)/dev.stamp
+	rm -rf runs/pronounce-sft
 	$(PYTHON) pronounce/make_data.py
 	$(PYTHON) spin.py sft $(ARGS)
 	cp runs/pronounce-sft/final/model.safetensors pronounce/start/

@@ -6,6 +6,7 @@ Every prompt of the project, for generation as for training, is encoded by `enco
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ def load_examples(path: str | Path) -> list[Example]:
     for where, line in _lines(Path(path)):
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting too long to read
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
@@ -61,16 +62,16 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}:{number + 1}: not readable as UTF-8 text ({error})") from None
 
 
 def _plain(where: str, record: dict[str, Any]) -> Example:
     prompt, response = (_text(where, record, name) for name in ("prompt", "response"))
     references = record.get("references", [response])
-    if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
+    if not isinstance(references, list) or not references:
         raise ValueError(f"{where}: field 'references' must be a list of texts")
-    return Example(where, prompt, response, references)
+    return Example(where, prompt, response, [_text(where, {"references": r}, "references") for r in references])
 
 
 def _official(where: str, record: dict[str, Any]) -> Example:
@@ -91,6 +92,8 @@ def _text(where: str, record: dict[str, Any], name: str) -> str:
         raise ValueError(f"{where}: field {name!r} {found}, expected text")
     if not value.strip():
         raise ValueError(f"{where}: field {name!r} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{where}: field {name!r} has half a surrogate pair, which is no text")
     return value
 
 
@@ -116,7 +119,8 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
     except FileNotFoundError:
         raise
     except Exception as error:  # tokenizers raises plain Exception for every malformed file
-        raise ValueError(f"{source}: not a readable tokenizer ({str(error).splitlines()[0]})") from None
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{source}: not a readable tokenizer ({first_line})") from None
     tokenizer.no_truncation()  # a file may carry settings of its last user; lengths are this project's business
     tokenizer.no_padding()
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -134,17 +138,40 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_tok
     Prompt and response are encoded apart and joined as ids, so no token spans their boundary (TRL #1679). The real
     response ends with exactly one end-of-sequence token, whether or not its text carried one.
     """
-    prompts = tokenizer.encode_batch(
-        [template.replace("{prompt}", e.prompt) for e in examples], add_special_tokens=False
-    )
-    responses = tokenizer.encode_batch([e.response for e in examples], add_special_tokens=False)
-    for example, prompt, response in zip(examples, prompts, responses):
-        ids = response.ids
-        while ids and ids[-1] == eos_token_id:
-            ids = ids[:-1]
+    prompts = _ids([template.replace("{prompt}", e.prompt) for e in examples], tokenizer)
+    responses = _ids([e.response for e in examples], tokenizer)
+    for example, prompt_ids, ids in zip(examples, prompts, responses):
+        ids = _without_eos(ids, eos_token_id)
+        if not prompt_ids:
+            raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
         if not ids or eos_token_id in ids:
             raise ValueError(f"{example.where}: the response is empty or has an end-of-sequence token inside")
-        example.prompt_ids, example.real_ids = prompt.ids, [*ids, eos_token_id]
+        example.prompt_ids, example.real_ids = prompt_ids, [*ids, eos_token_id]
+
+
+def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
+    """The text of a response, without end-of-sequence tokens behind it and white space around it."""
+    return tokenizer.decode(_without_eos(ids, eos_token_id), skip_special_tokens=False).strip()
+
+
+def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int) -> None:
+    """Rewrites references as `decode` would write them, so that a perfect response compares as equal."""
+    for example in examples:
+        example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
+
+
+def _ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    except Exception as error:  # tokenizers raises plain Exception, such as for a missing [UNK] token
+        raise ValueError(f"the tokenizer cannot encode the data ({error})") from None
+
+
+def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
+    end = len(ids)
+    while end and ids[end - 1] == eos_token_id:
+        end -= 1
+    return ids[:end]
 
 
 def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:

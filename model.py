@@ -1,6 +1,6 @@
 """GPT-Neo from scratch: the model, its KV cache, and its weights on disk.
 
-Needs torch and safetensors only; copy this file alone into another code base and it works.
+Needs torch and safetensors (and numpy, which safetensors uses to save) only; copy this file alone into another code base and it works.
 
 What sets GPT-Neo apart from GPT-2, and is easily got wrong:
 - attention scores are NOT divided by sqrt(head size);
@@ -65,26 +65,27 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
         for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected an integer >= 1")
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected an integer from 1 to 2^31")
         for name in ("embed_dropout", "attention_dropout", "resid_dropout"):
-            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
+            if type(getattr(self, name)) not in (int, float) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in [0, 1)")
         for name in ("layer_norm_epsilon", "initializer_range"):
-            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number > 0")
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < 1:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in (0, 1)")
         for name, only in (("activation_function", "gelu_new"), ("tie_word_embeddings", True)):
             if getattr(self, name) != only:
                 raise ValueError(f"config field {name} = {getattr(self, name)!r}: only {only!r} is supported")
         if self.intermediate_size is not None and (
-            not isinstance(self.intermediate_size, int) or self.intermediate_size < 1
+            type(self.intermediate_size) is not int or not 1 <= self.intermediate_size < 2**31
         ):
             raise ValueError(f"config field intermediate_size = {self.intermediate_size!r}: expected null or >= 1")
-        if self.eos_token_id is not None and (not isinstance(self.eos_token_id, int) or self.eos_token_id < 0):
+        if self.eos_token_id is not None and (type(self.eos_token_id) is not int or self.eos_token_id < 0):
             raise ValueError(f"config field eos_token_id = {self.eos_token_id!r}: expected null or one token id")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"config field num_heads = {self.num_heads}: must divide hidden_size = {self.hidden_size}")
-        if len(self.attention_layers) != self.num_layers or set(self.attention_layers) - {"global", "local"}:
+        kinds = self.attention_layers
+        if len(kinds) != self.num_layers or not all(kind in ("global", "local") for kind in kinds):
             raise ValueError(
                 f"config field attention_types = {self.attention_types!r}: expected [[kinds, repeats], ...] of "
                 f"'global' and 'local' that name num_layers = {self.num_layers} layers"
@@ -334,7 +335,7 @@ class GPTNeo(nn.Module):
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not text, not JSON, a number or a nesting too long to read
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -373,9 +374,12 @@ def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tens
             if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
                 raise ValueError("no state dict of tensors")
             yield from state.items()
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: damaged or not a weight file ({str(error).splitlines()[0]})") from None
-    except Exception as error:  # torch.load names its refusals pickle.UnpicklingError, KeyError and others
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: damaged or not a weight file ({first_line})") from None
+    except Exception as error:  # torch.load refuses with pickle.UnpicklingError, EOFError, KeyError and others
         raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
 
 

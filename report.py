@@ -1,6 +1,7 @@
-"""What a run leaves for people to read: JSON Lines, a text table and an SVG plot. No dependencies."""
+"""What a run leaves for people to read: statistics, JSON Lines, a text table and an SVG plot. No dependencies."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from html import escape
@@ -8,6 +9,32 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+
+def with_se(name: str, values: list[float], weights: list[float] | None = None) -> Row:
+    """The ratio sum(values) / sum(weights) (weights 1: the mean), and its standard error over examples."""
+    weights = weights or [1.0] * len(values)
+    ratio = sum(values) / sum(weights)
+    residual = sum((v - ratio * w) ** 2 for v, w in zip(values, weights))
+    return {name: ratio, f"{name}_se": math.sqrt(residual) / sum(weights)}
+
+
+def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
+    """(edit distance, length) of the reference with the lowest error rate, in whitespace tokens."""
+    if text in references:
+        return 0, max(len(text.split()), 1)
+    words = text.split()
+    return min(((distance(words, r.split()), max(len(r.split()), 1)) for r in references), key=lambda e: e[0] / e[1])
+
+
+def distance(a: list[str], b: list[str]) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
 
 
 def write_text(path: Path, text: str) -> None:

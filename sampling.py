@@ -17,7 +17,7 @@ class Samples(NamedTuple):
     """What `generate` returns, one entry a prompt, in the order of the prompts."""
 
     ids: list[list[int]]  # the sampled tokens, the end-of-sequence token included when it was sampled
-    finished: list[bool]  # whether the end-of-sequence token was sampled before the length limit
+    finished: list[bool]  # whether the end-of-sequence token was sampled within the length limit
     logps: list[list[float]]  # nats: log-probability of each sampled token, before temperature, top-k and top-p
 
 
@@ -52,17 +52,19 @@ def generate(
     _check_sampling(model.config, prompts, max_new_tokens, temperature, top_k, top_p, batch_size)
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
     results: list[Any] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     was_training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        pick = Picker(temperature, top_k, top_p, uniform[rows].to(model.head_weight.device))
-        for row, result in zip(rows, _generate_batch(model, [prompts[r] for r in rows], eos_token_id, pick)):
-            results[row] = result
-        if progress is not None:
-            progress(len(rows))
-    model.train(was_training)
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            pick = Picker(temperature, top_k, top_p, uniform[rows].to(model.head_weight.device))
+            for row, result in zip(rows, _generate_batch(model, [prompts[r] for r in rows], eos_token_id, pick)):
+                results[row] = result
+            if progress is not None:
+                progress(len(rows))
+    finally:
+        model.train(was_training)
     return Samples(*map(list, zip(*results))) if results else Samples([], [], [])
 
 
@@ -152,7 +154,8 @@ def _check_sampling(
 ) -> None:
     for name, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
+        # far below 0.001 the divided logits would overflow fp32
+        ("temperature", temperature, temperature == 0 or 1e-3 <= temperature < float("inf"), "0 (greedy) or >= 0.001"),
         ("top_k", top_k, top_k >= 0, "0 (all) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),

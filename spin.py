@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import lora
 import report
-from data import Example, encode, fit_context, load_examples, load_tokenizer, split
+from data import Example, as_decoded, decode, encode, fit_context, load_examples, load_tokenizer, split
 from kernels import linear_logprobs
 from model import GPTNeo, GPTNeoConfig
 from sampling import Samples
@@ -65,7 +65,7 @@ class Args:
     eval_share: float = 0.05  # share of --data held out, chosen by a hash of the prompt
     eval_limit: int = 1000  # at most so many held-out examples are used (0: all)
     out: str = "runs/spin"  # directory for everything the run writes; must not hold another run
-    template: str = "### Instruction: {prompt}\n\n### Response: "  # prompt template
+    template: str = r"### Instruction: {prompt}\n\n### Response: "  # prompt template; \n is a line break
     overlong: str = "error"  # examples that do not fit the context: error | skip (and count)
     iterations: int = 3  # rounds of self-play (of sft: rounds of training and evaluation)
     prompts: int = 0  # examples an iteration, drawn afresh for each (0: all)
@@ -88,7 +88,7 @@ class Args:
     weight_decay: float = 0.0  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     batch: int = 64  # examples (pairs) a step
-    micro_batch: int = 8  # examples (pairs) a forward pass; smaller needs less memory and changes nothing else
+    micro_batch: int = 8  # examples (pairs) a forward pass; smaller needs less memory
     precision: str = "auto"  # bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)
     device: str = "auto"  # cpu | cuda | cuda:N | auto (a GPU where there is one)
     seed: int = 0  # of everything random
@@ -104,7 +104,7 @@ class Args:
             ("prompts", self.prompts >= 0, "0 or more"),
             ("beta", all(0 < b < math.inf for b in self.beta), "positive numbers"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature < math.inf, "0 or at least 0.001"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("unfinished", self.unfinished in ("keep", "drop", "cut"), "keep, drop or cut"),
@@ -121,10 +121,13 @@ class Args:
             ("batch", self.batch >= 1, "1 or more"),
             ("micro_batch", self.micro_batch >= 1, "1 or more"),
             ("precision", self.precision in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
-            ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)), "auto, cpu, cuda or cuda:N"),
+            ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device)), "auto, cpu, cuda or cuda:N"),
         ):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: expected {expected}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and abs(value) >= 2**31:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected less than 2^31")
         for name in ("beta", "lr", "epochs"):
             if len(getattr(self, name)) not in (1, self.iterations):
                 raise ValueError(f"--{name} has {len(getattr(self, name))} values: expected 1 or {self.iterations}")
@@ -158,6 +161,7 @@ class Run(NamedTuple):
     eos_token_id: int
     device: torch.device
     autocast: Callable[[], AbstractContextManager]  # the precision in which the player computes
+    start: Path  # directory of theta_0
     out: Path
 
 
@@ -287,18 +291,18 @@ def evaluate(player: GPTNeo, heldout: list[Example], start: "StartSamples", run:
     row: report.Row = {"iterate": iterate}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         # the same random numbers for every iterate: the difference of two iterates is less noisy for it
-        samples = sample(player, heldout, run, generator(run.args.seed, 0, "evaluate"), name, temperature)
-        texts = [decode(ids, run) for ids in samples.ids]
-        right = [float(text in example.references) for text, example in zip(texts, heldout)]
-        row |= with_se(name, right)
-        nearest = [nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
-        row |= with_se(
-            f"{name}_error", [float(edits) for edits, _ in nearest], [float(length) for _, length in nearest]
+        samples = sample(
+            player, heldout, run, generator(run.args.seed, 0, "evaluate"), f"{name} {iterate}", temperature
         )
+        texts = [decode(ids, run.tokenizer, run.eos_token_id) for ids in samples.ids]
+        right = [float(text in example.references) for text, example in zip(texts, heldout)]
+        row |= report.with_se(name, right)
+        nearest = [report.nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
+        row |= report.with_se(f"{name}_error", [float(e) for e, _ in nearest], [float(n) for _, n in nearest])
     real = sequence_logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], run)
-    row |= with_se("nll", [-logp for logp in real], [float(len(e.real_ids)) for e in heldout])
+    row |= report.with_se("nll", [-logp for logp in real], [float(len(e.real_ids)) for e in heldout])
     now = sequence_logps(player, start.sequences, run)
-    row |= with_se("kl", [before - after for before, after in zip(start.logps, now)])
+    row |= report.with_se("kl", [before - after for before, after in zip(start.logps, now)])
     return row | {"evaluate_seconds": time.perf_counter() - began}
 
 
@@ -329,7 +333,8 @@ def response_logps(player: GPTNeo, sequences: Sequence[PromptResponse], run: Run
     with run.autocast():
         hidden = player(input_ids).flatten(0, 1)[positions]  # (N, D)
         logps = linear_logprobs(hidden, player.head_weight, targets)  # (N,)
-    return logps.new_zeros(len(sequences)).index_add(0, positions // width, logps)
+    # every position is written once, then rows are summed: index_add would add in any order on CUDA
+    return logps.new_zeros(len(sequences) * width).index_put((positions,), logps).view(-1, width).sum(1)
 
 
 @torch.no_grad()
@@ -352,7 +357,7 @@ def fit(player: GPTNeo, items: list, loss_of: Callable[[list], dict[str, Tensor]
     """
     args, began = run.args, time.perf_counter()
     params = [p for p in player.parameters() if p.requires_grad]
-    lr, epochs = nth(args.lr, t), nth(args.epochs, t)
+    lr, epochs = nth(args.lr, t), int(nth(args.epochs, t))
     optimizer = make_optimizer(params, args, lr)
     steps = epochs * math.ceil(len(items) / args.batch)
     shuffle = generator(args.seed, t, "shuffle")
@@ -372,14 +377,15 @@ def fit(player: GPTNeo, items: list, loss_of: Callable[[list], dict[str, Tensor]
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
         means = (torch.stack([*sums.values()]) / len(batch)).tolist()
         row = dict(zip(sums, means)) | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+        log.append({"iteration": t, "step": step + 1} | row)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            report.write_rows(run.out / f"steps-{t}.jsonl", log)
             raise Stopped(
                 f"iteration {t}, step {step + 1} of {steps}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
                 f"nothing was updated by this step; a lower --lr or --precision fp32 may help"
             )
         optimizer.step()
         optimizer.zero_grad()
-        log.append({"iteration": t, "step": step + 1} | row)
         bar.set_postfix(loss=f"{row['loss']:.4f}")
     player.eval()
     report.write_rows(run.out / f"steps-{t}.jsonl", log)
@@ -410,20 +416,23 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Samples:
-    """One response of the player to each example's prompt."""
-    with tqdm(total=len(examples), desc=name, leave=False, disable=None) as bar, run.autocast():
-        return sample_responses(
-            player,
-            [e.prompt_ids for e in examples],
-            max_new_tokens=run.args.max_new_tokens,
-            eos_token_id=run.eos_token_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=rng,
-            batch_size=run.args.gen_batch,
-            progress=bar.update,
-        )
+    """One response of the player to each example's prompt. `name` tells the phase. Raises Stopped at NaN logits."""
+    try:
+        with tqdm(total=len(examples), desc=name, leave=False, disable=None) as bar, run.autocast():
+            return sample_responses(
+                player,
+                [e.prompt_ids for e in examples],
+                max_new_tokens=run.args.max_new_tokens,
+                eos_token_id=run.eos_token_id,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                generator=rng,
+                batch_size=run.args.gen_batch,
+                progress=bar.update,
+            )
+    except FloatingPointError as error:
+        raise Stopped(f"{name}: {error}") from None
 
 
 class StartSamples(NamedTuple):
@@ -437,7 +446,7 @@ class StartSamples(NamedTuple):
 
 
 def sample_start(player: GPTNeo, heldout: list[Example], run: Run) -> StartSamples:
-    samples = sample(player, heldout, run, generator(run.args.seed, 0, "kl"), "start", 1.0)
+    samples = sample(player, heldout, run, generator(run.args.seed, 0, "kl"), "sample theta_0", 1.0)
     sequences = [(e.prompt_ids, ids) for e, ids in zip(heldout, samples.ids)]
     return StartSamples(sequences, sequence_logps(player, sequences, run))
 
@@ -477,7 +486,7 @@ def sft(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: R
 # ---------------------------------------------------------------- small things
 
 
-def nth(values: Sequence, t: int):
+def nth(values: Sequence[float], t: int) -> float:
     """The value of iteration t of an option that has one value or one an iteration."""
     return values[t] if len(values) > 1 else values[0]
 
@@ -488,38 +497,6 @@ def chunks(items: list, size: int) -> Iterator[list]:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def with_se(name: str, values: list[float], weights: list[float] | None = None) -> report.Row:
-    """The ratio sum(values) / sum(weights) (weights 1: the mean), and its standard error over examples."""
-    weights = weights or [1.0] * len(values)
-    ratio = sum(values) / sum(weights)
-    residual = sum((v - ratio * w) ** 2 for v, w in zip(values, weights))
-    return {name: ratio, f"{name}_se": math.sqrt(residual) / sum(weights)}
-
-
-def decode(ids: list[int], run: Run) -> str:
-    """The text of a response, without the end-of-sequence token."""
-    ids = ids[:-1] if ids and ids[-1] == run.eos_token_id else ids
-    return run.tokenizer.decode(ids, skip_special_tokens=False).strip()
-
-
-def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
-    """(edit distance, length) of the reference with the lowest error rate, in whitespace tokens."""
-    if text in references:
-        return 0, len(text.split())
-    words = text.split()
-    return min(((distance(words, r.split()), max(len(r.split()), 1)) for r in references), key=lambda e: e[0] / e[1])
-
-
-def distance(a: list[str], b: list[str]) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 # ---------------------------------------------------------------- files and flags
@@ -542,16 +519,20 @@ def finish_iterate(player: GPTNeo, rows: list[report.Row], pairs: list[Pair], ru
             player.save_pretrained(folder)
             run.tokenizer.save(str(folder / "tokenizer.json"))
     if pairs:
-        texts = ({"generated": decode(p.generated_ids, run)} | dataclasses.asdict(p) for p in pairs)
-        report.write_rows(run.out / f"pairs-{iterate - 1}.jsonl", list(texts))
+        lines = [
+            {"generated": decode(p.generated_ids, run.tokenizer, run.eos_token_id)} | dataclasses.asdict(p)
+            for p in pairs
+        ]
+        report.write_rows(run.out / f"pairs-{iterate - 1}.jsonl", lines)
     seconds = "".join(f", {key[:-8]} {value:.0f} s" for key, value in rows[-1].items() if key.endswith("_seconds"))
     print(report.line(rows[-1], COLUMNS) + seconds, flush=True)
 
 
 def finish(player: GPTNeo, rows: list[report.Row], run: Run) -> None:
     """Writes the last iterate as one plain model that transformers loads too, and the plot; prints the tables."""
-    if run.args.rank:
-        player.float()  # merged in fp32: bf16 would round small updates away
+    if run.args.rank:  # merged in fp32, into the base as it is on disk: bf16 would round small updates away
+        player = GPTNeo.from_pretrained(run.start)
+        lora.load_adapter(player, run.out / f"iterate-{rows[-1]['iterate']}")
         lora.merge(player)
         lora.remove_lora(player)
     player.save_pretrained(run.out / "final")
@@ -567,12 +548,15 @@ def parse(argv: list[str]) -> tuple[str, Args]:
     """Command line to (command, Args). `@FILE` reads flags from a recipe, in which $SPIN is the folder of spin.py."""
     command = argv[0] if argv and argv[0] in ("spin", "sft") else "spin"
     argv = argv[1:] if argv and argv[0] == command else argv
-    if not any(flag.startswith(("--model", "@")) for flag in argv) and not {"-h", "--help"} & set(argv):
+    if not any(flag.startswith(("--model", "--data", "@", "-h", "--help")) for flag in argv):
         argv = [f"@{HERE / 'recipes' / ('pronounce.args' if command == 'spin' else 'pronounce-sft.args')}", *argv]
     parser = argparse.ArgumentParser(
-        prog=f"spin.py {command}", fromfile_prefix_chars="@", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"spin.py {command}",
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # or --mod would not be seen as --model above
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line.replace("$SPIN", str(HERE)), comments=True)
+    parser.convert_arg_line_to_args = recipe_words
     parser.error = bad_flag
     other = {"spin": "(sft)", "sft": "(spin)"}[command]
     for field, text in zip(dataclasses.fields(Args), field_comments(Args)):
@@ -580,6 +564,13 @@ def parse(argv: list[str]) -> tuple[str, Args]:
             add_flag(parser, field, text)
     options = vars(parser.parse_args(argv))
     return command, Args(**options)
+
+
+def recipe_words(line: str) -> list[str]:
+    try:
+        return [word.replace("$SPIN", str(HERE)) for word in shlex.split(line, comments=True)]
+    except ValueError as error:
+        raise ValueError(f"recipe line {line!r}: {error}") from None
 
 
 def bad_flag(message: str) -> NoReturn:
@@ -626,14 +617,17 @@ def resolve_model(name: str) -> Path:
         if not any(path.glob("model*.safetensors")):
             path = Path(snapshot_download(name, allow_patterns=[*common, "pytorch_model*.bin*"]))
     except Exception as error:  # whatever the hub or the network answers
-        raise ValueError(f"--model {name}: no such directory, and the hub says: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--model {name}: no such directory, and the hub says: {error}") from None
     return path
 
 
 def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example], Run]:
     """Checks and loads everything before the first token is generated. Raises ValueError and OSError."""
-    if not args.data:
-        raise ValueError("--data is missing: expected a JSON Lines file")
+    if not args.model or not args.data:
+        missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
+        raise ValueError(f"{missing} is missing: expected {expected}")
+    if args.from_scratch and args.rank:
+        raise ValueError(f"--rank {args.rank}: expected 0 with --from-scratch, adapters on random weights learn little")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: already holds another run or other files; name a new directory or remove it")
@@ -643,6 +637,8 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     path = resolve_model(args.model)
     config = GPTNeoConfig.from_json(path / "config.json")
+    if args.rank > config.hidden_size:
+        raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
     if config.eos_token_id is None:
         raise ValueError(f"{path / 'config.json'}: eos_token_id is missing, and responses could not end")
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
@@ -654,6 +650,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
         config.eos_token_id,
         device,
         lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        path,
         out,
     )
     record = dataclasses.asdict(args) | {"command": command, "train": len(train_set), "heldout": len(heldout)}
@@ -673,7 +670,9 @@ def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[l
     heldout = heldout[: args.eval_limit or None]
     result = []
     for examples in (train_set, heldout):
-        encode(examples, tokenizer, args.template, config.eos_token_id)
+        encode(examples, tokenizer, args.template.replace(r"\n", "\n"), config.eos_token_id)
+        if examples is heldout:
+            as_decoded(examples, tokenizer, config.eos_token_id)
         kept, skipped = fit_context(examples, config.max_position_embeddings, args.max_new_tokens, args.overlong)
         if skipped:
             print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
@@ -700,7 +699,7 @@ def load_player(path: Path, args: Args, device: torch.device, bf16: bool) -> GPT
 
 
 def fail(message: object) -> int:
-    print(f"spin.py: error: {message}", file=sys.stderr)
+    print("spin.py: error: " + str(message).replace("\n", " "), file=sys.stderr)
     return 2
 
 
@@ -708,12 +707,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command, args = parse(sys.argv[1:] if argv is None else argv)
         player, train_set, heldout, run = setup(args, command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return fail(error)
     try:
         rows = (play if command == "spin" else sft)(player, train_set, heldout, run)
         finish(player, rows, run)
-    except (Stopped, FloatingPointError, OSError) as error:  # FloatingPointError: sampling met NaN
+    except (Stopped, OSError, torch.OutOfMemoryError) as error:
         fail(error)
         return 1
     return 0

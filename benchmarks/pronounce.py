@@ -66,6 +66,7 @@ def main() -> None:
         runs = list(pool.map(run, *zip(*[(m, seed) for m in METHODS for seed in range(args.seeds)])))
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}"
     path = ROOT / "benchmarks/results/pronounce.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "commit": commit.strip(), "runs": runs}, indent=1) + "\n")
     print(f"\n{machine}, commit {commit.strip()}, {args.seeds} seeds\n")
     print(table(runs, args.seeds))

@@ -46,6 +46,9 @@ def refused(argv, out, capsys) -> str:
         (GOOD, "too few records to hold out"),
         ("[" * 100_000 + "\n", "data.jsonl:1: not valid JSON"),
         (b"\xff\xfe\n", "data.jsonl:1: not readable as UTF-8"),
+        ('{"prompt": "a", "response": ' + "9" * 5000 + "}\n", "data.jsonl:1: not valid JSON"),
+        ('{"prompt": "a", "response": "\\ud800"}\n', "data.jsonl:1: field 'response' has half a surrogate"),
+        ('{"prompt": "b", "response": "c", "references": [""]}\n', "data.jsonl:1: field 'references' is empty"),
     ],
 )
 def test_data(content, names, start, tmp_path, capsys):
@@ -62,6 +65,11 @@ def test_data_that_is_missing_a_folder_or_no_gzip(start, tmp_path, capsys):
     assert "x.gz" in refused(flags(start, tmp_path / "x.gz", out), out, capsys)
     (tmp_path / "cut.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
     assert "cut.gz" in refused(flags(start, tmp_path / "cut.gz", out), out, capsys)
+    broken = bytearray(gzip.compress(GOOD.encode() * 1000))
+    broken[40:60] = b"x" * 20
+    (tmp_path / "broken.gz").write_bytes(broken)
+    assert "broken.gz" in refused(flags(start, tmp_path / "broken.gz", out), out, capsys)
+    assert "--model is missing" in refused(["--data", tmp_path / "cut.gz", "--out", out], out, capsys)
     assert "--data is missing" in refused(["--model", start, "--out", out], out, capsys)
 
 
@@ -83,6 +91,7 @@ def test_eval_data_is_checked_like_data(start, data, tmp_path, capsys):
         ("template", "no slot"), ("overlong", "maybe"), ("unfinished", "maybe"), ("eval_share", "1"),
         ("eval_share", "0"),
         ("warmup", "2"), ("clip", "0"), ("prompts", "-1"), ("eval_limit", "-1"), ("seed", "x"), ("weight_decay", "-1"),
+        ("temperature", "1e-38"), ("rank", "17"), ("batch", "1" + "0" * 20), ("device", "cuda:99999999999999"),
     ],
 )  # fmt: skip
 def test_flag_values(flag, value, start, data, tmp_path, capsys):
@@ -97,6 +106,12 @@ def test_unknown_flags_and_flags_of_the_other_command(start, data, tmp_path, cap
     assert "--from-scratch" in refused([*flags(start, data, out), "--from-scratch"], out, capsys)
     assert "--beta" in refused(["sft", *flags(start, data, out)], out, capsys)
     assert "recipe" in refused(["@no-such-recipe.args"], out, capsys)
+    assert "--mod" in refused(["--mod", start, "--out", out], out, capsys)
+    assert "--a b" in refused([*flags(start, data, out), "--a\nb"], out, capsys)
+    (tmp_path / "r.args").write_text('--model "unbalanced\n')
+    assert "recipe line '--model \"unbalanced'" in refused([f"@{tmp_path}/r.args"], out, capsys)
+    scratch = flags(start, data, out, from_scratch=True, beta=None)
+    assert "expected 0 with --from-scratch" in refused(["sft", *scratch], out, capsys)
 
 
 def test_model_that_is_nowhere(data, tmp_path, capsys):
@@ -125,6 +140,11 @@ def change_config(model, **changes):
         ({"eos_token_id": "x"}, "eos_token_id"),
         ({"eos_token_id": [1]}, "eos_token_id"),
         ({"eos_token_id": -1}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"num_heads": True}, "num_heads"),
+        ({"hidden_size": 10**12}, "hidden_size"),
+        ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon"),
+        ({"attention_types": [[[["global"], "local"], 1]]}, "attention_types"),
         ({"eos_token_id": 7000}, "eos_token_id 7000"),
     ],
 )
@@ -144,6 +164,10 @@ def test_weights(model, data, tmp_path, capsys):
     assert "transformer.wte.weight has shape (3, 16)" in refused(argv, out, capsys)
     weights.unlink()
     assert "no weights" in refused(argv, out, capsys)
+    (model / "pytorch_model.bin").write_bytes(b"")
+    assert "pytorch_model.bin" in refused(argv, out, capsys)
+    (model / "config.json").write_text("[" * 100_000)
+    assert "config.json: not valid JSON" in refused(argv, out, capsys)
 
 
 def test_vocabulary_that_does_not_fit(model, data, tmp_path, capsys):
@@ -157,6 +181,20 @@ def test_vocabulary_that_does_not_fit(model, data, tmp_path, capsys):
     assert "tokenizer.json: not a readable tokenizer" in refused(argv, out, capsys)
     (model / "tokenizer.json").unlink()
     assert "no tokenizer, expected tokenizer.json" in refused(argv, out, capsys)
+
+
+def test_tokenizer_that_cannot_encode_the_data(model, data, tmp_path, capsys):
+    """A word-level tokenizer without its unknown token; a byte-pair one whose alphabet lacks the prompt's letters."""
+    from tokenizers import Tokenizer, models
+
+    out, eos = tmp_path / "out", "<|endoftext|>"
+    config = json.loads((model / "config.json").read_text())
+    words = {f"w{i}": i for i in range(config["eos_token_id"])} | {eos: config["eos_token_id"]}
+    Tokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(model / "tokenizer.json"))
+    assert "the tokenizer cannot encode the data" in refused(flags(model, data, out), out, capsys)
+    Tokenizer(models.BPE(words, [])).save(str(model / "tokenizer.json"))
+    error = refused(flags(model, data, out, template="{prompt}"), out, capsys)
+    assert "words.jsonl:" in error and "no token for the prompt" in error
 
 
 def test_output_directory_with_something_in_it(start, data, tmp_path, capsys):
@@ -178,6 +216,7 @@ def test_non_finite_loss_stops_the_run_and_says_where(command, start, data, tmp_
     error = capsys.readouterr().err
     assert "iteration 0, step 2 of 5: loss nan" in error and error.count("\n") == 1
     assert not (tmp_path / "out/iterate-1").exists()
+    assert len((tmp_path / "out/steps-0.jsonl").read_text().splitlines()) == 2, "the way there is kept"
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 1, "what was written before stays"
 
 
@@ -187,7 +226,7 @@ def test_weights_that_are_not_finite(model, data, tmp_path, capsys):
     save_file(tensors, model / "model.safetensors")
     assert spin.main(flags(model, data, tmp_path / "out")) == 1
     error = capsys.readouterr().err
-    assert "logits are not finite" in error and error.count("\n") == 1
+    assert "sample theta_0: the model's logits are not finite" in error and error.count("\n") == 1
 
 
 def test_as_a_process(tmp_path):

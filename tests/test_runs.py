@@ -115,5 +115,7 @@ def test_readme_commands_exist():
         elif words[1] == "spin.py" and "--help" not in words:
             options = [w.replace("@recipes", f"@{ROOT}/recipes") for w in words[2:]]
             spin.parse(options)
-    for path in re.findall(r"`([\w/.-]+/[\w.-]*|[\w-]+\.(?:py|md|toml|args))`", text):
+    named = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE) + re.findall(r"`(recipes/[\w.-]+)`", text)
+    assert len(named) > 10
+    for path in [*named, *re.findall(r"\]\((?!http)([^)]+)\)", text)]:
         assert (ROOT / path).exists(), path

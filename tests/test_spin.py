@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora
+import report
 import spin
 from data import Example, encode, fit_context, held_out, load_examples, load_tokenizer
 from model import GPTNeo, GPTNeoConfig
@@ -19,7 +20,7 @@ def flags(start, data, out, **options) -> list[str]:
     """A command line for a run of seconds; `options` override it."""
     defaults = {
         "model": start, "data": data, "out": out, "eval_share": 0.2, "iterations": 1, "max_new_tokens": 8, "rank": 4,
-        "lr": 1e-2, "epochs": 1, "batch": 16, "micro_batch": 8, "beta": 1.0,
+        "lr": 1e-2, "epochs": 1, "batch": 16, "micro_batch": 8, "beta": 1.0, "device": "cpu", "precision": "fp32",
     }  # fmt: skip
     argv = []
     for name, value in (defaults | options).items():
@@ -32,6 +33,12 @@ def flags(start, data, out, **options) -> list[str]:
 def begin(start, data, out, command="spin", **options):
     """(player, training examples, held-out examples, run) of a tiny run."""
     return spin.setup(spin.parse([command, *flags(start, data, out, **options)])[1], command)
+
+
+def spy(monkeypatch, where, name, look):
+    """Replaces where.name by itself, after a look at its arguments."""
+    original = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *a, **k: (look(a, k), original(*a, **k))[1])
 
 
 def rows(path):
@@ -181,6 +188,75 @@ def test_training_moves_only_what_is_trainable(start, data, tmp_path):
         assert torch.equal(parameter, before[name]) != ("lora_" in name), name
 
 
+def test_training_raises_real_and_lowers_generated_responses(start, data, tmp_path):
+    """After one iteration the mean of log p(y) - log p(y') has risen, above all by the fall of log p(y')."""
+    player, train_set, _, run = begin(start, data, tmp_path / "run", rank=0, lr=1e-3)
+    pairs, _ = spin.generate(player, train_set, 0, run)
+    spin.score(player, pairs, run)
+    spin.train(player, pairs, 0, run)
+    real = spin.sequence_logps(player, [(p.prompt_ids, p.real_ids) for p in pairs], run)
+    generated = spin.sequence_logps(player, [(p.prompt_ids, p.generated_ids) for p in pairs], run)
+    assert spin.mean([a - p.opponent_real_logp for a, p in zip(real, pairs)]) > 0.1
+    assert spin.mean([a - p.opponent_generated_logp for a, p in zip(generated, pairs)]) < -0.1
+
+
+def test_margins_are_zero_for_every_pair_at_the_start_of_an_iteration(start, data, tmp_path, monkeypatch):
+    """Not in the mean alone: each pair's, with adapters that have already moved (t = 1)."""
+    player, train_set, _, run = begin(start, data, tmp_path / "run", lr=1e-2)
+    for t in range(2):
+        pairs, _ = spin.generate(player, train_set, t, run)
+        spin.score(player, pairs, run)
+        real = spin.response_logps(player, [(p.prompt_ids, p.real_ids) for p in pairs], run)
+        generated = spin.response_logps(player, [(p.prompt_ids, p.generated_ids) for p in pairs], run)
+        stored = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in pairs])
+        assert spin.spin_margins(real, generated, *stored.T).abs().max() < 1e-4
+        spin.train(player, pairs, t, run)
+
+
+def test_previous_pairs_are_mixed_in_on_request(start, data, tmp_path):
+    for option, steps in ((True, 2), (None, 1)):
+        out = tmp_path / str(option)
+        argv = flags(start, data, out, iterations=2, mix_previous=option, batch=30, prompts=30, lr=1e-4)
+        assert spin.main(argv) == 0
+        first, second = (len(rows(out / f"steps-{t}.jsonl")) for t in range(2))
+        assert (first, second) == (1, steps)
+
+
+def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
+    """Sampling options the opponent's sampling and no other; beta, clip, fresh prompts and noise each iteration."""
+    sampled, betas, clips, chosen = [], [], [], []
+    spy(monkeypatch, spin, "sample_responses", lambda a, k: sampled.append((k, k["generator"].initial_seed())))
+    spy(monkeypatch, spin, "spin_loss", lambda a, k: betas.append(a[-1]))
+    spy(monkeypatch, torch.nn.utils, "clip_grad_norm_", lambda a, k: clips.append(a[1]))
+    spy(monkeypatch, spin, "generate", lambda a, k: chosen.append([e.prompt for e in a[1]]))
+    options = {
+        "temperature": 1.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "beta": "0.5,2",
+        "clip": 0.25,
+        "prompts": 10,
+        "iterations": 2,
+    }
+    assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
+    settings = [(k["temperature"], k["top_k"], k["top_p"]) for k, _ in sampled]
+    evaluation = [(0.0, 0, 1.0), (1.0, 0, 1.0)]
+    assert settings == [(1.0, 0, 1.0), *evaluation] + [(1.5, 7, 0.9), *evaluation] * 2
+    assert sampled[3][1] != sampled[6][1], "the opponent's noise is the same in every iteration"
+    assert sampled[1][1] == sampled[4][1], "evaluation noise is shared by all iterates"
+    assert set(betas[: len(betas) // 2]) == {0.5} and set(betas[len(betas) // 2 :]) == {2.0}
+    assert set(clips) == {0.25}
+    assert len(chosen[0]) == len(chosen[1]) == 10 and set(chosen[0]) != set(chosen[1])
+
+
+def test_evaluation_sees_held_out_prompts_only(start, data, tmp_path, monkeypatch):
+    seen = []
+    spy(monkeypatch, spin, "evaluate", lambda a, k: seen.append([e.prompt for e in a[1]]))
+    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    _, _, heldout, _ = begin(start, data, tmp_path / "again")
+    assert seen == [[e.prompt for e in heldout]] * 2
+
+
 def test_micro_batches_change_nothing(start, data, tmp_path):
     """16 pairs a step in micro-batches of 1, 5 or 16 give the same weights, the last small step included."""
     ends = []
@@ -215,8 +291,8 @@ def test_optimizers_are_torch_s_over_trainable_parameters(name):
     args = spin.Args(optimizer=name, weight_decay=0.1)
     optimizer = spin.make_optimizer([torch.nn.Parameter(torch.ones(1))], args, lr=1e-3)
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
-    assert type(optimizer) is kind
-    assert optimizer.param_groups[0]["weight_decay"] == (0.1 if name == "adamw" else 0)
+    plain = kind(optimizer.param_groups[0]["params"], lr=1e-3, weight_decay=0.1 if name == "adamw" else 0)
+    assert type(optimizer) is kind and optimizer.param_groups == plain.param_groups
 
 
 # ---------------------------------------------------------------- mistakes seen in the wild
@@ -240,7 +316,7 @@ def plain_run(model: GPTNeo, tmp_path, bf16=False) -> spin.Run:
     device = torch.device("cpu")
     return spin.Run(
         spin.Args(micro_batch=2), None, model.config.eos_token_id, device,
-        lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16), tmp_path,
+        lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16), tmp_path, tmp_path,
     )  # fmt: skip
 
 
@@ -431,7 +507,7 @@ def test_kl_to_the_start_is_that_of_the_whole_distribution(tmp_path):
     after = model.logits(model(torch.tensor([prompt])))[0, -1].detach().log_softmax(-1)
     exact = (before.exp() * (before - after)).sum().item()
     now = spin.sequence_logps(model, sequences, run)
-    estimate = spin.with_se("kl", [a - b for a, b in zip(start_logps, now)])
+    estimate = report.with_se("kl", [a - b for a, b in zip(start_logps, now)])
     assert exact > 1e-3
     assert abs(estimate["kl"] - exact) <= 5 * estimate["kl_se"]
 
@@ -460,19 +536,23 @@ def test_a_rerun_appends_nothing(start, data, tmp_path, capsys):
 
 
 def test_edit_distance_on_known_pairs():
-    assert spin.distance("kitten", "sitting") == 3 and spin.distance("", "abc") == 3 and spin.distance("abc", "") == 3
-    assert spin.nearest_edits("A B C", ["A B", "A B C D"]) == (1, 4)
-    assert spin.nearest_edits("A B", ["X", "A B"]) == (0, 2)
+    assert (
+        report.distance("kitten", "sitting") == 3
+        and report.distance("", "abc") == 3
+        and report.distance("abc", "") == 3
+    )
+    assert report.nearest_edits("A B C", ["A B", "A B C D"]) == (1, 4)
+    assert report.nearest_edits("A B", ["X", "A B"]) == (0, 2)
 
 
 def test_standard_errors_of_mean_and_ratio():
     """Of a mean: sqrt(p (1 - p) / n). Of a ratio: against the spread over 2000 resampled data sets."""
-    row = spin.with_se("x", [1.0, 0.0, 0.0, 0.0])
+    row = report.with_se("x", [1.0, 0.0, 0.0, 0.0])
     assert row["x"] == 0.25 and row["x_se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     rng = torch.Generator().manual_seed(0)
     weights = torch.randint(1, 9, (300,), generator=rng).double()
     values = weights * 2 + torch.randn(300, generator=rng)
-    row = spin.with_se("x", values.tolist(), weights.tolist())
+    row = report.with_se("x", values.tolist(), weights.tolist())
     index = torch.randint(300, (2000, 300), generator=rng)
     resampled = values[index].sum(1) / weights[index].sum(1)
     assert row["x_se"] == pytest.approx(resampled.std().item(), rel=0.1)
@@ -490,9 +570,42 @@ def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeyp
     assert row["nll"] == pytest.approx(-sum(logps) / sum(len(e.real_ids) for e in heldout))
 
 
+def test_perfect_responses_count_as_right_whatever_surrounds_them(start, tmp_path):
+    """White space or an end-of-sequence text around a reference is not asked of the player."""
+    path = tmp_path / "x.jsonl"
+    texts = ["HH AH0\n", " HH AH0", "HH AH0<|endoftext|>", "HH AH0"]
+    path.write_text("".join(json.dumps({"prompt": f"w{i}", "response": t}) + "\n" for i, t in enumerate(texts * 9)))
+    _, _, heldout, run = begin(start, path, tmp_path / "run")
+    for example in heldout:
+        assert spin.decode(example.real_ids, run.tokenizer, run.eos_token_id) in example.references == ["HH AH0"]
+
+
+def test_recipes_hold_out_the_same_words():
+    """Of the start's making, of the default run and of its supervised rival, so that none is trained on anywhere."""
+    from conftest import ROOT
+
+    parsed = [
+        spin.parse([command, f"@{ROOT}/recipes/{name}.args"])[1]
+        for command, name in (("sft", "pronounce-sft"), ("spin", "pronounce"), ("sft", "pronounce-continue"))
+    ]
+    assert len({(a.eval_share, a.data, a.template, a.eval_data) for a in parsed}) == 1
+    assert spin.parse([])[1] == parsed[1] and spin.parse(["sft"])[1] == parsed[0]
+
+
+def test_recipes_work_in_a_folder_with_a_space(tmp_path, monkeypatch):
+    from conftest import ROOT
+
+    monkeypatch.setattr(spin, "HERE", tmp_path / "a b")
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/recipes").symlink_to(ROOT / "recipes")
+    assert spin.parse([])[1].model == f"{tmp_path}/a b/pronounce/start"
+
+
 def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
     _, train_set, heldout, _ = begin(start, data, tmp_path / "a")
-    _, sft_train, sft_heldout, _ = begin(start, data, tmp_path / "b", command="sft", from_scratch=True, beta=None)
+    _, sft_train, sft_heldout, _ = begin(
+        start, data, tmp_path / "b", command="sft", from_scratch=True, rank=0, beta=None
+    )
     assert not {e.prompt for e in train_set} & {e.prompt for e in heldout}
     assert [e.prompt for e in heldout] == [e.prompt for e in sft_heldout]
     assert [e.prompt for e in train_set] == [e.prompt for e in sft_train]
@@ -613,3 +726,14 @@ def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
     assert spin.main(flags("owner/name", data, tmp_path / "again")) == 2
     error = capsys.readouterr().err
     assert "--model owner/name" in error and "no network" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rank", [4, 0])
+def test_whole_run_on_cuda(start, data, tmp_path, precision, rank):
+    argv = flags(start, data, tmp_path / "run", device="cuda", precision=precision, rank=rank, iterations=2, lr=1e-3)
+    assert spin.main(argv) == 0
+    for t in range(2):
+        first = rows(tmp_path / f"run/steps-{t}.jsonl")[0]
+        assert first["loss"] == pytest.approx(LN2, abs=1e-5 if precision == "fp32" else 1e-2)

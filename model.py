@@ -1,6 +1,6 @@
 """GPT-Neo from scratch: the model, its KV cache, and its weights on disk.
 
-Needs torch and safetensors (and numpy, which safetensors uses to save) only; copy this file alone into another code base and it works.
+Needs torch and safetensors only (which wants numpy to save); copy this file alone into another code base.
 
 What sets GPT-Neo apart from GPT-2, and is easily got wrong:
 - attention scores are NOT divided by sqrt(head size);

@@ -2,8 +2,8 @@
 
     python benchmarks/bench.py [--device cuda] [--seconds 60]
 
-Prints a table and writes benchmarks/results/<name of the device>.json: median, 20th and 80th percentile in ms, and on a GPU the
-peak memory over the inputs in MiB. Later comparisons are added here, one function each.
+Prints a table and writes a JSON file named after the device to benchmarks/results: median, 20th and 80th percentile
+in ms, and on a GPU the peak memory over the inputs in MiB. Later comparisons are added here, one function each.
 """
 
 import argparse

@@ -324,12 +324,12 @@ class GPTNeo(nn.Module):
             expected = GPTNeo(self.config)
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
         _check_fit(path, state, expected)
-        temporary = path / "model.safetensors.tmp"
-        save_file(state, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path / "model.safetensors")
-        temporary = path / "config.json.tmp"
-        temporary.write_text(self.config.to_json())
-        os.replace(temporary, path / "config.json")
+        config, weights = path / "config.json.tmp", path / "model.safetensors.tmp"
+        config.write_text(self.config.to_json())
+        save_file(state, weights, metadata={"format": "pt"})
+        weights.chmod(config.stat().st_mode)  # safetensors lets the owner alone read it, whatever the umask
+        os.replace(weights, path / "model.safetensors")
+        os.replace(config, path / "config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

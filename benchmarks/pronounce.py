@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -54,12 +54,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one thread")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(run, *zip(*[(m, seed) for m in METHODS for seed in range(args.seeds)])))
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}"
     path = ROOT / "benchmarks/results/pronounce.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "commit": commit.strip(), "runs": runs}, indent=1) + "\n")
+    runs: list[dict] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in as_completed([pool.submit(run, m, seed) for seed in range(args.seeds) for m in METHODS]):
+            runs.append(done.result())  # written after each: hours of runs should not hang on the last one
+            path.write_text(json.dumps({"machine": machine, "commit": commit.strip(), "runs": runs}, indent=1) + "\n")
     print(f"\n{machine}, commit {commit.strip()}, {args.seeds} seeds\n")
     print(table(runs, args.seeds))
 

@@ -12,8 +12,8 @@ of one iteration, a *step* one optimizer update. The *iterate* theta_t is the pl
 
 Deviations from the paper and from the official code (uclaml/SPIN):
 - The opponent's log-probabilities are computed once an iteration, before training, so no second model is in memory.
-- LoRA is the default; `--rank 0` trains all parameters as the paper does. AdamW is the default; `--optimizer rmsprop`
-  is the paper's. The published recipe is recipes/paper.args.
+- LoRA is the default of `--rank`; 0 trains all parameters as the paper does (and as recipes/pronounce.args, the run
+  without flags). AdamW is the default; `--optimizer rmsprop` is the paper's. The published recipe: recipes/paper.args.
 - Sampled ids are scored as they were sampled, never decoded and encoded again. The end-of-sequence token counts
   where it was sampled; the official code appends one to responses that were cut.
 - Prompt and response are encoded apart. Responses equal to the real one are dropped: they have no gradient.
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -349,7 +349,9 @@ def sequence_logps(player: GPTNeo, sequences: list[PromptResponse], run: Run) ->
     return result
 
 
-def fit(player: GPTNeo, items: list, loss_of: Callable[[list], dict[str, Tensor]], t: int, run: Run) -> report.Row:
+def fit(
+    player: GPTNeo, items: list[Any], loss_of: Callable[[list[Any]], dict[str, Tensor]], t: int, run: Run
+) -> report.Row:
     """Minimises the mean of loss_of(batch)["loss"] over `items`; the optimizer starts afresh every iteration.
 
     `loss_of` maps a list of items to (b,) tensors by name. A step's gradient is that of the mean over its batch,
@@ -491,7 +493,7 @@ def nth(values: Sequence[float], t: int) -> float:
     return values[t] if len(values) > 1 else values[0]
 
 
-def chunks(items: list, size: int) -> Iterator[list]:
+def chunks(items: list[int], size: int) -> Iterator[list[int]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 

@@ -555,7 +555,8 @@ def parse(argv: list[str]) -> tuple[str, Args]:
     parser = argparse.ArgumentParser(
         prog=f"spin.py {command}",
         fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.split("\n\nAlgorithm 1")[0] + "\n\n@FILE reads flags from a recipe; defaults are in [].",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # or --mod would not be seen as --model above
     )
     parser.convert_arg_line_to_args = recipe_words
@@ -585,16 +586,17 @@ def field_comments(cls: type) -> list[str]:
 
 
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, text: str) -> None:
-    flag = "--" + field.name.replace("_", "-")
+    flag, default = "--" + field.name.replace("_", "-"), field.default
+    text = re.sub(r"^\((spin|sft)\) ", "", text).replace("%", "%%")
     if field.type is bool:
         parser.add_argument(flag, action="store_true", help=text)
-        return
-    kind = field.type
-    if not isinstance(kind, type) or kind not in (int, float, str):  # tuple[X, ...]
-        item = kind.__args__[0]
-        parser.add_argument(flag, type=comma_separated(item), default=field.default, metavar="X,...", help=text)
+    elif isinstance(default, tuple):
+        text += f" [{','.join(map(str, default))}]"
+        kind = comma_separated(field.type.__args__[0])
+        parser.add_argument(flag, type=kind, default=default, metavar="X,...", help=text)
     else:
-        parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text)
+        text += f" [{default}]" if default != "" else ""
+        parser.add_argument(flag, type=field.type, default=default, metavar="X", help=text)
 
 
 def comma_separated(item: type) -> Callable[[str], tuple]:

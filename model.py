@@ -37,6 +37,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Keys of hub checkpoints that hold no parameter: causal-mask buffers, and the head when tied to `wte`.
+HEAD = "transformer.wte.weight"  # tied: the token embedding is the language-model head
 IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "lm_head.weight")
 
 
@@ -309,6 +310,7 @@ class GPTNeo(nn.Module):
                 if not key.endswith(IGNORED_KEYS):
                     state[key] = tensor.to(device, dtype)
         _check_fit(path, state, model)
+        state[HEAD] = _with_padding(state[HEAD])
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
@@ -381,6 +383,20 @@ def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tens
         raise ValueError(f"{file}: damaged or not a weight file ({first_line})") from None
     except Exception as error:  # torch.load refuses with pickle.UnpicklingError, EOFError, KeyError and others
         raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
+
+
+def _with_padding(weight: Tensor) -> Tensor:
+    """The same (V, D), but followed in memory by rows of zeros up to a multiple of 64.
+
+    Matrix products with V = 50257 rows may be slow on a GPU; a kernel that looks for the padding can take all 50304.
+    State dicts and files do not see it; moving or casting the module drops it.
+    """
+    V, D = weight.shape
+    if V % 64 == 0:
+        return weight
+    storage = weight.new_zeros((V + 63) // 64 * 64, D)
+    storage[:V] = weight
+    return storage[:V]
 
 
 def _check_fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:

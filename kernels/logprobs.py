@@ -2,22 +2,25 @@
 
     logp_i = z_i[y_i] - log sum_v exp(z_iv)         z_i = W h_i
     d logp_i / d z_iv = [v = y_i] - p_iv            p_iv = exp(z_iv) / sum_u exp(z_iu)
-    d logp_i / d h_i  = W[y_i] - sum_v p_iv W_v
+    d logp_i / d h_i  = (1 - p_i[y_i]) W[y_i] - sum_v p_iv W_v, v != y_i
 
-linear_logprobs never holds the N x V logits: it makes them a chunk of rows at a time, in a buffer all chunks share.
-The gradient arriving at logp_i is one number a row and only scales d logp_i / d h_i. So with a frozen W (LoRA, a tied
-head) the forward pass also makes that N x D gradient, while the chunk's logits are at hand, and the backward pass is
-one multiply: two matrix products in all, where recomputing the logits takes three. With a trained W the backward pass
-does recompute them. If nobody wants a gradient, there is one product and nothing is saved.
+linear_logprobs never holds the N x V logits: it makes them a tile at a time, some rows by some columns, in a buffer all
+tiles share. The gradient arriving at logp_i is one number a row and only scales d logp_i / d h_i. So with a frozen W
+(LoRA, a tied head) the forward pass also makes that N x D gradient, while a tile's logits are at hand, and the backward
+pass is one multiply: two matrix products in all, where recomputing the logits takes three. The sum over v is gathered
+tile by tile as attention gathers its values, here the rows of W: weighted by exp(z_v - shift), and scaled down whenever
+a tile raises the shift. With a trained W the backward pass does recompute the logits. If nobody wants a gradient,
+there is one product and nothing is saved.
 
-The rows of a chunk are worked on by triton_rows.py on CUDA and by torch_rows.py elsewhere. TRITON_INTERPRET=1 in the
-environment sends CPU tensors through the Triton kernels too: slow, but it tests them without a GPU.
+A tile is worked on by triton_rows.py on CUDA and by torch_rows.py elsewhere. TRITON_INTERPRET=1 in the environment
+sends CPU tensors through the Triton kernels too: slow, but it tests them without a GPU.
 
 Legend: N rows (tokens), D hidden width, V vocabulary entries. All log-probabilities are in nats.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +30,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import torch_rows
+from .tiles import accumulator, add_product, empty, round_into, scratch_rows, slices, tiles
 
-CUDA_BUFFER_BYTES = 512 * 2**20  # cap on the buffers of a chunk
-CPU_BUFFER_BYTES = 32 * 2**20  # smaller is slower, as every chunk reads all of the weight; larger gains little
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -51,7 +53,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
             out of range gives nan, value and gradient, instead: an error would have to wait for the GPU.
     """
     _check_matrix("logits", logits)
-    targets = _checked_targets(targets, logits, logits.shape[1], ignore_index)
+    targets = _checked_targets(targets, logits, logits.shape[1])
     if torch.is_grad_enabled() and logits.requires_grad:
         return _TokenLogprobs.apply(logits, targets, ignore_index)
     return _token_forward(logits, targets, ignore_index)[0]
@@ -65,19 +67,21 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 
     Args:
         hidden: (N, D), float16, bfloat16 or float32, any strides.
-        weight: (V, D), same dtype as hidden. Inside torch.autocast both are cast to the autocast dtype first.
+        weight: (V, D), same dtype as hidden. Inside torch.autocast both are cast to the autocast dtype first. A view
+            of the first V rows of a tensor with a multiple of 64 finite rows may be faster on CUDA, any V else.
         targets: (N,), any integer dtype.
         ignore_index: rows with this target give 0 and get a zero gradient.
 
     Returns:
-        (N,) fp32, in nats. Differentiable once in hidden and weight. Keeps N x D numbers for that if the weight is
-        frozen, the inputs if it is trained; its gradient is summed in an fp32 (V, D) buffer.
+        (N,) fp32, in nats. Differentiable once in hidden and weight. Keeps N x D fp32 numbers for that if the
+        weight is frozen, the inputs if it is trained.
 
     Raises:
         TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside autocast.
         ValueError: as in token_logprobs.
 
-    Source: making gradients in the forward pass, chunk by chunk, is from Liger Kernel, arXiv:2410.10989.
+    Source: making gradients in the forward pass is from Liger Kernel, arXiv:2410.10989; the running sum over tiles
+    from FlashAttention, arXiv:2205.14135.
     """
     _check_matrix("hidden", hidden)
     _check_matrix("weight", weight)
@@ -85,7 +89,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         raise ValueError(
             f"hidden {tuple(hidden.shape)} on {hidden.device} fits no weight {tuple(weight.shape)} on {weight.device}"
         )
-    targets = _checked_targets(targets, hidden, len(weight), ignore_index)
+    targets = _checked_targets(targets, hidden, len(weight))
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)  # here autograd sees it and casts the gradients back
@@ -95,7 +99,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _FrozenHeadLogprobs.apply(hidden, weight, targets, ignore_index)
-    return _linear_forward(hidden, weight, targets, ignore_index)[0]
+    return _linear_forward(hidden, weight, targets, ignore_index, False)[0]
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:
@@ -105,7 +109,7 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {matrix.dtype}")
 
 
-def _checked_targets(targets: Tensor, rows: Tensor, V: int, ignore_index: int) -> Tensor:
+def _checked_targets(targets: Tensor, rows: Tensor, V: int) -> Tensor:
     """The targets as contiguous int64, checked against the (N, anything) rows and the vocabulary size."""
     if targets.dtype not in INTEGERS:
         raise TypeError(f"targets must be integers, got {targets.dtype}")
@@ -115,13 +119,39 @@ def _checked_targets(targets: Tensor, rows: Tensor, V: int, ignore_index: int) -
         )
     if V == 0:
         raise ValueError("the vocabulary must have at least 1 entry, got V = 0")
-    targets = targets.to(torch.int64).contiguous()
-    if not rows.is_cuda:
-        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            raise ValueError(f"targets[{i}] = {targets[i]} is not in [0, V) with V = {V}, nor ignored ({ignore_index})")
-    return targets
+    return targets.to(torch.int64).contiguous()
+
+
+def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
+    if targets.is_cuda:
+        return
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"targets[{i}] = {targets[i]} is not in [0, V) with V = {V}, nor ignored ({ignore_index})")
+
+
+def _operator(fake: Callable) -> Callable:
+    """Decorator: torch.compile takes the function for one operator, whose empty results `fake` makes.
+
+    Eager calls go straight to the function. Operators are named after this module, so that copies of it can coexist.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"{__name__}{function.__name__}".replace(".", "_")
+        operator = torch.library.custom_op(f"logprobs::{name}", function, mutates_args=())
+        operator.register_fake(fake)
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call
+
+    return decorate
+
+
+# ---- from logits ----
 
 
 class _TokenLogprobs(Function):
@@ -135,41 +165,50 @@ class _TokenLogprobs(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, *statistics = ctx.saved_tensors
-        upstream = upstream.contiguous()  # (N,); sum() sends a stride of 0
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        backend = _backend(logits.device)
-        for rows, chunk in _fp32_chunks(logits):
-            known = (s[rows] for s in statistics)
-            backend.row_gradient(chunk, targets[rows], ctx.ignore_index, *known, upstream[rows], grad[rows])
-        return grad, None, None
+        return _token_backward(*ctx.saved_tensors, upstream, ctx.ignore_index), None, None
 
 
+@_operator(lambda logits, *_: _empty_statistics(logits))
 def _token_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, shift, log_sum), each (N,)."""
+    V = logits.shape[1]
+    _check_range(targets, V, ignore_index)
     logp, shift, log_sum = _empty_statistics(logits)
     backend = _backend(logits.device)
     for rows, chunk in _fp32_chunks(logits):
-        backend.row_logprobs(chunk, targets[rows], ignore_index, logp[rows], shift[rows], log_sum[rows])
+        backend.row_logprobs(chunk, targets[rows], ignore_index, 0, V, logp[rows], shift[rows], log_sum[rows])
     return logp, shift, log_sum
+
+
+@_operator(lambda logits, *_: _empty_gradient(logits))
+def _token_backward(
+    logits: Tensor, targets: Tensor, logp: Tensor, shift: Tensor, log_sum: Tensor, upstream: Tensor, ignore_index: int
+) -> Tensor:
+    upstream = upstream.contiguous()  # (N,); sum() sends a stride of 0
+    grad = _empty_gradient(logits)
+    backend = _backend(logits.device)
+    for rows, chunk in _fp32_chunks(logits):
+        known = (s[rows] for s in (logp, shift, log_sum, upstream))
+        out = grad[rows] if backend is not torch_rows else chunk
+        backend.row_gradient(chunk, targets[rows], ignore_index, 0, *known, out)
+        if out is chunk:
+            grad[rows] = chunk
+    return grad
 
 
 def _fp32_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(which rows, their logits): for torch_rows fp32 scratch copies, for Triton all rows as they are."""
     N, V = logits.shape
     if _backend(logits.device) is not torch_rows:
-        yield slice(0, N), logits
+        yield slice(0, N), logits if logits.stride(1) == 1 else logits.contiguous()
         return
-    step = min(max(1, N), _chunk_rows(logits.device, V, 4 * V))
+    step = max(1, min(N, scratch_rows(V)))
     scratch = torch.empty(step, V, dtype=torch.float32, device=logits.device)
-    for start in range(0, N, step):
-        rows = slice(start, min(start + step, N))
-        yield rows, scratch[: rows.stop - start].copy_(logits[rows])
+    for rows in slices(N, step):
+        yield rows, scratch[: rows.stop - rows.start].copy_(logits[rows])
 
 
-def _empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for logp, shift and log_sum, each (N,) fp32; triton_rows.py says what they are."""
-    logp, shift, log_sum = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(3))
-    return logp, shift, log_sum
+# ---- from hidden states ----
 
 
 class _FrozenHeadLogprobs(Function):
@@ -177,17 +216,18 @@ class _FrozenHeadLogprobs(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        d_hidden = torch.empty_like(hidden)
-        logp, _, _ = _linear_forward(hidden, weight, targets, ignore_index, d_hidden)
+        logp, _, _, d_hidden = _linear_forward(hidden, weight, targets, ignore_index, True)
         ctx.save_for_backward(d_hidden)
+        ctx.dtype = hidden.dtype
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (d_hidden,) = ctx.saved_tensors
+        grad = torch.empty_like(d_hidden, dtype=ctx.dtype)
         # Not `*`, which would return fp32 and need another pass to round; not in place, as backward may run again.
-        return torch.mul(d_hidden, upstream.unsqueeze(1), out=torch.empty_like(d_hidden)), None, None, None
+        return torch.mul(d_hidden, upstream.unsqueeze(1), out=grad), None, None, None
 
 
 class _TrainedHeadLogprobs(Function):
@@ -195,7 +235,7 @@ class _TrainedHeadLogprobs(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, shift, log_sum = _linear_forward(hidden, weight, targets, ignore_index)
+        logp, shift, log_sum, _ = _linear_forward(hidden, weight, targets, ignore_index, False)
         ctx.save_for_backward(hidden, weight, targets, logp, shift, log_sum)
         ctx.ignore_index = ignore_index
         return logp
@@ -203,94 +243,77 @@ class _TrainedHeadLogprobs(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        hidden, weight, targets, *statistics = ctx.saved_tensors
-        upstream = upstream.contiguous()  # (N,)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)  # a sum over chunks, so fp32
-        factor = _as_factor(weight)
-        backend = _backend(hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, logits, grad in _logit_chunks(hidden, factor, with_grad=True):
-                known = (s[rows] for s in statistics)
-                backend.row_gradient(logits, targets[rows], ctx.ignore_index, *known, upstream[rows], grad)
-                _add_matmul(d_weight, grad.t(), _as_factor(hidden[rows]))
-                if d_hidden is not None:
-                    _matmul(grad, factor, out=d_hidden[rows])
-        return d_hidden, d_weight.to(weight.dtype), None, None
+        d_hidden, d_weight = _linear_backward(*ctx.saved_tensors, upstream, ctx.ignore_index, ctx.needs_input_grad[0])
+        return d_hidden if ctx.needs_input_grad[0] else None, d_weight, None, None
 
 
+@_operator(lambda hidden, *rest: (*_empty_statistics(hidden), _empty_gradient(hidden, rest[-1], torch.float32)))
 def _linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, d_hidden: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, shift, log_sum); also fills d_hidden (N, D), if given, with d logp_i / d h_i."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, shift, log_sum), each (N,), and d logp_i / d h_i, (N, D), all fp32; that empty if it is not wanted."""
+    V = len(weight)
+    _check_range(targets, V, ignore_index)
     logp, shift, log_sum = _empty_statistics(hidden)
-    factor = _as_factor(weight)
+    d_hidden = _empty_gradient(hidden, with_gradient, torch.float32)  # fp32, so as to round only after the upstream
     backend = _backend(hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):  # or it would round fp32 factors to 16 bits
-        for rows, logits, grad in _logit_chunks(hidden, factor, with_grad=d_hidden is not None):
-            backend.row_logprobs(logits, targets[rows], ignore_index, logp[rows], shift[rows], log_sum[rows], grad)
-            if d_hidden is not None:
-                _matmul(grad, factor, out=d_hidden[rows])
+    for tile in tiles(hidden, weight, with_gradient):
+        r, first = tile.rows, tile.columns.start
+        weighted = (tile.terms, d_hidden[r]) if with_gradient else ()
+        backend.row_logprobs(tile.logits, targets[r], ignore_index, first, V, logp[r], shift[r], log_sum[r], *weighted)
+        if with_gradient:
+            add_product(d_hidden[r], tile.terms, tile.weight, fresh=first == 0)
+    if with_gradient:
+        backend.hidden_gradient(d_hidden, weight, targets, ignore_index, logp, log_sum)
+    return logp, shift, log_sum, d_hidden
+
+
+@_operator(lambda hidden, weight, *rest: (_empty_gradient(hidden, rest[-1]), _empty_gradient(weight)))
+def _linear_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logp: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    with_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d_hidden, d_weight), d_hidden an empty tensor if it is not wanted."""
+    upstream = upstream.contiguous()  # (N,)
+    d_weight = _empty_gradient(weight).zero_()  # for N = 0
+    d_hidden = _empty_gradient(hidden, with_hidden)
+    hidden_sum = accumulator(d_hidden)
+    backend = _backend(hidden.device)
+    for tile in tiles(hidden, weight, True):
+        r, c = tile.rows, tile.columns
+        backend.row_gradient(
+            tile.logits, targets[r], ignore_index, c.start, logp[r], shift[r], log_sum[r], upstream[r], tile.terms
+        )
+        if r.start == 0:
+            weight_sum = accumulator(d_weight[c])
+        add_product(weight_sum, tile.terms[:, : len(weight_sum)].t(), tile.hidden, fresh=r.start == 0)
+        if with_hidden:
+            add_product(hidden_sum[r], tile.terms, tile.weight, fresh=c.start == 0)
+        if r.stop == len(hidden):
+            round_into(d_weight[c], weight_sum)
+    round_into(d_hidden, hidden_sum)
+    return d_hidden, d_weight
+
+
+def _empty_gradient(of: Tensor, wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    return empty(of.shape if wanted else (0,), of, dtype or of.dtype)
+
+
+def _empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for logp, shift and log_sum, each (N,) fp32; triton_rows.py says what they are."""
+    logp, shift, log_sum = (empty((len(rows),), rows, torch.float32) for _ in range(3))
     return logp, shift, log_sum
 
 
-def _logit_chunks(hidden: Tensor, factor: Tensor, with_grad: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(which rows, their fp32 logits, if wanted a buffer for the logits' gradient); the next chunk overwrites both.
-
-    The gradient is multiplied by `factor`, the weight, and has its dtype. In fp32 it shares the buffer of the logits.
-    """
-    (N, D), V = hidden.shape, len(factor)
-    stride = (V + 63) // 64 * 64  # V = 50257 is odd: without padding, rows are too ill-aligned for wide loads
-    dtypes = {torch.float32, factor.dtype} if with_grad else {torch.float32}
-    step = min(max(1, N), _chunk_rows(hidden.device, D, stride * sum(dtype.itemsize for dtype in dtypes)))
-    buffers = {dtype: torch.empty(step, stride, dtype=dtype, device=hidden.device)[:, :V] for dtype in dtypes}
-    for start in range(0, N, step):
-        rows = slice(start, min(start + step, N))
-        chunk = {dtype: buffer[: rows.stop - start] for dtype, buffer in buffers.items()}
-        _matmul(_as_factor(hidden[rows]), factor.t(), out=chunk[torch.float32])
-        yield rows, chunk[torch.float32], chunk[factor.dtype] if with_grad else None
-
-
-def _chunk_rows(device: torch.device, D: int, row_bytes: int) -> int:
-    """Rows of logits to hold at a time: a fixed rule rather than a search, so that the first call is as fast as any.
-
-    On CUDA a multiple of 128 under the memory cap. The product that writes the (rows, D) gradient has few 128 x 256
-    tiles: take as many as fill every processor a whole number of times or, if the cap denies that, all it allows.
-    """
-    if device.type != "cuda":
-        return max(1, CPU_BUFFER_BYTES // row_bytes)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    most = max(1, CUDA_BUFFER_BYTES // row_bytes // 128)  # in blocks of 128 rows
-    tiles = (D + 255) // 256  # of each block
-    waves = max(1, most * tiles // processors)
-    return 128 * max(1, min(most, waves * processors // tiles))
-
-
-def _as_factor(matrix: Tensor) -> Tensor:
-    """The matrix in a dtype whose products can be had in fp32: any dtype on CUDA, fp32 elsewhere."""
-    return matrix if matrix.is_cuda else matrix.float()
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, summed in fp32 and rounded once, to out's dtype."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)  # 16-bit factors, fp32 result; from torch 2.8 on
-    else:
-        out.copy_(torch.mm(a, b))  # fp32 factors, 16-bit result
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total being fp32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
 def _backend(device: torch.device) -> ModuleType:
-    """The module whose row_logprobs and row_gradient work on this device."""
+    """The module whose functions work on this device."""
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         from . import triton_rows  # not at the top: without triton, all else still works
 

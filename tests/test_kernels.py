@@ -9,6 +9,7 @@ rounded once or twice to 2^-9 (bfloat16) or 2^-12 (float16), and the interpreter
 """
 
 import ast
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from kernels import linear_logprobs, logprobs, token_logprobs, torch_rows
+from kernels import linear_logprobs, logprobs, tiles, token_logprobs, torch_rows
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,8 +44,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def three_rows_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "_chunk_rows", lambda device, D, row_bytes: 3)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows by a third of the columns and one more."""
+    monkeypatch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (3, V // 3 + 1))
+    monkeypatch.setattr(logprobs, "scratch_rows", lambda V: 3)
 
 
 def uses_triton(device: str) -> bool:
@@ -157,7 +161,7 @@ def test_float16(device: str) -> None:
 
 
 @dtypes
-def test_many_chunks(device: str, dtype: torch.dtype, three_rows_a_chunk: None) -> None:
+def test_many_tiles(device: str, dtype: torch.dtype, small_tiles: None) -> None:
     targets, upstream = some_targets(10, 1023, device), normal(10, device=device)
     check_token(leaf(normal(10, 1023, device=device, dtype=dtype)), targets, upstream)
     hidden, weight = (leaf(normal(n, D, device=device, dtype=dtype)) for n in (10, 1023))
@@ -247,7 +251,7 @@ def layouts(matrix: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", layouts(torch.zeros(2, 2)))
-def test_strided_inputs(device: str, name: str, three_rows_a_chunk: None) -> None:
+def test_strided_inputs(device: str, name: str, small_tiles: None) -> None:
     N, V = 5, 33
     targets = some_targets(2 * N, V, device)[::2]
     upstream = normal(N, 2, device=device)[:, 1]
@@ -320,7 +324,7 @@ def test_without_gradient_nothing_is_saved(device: str) -> None:
 def test_a_frozen_head_saves_one_row_of_hidden_width_per_token(device: str) -> None:
     hidden, weight = (normal(n, D, device=device, dtype=torch.bfloat16) for n in (5, 1023))
     _, saved = saved_by(lambda: linear_logprobs(leaf(hidden), weight, some_targets(5, 1023, device)))
-    assert [(t.shape, t.dtype) for t in saved] == [(hidden.shape, torch.bfloat16)]
+    assert [(t.shape, t.dtype) for t in saved] == [(hidden.shape, torch.float32)]
     _, saved = saved_by(lambda: linear_logprobs(leaf(hidden), leaf(weight), some_targets(5, 1023, device)))
     assert max(t.numel() for t in saved) == weight.numel()  # the weight itself, not logits
 
@@ -343,9 +347,9 @@ def test_number_of_matrix_products(
 ) -> None:
     """One where no gradient is wanted, two for a frozen head, backward included: the point of it all."""
     products: list[str] = []
-    for name in ("_matmul", "_add_matmul"):
-        original = getattr(logprobs, name)
-        monkeypatch.setattr(logprobs, name, lambda *a, o=original, **k: products.append("") or o(*a, **k))
+    original = tiles.add_product
+    for module in (logprobs, tiles):
+        monkeypatch.setattr(module, "add_product", lambda *a, **k: products.append("") or original(*a, **k))
     hidden = normal(5, D, device=device).requires_grad_(hidden_grad)
     weight = normal(17, D, device=device).requires_grad_(weight_grad)
     targets = some_targets(5, 17, device)
@@ -420,15 +424,37 @@ class LargestTensor(TorchDispatchMode):
 @dtypes
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: bool) -> None:
-    N, V = (64, 1023) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms a row
+    N, V = (128, 1023) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms a row
     if INTERPRETED:
-        monkeypatch.setattr(logprobs, "CPU_BUFFER_BYTES", 2**16)
+        monkeypatch.setattr(tiles, "CPU_ROWS", 64)
+        monkeypatch.setattr(tiles, "CPU_COLUMNS", 128)
     hidden, weight = leaf(normal(N, D, dtype=dtype)), normal(V, D, dtype=dtype).requires_grad_(trained)
     targets = some_targets(N, V, "cpu")
     with LargestTensor() as largest:
         linear_logprobs(hidden, weight, targets).sum().backward()
-    # The chunk's logits, or one fp32 copy of an input, whichever is larger. N x V logits are far larger.
-    assert largest.nbytes <= max(4 * N * D, 4 * V * D, logprobs.CPU_BUFFER_BYTES) < 2 * N * V
+    # A tile's logits, an input or its gradient, whichever is largest. N x V logits are far larger.
+    tile = 4 * tiles.CPU_ROWS * tiles.CPU_COLUMNS
+    assert largest.nbytes <= max(4 * N * D, weight.nbytes, tile) < 4 * N * V / 4
+
+
+def peak_bytes(call) -> int:
+    """Most bytes that tensors made by `call` held at one time, on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
+
+
+@dtypes
+@pytest.mark.skipif(INTERPRETED, reason="too slow")
+def test_peak_memory_is_a_quarter_of_eager(dtype: torch.dtype) -> None:
+    """Over the inputs, forward and backward; 1/50 is usual, but for bfloat16 the weight's tiles are made fp32."""
+    N, V = 512, 50257
+    hidden, weight, targets = leaf(normal(N, 768, dtype=dtype)), normal(V, 768, dtype=dtype), some_targets(N, V, "cpu")
+    eager = peak_bytes(lambda: reference((hidden @ weight.T).float(), targets).sum().backward())
+    assert eager >= 2 * 4 * N * V
+    assert peak_bytes(lambda: linear_logprobs(hidden, weight, targets).sum().backward()) <= eager / 4
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
@@ -438,18 +464,22 @@ def test_the_logits_never_exist_on_cuda() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_logprobs(leaf(hidden), weight, targets).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < logprobs.CUDA_BUFFER_BYTES + 2**26  # logits: 3.1 GiB in fp32
+    assert torch.cuda.max_memory_allocated() - before < tiles.CUDA_BUFFER_BYTES + 2**26  # logits: 3.1 GiB in fp32
 
 
-@pytest.mark.parametrize("width", [64, 768, 2048, 2560, 8192, 40000])
-def test_cuda_chunks_fill_waves_under_the_cap(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+@pytest.mark.parametrize("width", [0, 64, 768, 2048, 2560, 8192, 40000])
+@pytest.mark.parametrize("N", [1, 128, 2048, 8192, 16384])
+def test_cuda_tiles_fit_the_cap(monkeypatch: pytest.MonkeyPatch, N: int, width: int) -> None:
+    """Under the cap, in whole blocks, all rows and columns covered, and few columns only to fill the processors."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    row_bytes = 50304 * 6
-    rows = logprobs._chunk_rows(torch.device("cuda"), width, row_bytes)
-    most = logprobs.CUDA_BUFFER_BYTES // row_bytes // 128 * 128
-    tiles = rows // 128 * -(-width // 256)
-    assert rows % 128 == 0 and 128 <= rows <= most
-    assert rows == most or rows == 128 or tiles % 132 == 0 or tiles % 132 > 132 - -(-width // 256)
+    V, logit = 50257, 6
+    R, C = tiles.tile_shape(torch.device("cuda"), N, V, width, logit)
+    assert 1 <= R <= N and 1 <= C <= V
+    assert logit * R * C <= tiles.CUDA_BUFFER_BYTES
+    assert R == N or R % 128 == 0
+    assert C == V or C % tiles.PAD == 0
+    if C < V:  # the second product's blocks of 128 x 256, and how many run at once
+        assert width and (R + 127) // 128 * ((width + 255) // 256) <= 132
 
 
 # ---- errors ----
@@ -470,9 +500,10 @@ def test_targets_out_of_range_in_triton_give_nan(device: str, bad: int) -> None:
 
     logits, targets = normal(3, 5, device=device), torch.tensor([1, bad, 2], device=device)
     logp, shift, log_sum, upstream = torch.ones(4, 3, device=device)
-    at_once, later = torch.empty(2, 3, 5, device=device)
-    triton_rows.row_logprobs(logits, targets, IGNORED, logp, shift, log_sum, at_once)
-    triton_rows.row_gradient(logits, targets, IGNORED, logp, shift, log_sum, upstream, later)
+    at_once, later = torch.ones(2, 3, 5, device=device)
+    triton_rows.row_logprobs(logits, targets, IGNORED, 0, 5, logp, shift, log_sum)
+    triton_rows.row_gradient(logits, targets, IGNORED, 0, logp, shift, log_sum, upstream, later)
+    triton_rows.hidden_gradient(at_once, torch.ones(5, 5, device=device), targets, IGNORED, logp, log_sum)
     assert logp.isnan().tolist() == [False, True, False]
     for grad in (at_once, later):
         assert grad.isnan().all(1).tolist() == [False, True, False] == grad.isnan().any(1).tolist()
@@ -505,6 +536,99 @@ def test_misfits_are_named(call, error: type[Exception], message: str) -> None:
         call()
 
 
+# ---- torch.compile, checkpoints, padding ----
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_torch_compile_makes_one_graph(device: str, trained: bool) -> None:
+    """fullgraph=True would raise on any break. aot_eager traces all that inductor sees but compiles no C++."""
+    targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
+    hidden, weight = leaf(normal(5, D, device=device)), normal(1023, D, device=device).requires_grad_(trained)
+    wanted = [hidden, weight] if trained else [hidden]
+    backend = "inductor" if device == "cuda" else "aot_eager"
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def compiled(h: Tensor, w: Tensor) -> Tensor:
+        return linear_logprobs(2 * h, w, targets) + 1  # with neighbours, which the compiler may move
+
+    expected = linear_logprobs(2 * hidden, weight, targets) + 1
+    actual = compiled(hidden, weight)
+    assert_close(actual, expected, rtol=0.0, atol=1e-6)
+    for grad, other in zip(gradients(actual, upstream, *wanted), gradients(expected, upstream, *wanted), strict=True):
+        assert_close(grad, other, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert_close(compiled(hidden, weight), expected, rtol=0.0, atol=1e-6)
+    logits = leaf(normal(5, 1023, device=device))
+    actual = torch.compile(token_logprobs, fullgraph=True, backend=backend)(logits, targets)
+    expected = token_logprobs(logits, targets)
+    assert_close(actual, expected, rtol=0.0, atol=1e-6)
+    assert_close(*(gradients(logp, upstream, logits)[0] for logp in (actual, expected)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_activation_checkpoints(device: str, trained: bool, use_reentrant: bool) -> None:
+    targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
+    hidden, weight = leaf(normal(5, D, device=device)), normal(1023, D, device=device).requires_grad_(trained)
+    wanted = [hidden, weight] if trained else [hidden]
+    expected = linear_logprobs(hidden, weight, targets)
+    actual = checkpoint(linear_logprobs, hidden, weight, targets, use_reentrant=use_reentrant)
+    assert torch.equal(actual, expected)
+    (actual * upstream).sum().backward()  # reentrant checkpoints do not work with autograd.grad
+    for tensor, grad in zip(wanted, gradients(expected, upstream, *wanted), strict=True):
+        assert torch.equal(tensor.grad, grad)
+
+
+@dtypes
+def test_padding_behind_the_weight_changes_nothing(monkeypatch, device: str, dtype: torch.dtype) -> None:
+    """Whatever finite numbers it holds; the products do run over it, which is what it is for."""
+    if device == "cpu":
+        monkeypatch.setattr(Tensor, "is_cuda", INTERPRETED)  # else padding is not looked at
+        monkeypatch.setattr(tiles, "_as_factor", lambda matrix: matrix.float())
+    N, V = 5, 1000
+    storage = normal(1024, D, device=device, dtype=dtype)
+    storage[V:] = 1e4
+    widths: list[int] = []
+    original = tiles.add_product
+    monkeypatch.setattr(tiles, "add_product", lambda *a, **k: widths.append(a[2].shape[1]) or original(*a, **k))
+    hidden, targets = normal(N, D, device=device, dtype=dtype), some_targets(N, V, device)
+    check_linear(leaf(hidden), leaf(storage[:V]), targets, normal(N, device=device))
+    assert set(widths) == {V}  # a copy, not padded
+    widths.clear()
+    results = []
+    for weight in (storage[:V], storage[:V].clone()):
+        for trained in (True, False):
+            h, w = leaf(hidden), weight.detach().requires_grad_(trained)
+            logp = linear_logprobs(h, w, targets)
+            results.append([logp, *gradients(logp, normal(N, device=device), *([h, w] if trained else [h]))])
+    assert (1024 in widths) == uses_triton(device)
+    for padded, plain in ((results[0], results[2]), (results[1], results[3])):
+        for a, b in zip(padded, plain, strict=True):
+            assert_norm_close(a, b, 1e-6)
+
+
+# ---- precision ----
+
+
+def test_logits_up_to_64_in_bfloat16(device: str) -> None:
+    """1e-3 nats a token, where logits rounded to bfloat16 would be off by up to 0.25; gradients no worse than eager."""
+    N, V, width = (8, 1023, 32) if INTERPRETED else (64, 50257, 64)
+    weight = normal(V, width, device=device, dtype=torch.bfloat16)
+    hidden = normal(N, width, device=device, dtype=torch.bfloat16)
+    hidden *= 64 / (hidden @ weight.T).abs().max()
+    targets, upstream = some_targets(N, V, device), normal(N, device=device)
+    exact, ours, plain = leaf64(hidden), leaf(hidden), leaf(hidden)
+    expected = reference(exact @ weight.double().T, targets)
+    actual = linear_logprobs(ours, weight, targets)
+    eager = reference((plain @ weight.T).float(), targets)
+    assert (actual - expected).abs().max() <= 1e-3 < (eager - expected).abs().max()
+    grad, eager_grad, expected_grad = (
+        gradients(*pair)[0]
+        for pair in ((actual, upstream, ours), (eager, upstream, plain), (expected, upstream, exact))
+    )
+    assert (grad - expected_grad).norm() <= (eager_grad - expected_grad).norm()
+
+
 # ---- backends and vendoring ----
 
 
@@ -535,6 +659,45 @@ def test_everything_under_the_triton_interpreter() -> None:
     # These two fail or are skipped unless rows really go through Triton.
     assert f"PASSED tests/{Path(__file__).name}::test_the_expected_backend_does_the_work[cpu]" in run.stdout
     assert f"PASSED tests/{Path(__file__).name}::test_targets_out_of_range_in_triton_give_nan[cpu-5]" in run.stdout
+
+
+def hopper_assembly(kernel, types: dict[str, str], constants: dict[str, int], unaligned: set[str]) -> str:
+    """PTX of a Triton kernel for compute capability 9.0, which needs no GPU; all other arguments 16 or a multiple."""
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    names = kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types.keys() - unaligned}
+    source = compiler.ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    return compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_kernels_compile_for_a_gpu_and_load_16_bytes_at_once(dtype: str, padded: bool) -> None:
+    """Also from rows of 50257 logits that follow each other without padding, most of which begin at no boundary."""
+    pytest.importorskip("triton")
+    from kernels import triton_rows
+
+    statistics = dict.fromkeys(["logp_out", "shift_out", "log_sum_out", "logp", "shift", "log_sum", "scale"], "*fp32")
+    pointers = statistics | {"targets": "*i64", "weighted": "*fp32", "logits": f"*{dtype}", "grad": f"*{dtype}"}
+    numbers = dict.fromkeys(["logits_stride", "terms_stride", "grad_stride", "first", "V", "ignore_index"], "i32")
+    types = pointers | numbers | {"terms": "*bf16"}
+    constants = {"C": 50257, "WIDTH": 50304 if padded else 50257, "D": 768, "WITH_TERMS": padded, "SHIFTED": not padded}
+    unaligned = {"V", "ignore_index"} | (set() if padded else {"logits_stride", "terms_stride", "grad_stride"})
+    for kernel in (triton_rows._logprobs_kernel, triton_rows._gradient_kernel):
+        names = set(kernel.arg_names)
+        own = {name: kind for name, kind in types.items() if name in names}
+        values = {name: value for name, value in (constants | {"BLOCK": 4096}).items() if name in names}
+        ptx = hopper_assembly(kernel, own, values, unaligned)
+        assert "ld.global.v4.b32" in ptx  # the unmasked blocks, 12 of 13
+        assert "st.global.v4.b32" in ptx or ("grad" not in names and not padded)
 
 
 VENDORED = """

@@ -160,6 +160,21 @@ def test_every_layout_of_weights_loads(tmp_path):
         assert same_weights(GPTNeo.from_pretrained(folder), model), name
 
 
+def test_the_head_is_padded_in_memory_alone(tmp_path):
+    """Rows of zeros up to a multiple of 64 lie behind a loaded head; neither state dicts nor files hold them."""
+    pair({}, tmp_path)
+    model = GPTNeo.from_pretrained(tmp_path)
+    weight = model.head_weight.detach()
+    assert weight.shape == (97, 32) and weight.is_contiguous()
+    whole = weight.as_strided((128, 32), (32, 1))
+    assert whole[:97].equal(weight) and not whole[97:].any()
+    assert model.state_dict()["transformer.wte.weight"].shape == (97, 32)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert after["transformer.wte.weight"].equal(before["transformer.wte.weight"])
+    assert model.double().head_weight.untyped_storage().nbytes() == 97 * 32 * 8  # a cast drops it, as it says
+
+
 def test_dtype_and_device_are_asked_for(tmp_path):
     pair({}, tmp_path)
     model = GPTNeo.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")

@@ -1,116 +1,187 @@
-"""Times of the parts that cost time, in one process, each interleaved with its peers.
+"""Times and memory of the parts that cost time, in one process, each interleaved with its peers.
 
-    python benchmarks/bench.py [--device cuda] [--seconds 60]
+    python benchmarks/bench.py [logprobs ...] [--device cuda] [--seconds 60]
 
-Prints a table and writes a JSON file named after the device to benchmarks/results: median, 20th and 80th percentile
-in ms, and on a GPU the peak memory over the inputs in MiB. Later comparisons are added here, one function each.
+Prints a table, keeps the figures in benchmarks/results/<device>.json and renews the tables in benchmarks/README.md.
+A part's cases are in the file of its name. Peers that are not installed are named and left out.
 """
 
 import argparse
+import contextlib
+import gc
+import importlib
+import itertools
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from kernels import linear_logprobs  # noqa: E402
-
-
-def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The textbook way: all logits at once."""
-    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
+PARTS = ["logprobs"]
 
 
-def logprob_cases(device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
-    """{case: {way: function}} for log-probabilities from hidden states, with a frozen head."""
-    shapes = [(512, 768)] if device.type == "cpu" else [(2048, 768), (8192, 768), (8192, 2560)]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    cases = {}
-    for N, D in shapes:
-        rng = torch.Generator().manual_seed(0)
-        hidden = torch.randn(N, D, generator=rng).to(device, dtype).requires_grad_()
-        weight = (torch.randn(50257, D, generator=rng) * D**-0.5).to(device, dtype)
-        targets = torch.randint(50257, (N,), generator=rng).to(device)
-        upstream = torch.randn(N, generator=rng).to(device)
+@dataclass
+class Case:
+    """Ways to do one thing, the first of them ours."""
 
-        def train(way: Callable, hidden=hidden, weight=weight, targets=targets, upstream=upstream) -> None:
-            hidden.grad = None
-            (way(hidden, weight, targets) * upstream).sum().backward()
-
-        def score(way: Callable, hidden=hidden, weight=weight, targets=targets) -> None:
-            with torch.no_grad():
-                way(hidden, weight, targets)
-
-        for name, call in (("forward + backward", train), ("scoring", score)):
-            ways = {"ours": linear_logprobs, "eager": eager}
-            cases[f"log-probabilities, {name}, N {N}, D {D}, V 50257, {dtype}".replace("torch.", "")] = {
-                way: (lambda call=call, function=function: call(function)) for way, function in ways.items()
-            }
-    return cases
+    name: str
+    ways: dict[str, Callable[[], object]]
+    notes: dict[str, str] = field(default_factory=dict)  # of ways: printed beside the figures
+    rates: dict[str, tuple[float, str]] = field(default_factory=dict)  # of ways: amount and unit, to be had per second
 
 
-def measure(ways: dict[str, Callable[[], None]], device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
-    """Runs the ways in turn until `seconds` have passed; the order alternates, so drift hits all alike."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    peak = {}
-    for way, function in ways.items():  # warm-up, and memory
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            function()
-            torch.cuda.synchronize()
-            peak[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
+def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
+    """Runs the ways in turn until `seconds` have passed, at least five times; the order alternates each round."""
+    rows: dict[str, dict[str, float]] = {}
+    ways = dict(case.ways)
+    for name, function in case.ways.items():
+        try:
+            function()  # warm-up: compilation, caches
+            rows[name] = {"peak_mib": peak_bytes(function, device) / 2**20}
+        except Exception as error:  # a peer that cannot run here must not cost the others their figures
+            gc.collect()
+            ways.pop(name)
+            rows[name] = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times[way]) < 5:
-        for way, function in ways.items():
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[way].append(1e3 * (time.perf_counter() - start))
-    result = {}
-    for way, samples in times.items():
+    for turn in itertools.count():
+        if turn >= 5 and time.perf_counter() - began > seconds:
+            break
+        for name in list(ways) if turn % 2 else list(ways)[::-1]:
+            times[name].append(timed(ways[name], device))
+    for name, samples in times.items():
         low, median, high = (sorted(samples)[int(q * (len(samples) - 1))] for q in (0.2, 0.5, 0.8))
-        result[way] = {"median_ms": median, "p20_ms": low, "p80_ms": high, "runs": len(samples)}
-        if way in peak:
-            result[way]["peak_mib"] = peak[way]
-    return result
+        rows[name] |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "runs": len(samples)}
+        if name in case.rates:
+            amount, unit = case.rates[name]
+            rows[name] |= {"rate": amount / median * 1e3, "unit": f"{unit}/s"}
+    for name, note in case.notes.items():
+        rows.setdefault(name, {})["note"] = note
+    return rows
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """ms of one call: by events on the GPU's own clock where there is one."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop)
+    began = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that tensors made by one call held at a time, over what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with quiet_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """The profiler tells of its every start there, past Python."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if models:
+            return f"{models[0].removesuffix(' Processor')}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def lines_of(rows: dict[str, dict]) -> Iterator[str]:
+    """A Markdown table of one case; times are also given as multiples of the first way's."""
+    ours = next(iter(rows.values())).get("median_ms")
+    rated = any("rate" in row for row in rows.values())
+    yield f"| | median ms | p20 to p80 | times ours | peak MiB |{' rate |' if rated else ''}"
+    yield f"|---|---|---|---|---|{'---|' if rated else ''}"
+    for name, row in rows.items():
+        note = f" ({row['note']})" if "note" in row else ""
+        if "median_ms" not in row:
+            yield f"| {name}{note} | {row.get('failed', 'not run')} | | | |{' |' if rated else ''}"
+            continue
+        times = f"{row['median_ms'] / ours:.2f}" if ours else ""
+        rate = f" {row['rate']:,.0f} {row['unit']} |" if "rate" in row else " |" if rated else ""
+        yield (
+            f"| {name}{note} | {row['median_ms']:.2f} | {row['p20_ms']:.2f} to {row['p80_ms']:.2f} | {times} "
+            f"| {row['peak_mib']:,.0f} |{rate}"
+        )
+
+
+def renew_tables() -> None:
+    """Writes all results into benchmarks/README.md, between its two marks."""
+    readme = FOLDER / "README.md"
+    head, begin, rest = readme.read_text().partition("<!-- results -->\n")
+    _, end, tail = rest.partition("<!-- end of results -->\n")
+    lines = []
+    for path in sorted((FOLDER / "results").glob("bench-*.json")):
+        results = json.loads(path.read_text())
+        lines += [f"### {results['device']}", ""]
+        for name, case in results["cases"].items():
+            lines += [f"**{name}** (torch {case['torch']}, commit {case['commit']})", "", *lines_of(case["ways"]), ""]
+    readme.write_text(head + begin + "\n".join(["", *lines, ""]) + end + tail)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=60, help="for all cases together")
+    parser.add_argument("--seconds", type=float, help="of timing for each case (2 on a GPU, 20 on a CPU)")
     args = parser.parse_args()
+    if wrong := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
     device = torch.device(args.device)
-    cases = logprob_cases(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    results = {
-        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit.strip(),
-        "cases": {},
-    }  # fmt: skip
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for case, ways in cases.items():
-        results["cases"][case] = rows = measure(ways, device, args.seconds / len(cases))
-        print(case)
-        for way, row in rows.items():
-            memory = f"  peak {row['peak_mib']:7.0f} MiB" if "peak_mib" in row else ""
-            print(f"  {way:6} {row['median_ms']:9.2f} ms  ({row['p20_ms']:.2f} to {row['p80_ms']:.2f}){memory}")
-        ratios = {way: row["median_ms"] / rows["ours"]["median_ms"] for way, row in rows.items() if way != "ours"}
-        print("  " + ", ".join(f"{way} / ours {ratio:.2f}" for way, ratio in ratios.items()), flush=True)
-    path = ROOT / "benchmarks/results" / f"{name.replace(' ', '-').lower()}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    name = device_name(device)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+    path = FOLDER / "results" / f"bench-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"device": name, "cases": {}}
+    print(f"{name}, torch {torch.__version__}, commit {git.stdout.strip()}")
+    for part in args.parts or PARTS:
+        for case in importlib.import_module(f"{part}_cases").cases(device):
+            began = time.perf_counter()
+            rows = measure(case, device, args.seconds or (2 if device.type == "cuda" else 20))
+            results["cases"][case.name] = {"torch": torch.__version__, "commit": git.stdout.strip(), "ways": rows}
+            path.write_text(json.dumps(results, indent=1) + "\n")  # at once: a lease may end
+            print("\n".join(["", f"{case.name}  [{time.perf_counter() - began:.0f} s]", *lines_of(rows)]), flush=True)
+            del case
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    renew_tables()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GPT-Neo from scratch: the model, its KV cache, and its weights on disk.
+"""GPT-Neo from scratch: the model and its weights on disk.
 
 Needs torch and safetensors only (which wants numpy to save); copy this file alone into another code base.
 
@@ -12,14 +12,14 @@ What sets GPT-Neo apart from GPT-2, and is easily got wrong:
 Module attributes bear the names of the hub's state-dict keys and config fields those of config.json, so
 loading is strict and there is no table of renames.
 
-Shapes: B rows, T tokens, D hidden size, H heads, K head size, V vocabulary, S cache slots, L layers.
+Shapes: B rows, T tokens, D hidden size, H heads, K head size, V vocabulary.
 Source: github.com/EleutherAI/gpt-neo (Black et al., 2021); checked against transformers' GPTNeoForCausalLM.
 """
 
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -118,25 +118,8 @@ class GPTNeoConfig:
         return json.dumps(head | asdict(self) | {"attention_layers": self.attention_layers}, indent=2) + "\n"
 
 
-class KVCache:
-    """Keys and values of every layer, preallocated: two tensors (L, B, H, S, K). `length` slots are filled."""
-
-    def __init__(self, config: GPTNeoConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_layers, batch, config.num_heads, slots, config.hidden_size // config.num_heads)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, H, T, K) behind the filled slots; returns all filled ones, (B, H, length + T, K)."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drops every batch row but `rows` (indices)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+# Given a layer's number and its new keys and values (B, H, T, K), returns all that the new tokens may attend to.
+Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -150,10 +133,10 @@ class GPTNeoSelfAttention(nn.Module):
         self.out_proj = nn.Linear(D, D)
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, remember: Remember | None) -> Tensor:
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, K)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+        if remember is not None:
+            k, v = remember(self.layer, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout * self.training, scale=1.0
         )
@@ -192,8 +175,8 @@ class GPTNeoBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn.attention(self.ln_1(x), mask, cache)
+    def forward(self, x: Tensor, mask: Tensor | None, remember: Remember | None) -> Tensor:
+        x = x + self.attn.attention(self.ln_1(x), mask, remember)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -213,28 +196,41 @@ class GPTNeo(nn.Module):
             }
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, remember: Remember | None = None
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, S) of 0 and 1, S = T plus the filled cache slots; 0 marks padding, on any side.
-                Learned positions count real tokens only. None: no padding (right padding needs no mask either,
-                since no real token can see it).
-            cache: filled slots are attended to, and the T new tokens are appended.
+            attention_mask: (B, T) of 0 and 1; 0 marks padding, on any side. Learned positions count real tokens only.
+                None: no padding (right padding needs no mask either, since no real token can see it).
+            remember: is shown every layer's keys and values (B, H, T, K), for a cache, and must return them.
 
         Returns: (B, T, D) in the model's dtype; rows at padding are finite and meaningless.
         Raises: ValueError where a row is longer than max_position_embeddings.
         """
-        past = cache.length if cache is not None else 0
-        positions = self._positions(input_ids, attention_mask, past)
-        masks = self._masks(positions, attention_mask, past)
+        positions = self._positions(input_ids, attention_mask)
+        return self._blocks(input_ids, positions, self._masks(positions, attention_mask), remember)
+
+    def decode(self, tokens: Tensor, positions: Tensor, masks: dict[str, Tensor], remember: Remember) -> Tensor:
+        """Hidden states (B, D) of one more token a row, after tokens whose keys and values are known.
+
+        Args:
+            tokens: (B,) int64.
+            positions: (B,), the learned position of each, below max_position_embeddings.
+            masks: for each kind of layer, "global" and "local", (B, 1, 1, S), True where attention is allowed.
+            remember: takes a layer's keys and values of the new tokens (B, H, 1, K), returns all S of them.
+        """
+        return self._blocks(tokens[:, None], positions[:, None], masks, remember)[:, 0]
+
+    def _blocks(
+        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Tensor | None], remember: Remember | None
+    ) -> Tensor:
         wte, wpe, drop, h, ln_f = self.transformer.values()
-        x = drop(wte(input_ids) + wpe(positions[:, past:]))
+        x = drop(wte(input_ids) + wpe(positions))
         for block in h:
-            x = block(x, masks[block.kind], cache)
-        if cache is not None:
-            cache.length += input_ids.shape[1]
+            x = block(x, masks[block.kind], remember)
         return ln_f(x)
 
     @property
@@ -246,38 +242,32 @@ class GPTNeo(nn.Module):
         """(..., D) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
 
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, in the dtype the model computes in (autocast's, if on)."""
-        device = self.head_weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.head_weight.dtype
-        return KVCache(self.config, batch, slots, dtype, device)
-
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
-        """(B or 1, past + T): the learned position of every token, those in the cache included."""
-        S, limit = past + input_ids.shape[1], self.config.max_position_embeddings
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B or 1, T): the learned position of every token."""
+        T, limit = input_ids.shape[1], self.config.max_position_embeddings
         if attention_mask is None:
-            positions = torch.arange(S, device=input_ids.device)[None]
+            positions = torch.arange(T, device=input_ids.device)[None]
         else:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        if S > limit and int(positions.max()) >= limit:
+        if T > limit and int(positions.max()) >= limit:
             raise ValueError(f"{int(positions.max()) + 1} tokens in a row: max_position_embeddings is {limit}")
         return positions
 
-    def _masks(self, positions: Tensor, attention_mask: Tensor | None, past: int) -> dict[str, Tensor | None]:
-        """For each kind of layer a mask (B or 1, 1, T, S), True where attention is allowed; None: plainly causal."""
-        S = positions.shape[1]
-        window = self.config.window_size
-        if attention_mask is None and not past and S <= window:
+    def _masks(self, positions: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | None]:
+        """For each kind of layer a mask (B or 1, 1, T, T), True where attention is allowed; None: plainly causal."""
+        T, window = positions.shape[1], self.config.window_size
+        if attention_mask is None and T <= window:
             return {"global": None, "local": None}
-        slot = torch.arange(S, device=positions.device)
-        allowed = (slot <= slot[past:, None])[None]  # (1, T, S)
+        slot = torch.arange(T, device=positions.device)
+        allowed = (slot <= slot[:, None])[None]  # (1, T, T)
         if attention_mask is not None:
             # A padding query may see itself: a row with nothing to attend to would be NaN.
-            allowed = allowed & attention_mask[:, None].bool() | (slot == slot[past:, None])
-        near = positions[:, past:, None] - positions[:, None] < window
-        plain = attention_mask is None and not past
-        return {"global": None if plain else allowed[:, None], "local": (allowed & near)[:, None]}
+            allowed = allowed & attention_mask[:, None].bool() | (slot == slot[:, None])
+        near = positions[:, :, None] - positions[:, None] < window
+        return {
+            "global": None if attention_mask is None else allowed[:, None],
+            "local": (allowed & near)[:, None],
+        }
 
     def init_weights(self, generator: torch.Generator | None = None) -> "GPTNeo":
         """Random weights for training from scratch: N(0, initializer_range), biases 0, norms 1."""

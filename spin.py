@@ -22,6 +22,7 @@ Deviations from the paper and from the official code (uclaml/SPIN):
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -32,7 +33,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -44,6 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
+import onednn
 import report
 from data import Example, as_decoded, decode, encode, fit_context, load_examples, load_tokenizer, split
 from kernels import linear_logprobs
@@ -77,6 +78,7 @@ class Args:
     top_p: float = 1.0  # (spin) of the opponent's sampling; 1: off
     unfinished: str = "keep"  # (spin) responses cut at the length limit: keep | drop | cut (the real one alike)
     gen_batch: int = 64  # rows generated together
+    gen_tokens: int = 131072  # tokens that the cache of generation has room for; reduces --gen-batch to fit
     rank: int = 16  # LoRA rank; 0: train all parameters
     alpha: float = 32.0  # LoRA scaling is alpha / rank
     lora_dropout: float = 0.0  # dropout on the adapters' input
@@ -109,6 +111,7 @@ class Args:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("unfinished", self.unfinished in ("keep", "drop", "cut"), "keep, drop or cut"),
             ("gen_batch", self.gen_batch >= 1, "1 or more"),
+            ("gen_tokens", self.gen_tokens >= 1, "1 or more"),
             ("rank", self.rank >= 0, "0 or more"),
             ("alpha", 0 < self.alpha < math.inf, "positive"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
@@ -160,9 +163,12 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     eos_token_id: int
     device: torch.device
-    autocast: Callable[[], AbstractContextManager]  # the precision in which the player computes
+    dtype: torch.dtype  # of the player's products
     start: Path  # directory of theta_0
     out: Path
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -216,8 +222,8 @@ def play(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: 
 def generate(opponent: GPTNeo, examples: list[Example], t: int, run: Run) -> tuple[list[Pair], report.Row]:
     """The opponent writes one response to every prompt. Returns the pairs worth training on, and counts."""
     args, began = run.args, time.perf_counter()
-    rng = generator(args.seed, t, "generate")
-    samples = sample(opponent, examples, run, rng, f"generate {t}", args.temperature, args.top_k, args.top_p)
+    seed = seed_of(args.seed, t, "generate")
+    samples = sample(opponent, examples, run, seed, f"generate {t}", args.temperature, args.top_k, args.top_p)
     pairs = [
         Pair(e.prompt_ids, e.real_ids, ids, finished)
         for e, ids, finished in zip(examples, samples.ids, samples.finished)
@@ -291,9 +297,8 @@ def evaluate(player: GPTNeo, heldout: list[Example], start: "StartSamples", run:
     row: report.Row = {"iterate": iterate}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         # the same random numbers for every iterate: the difference of two iterates is less noisy for it
-        samples = sample(
-            player, heldout, run, generator(run.args.seed, 0, "evaluate"), f"{name} {iterate}", temperature
-        )
+        seed = seed_of(run.args.seed, 0, "evaluate")
+        samples = sample(player, heldout, run, seed, f"{name} {iterate}", temperature)
         texts = [decode(ids, run.tokenizer, run.eos_token_id) for ids in samples.ids]
         right = [float(text in example.references) for text, example in zip(texts, heldout)]
         row |= report.with_se(name, right)
@@ -365,7 +370,7 @@ def fit(
     shuffle = generator(args.seed, t, "shuffle")
     batches = (b for _ in range(epochs) for b in torch.randperm(len(items), generator=shuffle).split(args.batch))
     lengths = torch.tensor([item.length for item in items])
-    torch.manual_seed(int(torch.randint(2**62, (), generator=generator(args.seed, t, "dropout"))))
+    torch.manual_seed(seed_of(args.seed, t, "dropout"))
     player.train()
     log = []
     bar = tqdm(batches, total=steps, desc=f"train {t}", leave=False, disable=None)
@@ -412,15 +417,24 @@ def sample(
     player: GPTNeo,
     examples: list[Example],
     run: Run,
-    rng: torch.Generator,
+    seed: int,
     name: str,
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Samples:
     """One response of the player to each example's prompt. `name` tells the phase. Raises Stopped at NaN logits."""
+    bar = tqdm(total=len(examples), desc=name, leave=False, disable=None)
+    began, written = time.perf_counter(), 0
+
+    def progress(rows: int, tokens: int) -> None:
+        nonlocal written
+        written += tokens
+        bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+        bar.update(rows)
+
     try:
-        with tqdm(total=len(examples), desc=name, leave=False, disable=None) as bar, run.autocast():
+        with bar, in_dtype(player, run.dtype):
             return sample_responses(
                 player,
                 [e.prompt_ids for e in examples],
@@ -429,12 +443,26 @@ def sample(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                generator=rng,
+                seed=seed,
                 batch_size=run.args.gen_batch,
-                progress=bar.update,
+                cache_tokens=run.args.gen_tokens,
+                progress=progress,
             )
     except FloatingPointError as error:
         raise Stopped(f"{name}: {error}") from None
+
+
+@contextlib.contextmanager
+def in_dtype(player: GPTNeo, dtype: torch.dtype) -> Iterator[None]:
+    """The player's weights in `dtype` for a while: autocast would cast every one of them again for every token."""
+    kept = [(p, p.data) for p in player.parameters() if p.dtype != dtype]
+    for parameter, data in kept:
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
 
 
 class StartSamples(NamedTuple):
@@ -448,7 +476,7 @@ class StartSamples(NamedTuple):
 
 
 def sample_start(player: GPTNeo, heldout: list[Example], run: Run) -> StartSamples:
-    samples = sample(player, heldout, run, generator(run.args.seed, 0, "kl"), "sample theta_0", 1.0)
+    samples = sample(player, heldout, run, seed_of(run.args.seed, 0, "kl"), "sample theta_0", 1.0)
     sequences = [(e.prompt_ids, ids) for e, ids in zip(heldout, samples.ids)]
     return StartSamples(sequences, sequence_logps(player, sequences, run))
 
@@ -460,10 +488,13 @@ def choose(examples: list[Example], t: int, run: Run) -> list[Example]:
     return [examples[i] for i in order[:count].tolist()]
 
 
+def seed_of(seed: int, t: int, purpose: str) -> int:
+    """A seed for one purpose in one iteration: no phase disturbs the random numbers of another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
 def generator(seed: int, t: int, purpose: str) -> torch.Generator:
-    """A private random generator for one purpose in one iteration: no phase disturbs the numbers of another."""
-    digest = hashlib.sha256(f"{seed}/{t}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, t, purpose))
 
 
 def sft(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: Run) -> list[report.Row]:
@@ -653,7 +684,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
         tokenizer,
         config.eos_token_id,
         device,
-        lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        torch.bfloat16 if bf16 else torch.float32,
         path,
         out,
     )
@@ -714,7 +745,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return fail(error)
     try:
-        rows = (play if command == "spin" else sft)(player, train_set, heldout, run)
+        with onednn.products():
+            rows = (play if command == "spin" else sft)(player, train_set, heldout, run)
         finish(player, rows, run)
     except (Stopped, OSError, torch.OutOfMemoryError) as error:
         fail(error)

@@ -26,7 +26,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
-PARTS = ["logprobs"]
+PARTS = ["logprobs", "generation"]
 
 
 @dataclass
@@ -36,16 +36,18 @@ class Case:
     name: str
     ways: dict[str, Callable[[], object]]
     notes: dict[str, str] = field(default_factory=dict)  # of ways: printed beside the figures
+    rounds: int = 5  # at least
     rates: dict[str, tuple[float, str]] = field(default_factory=dict)  # of ways: amount and unit, to be had per second
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
-    """Runs the ways in turn until `seconds` have passed, at least five times; the order alternates each round."""
+    """Runs the ways in turn until `seconds` have passed, `case.rounds` times at least, in alternating order."""
     rows: dict[str, dict[str, float]] = {}
     ways = dict(case.ways)
     for name, function in case.ways.items():
         try:
-            function()  # warm-up: compilation, caches
+            if case.rounds > 3:  # else a call takes so long that what is to be warmed up does not matter
+                function()
             rows[name] = {"peak_mib": peak_bytes(function, device) / 2**20}
         except Exception as error:  # a peer that cannot run here must not cost the others their figures
             gc.collect()
@@ -54,7 +56,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[
     times: dict[str, list[float]] = {name: [] for name in ways}
     began = time.perf_counter()
     for turn in itertools.count():
-        if turn >= 5 and time.perf_counter() - began > seconds:
+        if turn >= case.rounds and time.perf_counter() - began > seconds:
             break
         for name in list(ways) if turn % 2 else list(ways)[::-1]:
             times[name].append(timed(ways[name], device))

@@ -3,6 +3,7 @@
 Ours gives each token's log-probability and takes a gradient for each. Peers that give less are marked.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from bench import Case
 from torch import Tensor
 
+import onednn
 from kernels import linear_logprobs, token_logprobs
 
 V_ODD, V_EVEN = 50257, 50304
@@ -19,6 +21,10 @@ V_ODD, V_EVEN = 50257, 50304
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The textbook way: all logits at once."""
     return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def with_onednn(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return linear_logprobs(hidden, weight, targets)
 
 
 def peers(device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -97,10 +103,11 @@ def linear_case(
 
     def run(way: Callable) -> None:
         hidden.grad = weight.grad = None
-        with torch.set_grad_enabled(kind != "scoring"):
-            logp = way(hidden, weight, targets)
-        if kind != "scoring":
-            (logp if logp.dim() == 0 else (logp * upstream).sum()).backward()
+        with onednn.products() if way is with_onednn else contextlib.nullcontext():
+            with torch.set_grad_enabled(kind != "scoring"):
+                logp = way(hidden, weight, targets)
+            if kind != "scoring":
+                (logp if logp.dim() == 0 else (logp * upstream).sum()).backward()
 
     def floor() -> None:
         with torch.no_grad():
@@ -111,6 +118,8 @@ def linear_case(
                 torch.mm(room.T, hidden)
 
     ways, notes = {"ours": linear_logprobs} | others[0], dict(others[1])
+    if device.type == "cpu":
+        ways = {"ours": with_onednn} | {"ours without onednn.py": linear_logprobs} | others[0]
     for name, way in ways.items():
         try:
             error = worst_error(way, hidden, weight, targets)

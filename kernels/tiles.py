@@ -114,7 +114,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """total += a @ b, or total = a @ b if fresh; total is fp32, and so is the sum whatever the factors are."""
     with torch.autocast(total.device.type, enabled=False):  # or it would round fp32 factors to 16 bits
         if a.dtype == torch.float32:
-            torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
+            torch.mm(a, b, out=total) if fresh else torch.addmm(total, a, b, out=total)
         elif fresh:
             torch.mm(a, b, out_dtype=torch.float32, out=total)  # from torch 2.8 on
         else:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import GPTNeoConfig as HFConfig
 from transformers import GPTNeoForCausalLM
 
 from model import GPTNeo, GPTNeoConfig
+from sampling import KVCache
 
 TINY = {
     "vocab_size": 97,
@@ -106,15 +108,25 @@ def test_right_padding_needs_no_mask(tmp_path):
     torch.testing.assert_close(model(padded)[:, :20], model(row), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cut", [1, 7, 8, 30])
+@pytest.mark.parametrize("cut", [1, 7, 8, 9, 30])
 def test_cached_equals_uncached(cut, tmp_path):
-    """A prefill of `cut` tokens, then one token at a time, past the local window."""
+    """Ragged prompts of up to `cut` tokens at once, then one token at a time, past the local window of 8."""
     model, _ = pair({}, tmp_path)
     ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(0))
-    cache = model.new_cache(3, 40)
-    parts = [model(ids[:, :cut], cache=cache)]
-    parts += [model(ids[:, i : i + 1], cache=cache) for i in range(cut, 40)]
-    assert (model.logits(torch.cat(parts, 1)) - model.logits(model(ids))).abs().max() <= 1e-4
+    cache = KVCache(model, 4, 40)
+    rows, lengths = torch.tensor([2, 0, 3]), torch.tensor([cut, max(1, cut - 5), max(1, cut // 2)])
+    prompts = torch.where(torch.arange(cut) < lengths[:, None], ids[:, :cut], 0)
+    hidden = [model(prompts, remember=partial(cache.fill, rows, lengths))]
+    cache.lengths[rows] = lengths
+    expected = model(ids)
+    for row in range(3):
+        assert (hidden[0][row, : lengths[row]] - expected[row, : lengths[row]]).abs().max() <= 1e-4
+    for _ in range(40 - cut):
+        at = cache.lengths[rows]
+        tokens = torch.zeros(4, dtype=torch.long).index_put((rows,), ids[torch.arange(3), at])
+        got = model.decode(tokens, cache.lengths, cache.masks(), cache.append)[rows]
+        assert (model.logits(got) - model.logits(expected[torch.arange(3), at])).abs().max() <= 1e-4
+        cache.lengths[rows] += 1
 
 
 def test_dropouts_of_the_config_act_in_training_only(tmp_path):
@@ -293,6 +305,7 @@ def test_loading_holds_one_copy_of_the_weights(tmp_path):
     code = """
 import resource, sys, torch
 from model import GPTNeo, GPTNeoConfig
+from sampling import KVCache
 config = GPTNeoConfig(vocab_size=1000, max_position_embeddings=16, hidden_size=512, num_layers=10, num_heads=8,
                       attention_types=((("global", "local"), 5),))
 if sys.argv[1] == "save":

@@ -1,12 +1,14 @@
 """sampling.py: against transformers' generate and logit warpers, and against a full scoring pass."""
 
+import math
+
 import pytest
 import torch
 from transformers import GPTNeoForCausalLM
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from model import GPTNeo, GPTNeoConfig
-from sampling import filter_logits, generate, sample
+from sampling import Batch, KVCache, Samples, filter_logits, generate, sample
 
 EOS = 50
 
@@ -40,31 +42,97 @@ def test_greedy_equals_transformers(model, tmp_path):
         assert ids == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_do_not_depend_on_their_batch(model, temperature):
-    """Batch sizes 1, 3 and 16 over ragged prompts, some of which stop early: the same ids, in the prompts' order."""
-    results = [
-        generate(
-            model, prompts(16), max_new_tokens=30, eos_token_id=EOS, temperature=temperature, batch_size=size,
-            generator=torch.Generator().manual_seed(3),
-        )
-        for size in (1, 3, 16)
-    ]  # fmt: skip
-    if temperature:
-        lengths = {len(ids) for ids in results[0].ids}
-        assert len(lengths) > 3, "the test means little unless rows stop at different steps"
-    for other in results[1:]:
-        assert other.ids == results[0].ids and other.finished == results[0].finished
-        for a, b in zip(other.logps, results[0].logps):
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(top_k=20), dict(top_p=0.9)])
+def test_rows_do_not_depend_on_their_batch(model, settings):
+    """Batch sizes 1, 3 and 16 over ragged prompts, some of which stop early: the same ids, in the prompts' order.
+
+    With 3 slots rows wait for one, and take those of others; with cache_tokens = 100 there are 2; and two processes
+    that share the rows out between them get the same too.
+    """
+    settings = dict(max_new_tokens=30, eos_token_id=EOS, seed=3) | settings
+    first = generate(model, prompts(16), batch_size=1, **settings)
+    others = [generate(model, prompts(16), batch_size=size, **settings) for size in (3, 16)]
+    others.append(generate(model, prompts(16), cache_tokens=100, **settings))
+    numbers = [range(0, 16, 2), range(1, 16, 2)]
+    shares = [generate(model, [prompts(16)[i] for i in some], rows=some, **settings) for some in numbers]
+    others.append(Samples(*([shares[i % 2][field][i // 2] for i in range(16)] for field in range(3))))
+    if settings.get("temperature", 1):
+        assert len({len(ids) for ids in first.ids}) > 3, "the test means little unless rows stop at different steps"
+    for other in others:
+        assert other.ids == first.ids and other.finished == first.finished
+        for a, b in zip(other.logps, first.logps):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0)
+
+
+def test_slots_are_taken_over_at_once(model, monkeypatch):
+    """No step leaves a slot idle while a prompt waits; then the batch shrinks, so that few slots idle."""
+    seen = []
+    step = Batch._step
+    monkeypatch.setattr(
+        Batch, "_step", lambda self: (seen.append((int(self.active.sum()), len(self.owner))), step(self))
+    )
+    samples = generate(model, prompts(30), max_new_tokens=30, eos_token_id=EOS, temperature=1.5, batch_size=8)
+    tokens = sum(len(ids) - 1 for ids in samples.ids)  # the first comes from the prompt's pass
+    assert sum(active for active, _ in seen) == tokens
+    drained = [active < 8 for active, _ in seen].index(True)
+    assert sum(active for active, _ in seen[:drained]) > tokens / 2
+    assert all(active > size - math.ceil(size / 3) for active, size in seen[drained:])
+
+
+def test_large_batches_wait_for_a_few_idle_slots(model, monkeypatch):
+    """With 64 slots, prompts are admitted by four or more; idle slots change nothing in the results."""
+    admitted = []
+    admit = Batch.admit
+    monkeypatch.setattr(
+        Batch, "admit", lambda self, owners, *rest: (admitted.append(len(owners)), admit(self, owners, *rest))
+    )
+    settings = dict(max_new_tokens=30, eos_token_id=EOS, temperature=1.5)
+    samples = generate(model, prompts(200), batch_size=64, **settings)
+    assert admitted[0] == 64 and all(count >= 4 for count in admitted[:-1]) and len(admitted) > 10
+    assert samples.ids == generate(model, prompts(200), batch_size=5, **settings).ids
+
+
+def test_cache_holds_no_more_than_its_budget(model, monkeypatch):
+    """`cache_tokens` bounds rows times room; local layers hold their window only; one row always fits."""
+    made = []
+    init = KVCache.__init__
+
+    def spy(self, model, size, room):
+        init(self, model, size, room)
+        made.append((size, room, [k.shape[2] for k in self.keys]))
+
+    monkeypatch.setattr(KVCache, "__init__", spy)
+    for budget, size in ((1000, 8), (280, 7), (279, 6), (1, 1)):
+        generate(model, [[1]] * 8 + [[1] * 10], max_new_tokens=30, eos_token_id=EOS, batch_size=8, cache_tokens=budget)
+        assert made.pop() == (size, 40, [40, 4])
+
+
+def test_the_progress_adds_up(model):
+    seen = []
+    samples = generate(
+        model, prompts(20), max_new_tokens=10, eos_token_id=EOS, batch_size=3, progress=lambda *args: seen.append(args)
+    )
+    rows, tokens = map(sum, zip(*seen))
+    assert (rows, tokens) == (20, sum(map(len, samples.ids))) and len(seen) > 6
+
+
+def test_a_long_prompt_passes_alone(model, monkeypatch):
+    """No more than PREFILL_TOKENS go through the model at a time, or one prompt."""
+    shapes = []
+    monkeypatch.setattr("sampling.PREFILL_TOKENS", 20)
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **kwargs: shapes.append(tuple(ids.shape)) or forward(ids, **kwargs)
+    )
+    lengths = [25, 9, 9, 9, 3, 3, 3, 3]
+    generate(model, [[1] * n for n in lengths], max_new_tokens=2, eos_token_id=None)
+    assert shapes == [(1, 25), (2, 9), (2, 9), (3, 3)]
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.8)])
 def test_logps_are_those_of_a_full_scoring_pass(model, settings):
     """Under the model's own distribution, whatever temperature and filters the sampling used."""
-    samples = generate(
-        model, prompts(9), max_new_tokens=20, eos_token_id=EOS, generator=torch.Generator().manual_seed(0), **settings
-    )
+    samples = generate(model, prompts(9), max_new_tokens=20, eos_token_id=EOS, seed=0, **settings)
     for prompt, ids, logps in zip(prompts(9), samples.ids, samples.logps):
         full = torch.tensor([prompt + ids])
         expected = model.logits(model(full)).log_softmax(-1)[0, len(prompt) - 1 : -1]
@@ -75,7 +143,7 @@ def test_logps_are_those_of_a_full_scoring_pass(model, settings):
 def test_finished_means_that_eos_was_sampled(model):
     samples = generate(
         model, prompts(64), max_new_tokens=12, eos_token_id=EOS, temperature=1.5, batch_size=16,
-        generator=torch.Generator().manual_seed(0),
+        seed=0,
     )  # fmt: skip
     assert 0 < sum(samples.finished) < 64
     for ids, finished, logps in zip(*samples):
@@ -97,8 +165,7 @@ def test_context_may_be_filled_to_the_last_position(model):
 
 def test_same_seed_same_ids_other_seed_other_ids(model):
     def ids(seed):
-        rng = torch.Generator().manual_seed(seed)
-        return generate(model, prompts(8), max_new_tokens=10, eos_token_id=EOS, generator=rng).ids
+        return generate(model, prompts(8), max_new_tokens=10, eos_token_id=EOS, seed=seed).ids
 
     state = torch.random.get_rng_state()
     assert ids(0) == ids(0) != ids(1)
@@ -130,11 +197,26 @@ def test_sample_inverts_the_distribution():
     assert sample(last_excluded, torch.tensor([1 - 2**-24])).tolist() == [0]
 
 
+def test_sample_over_many_blocks():
+    """The token that a fp64 cumulative sum gives, over a vocabulary of 197 blocks, the last one ragged."""
+    rng = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(500, 50257, generator=rng)
+    logits[:, 1000:30000] = -torch.inf
+    uniform = torch.rand(500, generator=rng)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
+    cumulated = logits.double().softmax(1).cumsum(1)
+    token = sample(logits, uniform)
+    low = cumulated.gather(1, (token - 1).clamp(min=0)[:, None])[:, 0] * (token > 0)
+    high = cumulated.gather(1, token[:, None])[:, 0]
+    goal = uniform * cumulated[:, -1]
+    assert (low <= goal + 1e-6).all() and (goal <= high + 1e-6).all()  # fp32 sums of blocks
+    assert logits.gather(1, token[:, None]).isfinite().all()
+
+
 def test_sampled_frequencies_follow_the_model(model):
     """4000 draws of one next token: every frequency within 5 standard errors of its probability."""
     n = 4000
-    rng = torch.Generator().manual_seed(0)
-    samples = generate(model, [[3, 1, 4]] * n, max_new_tokens=1, eos_token_id=None, generator=rng, batch_size=n)
+    samples = generate(model, [[3, 1, 4]] * n, max_new_tokens=1, eos_token_id=None, batch_size=n)
     count = torch.bincount(torch.tensor(samples.ids)[:, 0], minlength=51) / n
     p = model.logits(model(torch.tensor([[3, 1, 4]])))[0, -1].softmax(-1).detach()
     assert ((count - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-3).all()
@@ -158,7 +240,7 @@ def test_no_prompts():
 @pytest.mark.parametrize(
     "settings",
     [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
-     {"top_p": 1.1}, {"batch_size": 0}],
+     {"top_p": 1.1}, {"batch_size": 0}, {"cache_tokens": 0}],
 )  # fmt: skip
 def test_bad_settings_are_named(model, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -225,7 +225,7 @@ def test_previous_pairs_are_mixed_in_on_request(start, data, tmp_path):
 def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     """Sampling options the opponent's sampling and no other; beta, clip, fresh prompts and noise each iteration."""
     sampled, betas, clips, chosen = [], [], [], []
-    spy(monkeypatch, spin, "sample_responses", lambda a, k: sampled.append((k, k["generator"].initial_seed())))
+    spy(monkeypatch, spin, "sample_responses", lambda a, k: sampled.append((k, k["seed"])))
     spy(monkeypatch, spin, "spin_loss", lambda a, k: betas.append(a[-1]))
     spy(monkeypatch, torch.nn.utils, "clip_grad_norm_", lambda a, k: clips.append(a[1]))
     spy(monkeypatch, spin, "generate", lambda a, k: chosen.append([e.prompt for e in a[1]]))

@@ -1,0 +1,217 @@
+"""Generation: sampling.py beside transformers' generate on the same weights, prompts, lengths and sampling settings.
+
+Weights are random, so no model ends a response by itself. Where responses are to be as long as real ones, the length of
+each is drawn from GSM8K's and the end is forced: in ours by the random number of that position, which then falls on
+the last token of the vocabulary, the end; in transformers by a logits processor. Both do all their usual work.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from bench import Case
+from torch import Tensor
+
+import onednn
+import sampling
+from data import encode, load_examples, load_tokenizer
+from model import GPTNeo, GPTNeoConfig
+from spin import Args
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {  # hidden size, layers, heads
+    "125M": (768, 12, 12),
+    "1.3B": (2048, 24, 16),
+    "2.7B": (2560, 32, 20),
+}
+
+
+def neo_config(shape: str) -> GPTNeoConfig:
+    D, L, H = SHAPES[shape]
+    return GPTNeoConfig(
+        vocab_size=50257, max_position_embeddings=2048, hidden_size=D, num_layers=L, num_heads=H,
+        attention_types=((("global", "local"), L // 2),), window_size=256, bos_token_id=50256, eos_token_id=50256,
+    )  # fmt: skip
+
+
+def random_model(config: GPTNeoConfig, dtype: torch.dtype, device: torch.device) -> GPTNeo:
+    with torch.device(device):
+        model = GPTNeo(config)
+    return model.init_weights(torch.Generator(device).manual_seed(0)).to(dtype).eval()
+
+
+def in_transformers(model: GPTNeo) -> object:
+    """The same weights, shared, in transformers' GPT-Neo."""
+    from transformers import GPTNeoConfig as TheirConfig
+    from transformers import GPTNeoForCausalLM
+
+    settings = json.loads(model.config.to_json())
+    settings.pop("attention_layers")
+    with torch.device(model.head_weight.device):
+        theirs = GPTNeoForCausalLM(TheirConfig(**settings))
+    state = dict(model.state_dict())
+    theirs.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]}, assign=True, strict=False)
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of random ids with GSM8K's lengths, and the lengths of their responses, at most `longest`."""
+    pairs = json.loads((ROOT / "benchmarks/gsm8k_lengths.json").read_text())["lengths"][:count]
+    rng = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(50000, (n,), generator=rng).tolist() for n, _ in pairs]
+    return prompts, [min(m, longest) for _, m in pairs]
+
+
+def ours(
+    model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, fast: bool = False
+) -> Callable:
+    """`fast`: with onednn.py, as spin.py does on a CPU unless the model is small."""
+    plain = sampling.uniforms
+
+    def steered(seed: int, rows: list[int], count: int) -> Tensor:
+        uniform = plain(seed, rows, count) * (1 - 2**-14)  # not the last token, which here has 2^-16
+        for i, row in enumerate(rows):
+            uniform[i, lengths[row] - 1 :] = 1 - 2**-24
+        return uniform
+
+    def run() -> int:
+        sampling.uniforms = steered if lengths else plain
+        try:
+            with onednn.products() if fast else contextlib.nullcontext():
+                samples = sampling.generate(
+                    model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch, temperature=1.0
+                )
+        finally:
+            sampling.uniforms = plain
+        if lengths:
+            assert [len(ids) for ids in samples.ids] == lengths
+        return sum(map(len, samples.ids))
+
+    return run
+
+
+def theirs(
+    model: object, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, device: torch.device,
+    **settings: object,
+) -> Callable:  # fmt: skip
+    """Batches of prompts sorted by length, padded on the left."""
+    from transformers import LogitsProcessorList
+
+    class End:
+        """Forces the end of each row at its length, and nowhere else."""
+
+        def __init__(self, last: Tensor) -> None:
+            self.last, self.step = last, 0
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            self.step += 1
+            scores[:, eos] = torch.where(self.step >= self.last, 1e4, -1e4).to(scores.dtype)
+            return scores
+
+    def run() -> None:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            width = max(len(prompts[i]) for i in rows)
+            pad = [width - len(prompts[i]) for i in rows]
+            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, rows)], device=device)
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
+            ends = [End(torch.tensor([lengths[i] for i in rows], device=device))] if lengths else []
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=M, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                eos_token_id=eos, pad_token_id=0, logits_processor=LogitsProcessorList(ends), **settings,
+            )  # fmt: skip
+
+    return run
+
+
+def peers(model: GPTNeo, *rest: object) -> dict[str, Callable]:
+    try:
+        other = in_transformers(model)
+    except ImportError:
+        return {}
+    return {
+        "transformers, default cache": theirs(other, *rest),
+        "transformers, static cache": theirs(other, *rest, cache_implementation="static"),
+    }
+
+
+def case(
+    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, M: int, ragged: bool, alone: bool
+) -> Case:
+    """`alone`: without peers, which take long."""
+    config = neo_config(shape)
+    model = random_model(config, dtype, device)
+    prompts, lengths = gsm8k_like(count, M)
+    lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
+    written = sum(lengths) if ragged else count * M
+    ways = {"ours": ours(model, prompts, lengths, batch, M, eos, fast=device.type == "cpu")}
+    if device.type == "cpu":
+        ways["ours without onednn.py"] = ours(model, prompts, lengths, batch, M, eos)
+    if not alone:
+        ways |= peers(model, prompts, lengths, batch, M, eos, device)
+    if device.type == "cuda":
+        ways["floor: weights and cache once a step"] = floor(model, prompts, written, batch)
+    kind = "lengths of GSM8K's responses" if ragged else "no early end"
+    return Case(
+        f"generation: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} prompts, batch {batch}, "
+        f"{M} new tokens at most, {kind}",
+        ways,
+        rates=dict.fromkeys(ways, (written, "tokens")),
+        rounds=3 if device.type == "cpu" else 1,
+    )
+
+
+def floor(model: GPTNeo, prompts: list, written: int, batch: int) -> Callable:
+    """Copies that move as many bytes as steps with full batches must read, at the average length of a row."""
+    config, size = model.config, next(model.parameters()).element_size()
+    length = sum(map(len, prompts)) / len(prompts) + written / len(prompts) / 2
+    places = sum(min(length, config.window_size) if kind == "local" else length for kind in config.attention_layers)
+    cache = batch * places * 2 * config.hidden_size * size
+    weights = sum(p.numel() for p in model.parameters()) * size
+    source = torch.empty(int(cache + weights) // 2, dtype=torch.uint8, device=model.head_weight.device)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        for _ in range(written // batch):
+            target.copy_(source)
+
+    return run
+
+
+def default_model(count: int, batch: int) -> Case:
+    """The start of the default run and its held-out prompts, as it ends its responses itself."""
+    folder = ROOT / "pronounce/start"
+    model = GPTNeo.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, model.config.eos_token_id, model.config.vocab_size)
+    examples = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[:count]
+    encode(examples, tokenizer, Args().template.replace(r"\n", "\n"), model.config.eos_token_id)
+    prompts = [example.prompt_ids for example in examples]
+    eos, device = model.config.eos_token_id, torch.device("cpu")
+    ways = {"ours": ours(model, prompts, None, batch, 32, eos)}
+    written = ways["ours"]()
+    ways |= peers(model, prompts, None, batch, 32, eos, device)
+    return Case(
+        f"generation: the default run's model, float32, {count} prompts, batch {batch}, 32 new tokens at most",
+        ways,
+        rates=dict.fromkeys(ways, (written, "tokens")),
+    )
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    if device.type == "cpu":
+        yield default_model(4000, 1024)
+        yield default_model(2000, 64)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield case("125M", dtype, device, 32, 16, 256, ragged=True, alone=False)
+        return
+    for shape in SHAPES:
+        yield case(shape, torch.bfloat16, device, 64, 64, 256, ragged=False, alone=False)
+    yield case("1.3B", torch.bfloat16, device, 256, 64, 256, ragged=True, alone=False)
+    for batch in (1, 16, 256):
+        yield case("1.3B", torch.bfloat16, device, batch, batch, 256, ragged=False, alone=True)
+    for shape in ("125M", "2.7B"):
+        yield case(shape, torch.bfloat16, device, 512, 256, 256, ragged=True, alone=True)

@@ -1,0 +1,90 @@
+"""fp32 matrix products on a CPU by oneDNN instead of MKL; both are inside torch.
+
+torch multiplies fp32 matrices by MKL, which on processors of other makers than its own leaves the widest instructions
+unused: on an AMD EPYC with AVX-512, oneDNN was 2 to 3 times as fast at every size (benchmarks/README.md). torch itself
+uses it for bf16 and in compiled graphs, but offers no switch for plain fp32 products. Hence this:
+
+    with onednn.products():
+        model(input_ids)
+
+Within, the functions F.linear, torch.mm and torch.addmm are replaced, for all threads. Calls on other devices or dtypes
+go on as before, and so does everything on a torch without oneDNN. Results are as exact, but not the same to the bit.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@contextlib.contextmanager
+def products() -> Iterator[None]:
+    """A context in which fp32 products on the CPU are oneDNN's; one that does nothing where it is not to be had."""
+    places = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
+    originals = [getattr(module, name) for module, name, _ in places]
+    for (module, name, ours), original in zip(places, originals, strict=True):
+        setattr(module, name, _where_fp32(ours, original))
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+
+
+def _where_fp32(ours: Callable, original: Callable) -> Callable:
+    """`ours` if all tensors are fp32 on the CPU and no option is given that it does not know, else `original`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        known = len(args) <= 3 and kwargs.keys() <= {"bias", "out"} and not torch.is_autocast_enabled("cpu")
+        return ours(*args, **kwargs) if plain and known else original(*args, **kwargs)
+
+    return call
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for fp32 on the CPU: (..., I), (O, I), (O,) -> (..., O). Differentiable once."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return _Linear.apply(input, weight, bias)
+    return _product(input, weight, bias)
+
+
+def _mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    product = linear(a, b.t())
+    return product if out is None else out.copy_(product)
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    return torch.add(total, linear(a, b.t()), out=out)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (x.numel() and weight.numel()):
+        return torch._C._nn.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])  # (N, O)
+        d_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        d_weight = _product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, flat.sum(0) if ctx.needs_input_grad[2] else None

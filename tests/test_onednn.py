@@ -1,0 +1,127 @@
+"""onednn.py: the same products as MKL's, gradients included, and nothing else touched."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import onednn
+from kernels import linear_logprobs, tiles
+from model import GPTNeo, GPTNeoConfig
+
+pytestmark = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
+RTOL = 2e-6  # in the Frobenius norm; fp32 sums of a few hundred terms
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """Every product that oneDNN is asked for."""
+    seen = []
+    original = onednn._product
+    monkeypatch.setattr(onednn, "_product", lambda *args: seen.append(args[0].shape) or original(*args))
+    return seen
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert (actual.double() - expected.double()).norm() <= RTOL * expected.double().norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (7, 5), (2, 3, 5), (0, 5), (2, 1, 300)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wanted", [(), (0,), (1,), (0, 1, 2)])
+def test_linear_and_its_gradients(calls, shape, bias, wanted):
+    def leaves():
+        tensors = [normal(*shape), normal(11, shape[-1], seed=1), normal(11, seed=2) if bias else None]
+        return [t if t is None else t.requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+
+    ours, theirs = leaves(), leaves()
+    with onednn.products():
+        actual = F.linear(*ours)
+        upstream = normal(*actual.shape, seed=3)
+        if actual.requires_grad:
+            (actual * upstream).sum().backward()
+    assert calls
+    expected = F.linear(*theirs)
+    close(actual, expected)
+    if expected.requires_grad:
+        (expected * upstream).sum().backward()
+    for a, b in zip(ours, theirs):
+        if b is not None and b.requires_grad:
+            close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_kernels_products_go_there(calls, monkeypatch, trained):
+    """Strided tiles, results written into buffers, and sums over tiles."""
+    monkeypatch.setattr(tiles, "CPU_ROWS", 8)
+    monkeypatch.setattr(tiles, "CPU_COLUMNS", 200)
+    hidden, weight, targets = normal(20, 32), normal(1023, 32, seed=1), torch.arange(20)
+    results = []
+    for inside in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        with onednn.products() if inside else torch.enable_grad():
+            logp = linear_logprobs(h, w, targets)
+            logp.sum().backward()
+        results.append([logp.detach(), h.grad] + ([w.grad] if trained else []))
+        assert len(calls) == (72 if trained else 36)  # 3 x 6 tiles, two products each, or four
+    for a, b in zip(*results):
+        close(a, b)
+
+
+def test_a_model_within(calls):
+    config = GPTNeoConfig(
+        vocab_size=97, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+        attention_types=((("global", "local"), 1),),
+    )  # fmt: skip
+    model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0))
+    ids = torch.arange(40)[None]
+    expected = model.logits(model(ids))
+    with onednn.products():
+        actual = model.logits(model(ids))
+    assert len(calls) == 13  # six in a block, and the head
+    close(actual, expected)
+
+
+def test_other_calls_are_left_alone(calls):
+    with onednn.products():
+        F.linear(normal(3, 5).double(), normal(4, 5).double())
+        F.linear(normal(3, 5).bfloat16(), normal(4, 5).bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.linear(normal(3, 5), normal(4, 5)).dtype == torch.bfloat16
+        normal(3, 5) @ normal(5, 4)
+        torch.addmm(normal(4), normal(3, 5), normal(5, 4), beta=2)
+    nn.Linear(5, 4)(normal(3, 5))
+    assert not calls
+
+
+def test_functions_are_put_back_whatever_happens():
+    before = F.linear, torch.mm, torch.addmm
+    with pytest.raises(ZeroDivisionError), onednn.products():
+        assert before != (F.linear, torch.mm, torch.addmm)
+        raise ZeroDivisionError
+    assert before == (F.linear, torch.mm, torch.addmm)
+
+
+def test_products_into_buffers_and_sums(calls):
+    """Strided results, and addmm into its own first argument; a vector is added to every row."""
+    a, b, room = normal(6, 5), normal(5, 4, seed=1), torch.zeros(6, 9)
+    with onednn.products():
+        close(torch.mm(a, b), a @ b)
+        torch.mm(a, b, out=room[:, :4])
+        torch.addmm(room[:, :4], a, b, out=room[:, :4])
+        close(torch.addmm(normal(4), a, b), normal(4) + a @ b)
+    assert len(calls) == 4
+    close(room[:, :4], 2 * (a @ b))
+    assert not room[:, 4:].any()
+
+
+def test_without_onednn_it_does_nothing(calls, monkeypatch):
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    with onednn.products():
+        F.linear(normal(3, 5), normal(4, 5))
+    assert not calls

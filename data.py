@@ -27,7 +27,7 @@ class Example:
     real_ids: list[int] = field(default_factory=list)  # ends with exactly one end-of-sequence token
 
     @property
-    def length(self) -> int:
+    def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.real_ids)
 
 

@@ -73,9 +73,13 @@ class LoRALinear(nn.Module):
         base = F.linear(x, self.weight, self.bias)  # (..., out)
         if self.merged or not self.enabled:
             return base
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)  # x itself at p = 0 and in eval mode
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., in) -> (..., r) -> (..., out)
-        return (base + self.scaling * update).to(base.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        # The small factors are cast to x's dtype, not x to theirs, and the small product is scaled; the large one is
+        # added to the base by the product itself: no copy of anything as large as x or base.
+        h = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., r)
+        lora_B = self.lora_B.to(h.dtype)
+        return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), lora_B.t()).view(base.shape)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -122,11 +123,37 @@ class GPTNeoConfig:
 Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0) -> Tensor:
+    """Causal attention to the last `window` positions, itself included: (B, H, T, K) -> (B, H, T, K), scores unscaled.
+
+    In blocks of `window` queries, each against its own block of keys and the one before: time and memory grow with T
+    times window, and the only mask is (window, 2 window).
+    """
+    B, H, T, K = q.shape
+    blocks = -(-T // window)
+    q, k, v = (F.pad(x, (0, 0, 0, blocks * window - T)).unflatten(2, (blocks, window)) for x in (q, k, v))
+    first = F.scaled_dot_product_attention(
+        q[:, :, 0], k[:, :, 0], v[:, :, 0], is_causal=True, dropout_p=dropout, scale=1.0
+    )
+    slot = torch.arange(2 * window, device=q.device)
+    query = slot[window:, None]
+    y = F.scaled_dot_product_attention(
+        q[:, :, 1:].flatten(1, 2),  # (B, H (blocks - 1), window, K)
+        *(torch.cat([x[:, :, :-1], x[:, :, 1:]], 3).flatten(1, 2) for x in (k, v)),  # (B, H (blocks - 1), 2 window, K)
+        attn_mask=(slot <= query) & (query - slot < window),
+        dropout_p=dropout,
+        scale=1.0,
+    )
+    return torch.cat([first.unsqueeze(2), y.view(B, H, blocks - 1, window, K)], 2).flatten(2, 3)[:, :, :T]
+
+
 class GPTNeoSelfAttention(nn.Module):
     def __init__(self, config: GPTNeoConfig, layer: int) -> None:
         super().__init__()
         D = config.hidden_size
         self.layer, self.num_heads, self.dropout = layer, config.num_heads, config.attention_dropout
+        local = config.attention_layers[layer] == "local"
+        self.window = config.window_size if local else config.max_position_embeddings
         self.k_proj = nn.Linear(D, D, bias=False)
         self.v_proj = nn.Linear(D, D, bias=False)
         self.q_proj = nn.Linear(D, D, bias=False)
@@ -137,9 +164,13 @@ class GPTNeoSelfAttention(nn.Module):
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, K)
         if remember is not None:
             k, v = remember(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout * self.training, scale=1.0
-        )
+        dropout = self.dropout * self.training
+        if mask is None and self.window < x.shape[1]:
+            y = local_attention(q, k, v, self.window, dropout)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=1.0
+            )
         return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -186,6 +217,7 @@ class GPTNeo(nn.Module):
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: keep each block's input only for the backward pass, and run it once more
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -196,22 +228,29 @@ class GPTNeo(nn.Module):
             }
         )
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, remember: Remember | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, segments: Tensor | None = None, remember: Remember | None = None) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T) of 0 and 1; 0 marks padding, on any side. Learned positions count real tokens only.
-                None: no padding (right padding needs no mask either, since no real token can see it).
+            segments: (B, T) int64. Tokens see what is before them in segment 0 and in their own segment: 0 is the text
+                itself, or a prompt; 1, 2, ... are continuations of it that do not see each other; -1 is padding, on
+                any side. A token's learned position is the number of tokens that it sees before it. None: all is
+                segment 0 (padding on the right needs no mention, since no real token can see it).
             remember: is shown every layer's keys and values (B, H, T, K), for a cache, and must return them.
 
         Returns: (B, T, D) in the model's dtype; rows at padding are finite and meaningless.
         Raises: ValueError where a row is longer than max_position_embeddings.
         """
-        positions = self._positions(input_ids, attention_mask)
-        return self._blocks(input_ids, positions, self._masks(positions, attention_mask), remember)
+        if segments is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            masks: dict[str, Tensor | None] = {"global": None, "local": None}
+        else:
+            positions, masks = self._tree(segments)
+        limit = self.config.max_position_embeddings
+        if input_ids.shape[1] > limit and int(positions.max()) >= limit:
+            raise ValueError(f"{int(positions.max()) + 1} tokens in a row: max_position_embeddings is {limit}")
+        return self._blocks(input_ids, positions, masks, remember)
 
     def decode(self, tokens: Tensor, positions: Tensor, masks: dict[str, Tensor], remember: Remember) -> Tensor:
         """Hidden states (B, D) of one more token a row, after tokens whose keys and values are known.
@@ -230,7 +269,10 @@ class GPTNeo(nn.Module):
         wte, wpe, drop, h, ln_f = self.transformer.values()
         x = drop(wte(input_ids) + wpe(positions))
         for block in h:
-            x = block(x, masks[block.kind], remember)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, masks[block.kind], remember, use_reentrant=False)
+            else:
+                x = block(x, masks[block.kind], remember)
         return ln_f(x)
 
     @property
@@ -242,32 +284,14 @@ class GPTNeo(nn.Module):
         """(..., D) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
 
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B or 1, T): the learned position of every token."""
-        T, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if attention_mask is None:
-            positions = torch.arange(T, device=input_ids.device)[None]
-        else:
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        if T > limit and int(positions.max()) >= limit:
-            raise ValueError(f"{int(positions.max()) + 1} tokens in a row: max_position_embeddings is {limit}")
-        return positions
-
-    def _masks(self, positions: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | None]:
-        """For each kind of layer a mask (B or 1, 1, T, T), True where attention is allowed; None: plainly causal."""
-        T, window = positions.shape[1], self.config.window_size
-        if attention_mask is None and T <= window:
-            return {"global": None, "local": None}
-        slot = torch.arange(T, device=positions.device)
-        allowed = (slot <= slot[:, None])[None]  # (1, T, T)
-        if attention_mask is not None:
-            # A padding query may see itself: a row with nothing to attend to would be NaN.
-            allowed = allowed & attention_mask[:, None].bool() | (slot == slot[:, None])
-        near = positions[:, :, None] - positions[:, None] < window
-        return {
-            "global": None if attention_mask is None else allowed[:, None],
-            "local": (allowed & near)[:, None],
-        }
+    def _tree(self, segments: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Positions (B, T), and for each kind of layer a mask (B, 1, T, T), True where attention is allowed."""
+        slot = torch.arange(segments.shape[1], device=segments.device)
+        mine, other = segments[:, :, None], segments[:, None]
+        seen = (slot <= slot[:, None]) & ((other == mine) | (other == 0) & (mine > 0))
+        positions = seen.sum(2) - 1
+        near = positions[:, :, None] - positions[:, None] < self.config.window_size
+        return positions, {"global": seen[:, None], "local": (seen & near)[:, None]}
 
     def init_weights(self, generator: torch.Generator | None = None) -> "GPTNeo":
         """Random weights for training from scratch: N(0, initializer_range), biases 0, norms 1."""

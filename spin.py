@@ -53,7 +53,9 @@ from sampling import Samples
 from sampling import generate as sample_responses
 
 HERE = Path(__file__).resolve().parent
-PromptResponse = tuple[list[int], list[int]]  # ids of the two, the response's end-of-sequence token included
+MASKED_TOKENS = 1024  # longer rows compute a prompt for each response: a (T, T) mask would cost more than it saves
+# ids of a prompt and of one or more responses to it, their end-of-sequence tokens included
+PromptResponses = tuple[list[int], ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Args:
     weight_decay: float = 0.0  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     batch: int = 64  # examples (pairs) a step
-    micro_batch: int = 8  # examples (pairs) a forward pass; smaller needs less memory
+    micro_tokens: int = 0  # tokens a forward pass, padding included; less needs less memory (0: 2048, on a GPU 8192)
+    checkpoint: bool = False  # keep a block's input only for its backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile the blocks for training: a minute at first, then faster on a GPU
     precision: str = "auto"  # bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)
     device: str = "auto"  # cpu | cuda | cuda:N | auto (a GPU where there is one)
     seed: int = 0  # of everything random
@@ -122,7 +126,7 @@ class Args:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("clip", self.clip > 0, "positive"),
             ("batch", self.batch >= 1, "1 or more"),
-            ("micro_batch", self.micro_batch >= 1, "1 or more"),
+            ("micro_tokens", self.micro_tokens >= 0, "0 or more"),
             ("precision", self.precision in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
             ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device)), "auto, cpu, cuda or cuda:N"),
         ):
@@ -148,8 +152,8 @@ class Pair:
     opponent_generated_logp: float = math.nan
 
     @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + max(len(self.real_ids), len(self.generated_ids))
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
 
 
 class Stopped(RuntimeError):
@@ -166,6 +170,10 @@ class Run(NamedTuple):
     dtype: torch.dtype  # of the player's products
     start: Path  # directory of theta_0
     out: Path
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -252,11 +260,7 @@ def score(opponent: GPTNeo, pairs: list[Pair], run: Run) -> None:
 
     Pairs of the iteration before are scored again: their opponent is now theta_t as well.
     """
-    logps = sequence_logps(
-        opponent,
-        [(p.prompt_ids, p.real_ids) for p in pairs] + [(p.prompt_ids, p.generated_ids) for p in pairs],
-        run,
-    )
+    logps = sequence_logps(opponent, [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs], run)
     for i, pair in enumerate(pairs):
         pair.opponent_real_logp, pair.opponent_generated_logp = logps[i], logps[len(pairs) + i]
 
@@ -266,11 +270,7 @@ def train(player: GPTNeo, pairs: list[Pair], t: int, run: Run) -> report.Row:
     beta = nth(run.args.beta, t)
 
     def pair_loss(batch: list[Pair]) -> dict[str, Tensor]:
-        logps = response_logps(
-            player,
-            [(p.prompt_ids, p.real_ids) for p in batch] + [(p.prompt_ids, p.generated_ids) for p in batch],
-            run,
-        )
+        logps = response_logps(player, [(p.prompt_ids, p.real_ids, p.generated_ids) for p in batch], run)
         real, generated = logps.chunk(2)  # (B,) each
         opponent = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in batch], device=run.device)
         lengths = torch.tensor([(len(p.real_ids), len(p.generated_ids)) for p in batch], device=run.device)
@@ -314,44 +314,66 @@ def evaluate(player: GPTNeo, heldout: list[Example], start: "StartSamples", run:
 # ---------------------------------------------------------------- its parts
 
 
-def response_logps(player: GPTNeo, sequences: Sequence[PromptResponse], run: Run) -> Tensor:
-    """log p(response | prompt) of each sequence: (B,) fp32, nats, summed over the response's tokens.
+def response_logps(player: GPTNeo, items: Sequence[PromptResponses], run: Run) -> Tensor:
+    """log p(response | prompt) for the first response of every item, then for the second, if there is one, and so on.
 
-    The one code path for scoring and training. Rows are padded on the right and no mask is needed, since attention
-    is causal; which positions count is decided by lengths, never by a token's id. Only hidden states that predict a
+    Each (B,) fp32, nats, summed over the response's tokens; concatenated. The one code path for scoring and training.
+    All responses to a prompt follow it in one row, as segments that do not see each other, so the prompt is computed
+    once. Which positions count is decided by lengths, never by a token's id. Only hidden states that predict a
     response token go through the head.
     """
-    width = max(len(prompt) + len(response) for prompt, response in sequences) - 1
-    # the last token predicts nothing that is asked for, so it is no input
-    inputs = [prompt + response[:-1] for prompt, response in sequences]
-    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs], device=run.device)  # (B, T)
-    # the hidden state at position i predicts token i + 1: a response starts at the prompt's last position
-    positions = torch.tensor(
-        [
-            row * width + len(prompt) - 1 + i
-            for row, (prompt, response) in enumerate(sequences)
-            for i in range(len(response))
-        ],
-        device=run.device,
-    )
-    targets = torch.tensor([token for _, response in sequences for token in response], device=run.device)
+    rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
+    width, branches = max(map(len, rows)), len(items[0]) - 1
+    if branches > 1 and width > MASKED_TOKENS:
+        return torch.cat(
+            [response_logps(player, [(item[0], item[n]) for item in items], run) for n in range(1, branches + 1)]
+        )
+    # a response's last token predicts nothing that is asked for, so it is no input
+    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=run.device)  # (B, T)
+    segments = None  # one response: plain causal attention
+    if branches > 1:
+        lengths = [[len(prompt), *(len(response) - 1 for response in responses)] for prompt, *responses in items]
+        marks = [[n for n, count in enumerate(counts) for _ in range(count)] for counts in lengths]
+        segments = torch.tensor([row + [-1] * (width - len(row)) for row in marks], device=run.device)  # (B, T)
+    sources, targets, places = [], [], []  # where in B x T each token is predicted, which, where in the result it goes
+    longest = max(len(response) for _, *responses in items for response in responses)
+    for row, (prompt, *responses) in enumerate(items):
+        end = row * width + len(prompt)
+        for n, response in enumerate(responses):
+            # its first token is predicted by the prompt's last position, the others by the token before them
+            sources += [row * width + len(prompt) - 1, *range(end, end + len(response) - 1)]
+            targets += response
+            places += range((n * len(items) + row) * longest, (n * len(items) + row) * longest + len(response))
+            end += len(response) - 1
+    sources, targets, places = (torch.tensor(column, device=run.device) for column in (sources, targets, places))
     with run.autocast():
-        hidden = player(input_ids).flatten(0, 1)[positions]  # (N, D)
+        hidden = player(input_ids, segments).flatten(0, 1)[sources]  # (N, D)
         logps = linear_logprobs(hidden, player.head_weight, targets)  # (N,)
-    # every position is written once, then rows are summed: index_add would add in any order on CUDA
-    return logps.new_zeros(len(sequences) * width).index_put((positions,), logps).view(-1, width).sum(1)
+    # every place is written once, then responses are summed: index_add would add in any order on CUDA
+    return logps.new_zeros(branches * len(items) * longest).index_put((places,), logps).view(-1, longest).sum(1)
 
 
 @torch.no_grad()
-def sequence_logps(player: GPTNeo, sequences: list[PromptResponse], run: Run) -> list[float]:
-    """`response_logps` of any number of sequences, without gradient or dropout, in their order."""
+def sequence_logps(player: GPTNeo, items: list[PromptResponses], run: Run) -> list[float]:
+    """`response_logps` of any number of items, without gradient or dropout, in the same order."""
     player.eval()
-    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
-    result = [math.nan] * len(sequences)
-    for chunk in tqdm(list(chunks(order, 2 * run.args.micro_batch)), desc="score", leave=False, disable=None):
-        for i, logp in zip(chunk, response_logps(player, [sequences[i] for i in chunk], run).tolist()):
-            result[i] = logp
-    return result
+    result = torch.full((len(items[0]) - 1 if items else 0, len(items)), math.nan)
+    chunks = list(micro_batches([sum(map(len, item)) for item in items], run.micro_tokens))
+    for chunk in tqdm(chunks, desc="score", leave=False, disable=None):
+        result[:, chunk] = response_logps(player, [items[i] for i in chunk], run).view(-1, len(chunk)).cpu()
+    return result.flatten().tolist()
+
+
+def micro_batches(tokens: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Cuts 0 ... n - 1 into runs of like length: the longest's tokens times the count is in budget, or it is alone."""
+    chunk: list[int] = []
+    for i in sorted(range(len(tokens)), key=lambda i: tokens[i]):
+        if chunk and tokens[i] * (len(chunk) + 1) > budget:
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
 
 
 def fit(
@@ -369,7 +391,6 @@ def fit(
     steps = epochs * math.ceil(len(items) / args.batch)
     shuffle = generator(args.seed, t, "shuffle")
     batches = (b for _ in range(epochs) for b in torch.randperm(len(items), generator=shuffle).split(args.batch))
-    lengths = torch.tensor([item.length for item in items])
     torch.manual_seed(seed_of(args.seed, t, "dropout"))
     player.train()
     log = []
@@ -377,8 +398,9 @@ def fit(
     for step, batch in enumerate(bar):
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, args.warmup)
         sums: dict[str, Tensor] = {}
-        for micro in batch[lengths[batch].argsort()].split(args.micro_batch):  # rows of like length: less padding
-            values = loss_of([items[i] for i in micro.tolist()])
+        chosen = [items[i] for i in batch.tolist()]
+        for micro in micro_batches([item.tokens for item in chosen], run.micro_tokens):
+            values = loss_of([chosen[i] for i in micro])
             (values["loss"].sum() / len(batch)).backward()
             sums = {name: sums.get(name, 0) + value.detach().sum() for name, value in values.items()}
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
@@ -434,7 +456,9 @@ def sample(
         bar.update(rows)
 
     try:
-        with bar, in_dtype(player, run.dtype):
+        # generation is not for the compiler: a step is a graph on CUDA already
+        eager = torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext()
+        with bar, in_dtype(player, run.dtype), eager:
             return sample_responses(
                 player,
                 [e.prompt_ids for e in examples],
@@ -471,7 +495,7 @@ class StartSamples(NamedTuple):
     They estimate KL(theta_0 || theta_t) = E_{y ~ theta_0}[log p_0(y) - log p_t(y)] without a second model.
     """
 
-    sequences: list[PromptResponse]
+    sequences: list[PromptResponses]
     logps: list[float]
 
 
@@ -522,10 +546,6 @@ def sft(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: R
 def nth(values: Sequence[float], t: int) -> float:
     """The value of iteration t of an option that has one value or one an iteration."""
     return values[t] if len(values) > 1 else values[0]
-
-
-def chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -730,6 +750,10 @@ def load_player(path: Path, args: Args, device: torch.device, bf16: bool) -> GPT
     if args.rank:
         rng = generator(args.seed, 0, "lora")
         lora.add_lora(player, args.rank, args.alpha, args.lora_dropout, args.lora_targets, rng)
+    player.checkpointing = args.checkpoint
+    if args.compile:
+        for block in player.transformer["h"]:
+            block.compile(dynamic=True)  # every micro-batch has a shape of its own
     return player
 
 

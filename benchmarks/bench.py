@@ -26,7 +26,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
-PARTS = ["logprobs", "generation"]
+PARTS = ["logprobs", "generation", "training"]
 
 
 @dataclass

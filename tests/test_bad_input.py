@@ -87,7 +87,7 @@ def test_eval_data_is_checked_like_data(start, data, tmp_path, capsys):
         ("top_p", "0"), ("top_k", "-1"),
         ("rank", "-1"), ("rank", "x"), ("alpha", "0"), ("lora_dropout", "1"), ("lora_targets", "nolayer"),
         ("lora_targets", "wte"), ("optimizer", "sgd"), ("precision", "fp16"), ("device", "tpu"), ("device", "cuda:99"),
-        ("batch", "0"), ("micro_batch", "0"), ("gen_batch", "0"), ("max_new_tokens", "0"), ("iterations", "0"),
+        ("batch", "0"), ("micro_tokens", "-1"), ("gen_batch", "0"), ("max_new_tokens", "0"), ("iterations", "0"),
         ("template", "no slot"), ("overlong", "maybe"), ("unfinished", "maybe"), ("eval_share", "1"),
         ("eval_share", "0"),
         ("warmup", "2"), ("clip", "0"), ("prompts", "-1"), ("eval_limit", "-1"), ("seed", "x"), ("weight_decay", "-1"),

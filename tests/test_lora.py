@@ -292,12 +292,17 @@ def test_dtypes_and_dropout_equal_pefts(dtype: torch.dtype, autocast: bool) -> N
     model, reference = gpt_neo(dtype), peft_model(gpt_neo(dtype), lora.DEFAULT_TARGETS, lora_dropout=0.3)
     lora.add_lora(model, RANK, ALPHA, dropout=0.3)
     copy_from_peft(model, reference)
+    base = gpt_neo(dtype)(IDS).logits.float()
     results = []
     for each in (model.train(), reference.train()):
         torch.manual_seed(4)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(each(IDS).logits)
-    torch.testing.assert_close(*results, rtol=0, atol=0)  # the same operations in the same order
+    ours, theirs = results
+    assert ours.dtype == theirs.dtype
+    # The sum is rounded at another place. Other dropout masks would change the adapters' share by more than half.
+    tolerance = 0.1 if torch.bfloat16 in (dtype, ours.dtype) else 1e-5
+    assert (ours.float() - theirs.float()).norm() <= tolerance * (theirs.float() - base).norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -316,12 +321,14 @@ def test_output_dtype_is_the_base_layers_and_gradients_are_fp32(dtype: torch.dty
     torch.testing.assert_close(output.float(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_a_bf16_base_rounds_the_sum_only_once() -> None:
+def test_a_bf16_base_rounds_the_sum_and_the_small_product_only() -> None:
+    """x (A^T) to 8 bits, and base and sum: three roundings, of which none is of the adapters themselves."""
     layer = randomize(lora.LoRALinear(nn.Linear(6, 5, dtype=torch.bfloat16), 2, 4))
     x = torch.randn(50, 6, dtype=torch.bfloat16)
     base = nn.functional.linear(x, layer.weight, layer.bias).float()
     update = 2 * ((x.float() @ layer.lora_A.T) @ layer.lora_B.T)
-    assert torch.equal(layer(x), (base + update).bfloat16())
+    largest = base.abs() + 2 * ((x.float() @ layer.lora_A.T).abs() @ layer.lora_B.abs().T)
+    assert ((layer(x).float() - (base + update)).abs() <= 4 * 2**-9 * largest).all()
 
 
 def test_a_plain_sequential_trains() -> None:

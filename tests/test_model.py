@@ -95,10 +95,39 @@ def test_padding_changes_nothing(side, tmp_path):
         offset = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
         ids[i, offset : offset + len(row)] = row
         mask[i, offset : offset + len(row)] = 1
-    hidden = model(ids, mask)
+    hidden = model(ids, mask - 1)  # segments: 0 is text, -1 padding
     assert hidden.isfinite().all()
     for i, row in enumerate(rows):
         torch.testing.assert_close(hidden[i, mask[i].bool()], model(row[None])[0], atol=2e-5, rtol=1e-5)
+
+
+def test_continuations_of_a_prompt_in_one_row(tmp_path):
+    """Prompt and three continuations in a row, beyond the window of 8, give what three rows give, gradients too."""
+    model, _ = pair({}, tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    lengths = [[12, 9, 1, 14], [5, 20, 3, 6]]
+    parts = [[torch.randint(97, (n,), generator=rng) for n in row] for row in lengths]
+    width = max(map(sum, lengths)) + 2
+    ids, segments = torch.zeros(2, width, dtype=torch.long), torch.full((2, width), -1)
+    for row, row_parts in enumerate(parts):
+        ids[row, : sum(lengths[row])] = torch.cat(row_parts)
+        segments[row, : sum(lengths[row])] = torch.arange(4).repeat_interleave(torch.tensor(lengths[row]))
+    together = model(ids, segments)
+    ours, expected = [], []
+    for row, (prompt, *continuations) in enumerate(parts):
+        end = len(prompt)
+        for continuation in continuations:
+            alone = model(torch.cat([prompt, continuation])[None])[0]
+            ours.append(torch.cat([together[row, : len(prompt)], together[row, end : end + len(continuation)]]))
+            expected.append(alone)
+            end += len(continuation)
+    weights = torch.randn(sum(map(len, ours)), 32, generator=rng)
+    grads = []
+    for hidden in (torch.cat(ours), torch.cat(expected)):
+        grads.append(torch.autograd.grad((hidden * weights).sum(), list(model.parameters())))
+    torch.testing.assert_close(torch.cat(ours), torch.cat(expected), atol=2e-5, rtol=1e-5)
+    for a, b in zip(*grads):
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_right_padding_needs_no_mask(tmp_path):
@@ -127,6 +156,25 @@ def test_cached_equals_uncached(cut, tmp_path):
         got = model.decode(tokens, cache.lengths, cache.masks(), cache.append)[rows]
         assert (model.logits(got) - model.logits(expected[torch.arange(3), at])).abs().max() <= 1e-4
         cache.lengths[rows] += 1
+
+
+def test_checkpointing_changes_nothing_but_memory(tmp_path):
+    model, _ = pair({}, tmp_path)
+    ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(0))
+    results = []
+    for model.checkpointing in (False, True):
+        kept: list[int] = []
+
+        def pack(tensor, kept=kept):
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.logits(model(ids)).logsumexp(-1).sum().backward()
+        results.append(([p.grad for p in model.parameters()], sum(kept)))
+        model.zero_grad()
+    (plain, most), (again, less) = results
+    assert all(map(torch.equal, plain, again)) and less < most / 2
 
 
 def test_dropouts_of_the_config_act_in_training_only(tmp_path):
@@ -273,9 +321,9 @@ def test_rows_longer_than_the_context_are_refused(tmp_path):
     model, _ = pair({}, tmp_path)
     with pytest.raises(ValueError, match="max_position_embeddings is 64"):
         model(torch.zeros(1, 65, dtype=torch.long))
-    mask = torch.ones(1, 70)
-    mask[:, :6] = 0
-    assert model(torch.zeros(1, 70, dtype=torch.long), mask).shape == (1, 70, 32)  # 64 real tokens fit
+    segments = torch.zeros(1, 70, dtype=torch.long)
+    segments[:, :6] = -1
+    assert model(torch.zeros(1, 70, dtype=torch.long), segments).shape == (1, 70, 32)  # 64 real tokens fit
 
 
 def test_vendored_alone(tmp_path):

@@ -20,7 +20,7 @@ def flags(start, data, out, **options) -> list[str]:
     """A command line for a run of seconds; `options` override it."""
     defaults = {
         "model": start, "data": data, "out": out, "eval_share": 0.2, "iterations": 1, "max_new_tokens": 8, "rank": 4,
-        "lr": 1e-2, "epochs": 1, "batch": 16, "micro_batch": 8, "beta": 1.0, "device": "cpu", "precision": "fp32",
+        "lr": 1e-2, "epochs": 1, "batch": 16, "micro_tokens": 800, "beta": 1.0, "device": "cpu", "precision": "fp32",
     }  # fmt: skip
     argv = []
     for name, value in (defaults | options).items():
@@ -258,16 +258,24 @@ def test_evaluation_sees_held_out_prompts_only(start, data, tmp_path, monkeypatc
 
 
 def test_micro_batches_change_nothing(start, data, tmp_path):
-    """16 pairs a step in micro-batches of 1, 5 or 16 give the same weights, the last small step included."""
+    """16 pairs a step, cut into single pairs, a few or not at all, give the same weights, the last small step's too."""
     ends = []
-    for size in (1, 5, 16):
-        player, train_set, _, run = begin(start, data, tmp_path / f"run{size}", micro_batch=size, rank=0, lr=1e-3)
+    for size in (1, 500, 10**6):
+        player, train_set, _, run = begin(start, data, tmp_path / f"run{size}", micro_tokens=size, rank=0, lr=1e-3)
         pairs, _ = spin.generate(player, train_set[:40], 0, run)
         spin.score(player, pairs, run)
         spin.train(player, pairs, 0, run)
         ends.append(torch.cat([p.flatten() for p in player.parameters()]))
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], atol=2e-5, rtol=0)
+
+
+def test_micro_batches_hold_rows_of_like_length_within_the_budget():
+    tokens = [5, 30, 7, 6, 100, 9, 8, 31]
+    chunks = list(spin.micro_batches(tokens, 30))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(8))
+    assert [[tokens[i] for i in chunk] for chunk in chunks] == [[5, 6, 7], [8, 9], [30], [31], [100]]
+    assert list(spin.micro_batches([], 30)) == []
 
 
 def test_schedule_is_ten_percent_rise_then_linear_fall_to_zero():
@@ -315,8 +323,8 @@ def known_model() -> GPTNeo:
 def plain_run(model: GPTNeo, tmp_path, bf16=False) -> spin.Run:
     device = torch.device("cpu")
     return spin.Run(
-        spin.Args(micro_batch=2), None, model.config.eos_token_id, device,
-        lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16), tmp_path, tmp_path,
+        spin.Args(micro_tokens=20), None, model.config.eos_token_id, device,
+        torch.bfloat16 if bf16 else torch.float32, tmp_path, tmp_path,
     )  # fmt: skip
 
 
@@ -329,6 +337,24 @@ def test_each_response_token_is_predicted_from_the_token_before_it(tmp_path):
     expected = [table[4, 1] + table[1, 5] + table[5, 10], table[9, 2] + table[2, 6], table[3, 10]]
     got = spin.response_logps(model, sequences, plain_run(model, tmp_path))
     torch.testing.assert_close(got.detach(), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("masked_tokens", [1024, 20])
+def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, masked_tokens):
+    """Both in one row, or, beyond MASKED_TOKENS, a row each: the same log-probabilities and gradients as one by one."""
+    monkeypatch.setattr(spin, "MASKED_TOKENS", masked_tokens)
+    player, train_set, _, run = begin(start, data, tmp_path / "run", rank=0)
+    pairs, _ = spin.generate(player, train_set[:7], 0, run)
+    items = [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs]
+    items[0] = (items[0][0][:1], items[0][1][-1:], items[0][2])  # a prompt of one token, a response of one
+    params = [p for p in player.parameters() if p.requires_grad]
+    together = spin.response_logps(player, items, run)
+    apart = torch.cat([spin.response_logps(player, [(item[0], item[n])], run) for n in (1, 2) for item in items])
+    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
+    weights = torch.randn(len(apart), generator=torch.Generator().manual_seed(0))
+    for a, b in zip(*(torch.autograd.grad((logps * weights).sum(), params) for logps in (together, apart))):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert spin.sequence_logps(player, items, run) == pytest.approx(apart.tolist(), abs=2e-5)
 
 
 def test_logps_do_not_depend_on_batch_or_padding(start, tmp_path, data):

@@ -1,0 +1,208 @@
+"""Training and a whole iteration: spin.py beside transformers + PEFT + TRL, on the same weights, pairs and settings."""
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import Case
+from generation_cases import gsm8k_like, in_transformers, neo_config, ours, random_model, theirs
+
+import lora
+import onednn
+import spin
+from model import GPTNeo
+
+RANK, ALPHA = 16, 32.0
+BETA, LR = 0.1, 5e-5
+
+
+def random_pairs(count: int, longest: int) -> list[spin.Pair]:
+    """Pairs with GSM8K's lengths: the generated response is as long as another record's real one."""
+    prompts, lengths = gsm8k_like(count, longest)
+    rng = torch.Generator().manual_seed(1)
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        real, generated = (
+            torch.randint(50000, (n - 1,), generator=rng).tolist() + [50256] for n in (lengths[i], lengths[i - 1])
+        )
+        pairs.append(spin.Pair(prompt, real, generated, True))
+    return pairs
+
+
+def our_run(model: GPTNeo, device: torch.device, bf16: bool, **options: Any) -> spin.Run:
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    args = spin.Args(**{"epochs": (1,), "warmup": 0.0, "out": str(folder)} | options)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return spin.Run(args, None, model.config.eos_token_id, device, dtype, folder, folder)
+
+
+def trl_trainer(model: Any, pairs: list[spin.Pair], *, batch: int, beta: float, lr: float, precompute: bool,
+                rank: int, alpha: float, targets: list[str], bf16: bool = False) -> Any:  # fmt: skip
+    """TRL's DPOTrainer over the pairs in their order, with new PEFT adapters, constant data and no logging."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torch.utils.data import SequentialSampler
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        losses: list[float]
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset  # already token ids
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+        def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            result = super()._compute_loss(*args, **kwargs)
+            self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            return result
+
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<pad>": 0, "<eos>": model.config.eos_token_id}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="bench-"), per_device_train_batch_size=batch, num_train_epochs=1, beta=beta,
+        learning_rate=lr, lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=1.0, optim="adamw_torch",
+        precompute_ref_log_probs=precompute, max_length=None, bf16=bf16, gradient_checkpointing=False,
+        report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="no", use_cpu=model.device.type == "cpu",
+    )  # fmt: skip
+    data = Dataset.from_list(
+        [{"prompt_ids": p.prompt_ids, "chosen_ids": p.real_ids, "rejected_ids": p.generated_ids} for p in pairs]
+    )
+    peft = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    trainer = Trainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft)
+    trainer.losses = []
+    return trainer
+
+
+def needed(model: GPTNeo, pairs: list[spin.Pair]) -> float:
+    """TFLOP of LoRA's forward and backward over every token once: 2 a weight forward, 2 backward (the base is frozen).
+
+    Blocks work on all tokens, the head on those that are predicted; attention is left out.
+    """
+    blocks = sum(p.numel() for p in model.transformer["h"].parameters())
+    tokens = sum(2 * len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in pairs)
+    predicted = sum(len(p.real_ids) + len(p.generated_ids) for p in pairs)
+    return 4 * (blocks * tokens + model.head_weight.numel() * predicted) / 1e12
+
+
+def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Any:
+    """(our player, transformers' model on the same weights, pairs, our run)."""
+    model = random_model(neo_config(shape), dtype, device)
+    other = in_transformers(model)
+    lora.add_lora(model, RANK, ALPHA)
+    bf16 = dtype == torch.bfloat16
+    run = our_run(model, device, bf16, batch=batch, beta=(BETA,), lr=(LR,))
+    return model, other, random_pairs(count, 256), run
+
+
+def step_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
+    """One pass of LoRA training over `count` pairs, without and with the opponent's log-probabilities."""
+    model, other, pairs, run = parts(shape, dtype, device, count, batch)
+
+    def train(fast: bool, with_scores: bool) -> Callable:
+        def call() -> None:
+            with onednn.products() if fast else contextlib.nullcontext():
+                if with_scores:
+                    spin.score(model, pairs, run)
+                spin.train(model, pairs, 0, run)
+
+        return call
+
+    cpu = device.type == "cpu"
+    spin.score(model, pairs, run)
+    ways = {"ours": train(cpu, False)}
+    if cpu:
+        ways["ours without onednn.py"] = train(False, False)
+    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
+    settings["bf16"] = dtype == torch.bfloat16
+    notes = {"ours": f"{needed(model, pairs):.2f} TFLOP"}
+    try:
+        first = trl_trainer(other, pairs, precompute=True, **settings)
+        ways["TRL, reference precomputed before"] = first.train
+        ways["ours, opponent scored too"] = train(cpu, True)
+        second = trl_trainer(
+            in_transformers(random_model(neo_config(shape), dtype, device)), pairs, precompute=False, **settings
+        )
+        ways["TRL, reference in each step"] = second.train
+    except ImportError:
+        notes["TRL"] = "not installed"
+    return Case(
+        f"training: LoRA on the {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's "
+        f"lengths, {batch} a step",
+        ways,
+        notes,
+        rates=dict.fromkeys(ways, (count, "pairs")),
+        rounds=3,
+    )
+
+
+def iteration_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
+    """Generation of `count` responses, scoring, training on the pairs; generation takes `count` rows at a time."""
+    model, other, pairs, run = parts(shape, dtype, device, count, batch)
+    eos, limit = model.config.eos_token_id, 256
+    prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids) for p in pairs]
+    cpu = device.type == "cpu"
+    write = ours(model, prompts, lengths, count, limit, eos)
+
+    def iteration(fast: bool) -> Callable:
+        def call() -> None:
+            with onednn.products() if fast else contextlib.nullcontext():
+                with spin.in_dtype(model, dtype):
+                    write()
+                spin.score(model, pairs, run)
+                spin.train(model, pairs, 0, run)
+
+        return call
+
+    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
+    settings["bf16"] = dtype == torch.bfloat16
+    turn = itertools.count()
+
+    def stack(precompute: bool) -> Callable:
+        def call() -> None:
+            theirs(other, prompts, lengths, count, limit, eos, device)()
+            start = next(turn) % count  # else the second call would find the reference's figures in a cache on disk
+            trainer = trl_trainer(other, pairs[start:] + pairs[:start], precompute=precompute, **settings)
+            trainer.train()
+            trainer.model.unload()  # takes the adapters off again
+
+        return call
+
+    ways = {"ours": iteration(cpu)}
+    if cpu:
+        ways["ours without onednn.py"] = iteration(False)
+    try:
+        import trl  # noqa: F401
+
+        ways["transformers + TRL, reference precomputed"] = stack(True)
+        ways["transformers + TRL, reference in each step"] = stack(False)
+    except ImportError:
+        pass
+    return Case(
+        f"iteration: {shape} shape, {str(dtype).removeprefix('torch.')}, LoRA, {count} prompts with GSM8K's lengths, "
+        f"{batch} pairs a step",
+        ways,
+        rates=dict.fromkeys(ways, (count, "pairs")),
+        rounds=3,
+    )
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    if device.type == "cpu":
+        yield step_case("125M", torch.float32, device, 8, 4)
+        yield iteration_case("125M", torch.float32, device, 8, 4)
+        return
+    yield step_case("1.3B", torch.bfloat16, device, 64, 32)
+    yield iteration_case("1.3B", torch.bfloat16, device, 64, 32)

@@ -1,6 +1,6 @@
 # make run    the default run on the embedded task (about a minute and a half on two cores)
 # make test   all tests
-# make bench  times, beside peers; make test-gpu and make bench-gpu: on a machine with a CUDA GPU
+# make bench  times and memory beside peers (ARGS: parts of it); make test-gpu, make bench-gpu: the same on a CUDA GPU
 # make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -22,7 +22,7 @@ bench: $(VENV)/dev.stamp
 
 # On a machine with a GPU, with the python3 that is there: its torch was built for it.
 test-gpu:
-	python3 -m pytest tests/test_kernels.py tests/test_lora.py tests/test_spin.py $(ARGS)
+	python3 -m pytest tests/test_kernels.py tests/test_sampling.py tests/test_lora.py tests/test_spin.py $(ARGS)
 
 bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)

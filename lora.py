@@ -75,8 +75,8 @@ class LoRALinear(nn.Module):
             return base
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        # The small factors are cast to x's dtype, not x to theirs, and the small product is scaled; the large one is
-        # added to the base by the product itself: no copy of anything as large as x or base.
+        # The small factors are cast to x's dtype, not x to theirs; the small product is scaled, and the large one is
+        # added to the base as it is made.
         h = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., r)
         lora_B = self.lora_B.to(h.dtype)
         return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), lora_B.t()).view(base.shape)

@@ -291,7 +291,8 @@ class GPTNeo(nn.Module):
         seen = (slot <= slot[:, None]) & ((other == mine) | (other == 0) & (mine > 0))
         positions = seen.sum(2) - 1
         near = positions[:, :, None] - positions[:, None] < self.config.window_size
-        return positions, {"global": seen[:, None], "local": (seen & near)[:, None]}
+        # padding sees padding; its position must not count, and may lie beyond the last
+        return positions.masked_fill(segments < 0, 0), {"global": seen[:, None], "local": (seen & near)[:, None]}
 
     def init_weights(self, generator: torch.Generator | None = None) -> "GPTNeo":
         """Random weights for training from scratch: N(0, initializer_range), biases 0, norms 1."""

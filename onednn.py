@@ -12,6 +12,7 @@ go on as before, and so does everything on a torch without oneDNN. Results are a
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ def products() -> Iterator[None]:
     places = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
     originals = [getattr(module, name) for module, name, _ in places]
     for (module, name, ours), original in zip(places, originals, strict=True):
-        setattr(module, name, _where_fp32(ours, original))
+        setattr(module, name, _where_it_fits(ours, original))
     try:
         yield
     finally:
@@ -40,16 +41,35 @@ def products() -> Iterator[None]:
             setattr(module, name, original)
 
 
-def _where_fp32(ours: Callable, original: Callable) -> Callable:
-    """`ours` if all tensors are fp32 on the CPU and no option is given that it does not know, else `original`."""
+def _where_it_fits(ours: Callable, original: Callable) -> Callable:
+    """`ours` for plain fp32 calls on the CPU; `original` for all else, and in graphs being compiled."""
 
+    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-        known = len(args) <= 3 and kwargs.keys() <= {"bias", "out"} and not torch.is_autocast_enabled("cpu")
-        return ours(*args, **kwargs) if plain and known else original(*args, **kwargs)
+        eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        fits = False
+        with contextlib.suppress(TypeError):  # at arguments that ours does not take
+            fits = plain and eager and _FITS[ours](*args, **kwargs)
+        return ours(*args, **kwargs) if fits else original(*args, **kwargs)
 
     return call
+
+
+def _linear_fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    # oneDNN reads a bias as if it were contiguous
+    good_bias = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+    return good_bias and weight.dim() == 2 and input.dim() >= 1 and input.shape[-1] == weight.shape[1]
+
+
+def _mm_fits(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
+    good_out = out is None or (a.dim() == b.dim() == 2 and out.shape == (len(a), b.shape[1]))
+    return good_out and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]
+
+
+def _addmm_fits(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
+    return total.dim() in (1, 2) and _mm_fits(a, b, out=out)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,3 +108,6 @@ class _Linear(Function):
         d_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         d_weight = _product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
+
+
+_FITS = {linear: _linear_fits, _mm: _mm_fits, _addmm: _addmm_fits}

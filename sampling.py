@@ -79,20 +79,21 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        batch = Batch(model, size, room, max_new_tokens, eos_token_id, Choice(temperature, top_k, top_p))
-        while waiting or batch.running:
-            admitted = [waiting.pop() for _ in range(min(len(waiting), size - batch.running))]
-            for some in _cut(admitted, prompts):
-                numbers = some if rows is None else [rows[i] for i in some]
-                batch.admit(some, [prompts[i] for i in some], uniforms(seed, numbers, max_new_tokens))
-            batch.run(math.ceil(size * (REFILL if waiting else 1 - SHRINK)))
-            done = batch.collect()
-            for i, result in done:
-                results[i] = result
-            if progress is not None:
-                progress(len(done), sum(len(ids) for _, (ids, _, _) in done))
-            if not waiting:
-                size = batch.shrink()
+        with torch.cuda.device_of(model.head_weight):  # graphs are captured on the current device
+            batch = Batch(model, size, room, max_new_tokens, eos_token_id, Choice(temperature, top_k, top_p))
+            while waiting or batch.running:
+                admitted = [waiting.pop() for _ in range(min(len(waiting), size - batch.running))]
+                for some in _cut(admitted, prompts):
+                    numbers = some if rows is None else [rows[i] for i in some]
+                    batch.admit(some, [prompts[i] for i in some], uniforms(seed, numbers, max_new_tokens))
+                batch.run(math.ceil(size * (REFILL if waiting else 1 - SHRINK)))
+                done = batch.collect()
+                for i, result in done:
+                    results[i] = result
+                if progress is not None:
+                    progress(len(done), sum(len(ids) for _, (ids, _, _) in done))
+                if not waiting:
+                    size = batch.shrink()
     finally:
         model.train(was_training)
     return Samples(*map(list, zip(*results)))
@@ -278,6 +279,8 @@ class Batch:
         self.ids = torch.zeros(size, M, dtype=torch.long, device=device)
         self.logps, self.uniform = torch.zeros(2, size, M, device=device)
         self.graphs: dict[int, Any] = {}  # by reach
+        if self.tokens.is_cuda:  # graphs run one after the other, so they can share their scratch memory
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     @property
     def running(self) -> int:
@@ -316,12 +319,12 @@ class Batch:
         self._step()
         if self.tokens.is_cuda:  # that was the warm-up; capturing does nothing but record
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self._step()
             self.graphs[self.cache.reach] = graph
 
     def _step(self) -> None:
-        """One token for every row; rows that have finished change nothing."""
+        """One token for every row; of rows that have finished, nothing is changed that will be read."""
         hidden = self.model.decode(self.tokens, self.cache.lengths, self.cache.masks(), self.cache.append)
         self.cache.lengths += self.active
         self._take(hidden, self.cache.rows)

@@ -137,11 +137,16 @@ def lines_of(rows: dict[str, dict]) -> Iterator[str]:
             yield f"| {name}{note} | {row.get('failed', 'not run')} | | | |{' |' if rated else ''}"
             continue
         times = f"{row['median_ms'] / ours:.2f}" if ours else ""
-        rate = f" {row['rate']:,.0f} {row['unit']} |" if "rate" in row else " |" if rated else ""
+        rate = f" {rounded(row['rate'])} {row['unit']} |" if "rate" in row else " |" if rated else ""
         yield (
             f"| {name}{note} | {row['median_ms']:.2f} | {row['p20_ms']:.2f} to {row['p80_ms']:.2f} | {times} "
             f"| {row['peak_mib']:,.0f} |{rate}"
         )
+
+
+def rounded(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def renew_tables() -> None:
@@ -162,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, help="of timing for each case (2 on a GPU, 20 on a CPU)")
+    parser.add_argument("--seconds", type=float, help="of timing for each case (1 on a GPU, 20 on a CPU)")
     args = parser.parse_args()
     if wrong := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
@@ -175,7 +180,7 @@ def main() -> None:
     for part in args.parts or PARTS:
         for case in importlib.import_module(f"{part}_cases").cases(device):
             began = time.perf_counter()
-            rows = measure(case, device, args.seconds or (2 if device.type == "cuda" else 20))
+            rows = measure(case, device, args.seconds or (1 if device.type == "cuda" else 20))
             results["cases"][case.name] = {"torch": torch.__version__, "commit": git.stdout.strip(), "ways": rows}
             path.write_text(json.dumps(results, indent=1) + "\n")  # at once: a lease may end
             print("\n".join(["", f"{case.name}  [{time.perf_counter() - began:.0f} s]", *lines_of(rows)]), flush=True)

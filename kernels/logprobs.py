@@ -67,8 +67,9 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 
     Args:
         hidden: (N, D), float16, bfloat16 or float32, any strides.
-        weight: (V, D), same dtype as hidden. Inside torch.autocast both are cast to the autocast dtype first. A view
-            of the first V rows of a tensor with a multiple of 64 finite rows may be faster on CUDA, any V else.
+        weight: (V, D), same dtype as hidden. Inside torch.autocast both are cast to the autocast dtype first. On CUDA
+            the memory behind a contiguous weight, up to a multiple of 64 rows, is multiplied too if it belongs to the
+            same storage: it must hold finite numbers, best zeros, and adds nothing.
         targets: (N,), any integer dtype.
         ignore_index: rows with this target give 0 and get a zero gradient.
 

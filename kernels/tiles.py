@@ -67,7 +67,7 @@ def scratch_rows(V: int) -> int:
 def _padded(weight: Tensor) -> Tensor:
     """The weight with the rows behind it that fill up a multiple of PAD, where its memory holds them; else as it is.
 
-    They add nothing: their logits are not looked at, and the terms they are multiplied by are 0.
+    They add nothing as long as they are finite: their logits are not looked at, the terms they are multiplied by are 0.
     """
     rows, D = _round_up(len(weight), PAD), weight.shape[1]
     held = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
@@ -87,8 +87,9 @@ def _round_up(number: int, multiple: int) -> int:
 
 def _even_step(total: int, most: int, multiple: int) -> int:
     """The step, at most `most`, a multiple of `multiple`, that cuts `total` into the fewest, nearly equal parts."""
-    parts = max(1, -(-total // most))
-    return min(max(1, total), _round_up(-(-total // parts), multiple))
+    total = max(1, total)
+    parts = -(-total // most)
+    return min(total, _round_up(-(-total // parts), multiple))
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:

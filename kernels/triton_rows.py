@@ -154,7 +154,7 @@ def _logprobs_kernel(
             _write_terms(
                 row, terms + i * terms_stride, lead, target - first, 0.0, new_shift, 0.0, 1.0, C, WIDTH, BLOCK
             )  # fmt: skip
-            if rescale < 1.0:
+            if (first > 0) & (rescale < 1.0):  # before the first product there is nothing to scale
                 _rescale(weighted + i * D, rescale, D, BLOCK)
 
 
@@ -230,11 +230,13 @@ def row_logprobs(
     """
     if not len(targets):
         return  # CUDA refuses an empty grid
-    out, into = (logits, logp) if terms is None else (terms, weighted)  # else pointers never followed
+    out, into, D = (
+        (terms, weighted, weighted.shape[1]) if terms is not None else (logits, logp, 1)
+    )  # else never touched
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _logprobs_kernel[(len(targets),)](
             logits, targets, logp, shift, log_sum, out, into, logits.stride(0), out.stride(0), first, V, ignore_index,
-            C=logits.shape[1], WIDTH=out.shape[1], D=into.shape[-1], WITH_TERMS=terms is not None,
+            C=logits.shape[1], WIDTH=out.shape[1], D=D, WITH_TERMS=terms is not None,
             SHIFTED=terms is None and logits.stride(0) % 8 != 0, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 

@@ -468,15 +468,15 @@ def test_the_logits_never_exist_on_cuda() -> None:
 
 
 @pytest.mark.parametrize("width", [0, 64, 768, 2048, 2560, 8192, 40000])
-@pytest.mark.parametrize("N", [1, 128, 2048, 8192, 16384])
+@pytest.mark.parametrize("N", [0, 1, 128, 2048, 8192, 16384])
 def test_cuda_tiles_fit_the_cap(monkeypatch: pytest.MonkeyPatch, N: int, width: int) -> None:
     """Under the cap, in whole blocks, all rows and columns covered, and few columns only to fill the processors."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     V, logit = 50257, 6
     R, C = tiles.tile_shape(torch.device("cuda"), N, V, width, logit)
-    assert 1 <= R <= N and 1 <= C <= V
+    assert 1 <= R <= max(1, N) and 1 <= C <= V
     assert logit * R * C <= tiles.CUDA_BUFFER_BYTES
-    assert R == N or R % 128 == 0
+    assert R == max(1, N) or R % 128 == 0
     assert C == V or C % tiles.PAD == 0
     if C < V:  # the second product's blocks of 128 x 256, and how many run at once
         assert width and (R + 127) // 128 * ((width + 255) // 256) <= 132
@@ -647,6 +647,27 @@ def test_the_expected_backend_does_the_work(device: str, monkeypatch: pytest.Mon
     assert calls == ["row_logprobs", "row_gradient"] * 2
     linear_logprobs(hidden, weight.detach(), targets).sum().backward()
     assert calls[4:] == ["row_logprobs"]  # forward already has the gradient
+
+
+def test_triton_compiles_once_for_any_number_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile-time constants are those of the vocabulary, or every micro-batch would wait for the compiler."""
+    if not uses_triton(device):
+        pytest.skip("needs Triton")
+    from kernels import triton_rows
+
+    kernel, seen = triton_rows._logprobs_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: seen.append(constants) or kernel[grid](*args, **constants)
+
+    monkeypatch.setattr(triton_rows, "_logprobs_kernel", Spy())
+    for frozen in (True, False):
+        seen.clear()
+        for N in (3, 4, 5):
+            hidden = normal(N, D, device=device).requires_grad_(frozen)
+            linear_logprobs(hidden, normal(17, D, device=device), some_targets(N, 17, device))
+        assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs this file once more, with this variable set")

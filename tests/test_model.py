@@ -323,12 +323,15 @@ def test_rows_longer_than_the_context_are_refused(tmp_path):
         model(torch.zeros(1, 65, dtype=torch.long))
     segments = torch.zeros(1, 70, dtype=torch.long)
     segments[:, :6] = -1
+    many = torch.full((1, 200), -1)
+    many[:, 70:130] = 0
+    assert model(torch.zeros(1, 200, dtype=torch.long), many).isfinite().all()  # 60 tokens among 140 of padding
     assert model(torch.zeros(1, 70, dtype=torch.long), segments).shape == (1, 70, 32)  # 64 real tokens fit
 
 
 def test_vendored_alone(tmp_path):
-    """model.py and sampling.py each import with nothing of the project beside them."""
-    for name in ("model", "sampling"):
+    """model.py, sampling.py and onednn.py each import with nothing of the project beside them."""
+    for name in ("model", "sampling", "onednn"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / f"{name}.py").write_text((Path(__file__).parents[1] / f"{name}.py").read_text())

@@ -99,6 +99,37 @@ def test_other_calls_are_left_alone(calls):
     assert not calls
 
 
+def test_unusual_calls_behave_as_without(calls):
+    """A bias with gaps (oneDNN would read foreign memory) or of one number, results to be resized, errors."""
+    x, w = normal(3, 4), normal(5, 4, seed=1)
+    with onednn.products():
+        for bias in (normal(10)[::2], normal(1).expand(5), normal(1)):
+            close(F.linear(x, w, bias), x @ w.T + bias)
+        close(F.linear(x, w[0]), x @ w[0])
+        close(torch.mm(x, w.T, out=torch.empty(0)), x @ w.T)
+        for wrong in (
+            lambda: torch.mm(x, w),
+            lambda: torch.mm(x[None], w.T),
+            lambda: F.linear(x, w.T),
+            lambda: torch.mm(x),
+        ):
+            with pytest.raises((RuntimeError, TypeError)):
+                wrong()
+    assert not calls
+
+
+def test_compiled_graphs_choose_for_themselves(calls):
+    """--compile on a CPU: a graph with oneDNN's operator in it would be refused by the compiler."""
+    layer, x = nn.Linear(4, 5), normal(3, 4)
+    expected = layer(x).sum()
+    with onednn.products():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        actual = compiled(x).sum()
+        actual.backward()
+    close(actual.detach(), expected.detach())
+    assert not calls
+
+
 def test_functions_are_put_back_whatever_happens():
     before = F.linear, torch.mm, torch.addmm
     with pytest.raises(ZeroDivisionError), onednn.products():

@@ -1,5 +1,6 @@
 """sampling.py: against transformers' generate and logit warpers, and against a full scoring pass."""
 
+import copy
 import math
 
 import pytest
@@ -114,6 +115,31 @@ def test_the_progress_adds_up(model):
     )
     rows, tokens = map(sum, zip(*seen))
     assert (rows, tokens) == (20, sum(map(len, samples.ids))) and len(seen) > 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(top_k=20), dict(top_p=0.9)])
+def test_graphs_change_nothing_on_cuda(model, monkeypatch, settings):
+    """Captured steps, looked at every 16th time, give what single steps give; greedily what the CPU gives."""
+    there = copy.deepcopy(model).cuda()
+    settings = dict(max_new_tokens=40, eos_token_id=EOS, seed=3) | settings
+    graphs = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count_calls(torch.cuda.CUDAGraph.replay, graphs))
+    captured = [generate(there, prompts(40), batch_size=size, **settings) for size in (16, 40)]
+    assert len(graphs) > 40
+    monkeypatch.setattr(Batch, "_advance", Batch._step)
+    single = generate(there, prompts(40), batch_size=16, **settings)
+    assert captured[0].ids == captured[1].ids == single.ids
+    if not settings.get("temperature", 1):
+        assert single.ids == generate(model, prompts(40), **settings).ids
+
+
+def count_calls(function, calls):
+    def call(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def test_a_long_prompt_passes_alone(model, monkeypatch):

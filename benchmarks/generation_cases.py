@@ -7,6 +7,7 @@ the last token of the vocabulary, the end; in transformers by a logits processor
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -201,12 +202,66 @@ def default_model(count: int, batch: int) -> Case:
     )
 
 
+def beside_ctranslate2(count: int, batch: int, M: int) -> Case:
+    """A public inference engine. It does not know GPT-Neo: it runs a GPT-2 of the same size, with random weights too.
+
+    Its batches are static and no length can be forced, so all responses run to the limit: no early end.
+    """
+    device = torch.device("cpu")
+    model = random_model(neo_config("125M"), torch.float32, device)
+    prompts, _ = gsm8k_like(count, M)
+    ways = {
+        "ours": ours(model, prompts, None, batch, M, None, fast=True),
+        "ours without onednn.py": ours(model, prompts, None, batch, M, None),
+    }
+    notes = {}
+    try:
+        ways["CTranslate2, GPT-2 124M"] = ctranslate2_gpt2(prompts, batch, M)
+    except ImportError:
+        notes["CTranslate2"] = "not installed"
+    return Case(
+        f"generation: 125M shape, float32, {count} prompts, batch {batch}, {M} new tokens, no early end, CTranslate2",
+        ways,
+        notes,
+        rates=dict.fromkeys(ways, (count * M, "tokens")),
+        rounds=3,
+    )
+
+
+def ctranslate2_gpt2(prompts: list, batch: int, M: int) -> Callable:
+    import ctranslate2
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    vocabulary = {f"t{i}": i for i in range(50257)}
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(f"{folder}/gpt2")
+        words = Tokenizer(models.WordLevel(vocabulary, "t0"))
+        end = "t50256"
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", bos_token=end, eos_token=end).save_pretrained(
+            f"{folder}/gpt2"
+        )
+        ctranslate2.converters.TransformersConverter(f"{folder}/gpt2").convert(f"{folder}/converted")
+        engine = ctranslate2.Generator(f"{folder}/converted", intra_threads=torch.get_num_threads())
+    tokens = [[f"t{i}" for i in prompt] for prompt in sorted(prompts, key=len)]
+
+    def run() -> None:
+        results = engine.generate_batch(
+            tokens, max_batch_size=batch, max_length=M, min_length=M, sampling_topk=0, sampling_temperature=1.0,
+            include_prompt_in_result=False,
+        )  # fmt: skip
+        assert all(len(result.sequences[0]) == M for result in results)
+
+    return run
+
+
 def cases(device: torch.device) -> Iterator[Case]:
     if device.type == "cpu":
         yield default_model(4000, 1024)
         yield default_model(2000, 64)
         for dtype in (torch.float32, torch.bfloat16):
             yield case("125M", dtype, device, 32, 16, 256, ragged=True, alone=False)
+        yield beside_ctranslate2(32, 16, 96)
         return
     for shape in SHAPES:
         yield case(shape, torch.bfloat16, device, 64, 64, 256, ragged=False, alone=False)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -276,6 +277,19 @@ def test_micro_batches_hold_rows_of_like_length_within_the_budget():
     assert sorted(i for chunk in chunks for i in chunk) == list(range(8))
     assert [[tokens[i] for i in chunk] for chunk in chunks] == [[5, 6, 7], [8, 9], [30], [31], [100]]
     assert list(spin.micro_batches([], 30)) == []
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "compile"])
+def test_options_for_memory_and_speed_change_nothing(start, data, tmp_path, option):
+    """The same losses, step by step; the compiler's own products and sums differ by rounding."""
+    if option == "compile" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    losses = []
+    for value in (None, True):
+        out = tmp_path / str(value)
+        assert spin.main(flags(start, data, out, prompts=32, eval_limit=4, **{option: value})) == 0
+        losses.append([row["loss"] for row in rows(out / "steps-0.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) > 1
 
 
 def test_schedule_is_ten_percent_rise_then_linear_fall_to_zero():

@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, help="of timing for each case (1 on a GPU, 20 on a CPU)")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only cases with this in their name")
     args = parser.parse_args()
     if wrong := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
@@ -179,6 +180,8 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, commit {git.stdout.strip()}")
     for part in args.parts or PARTS:
         for case in importlib.import_module(f"{part}_cases").cases(device):
+            if args.match not in case.name:
+                continue
             began = time.perf_counter()
             rows = measure(case, device, args.seconds or (1 if device.type == "cuda" else 20))
             results["cases"][case.name] = {"torch": torch.__version__, "commit": git.stdout.strip(), "ways": rows}

@@ -125,6 +125,16 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def current_commit() -> str:
+    """Marked where code differs from it; results and tables may."""
+
+    def git(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *args], cwd=FOLDER.parent, capture_output=True, text=True)
+
+    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
+
+
 def lines_of(rows: dict[str, dict]) -> Iterator[str]:
     """A Markdown table of one case; times are also given as multiples of the first way's."""
     ours = next(iter(rows.values())).get("median_ms")
@@ -174,17 +184,17 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
     device = torch.device(args.device)
     name = device_name(device)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+    commit = current_commit()
     path = FOLDER / "results" / f"bench-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     results = json.loads(path.read_text()) if path.exists() else {"device": name, "cases": {}}
-    print(f"{name}, torch {torch.__version__}, commit {git.stdout.strip()}")
+    print(f"{name}, torch {torch.__version__}, commit {commit}")
     for part in args.parts or PARTS:
         for case in importlib.import_module(f"{part}_cases").cases(device):
             if args.match not in case.name:
                 continue
             began = time.perf_counter()
             rows = measure(case, device, args.seconds or (1 if device.type == "cuda" else 20))
-            results["cases"][case.name] = {"torch": torch.__version__, "commit": git.stdout.strip(), "ways": rows}
+            results["cases"][case.name] = {"torch": torch.__version__, "commit": commit, "ways": rows}
             path.write_text(json.dumps(results, indent=1) + "\n")  # at once: a lease may end
             print("\n".join(["", f"{case.name}  [{time.perf_counter() - began:.0f} s]", *lines_of(rows)]), flush=True)
             del case

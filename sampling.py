@@ -62,12 +62,10 @@ def generate(
             from batch mates, the batch size or the process that works on the row. `rows` are the numbers of the
             prompts' rows; None: 0, 1, 2, ...
         batch_size: rows at work at a time, at most.
-        cache_tokens: tokens that the cache has room for, at most, but one row's at least. A row needs room for the
-            longest prompt and max_new_tokens; so this bounds the batch too.
+        cache_tokens: tokens that the cache has room for, at most, but one row's at least: bounds the batch too.
         progress: called with numbers of rows that have finished since the last call, and of their new tokens.
 
-    Raises: ValueError naming the argument, or the prompt that is empty or too long; FloatingPointError where logits
-    are NaN.
+    Raises: ValueError naming the argument or the prompt that is at fault; FloatingPointError where logits are NaN.
     """
     _check(model.config, prompts, max_new_tokens, temperature, top_k, top_p, batch_size, cache_tokens)
     if not prompts:

@@ -1,8 +1,9 @@
 """fp32 matrix products on a CPU by oneDNN instead of MKL; both are inside torch.
 
 torch multiplies fp32 matrices by MKL, which on processors of other makers than its own leaves the widest instructions
-unused: on an AMD EPYC with AVX-512, oneDNN was 2 to 3 times as fast at every size (benchmarks/README.md). torch itself
-uses it for bf16 and in compiled graphs, but offers no switch for plain fp32 products. Hence this:
+unused: on an AMD EPYC with AVX-512, oneDNN was about twice as fast at most sizes, never slower for large ones
+(benchmarks/README.md, "without onednn.py"). torch itself uses it for bf16 and in compiled graphs, but offers no switch
+for plain fp32 products. Hence this:
 
     with onednn.products():
         model(input_ids)

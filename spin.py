@@ -93,8 +93,8 @@ class Args:
     clip: float = 1.0  # largest norm of the gradient
     batch: int = 64  # examples (pairs) a step
     micro_tokens: int = 0  # tokens a forward pass, padding included; less needs less memory (0: 2048, on a GPU 8192)
-    checkpoint: bool = False  # keep a block's input only for its backward pass: less memory, a third more time
-    compile: bool = False  # torch.compile the blocks for training: a minute at first, then faster on a GPU
+    checkpoint: bool = False  # keep only a block's input for its backward pass: less memory, one more forward pass
+    compile: bool = False  # torch.compile the blocks for training: a minute at first; its gain is not measured yet
     precision: str = "auto"  # bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)
     device: str = "auto"  # cpu | cuda | cuda:N | auto (a GPU where there is one)
     seed: int = 0  # of everything random

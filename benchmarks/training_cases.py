@@ -5,6 +5,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,30 @@ def step_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
     )
 
 
+def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Case:
+    """spin.score beside the blocks and the head's one product alone, on the same micro-batches without their masks."""
+    model, _, pairs, run = parts(shape, dtype, device, count, count)
+    tokens = [pair.tokens for pair in pairs]
+    shapes = [(len(c), max(tokens[i] for i in c) - 2) for c in spin.micro_batches(tokens, run.micro_tokens)]
+    predicted = sum(len(p.real_ids) + len(p.generated_ids) for p in pairs) // len(shapes)
+
+    def call(score: bool) -> None:
+        with onednn.products() if device.type == "cpu" else contextlib.nullcontext(), torch.no_grad(), run.autocast():
+            if score:
+                spin.score(model, pairs, run)
+                return
+            for rows, width in shapes:
+                hidden = model(torch.zeros(rows, width, dtype=torch.long, device=device)).flatten(0, 1)
+                model.logits(hidden[:predicted])
+
+    return Case(
+        f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths",
+        {"ours": partial(call, True), "the forward alone": partial(call, False)},
+        rates=dict.fromkeys(["ours", "the forward alone"], (count, "pairs")),
+        rounds=3,
+    )
+
+
 def iteration_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
     """Generation of `count` responses, scoring, training on the pairs; generation takes `count` rows at a time."""
     model, other, pairs, run = parts(shape, dtype, device, count, batch)
@@ -203,6 +228,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     if device.type == "cpu":
         yield step_case("125M", torch.float32, device, 8, 4)
         yield iteration_case("125M", torch.float32, device, 8, 4)
+        yield scoring_case("125M", torch.float32, device, 8)
         return
     yield step_case("1.3B", torch.bfloat16, device, 64, 32)
     yield iteration_case("1.3B", torch.bfloat16, device, 64, 32)
+    yield scoring_case("1.3B", torch.bfloat16, device, 64)

@@ -164,8 +164,10 @@ def test_float16(device: str) -> None:
 def test_many_tiles(device: str, dtype: torch.dtype, small_tiles: None) -> None:
     targets, upstream = some_targets(10, 1023, device), normal(10, device=device)
     check_token(leaf(normal(10, 1023, device=device, dtype=dtype)), targets, upstream)
-    hidden, weight = (leaf(normal(n, D, device=device, dtype=dtype)) for n in (10, 1023))
-    check_linear(hidden, weight, targets, upstream)
+    hidden, weight = normal(10, D, seed=3), normal(1023, D, seed=4)
+    largest = (hidden @ weight.T).argmax(1) // (1023 // 3 + 1)
+    assert set(largest.tolist()) == {0, 1, 2}, "the shift must rise in some rows, after the first and the second tile"
+    check_linear(*(leaf(tensor.to(device, dtype)) for tensor in (hidden, weight)), targets, upstream)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,3 +207,12 @@ def split(examples: list[Example], share: float) -> tuple[list[Example], list[Ex
     """(training, held-out) examples."""
     train = [e for e in examples if not held_out(e.prompt, share)]
     return train, [e for e in examples if held_out(e.prompt, share)]
+
+
+def digest(examples: list[Example]) -> str:
+    """sha256 of ids and references: it changes with the data, the template and the tokenizer."""
+    total = hashlib.sha256()
+    for e in examples:
+        total.update(array("q", [len(e.prompt_ids), *e.prompt_ids, *e.real_ids]).tobytes())
+        total.update(json.dumps(e.references).encode())
+    return total.hexdigest()

@@ -243,11 +243,15 @@ def _key(name: str, part: str) -> str:
 
 def _write(file: Path, content: bytes) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except OSError as error:  # a full disk names no file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _read_config(file: Path) -> dict[str, Any]:

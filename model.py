@@ -332,8 +332,8 @@ class GPTNeo(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors; transformers loads them with no key missing or unexpected.
 
-        Each file is written under a temporary name and renamed. Raises ValueError where the module holds other
-        parameters than GPT-Neo's (adapters: merge and remove them first).
+        Each file is written under a temporary name, synced and renamed. Raises ValueError where the module holds
+        other parameters than GPT-Neo's (adapters: merge and remove them first), OSError where they cannot be written.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -342,11 +342,17 @@ class GPTNeo(nn.Module):
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
         _check_fit(path, state, expected)
         config, weights = path / "config.json.tmp", path / "model.safetensors.tmp"
-        config.write_text(self.config.to_json())
-        save_file(state, weights, metadata={"format": "pt"})
-        weights.chmod(config.stat().st_mode)  # safetensors lets the owner alone read it, whatever the umask
-        os.replace(weights, path / "model.safetensors")
-        os.replace(config, path / "config.json")
+        try:
+            config.write_text(self.config.to_json())
+            save_file(state, weights, metadata={"format": "pt"})
+            weights.chmod(config.stat().st_mode)  # safetensors lets the owner alone read it, whatever the umask
+            for temporary in (weights, config):
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, temporary.with_suffix(""))
+        except (OSError, SafetensorError) as error:
+            weights.unlink(missing_ok=True)  # a disk that is full should not stay so
+            raise OSError(f"{path}: the model cannot be written ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""What a run leaves for people to read: statistics, JSON Lines, a text table and an SVG plot. No dependencies."""
+"""What people read of a run: statistics, a text table and an SVG plot. No dependencies."""
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+# The columns of the two tables, and how their values are written.
+COLUMNS = dict(iterate="d", greedy=".1%", sampled=".1%", greedy_error=".1%", sampled_error=".1%", nll=".4f", kl=".2f")
+SIGNALS = dict(iterate="d", pairs="d", identical="d", truncated=".2%", real_length=".1f", generated_length=".1f")
+SIGNALS |= dict(loss=".4f", margin=".3f", accuracy=".1%", real_logp=".3f", generated_logp=".3f", grad_norm=".2f")
+
+FALL = 0.1  # nats a token that held-out real responses may lose in an iteration before a warning
+CUT = 0.05  # rise of the share of cut responses, from one iteration to the next, before a warning
 
 
 def with_se(name: str, values: list[float], weights: list[float] | None = None) -> Row:
@@ -37,22 +42,6 @@ def distance(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file under a temporary name and renames it: a reader sees the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes JSON Lines, one row a line."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
     """Aligned text, one line a row; `columns` maps a row's key to the format of its value. A key "x" with an "x_se"
     beside it is written with its standard error; a column that no row has is left out."""
@@ -79,8 +68,8 @@ def _cell(row: Row, key: str, fmt: str) -> str:
     return format(row[key], fmt) + (f" \u00b1 {format(se, fmt)}" if se is not None else "")
 
 
-def plot(path: Path, rows: Sequence[Row], keys: Sequence[str], title: str) -> None:
-    """Writes an SVG with one small panel a key: its value by row["iterate"], with bars of one standard error."""
+def plot(rows: Sequence[Row], keys: Sequence[str], title: str) -> str:
+    """An SVG with one small panel a key: its value by row["iterate"], with bars of one standard error."""
     width, height, columns = 240, 180, 4
     lines = -(-len(keys) // columns)
     panels = [
@@ -89,11 +78,10 @@ def plot(path: Path, rows: Sequence[Row], keys: Sequence[str], title: str) -> No
     ]
     style = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.line{stroke:#0b62a4;fill:none;stroke-width:2}"
     size = f'width="{40 + columns * width}" height="{60 + lines * height}"'
-    write_text(
-        path,
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
         f'<rect width="100%" height="100%" fill="white"/><text x="20" y="26" style="font-size:16px">{escape(title)}'
-        f"</text>{''.join(panels)}</svg>\n",
+        f"</text>{''.join(panels)}</svg>\n"
     )
 
 
@@ -126,3 +114,26 @@ def _panel(rows: Sequence[Row], key: str) -> str:
     for y in (low + pad, high - pad):
         parts.append(f'<text x="34" y="{at(0, y)[1] + 4:.1f}" text-anchor="end" style="font-size:10px">{y:.3g}</text>')
     return "".join(parts)
+
+
+def warnings_of(rows: Sequence[Row]) -> list[str]:
+    """What the newest iterate's row says of degeneration, and what to change."""
+    if len(rows) < 2:
+        return []
+    before, now = rows[-2:]
+    name, texts = f"iterate {now['iterate']}", []
+    if now["nll"] - before["nll"] > FALL:
+        texts.append(
+            f"{name}: held-out real responses lost {now['nll'] - before['nll']:.2f} nats a token, the player unlearns "
+            f"the data; try a lower --lr, fewer --epochs or a larger --beta"
+        )
+    if now.get("truncated", 0) - before.get("truncated", now.get("truncated", 0)) > CUT:
+        texts.append(
+            f"{name}: the share of responses cut at the length limit rose from {before['truncated']:.0%} to "
+            f"{now['truncated']:.0%}, the opponent no longer ends them; try --unfinished drop or cut, or a lower --lr"
+        )
+    if now["skipped"]:
+        texts.append(
+            f"{name}: steps skipped, since their loss or gradient was not finite: {now['skipped']}; try a lower --lr"
+        )
+    return texts

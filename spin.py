@@ -21,123 +21,44 @@ Deviations from the paper and from the official code (uclaml/SPIN):
 - The prompts of an iteration may be a fresh random subset (`--prompts`); the paper uses the same 50k every time.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import hashlib
-import inspect
+import itertools
 import json
 import math
-import re
-import shlex
+import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 import lora
 import onednn
+import plan
 import report
-from data import Example, as_decoded, decode, encode, fit_context, load_examples, load_tokenizer, split
+import resume
+from data import Example, decode
 from kernels import linear_logprobs
-from model import GPTNeo, GPTNeoConfig
-from sampling import Samples
+from model import GPTNeo
+from options import METRICS, Args, parse
+from prepare import Finished, Run, generator, seed_of, setup
 from sampling import generate as sample_responses
 
-HERE = Path(__file__).resolve().parent
 MASKED_TOKENS = 1024  # longer rows compute a prompt for each response: a (T, T) mask would cost more than it saves
+SCORE_SHARD = 1024  # items that are scored, then kept: what a killed run may lose
+GENERATE_SHARD = {"cpu": 16, "cuda": 64}  # the same for responses, in batches of --gen-batch
+SKIPS = 3  # steps in a row with a loss or gradient that is not finite, after which the run stops
 # ids of a prompt and of one or more responses to it, their end-of-sequence tokens included
 PromptResponses = tuple[list[int], ...]
-
-
-@dataclass(frozen=True)
-class Args:
-    """Every option; a field's comment is its help. Options of self-play alone are marked (spin)."""
-
-    model: str = ""  # directory or hub id of the start; without it, the embedded task is run
-    data: str = ""  # JSON Lines of {"prompt", "response"} or of the official {"real": [...]}; .gz is fine
-    eval_data: str = ""  # held-out data; without it, a share of --data
-    eval_share: float = 0.05  # share of --data held out, chosen by a hash of the prompt
-    eval_limit: int = 1000  # at most so many held-out examples are used (0: all)
-    out: str = "runs/spin"  # directory for everything the run writes; must not hold another run
-    template: str = r"### Instruction: {prompt}\n\n### Response: "  # prompt template; \n is a line break
-    overlong: str = "error"  # examples that do not fit the context: error | skip (and count)
-    iterations: int = 3  # rounds of self-play (of sft: rounds of training and evaluation)
-    prompts: int = 0  # examples an iteration, drawn afresh for each (0: all)
-    mix_previous: bool = False  # (spin) train on the pairs of iteration t - 1 too
-    beta: tuple[float, ...] = (0.1,)  # (spin) beta of Eq. 4.7, the paper's lambda; one value or one an iteration
-    max_new_tokens: int = 256  # length limit of generated responses, in tokens
-    temperature: float = 1.0  # (spin) of the opponent's sampling; 0: greedy
-    top_k: int = 0  # (spin) of the opponent's sampling; 0: off
-    top_p: float = 1.0  # (spin) of the opponent's sampling; 1: off
-    unfinished: str = "keep"  # (spin) responses cut at the length limit: keep | drop | cut (the real one alike)
-    gen_batch: int = 64  # rows generated together
-    gen_tokens: int = 131072  # tokens that the cache of generation has room for; reduces --gen-batch to fit
-    rank: int = 16  # LoRA rank; 0: train all parameters
-    alpha: float = 32.0  # LoRA scaling is alpha / rank
-    lora_dropout: float = 0.0  # dropout on the adapters' input
-    lora_targets: tuple[str, ...] = lora.DEFAULT_TARGETS  # names of the linear layers that get an adapter
-    optimizer: str = "adamw"  # adamw | rmsprop (the paper's)
-    lr: tuple[float, ...] = (5e-5,)  # peak learning rate; one value or one an iteration
-    epochs: tuple[int, ...] = (2,)  # passes over the pairs; one value or one an iteration
-    warmup: float = 0.1  # share of an iteration's steps in which the rate rises; it then falls linearly to 0
-    weight_decay: float = 0.0  # of AdamW
-    clip: float = 1.0  # largest norm of the gradient
-    batch: int = 64  # examples (pairs) a step
-    micro_tokens: int = 0  # tokens a forward pass, padding included; less needs less memory (0: 2048, on a GPU 8192)
-    checkpoint: bool = False  # keep only a block's input for its backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile the blocks for training: a minute at first; its gain is not measured yet
-    precision: str = "auto"  # bf16 | fp32 | auto (bf16 on a GPU, fp32 on CPU)
-    device: str = "auto"  # cpu | cuda | cuda:N | auto (a GPU where there is one)
-    seed: int = 0  # of everything random
-    from_scratch: bool = False  # (sft) --model holds config.json and a tokenizer; weights start at random
-
-    def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("eval_share", 0 < self.eval_share < 1, "between 0 and 1"),
-            ("eval_limit", self.eval_limit >= 0, "0 or more"),
-            ("template", "{prompt}" in self.template, "text with {prompt} in it"),
-            ("overlong", self.overlong in ("error", "skip"), "error or skip"),
-            ("iterations", self.iterations >= 1, "1 or more"),
-            ("prompts", self.prompts >= 0, "0 or more"),
-            ("beta", all(0 < b < math.inf for b in self.beta), "positive numbers"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature < math.inf, "0 or at least 0.001"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("unfinished", self.unfinished in ("keep", "drop", "cut"), "keep, drop or cut"),
-            ("gen_batch", self.gen_batch >= 1, "1 or more"),
-            ("gen_tokens", self.gen_tokens >= 1, "1 or more"),
-            ("rank", self.rank >= 0, "0 or more"),
-            ("alpha", 0 < self.alpha < math.inf, "positive"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
-            ("optimizer", self.optimizer in ("adamw", "rmsprop"), "adamw or rmsprop"),
-            ("lr", all(0 < x < math.inf for x in self.lr), "positive numbers"),
-            ("epochs", all(e >= 1 for e in self.epochs), "1 or more"),
-            ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("clip", self.clip > 0, "positive"),
-            ("batch", self.batch >= 1, "1 or more"),
-            ("micro_tokens", self.micro_tokens >= 0, "0 or more"),
-            ("precision", self.precision in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
-            ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device)), "auto, cpu, cuda or cuda:N"),
-        ):
-            if not ok:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: expected {expected}")
-        for name, value in vars(self).items():
-            if isinstance(value, int) and abs(value) >= 2**31:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected less than 2^31")
-        for name in ("beta", "lr", "epochs"):
-            if len(getattr(self, name)) not in (1, self.iterations):
-                raise ValueError(f"--{name} has {len(getattr(self, name))} values: expected 1 or {self.iterations}")
 
 
 @dataclass(slots=True)
@@ -158,25 +79,6 @@ class Pair:
 
 class Stopped(RuntimeError):
     """The run cannot go on; the message says where and why."""
-
-
-class Run(NamedTuple):
-    """What every phase needs besides the player."""
-
-    args: Args
-    tokenizer: Tokenizer
-    eos_token_id: int
-    device: torch.device
-    dtype: torch.dtype  # of the player's products
-    start: Path  # directory of theta_0
-    out: Path
-
-    @property
-    def micro_tokens(self) -> int:
-        return self.args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -210,32 +112,39 @@ def spin_loss(
 
 
 def play(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: Run) -> list[report.Row]:
-    """Algorithm 1. Returns the held-out metrics and training signals of every iterate theta_0 ... theta_T."""
-    rows, previous = [], []
-    start = sample_start(player, heldout, run)
-    rows.append(evaluate(player, heldout, start, run, iterate=0))
-    finish_iterate(player, rows, [], run)
-    for t in range(run.args.iterations):
+    """Algorithm 1. Returns the held-out metrics and training signals of every iterate theta_0 ... theta_T.
+
+    A run that was stopped goes on: finished iterates are read, and of the phase it was in, what `kept` holds.
+    """
+    rows, kept = resume.read_rows(run.out / "metrics.jsonl"), run.kept(0)
+    start = sample_start(player, heldout, run, kept)
+    if rows:
+        load_iterate(player, rows[-1]["iterate"], run)
+    else:
+        rows.append(evaluate(player, heldout, start, run, iterate=0, kept=kept))
+        finish_iterate(player, rows, [], run)
+    previous = read_pairs(len(rows) - 2, run) if run.args.mix_previous and len(rows) > 1 else []
+    for t in range(len(rows) - 1, run.args.iterations):
         opponent = player  # theta_t: nothing below changes it before `train`, and its log-probabilities are kept
-        pairs, counts = generate(opponent, choose(train_set, t, run), t, run)
-        score(opponent, pairs + previous, run)
-        signals = train(player, pairs + previous, t, run)
-        metrics = evaluate(player, heldout, start, run, iterate=t + 1)
+        kept = run.kept(t + 1)
+        pairs, counts = generate(opponent, choose(train_set, t, run), t, run, kept)
+        score(opponent, pairs + previous, run, kept)
+        signals = train(player, pairs + previous, t, run, kept)
+        metrics = evaluate(player, heldout, start, run, iterate=t + 1, kept=kept)
         rows.append(metrics | counts | signals)
         finish_iterate(player, rows, pairs, run)
         previous = pairs if run.args.mix_previous else []
     return rows
 
 
-def generate(opponent: GPTNeo, examples: list[Example], t: int, run: Run) -> tuple[list[Pair], report.Row]:
+def generate(
+    opponent: GPTNeo, examples: list[Example], t: int, run: Run, kept: Path | None = None
+) -> tuple[list[Pair], report.Row]:
     """The opponent writes one response to every prompt. Returns the pairs worth training on, and counts."""
     args, began = run.args, time.perf_counter()
-    seed = seed_of(args.seed, t, "generate")
-    samples = sample(opponent, examples, run, seed, f"generate {t}", args.temperature, args.top_k, args.top_p)
-    pairs = [
-        Pair(e.prompt_ids, e.real_ids, ids, finished)
-        for e, ids, finished in zip(examples, samples.ids, samples.finished)
-    ]
+    how = (args.temperature, args.top_k, args.top_p)
+    responses = sample(opponent, examples, run, seed_of(args.seed, t, "generate"), "generate", *how, kept=kept)
+    pairs = [Pair(e.prompt_ids, e.real_ids, ids, finished) for e, (ids, finished) in zip(examples, responses)]
     if args.unfinished == "cut":  # else a cut response is told from a whole one by its missing end alone
         for pair in pairs:
             if not pair.finished:
@@ -255,17 +164,18 @@ def generate(opponent: GPTNeo, examples: list[Example], t: int, run: Run) -> tup
     }
 
 
-def score(opponent: GPTNeo, pairs: list[Pair], run: Run) -> None:
+def score(opponent: GPTNeo, pairs: list[Pair], run: Run, kept: Path | None = None) -> None:
     """log p_t of both responses of every pair, once, by the code path that trains; stored with the pairs.
 
     Pairs of the iteration before are scored again: their opponent is now theta_t as well.
     """
-    logps = sequence_logps(opponent, [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs], run)
+    items = [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs]
+    logps = sequence_logps(opponent, items, run, "score", kept)
     for i, pair in enumerate(pairs):
         pair.opponent_real_logp, pair.opponent_generated_logp = logps[i], logps[len(pairs) + i]
 
 
-def train(player: GPTNeo, pairs: list[Pair], t: int, run: Run) -> report.Row:
+def train(player: GPTNeo, pairs: list[Pair], t: int, run: Run, kept: Path | None = None) -> report.Row:
     """Minimises Eq. 4.7 over the pairs; returns the signals of the last tenth of the steps."""
     beta = nth(run.args.beta, t)
 
@@ -283,10 +193,12 @@ def train(player: GPTNeo, pairs: list[Pair], t: int, run: Run) -> report.Row:
             "generated_logp": generated.detach() / lengths[:, 1],
         }
 
-    return fit(player, pairs, pair_loss, t, run)
+    return fit(player, pairs, pair_loss, t, run, kept)
 
 
-def evaluate(player: GPTNeo, heldout: list[Example], start: "StartSamples", run: Run, iterate: int) -> report.Row:
+def evaluate(
+    player: GPTNeo, heldout: list[Example], start: "StartSamples", run: Run, iterate: int, kept: Path | None = None
+) -> report.Row:
     """Held-out metrics of one iterate; each x comes with x_se, one standard error over examples.
 
     greedy / sampled: share of responses equal to one of the references, decoded greedily / sampled at temperature 1.
@@ -298,15 +210,15 @@ def evaluate(player: GPTNeo, heldout: list[Example], start: "StartSamples", run:
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         # the same random numbers for every iterate: the difference of two iterates is less noisy for it
         seed = seed_of(run.args.seed, 0, "evaluate")
-        samples = sample(player, heldout, run, seed, f"{name} {iterate}", temperature)
-        texts = [decode(ids, run.tokenizer, run.eos_token_id) for ids in samples.ids]
+        responses = sample(player, heldout, run, seed, name, temperature, kept=kept)
+        texts = [text_of(ids, run) for ids, _ in responses]
         right = [float(text in example.references) for text, example in zip(texts, heldout)]
         row |= report.with_se(name, right)
         nearest = [report.nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
         row |= report.with_se(f"{name}_error", [float(e) for e, _ in nearest], [float(n) for _, n in nearest])
-    real = sequence_logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], run)
+    real = sequence_logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], run, "nll", kept)
     row |= report.with_se("nll", [-logp for logp in real], [float(len(e.real_ids)) for e in heldout])
-    now = sequence_logps(player, start.sequences, run)
+    now = sequence_logps(player, start.sequences, run, "kl", kept)
     row |= report.with_se("kl", [before - after for before, after in zip(start.logps, now)])
     return row | {"evaluate_seconds": time.perf_counter() - began}
 
@@ -354,14 +266,25 @@ def response_logps(player: GPTNeo, items: Sequence[PromptResponses], run: Run) -
 
 
 @torch.no_grad()
-def sequence_logps(player: GPTNeo, items: list[PromptResponses], run: Run) -> list[float]:
+def sequence_logps(
+    player: GPTNeo, items: list[PromptResponses], run: Run, name: str = "score", kept: Path | None = None
+) -> list[float]:
     """`response_logps` of any number of items, without gradient or dropout, in the same order."""
     player.eval()
-    result = torch.full((len(items[0]) - 1 if items else 0, len(items)), math.nan)
-    chunks = list(micro_batches([sum(map(len, item)) for item in items], run.micro_tokens))
-    for chunk in tqdm(chunks, desc="score", leave=False, disable=None):
-        result[:, chunk] = response_logps(player, [items[i] for i in chunk], run).view(-1, len(chunk)).cpu()
-    return result.flatten().tolist()
+    bar = tqdm(total=len(items), desc=name, leave=False, disable=None)
+
+    def work(rows: range) -> list[list[float]]:
+        bar.n = rows.start
+        result = torch.full((len(items[0]) - 1, len(rows)), math.nan)
+        for chunk in micro_batches([sum(map(len, items[i])) for i in rows], run.micro_tokens):
+            logps = response_logps(player, [items[rows[i]] for i in chunk], run)
+            result[:, chunk] = logps.view(-1, len(chunk)).cpu()
+            bar.update(len(chunk))
+        return result.T.tolist()
+
+    with bar:
+        done = resume.in_shards(kept, name, len(items), SCORE_SHARD, work)
+    return [logp for response in zip(*done) for logp in response]
 
 
 def micro_batches(tokens: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -377,49 +300,79 @@ def micro_batches(tokens: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def fit(
-    player: GPTNeo, items: list[Any], loss_of: Callable[[list[Any]], dict[str, Tensor]], t: int, run: Run
+    player: GPTNeo,
+    items: list[Any],
+    loss_of: Callable[[list[Any]], dict[str, Tensor]],
+    t: int,
+    run: Run,
+    kept: Path | None = None,
 ) -> report.Row:
     """Minimises the mean of loss_of(batch)["loss"] over `items`; the optimizer starts afresh every iteration.
 
-    `loss_of` maps a list of items to (b,) tensors by name. A step's gradient is that of the mean over its batch,
-    however the batch is cut into micro-batches. Raises Stopped at a loss or gradient that is not finite.
+    `loss_of` maps a list of items to (b,) tensors by name. A step whose loss or gradient is not finite is skipped and
+    counted; Raises Stopped after SKIPS of them in a row. The state goes to `kept` now and then, and at the end.
     """
     args, began = run.args, time.perf_counter()
-    params = [p for p in player.parameters() if p.requires_grad]
-    lr, epochs = nth(args.lr, t), int(nth(args.epochs, t))
-    optimizer = make_optimizer(params, args, lr)
+    optimizer = make_optimizer([p for p in player.parameters() if p.requires_grad], args, nth(args.lr, t))
+    epochs = int(nth(args.epochs, t))
     steps = epochs * math.ceil(len(items) / args.batch)
     shuffle = generator(args.seed, t, "shuffle")
     batches = (b for _ in range(epochs) for b in torch.randperm(len(items), generator=shuffle).split(args.batch))
     torch.manual_seed(seed_of(args.seed, t, "dropout"))
     player.train()
-    log = []
-    bar = tqdm(batches, total=steps, desc=f"train {t}", leave=False, disable=None)
-    for step, batch in enumerate(bar):
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, args.warmup)
-        sums: dict[str, Tensor] = {}
-        chosen = [items[i] for i in batch.tolist()]
-        for micro in micro_batches([item.tokens for item in chosen], run.micro_tokens):
-            values = loss_of([chosen[i] for i in micro])
-            (values["loss"].sum() / len(batch)).backward()
-            sums = {name: sums.get(name, 0) + value.detach().sum() for name, value in values.items()}
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        means = (torch.stack([*sums.values()]) / len(batch)).tolist()
-        row = dict(zip(sums, means)) | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-        log.append({"iteration": t, "step": step + 1} | row)
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            report.write_rows(run.out / f"steps-{t}.jsonl", log)
-            raise Stopped(
-                f"iteration {t}, step {step + 1} of {steps}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
-                f"nothing was updated by this step; a lower --lr or --precision fp32 may help"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{row['loss']:.4f}")
+    state, saved = kept and kept / "train.safetensors", time.monotonic()
+    log = resume.load_training(state, player, optimizer) if state and state.exists() else []
+    left = itertools.islice(enumerate(batches), len(log), None)
+    bar = tqdm(left, total=steps, initial=len(log), desc=f"train {t}", leave=False, disable=None)
+    with resume.SIGNALS.later():  # a step is finished and saved before a signal ends the run
+        for step, batch in bar:
+            optimizer.param_groups[0]["lr"] = nth(args.lr, t) * schedule(step, steps, args.warmup)
+            row = take_step(optimizer, [items[i] for i in batch.tolist()], loss_of, run)
+            log.append({"iteration": t, "step": step + 1} | row)
+            bar.set_postfix(loss=row["loss"])
+            last = log[-min(SKIPS, steps) :]
+            if len(last) == min(SKIPS, steps) and all(row["skipped"] for row in last):
+                resume.write_rows(run.out / f"steps-{t}.jsonl", log)
+                raise Stopped(
+                    f"iteration {t}, steps {last[0]['step']} to {step + 1} of {steps}: loss or gradient is not finite; "
+                    f"these steps changed nothing; begin another run with a lower --lr or with --precision fp32"
+                )
+            due = resume.SIGNALS.pending or time.monotonic() - saved >= 60 * args.save_minutes
+            if state and (due or step + 1 == steps):
+                resume.write_rows(run.out / f"steps-{t}.jsonl", log)
+                resume.save_training(state, player, optimizer, log)
+                saved = time.monotonic()
+            resume.SIGNALS.check()
     player.eval()
-    report.write_rows(run.out / f"steps-{t}.jsonl", log)
-    last = log[-max(1, len(log) // 10) :]
-    return {name: mean([row[name] for row in last]) for name in row} | {"train_seconds": time.perf_counter() - began}
+    resume.write_rows(run.out / f"steps-{t}.jsonl", log)
+    taken = [row for row in log if not row["skipped"]]
+    last = taken[-max(1, len(taken) // 10) :]
+    signals = {name: mean([row[name] for row in last]) for name in last[0] if name not in ("iteration", "step")}
+    return signals | {"skipped": len(log) - len(taken), "train_seconds": time.perf_counter() - began}
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, batch: list[Any], loss_of: Callable[[list[Any]], dict[str, Tensor]], run: Run
+) -> report.Row:
+    """One optimizer step: the gradient of the mean loss over the batch, however it is cut into micro-batches.
+
+    Returns the means of all that `loss_of` computes; null, and `skipped`, where the loss or gradient is not finite:
+    then the weights stay as they are.
+    """
+    sums: dict[str, Tensor] = {}
+    for micro in micro_batches([item.tokens for item in batch], run.micro_tokens):
+        values = loss_of([batch[i] for i in micro])
+        (values["loss"].sum() / len(batch)).backward()
+        sums = {name: sums.get(name, 0) + value.detach().sum() for name, value in values.items()}
+    group = optimizer.param_groups[0]
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], run.args.clip)
+    means = torch.stack([*(total / len(batch) for total in sums.values()), norm]).tolist()  # one wait for the GPU
+    row = {name: value if math.isfinite(value) else None for name, value in zip([*sums, "grad_norm"], means)}
+    skipped = None in row.values()
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad()
+    return row | {"lr": group["lr"], "skipped": skipped}
 
 
 def make_optimizer(params: list[Tensor], args: Args, lr: float) -> torch.optim.Optimizer:
@@ -444,10 +397,14 @@ def sample(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Samples:
-    """One response of the player to each example's prompt. `name` tells the phase. Raises Stopped at NaN logits."""
+    kept: Path | None = None,
+) -> list[tuple[list[int], bool]]:
+    """The player's response to each example's prompt: (ids, whether it ends). Raises Stopped at NaN logits.
+
+    `name` tells what the responses are for, in the progress bar and in `kept`.
+    """
+    args, began, written = run.args, time.perf_counter(), 0
     bar = tqdm(total=len(examples), desc=name, leave=False, disable=None)
-    began, written = time.perf_counter(), 0
 
     def progress(rows: int, tokens: int) -> None:
         nonlocal written
@@ -455,25 +412,32 @@ def sample(
         bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
         bar.update(rows)
 
+    def work(rows: range) -> list[tuple[list[int], bool]]:
+        bar.n = rows.start
+        samples = sample_responses(
+            player,
+            [examples[i].prompt_ids for i in rows],
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=run.eos_token_id,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            rows=rows,
+            batch_size=args.gen_batch,
+            cache_tokens=args.gen_tokens,
+            progress=progress,
+        )
+        return list(zip(samples.ids, samples.finished))
+
+    # generation is not for the compiler: a step is a graph on CUDA already
+    eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
     try:
-        # generation is not for the compiler: a step is a graph on CUDA already
-        eager = torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext()
         with bar, in_dtype(player, run.dtype), eager:
-            return sample_responses(
-                player,
-                [e.prompt_ids for e in examples],
-                max_new_tokens=run.args.max_new_tokens,
-                eos_token_id=run.eos_token_id,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                batch_size=run.args.gen_batch,
-                cache_tokens=run.args.gen_tokens,
-                progress=progress,
-            )
+            size = GENERATE_SHARD[run.device.type] * args.gen_batch
+            return resume.in_shards(kept, name, len(examples), size, work)
     except FloatingPointError as error:
-        raise Stopped(f"{name}: {error}") from None
+        raise Stopped(f"responses for '{name}': {error}") from None
 
 
 @contextlib.contextmanager
@@ -502,10 +466,10 @@ class StartSamples(NamedTuple):
     logps: list[float]
 
 
-def sample_start(player: GPTNeo, heldout: list[Example], run: Run) -> StartSamples:
-    samples = sample(player, heldout, run, seed_of(run.args.seed, 0, "kl"), "sample theta_0", 1.0)
-    sequences = [(e.prompt_ids, ids) for e, ids in zip(heldout, samples.ids)]
-    return StartSamples(sequences, sequence_logps(player, sequences, run))
+def sample_start(player: GPTNeo, heldout: list[Example], run: Run, kept: Path | None = None) -> StartSamples:
+    responses = sample(player, heldout, run, seed_of(run.args.seed, 0, "kl"), "start", 1.0, kept=kept)
+    sequences = [(e.prompt_ids, ids) for e, (ids, _) in zip(heldout, responses)]
+    return StartSamples(sequences, sequence_logps(player, sequences, run, "start-logps", kept))
 
 
 def choose(examples: list[Example], t: int, run: Run) -> list[Example]:
@@ -513,15 +477,6 @@ def choose(examples: list[Example], t: int, run: Run) -> list[Example]:
     count = run.args.prompts or len(examples)
     order = torch.randperm(len(examples), generator=generator(run.args.seed, t, "choose"))
     return [examples[i] for i in order[:count].tolist()]
-
-
-def seed_of(seed: int, t: int, purpose: str) -> int:
-    """A seed for one purpose in one iteration: no phase disturbs the random numbers of another."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
-
-
-def generator(seed: int, t: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(seed, t, purpose))
 
 
 def sft(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: Run) -> list[report.Row]:
@@ -533,17 +488,26 @@ def sft(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: R
         # over the mean length, a constant: nats a token, every token of equal weight however a batch is cut
         return {"loss": -logps / length}
 
-    start = sample_start(player, heldout, run)
-    rows = [evaluate(player, heldout, start, run, iterate=0)]
-    finish_iterate(player, rows, [], run)
-    for t in range(run.args.iterations):
-        signals = fit(player, choose(train_set, t, run), nll, t, run)
-        rows.append(evaluate(player, heldout, start, run, iterate=t + 1) | signals)
+    rows, kept = resume.read_rows(run.out / "metrics.jsonl"), run.kept(0)
+    start = sample_start(player, heldout, run, kept)
+    if rows:
+        load_iterate(player, rows[-1]["iterate"], run)
+    else:
+        rows.append(evaluate(player, heldout, start, run, iterate=0, kept=kept))
+        finish_iterate(player, rows, [], run)
+    for t in range(len(rows) - 1, run.args.iterations):
+        kept = run.kept(t + 1)
+        signals = fit(player, choose(train_set, t, run), nll, t, run, kept)
+        rows.append(evaluate(player, heldout, start, run, iterate=t + 1, kept=kept) | signals)
         finish_iterate(player, rows, [], run)
     return rows
 
 
 # ---------------------------------------------------------------- small things
+
+
+def text_of(ids: list[int], run: Run) -> str:
+    return decode(ids, run.tokenizer, run.eos_token_id)
 
 
 def nth(values: Sequence[float], t: int) -> float:
@@ -557,31 +521,52 @@ def mean(values: Sequence[float]) -> float:
 
 # ---------------------------------------------------------------- files and flags
 
-# The columns of the two tables, and how their values are written.
-COLUMNS = dict(iterate="d", greedy=".1%", sampled=".1%", greedy_error=".1%", sampled_error=".1%", nll=".4f", kl=".2f")
-SIGNALS = dict(iterate="d", pairs="d", identical="d", truncated=".2%", real_length=".1f", generated_length=".1f")
-SIGNALS |= dict(loss=".4f", margin=".3f", accuracy=".1%", real_logp=".3f", generated_logp=".3f", grad_norm=".2f")
-
 
 def finish_iterate(player: GPTNeo, rows: list[report.Row], pairs: list[Pair], run: Run) -> None:
-    """Writes metrics, pairs and weights of the newest iterate, and prints its line."""
-    iterate = rows[-1]["iterate"]
-    report.write_rows(run.out / "metrics.jsonl", rows)
-    if iterate:
-        folder = run.out / f"iterate-{iterate}"
-        if run.args.rank:
-            lora.save_adapter(player, folder, base_model_name_or_path=run.args.model)
-        else:
-            player.save_pretrained(folder)
-            run.tokenizer.save(str(folder / "tokenizer.json"))
+    """Writes pairs, weights and, last, metrics of the newest iterate, which is finished then; prints its line."""
+    row, iterate = rows[-1], rows[-1]["iterate"]
     if pairs:
-        lines = [
-            {"generated": decode(p.generated_ids, run.tokenizer, run.eos_token_id)} | dataclasses.asdict(p)
-            for p in pairs
-        ]
-        report.write_rows(run.out / f"pairs-{iterate - 1}.jsonl", lines)
-    seconds = "".join(f", {key[:-8]} {value:.0f} s" for key, value in rows[-1].items() if key.endswith("_seconds"))
-    print(report.line(rows[-1], COLUMNS) + seconds, flush=True)
+        lines = [{"generated": text_of(p.generated_ids, run)} | dataclasses.asdict(p) for p in pairs]
+        resume.write_rows(run.out / f"pairs-{iterate - 1}.jsonl", lines)
+    folder = run.out / f"iterate-{iterate}"
+    if iterate and run.args.rank:
+        lora.save_adapter(player, folder, base_model_name_or_path=run.args.model)
+    elif iterate:
+        save_model(player, folder, run)
+    if iterate:
+        resume.sync(folder)
+    # times are printed, not kept: equal runs leave equal files
+    rows[-1] = {name: value for name, value in row.items() if not name.endswith("_seconds")}
+    resume.write_rows(run.out / "metrics.jsonl", rows)
+    if iterate:
+        shutil.rmtree(run.kept(iterate), ignore_errors=True)
+    seconds = "".join(f", {key[:-8]} {value:.0f} s" for key, value in row.items() if key.endswith("_seconds"))
+    print(report.line(row, report.COLUMNS) + seconds, flush=True)
+    for text in report.warnings_of(rows):
+        print(f"spin.py: warning: {text}", file=sys.stderr, flush=True)
+
+
+def load_iterate(player: GPTNeo, iterate: int, run: Run) -> None:
+    """Makes the player the iterate that an earlier process finished. Raises Stopped where its files are damaged."""
+    folder = run.out / f"iterate-{iterate}"
+    try:
+        if iterate and run.args.rank:
+            lora.load_adapter(player, folder)
+        elif iterate:
+            player.load_state_dict(GPTNeo.from_pretrained(folder).state_dict())
+    except ValueError as error:
+        raise Stopped(str(error)) from None
+
+
+def read_pairs(t: int, run: Run) -> list[Pair]:
+    """The pairs of a finished iteration."""
+    names = [field.name for field in dataclasses.fields(Pair)]
+    return [Pair(*(row[name] for name in names)) for row in resume.read_rows(run.out / f"pairs-{t}.jsonl")]
+
+
+def save_model(model: GPTNeo, folder: Path, run: Run) -> None:
+    model.save_pretrained(folder)
+    resume.write_text(folder / "tokenizer.json", run.tokenizer.to_str(pretty=True))
 
 
 def finish(player: GPTNeo, rows: list[report.Row], run: Run) -> None:
@@ -591,173 +576,51 @@ def finish(player: GPTNeo, rows: list[report.Row], run: Run) -> None:
         lora.load_adapter(player, run.out / f"iterate-{rows[-1]['iterate']}")
         lora.merge(player)
         lora.remove_lora(player)
-    player.save_pretrained(run.out / "final")
-    run.tokenizer.save(str(run.out / "final" / "tokenizer.json"))
-    keys = [key for key in ({**COLUMNS, **SIGNALS}) if key in rows[-1] and key not in ("iterate", "pairs", "identical")]
-    report.plot(run.out / "metrics.svg", rows, keys, f"{run.args.out}: held-out metrics and training signals")
-    print("\nHeld-out metrics \u00b1 one standard error\n" + report.table(rows, COLUMNS))
-    print("\nTraining signals, means over the last tenth of an iteration's steps\n" + report.table(rows[1:], SIGNALS))
-    print(f"\nThe plot is {run.out}/metrics.svg, the last iterate {run.out}/final.")
-
-
-def parse(argv: list[str]) -> tuple[str, Args]:
-    """Command line to (command, Args). `@FILE` reads flags from a recipe, in which $SPIN is the folder of spin.py."""
-    command = argv[0] if argv and argv[0] in ("spin", "sft") else "spin"
-    argv = argv[1:] if argv and argv[0] == command else argv
-    if not any(flag.startswith(("--model", "--data", "@", "-h", "--help")) for flag in argv):
-        argv = [f"@{HERE / 'recipes' / ('pronounce.args' if command == 'spin' else 'pronounce-sft.args')}", *argv]
-    parser = argparse.ArgumentParser(
-        prog=f"spin.py {command}",
-        fromfile_prefix_chars="@",
-        description=__doc__.split("\n\nAlgorithm 1")[0] + "\n\n@FILE reads flags from a recipe; defaults are in [].",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # or --mod would not be seen as --model above
+    save_model(player, run.out / "final", run)
+    keys = [
+        key
+        for key in (report.COLUMNS | report.SIGNALS)
+        if key in rows[-1] and key not in ("iterate", "pairs", "identical")
+    ]
+    title = f"{run.args.out}: held-out metrics and training signals"
+    resume.write_text(run.out / "metrics.svg", report.plot(rows, keys, title))
+    print("\nHeld-out metrics \u00b1 one standard error\n" + report.table(rows, report.COLUMNS))
+    print(
+        "\nTraining signals, means over the last tenth of an iteration's steps\n"
+        + report.table(rows[1:], report.SIGNALS)
     )
-    parser.convert_arg_line_to_args = recipe_words
-    parser.error = bad_flag
-    other = {"spin": "(sft)", "sft": "(spin)"}[command]
-    for field, text in zip(dataclasses.fields(Args), field_comments(Args)):
-        if not text.startswith(other):
-            add_flag(parser, field, text)
-    options = vars(parser.parse_args(argv))
-    return command, Args(**options)
+    best = max(rows, key=lambda row: METRICS[run.args.best] * row[run.args.best])["iterate"]
+    record = run.record | {"finished": True, "best": {"iterate": best, "metric": run.args.best}}
+    resume.write_text(run.out / "run.json", json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(run.out / "resume", ignore_errors=True)
+    where = f"{run.out}/iterate-{best}" if best else "the start: none is better"
+    print(f"\nBest by {run.args.best.replace('_', ' ')}: iterate {best} ({where}).")
+    print(f"The plot is {run.out}/metrics.svg, the last iterate {run.out}/final.")
 
 
-def recipe_words(line: str) -> list[str]:
-    try:
-        return [word.replace("$SPIN", str(HERE)) for word in shlex.split(line, comments=True)]
-    except ValueError as error:
-        raise ValueError(f"recipe line {line!r}: {error}") from None
+def rehearse(player: GPTNeo, train_set: list[Example], run: Run) -> tuple[dict[str, float], int]:
+    """(seconds a token of each phase, peak memory in bytes), by an iteration of one small step that writes nothing.
 
-
-def bad_flag(message: str) -> NoReturn:
-    """Argparse would print the usage of all flags first; `main` prints one line."""
-    raise ValueError(message)
-
-
-def field_comments(cls: type) -> list[str]:
-    return re.findall(r"^    \w+: .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-
-
-def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, text: str) -> None:
-    flag, default = "--" + field.name.replace("_", "-"), field.default
-    text = re.sub(r"^\((spin|sft)\) ", "", text).replace("%", "%%")
-    if field.type is bool:
-        parser.add_argument(flag, action="store_true", help=text)
-    elif isinstance(default, tuple):
-        text += f" [{','.join(map(str, default))}]"
-        kind = comma_separated(field.type.__args__[0])
-        parser.add_argument(flag, type=kind, default=default, metavar="X,...", help=text)
-    else:
-        text += f" [{default}]" if default != "" else ""
-        parser.add_argument(flag, type=field.type, default=default, metavar="X", help=text)
-
-
-def comma_separated(item: type) -> Callable[[str], tuple]:
-    def convert(text: str) -> tuple:
-        return tuple(item(part) for part in text.split(","))
-
-    convert.__name__ = f"comma-separated {item.__name__}"  # argparse names it in its message
-    return convert
-
-
-def resolve_model(name: str) -> Path:
-    """The directory of a model: `name` itself, or the snapshot of a hub id."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"--model {name}: neither a directory nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    common = ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
-    try:
-        path = Path(snapshot_download(name, allow_patterns=[*common, "model*.safetensors*"]))
-        if not any(path.glob("model*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*common, "pytorch_model*.bin*"]))
-    except Exception as error:  # whatever the hub or the network answers
-        raise ValueError(f"--model {name}: no such directory, and the hub says: {error}") from None
-    return path
-
-
-def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example], Run]:
-    """Checks and loads everything before the first token is generated. Raises ValueError and OSError."""
-    if not args.model or not args.data:
-        missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
-        raise ValueError(f"{missing} is missing: expected {expected}")
-    if args.from_scratch and args.rank:
-        raise ValueError(f"--rank {args.rank}: expected 0 with --from-scratch, adapters on random weights learn little")
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: already holds another run or other files; name a new directory or remove it")
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    path = resolve_model(args.model)
-    config = GPTNeoConfig.from_json(path / "config.json")
-    if args.rank > config.hidden_size:
-        raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
-    if config.eos_token_id is None:
-        raise ValueError(f"{path / 'config.json'}: eos_token_id is missing, and responses could not end")
-    tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
-    train_set, heldout = load_data(args, tokenizer, config)
-    player = load_player(path, args, device, bf16)
-    run = Run(
-        args,
-        tokenizer,
-        config.eos_token_id,
-        device,
-        torch.bfloat16 if bf16 else torch.float32,
-        path,
-        out,
-    )
-    record = dataclasses.asdict(args) | {"command": command, "train": len(train_set), "heldout": len(heldout)}
-    report.write_text(out / "run.json", json.dumps(record, indent=2) + "\n")
-    return player, train_set, heldout, run
-
-
-def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples, encoded and checked against the context."""
-    train_set = load_examples(args.data)
-    if args.eval_data:
-        heldout = load_examples(args.eval_data)
-    else:
-        train_set, heldout = split(train_set, args.eval_share)
-        if not train_set or not heldout:
-            raise ValueError(f"{args.data}: too few records to hold out a share of {args.eval_share}; use --eval-data")
-    heldout = heldout[: args.eval_limit or None]
-    result = []
-    for examples in (train_set, heldout):
-        encode(examples, tokenizer, args.template.replace(r"\n", "\n"), config.eos_token_id)
-        if examples is heldout:
-            as_decoded(examples, tokenizer, config.eos_token_id)
-        kept, skipped = fit_context(examples, config.max_position_embeddings, args.max_new_tokens, args.overlong)
-        if skipped:
-            print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
-        result.append(kept)
-    return result[0], result[1]
-
-
-def load_player(path: Path, args: Args, device: torch.device, bf16: bool) -> GPTNeo:
-    """The start, with adapters where --rank asks for them.
-
-    Under LoRA a bf16 run keeps the frozen base in bf16 and the adapters in fp32; in full-parameter training the
-    weights stay fp32 and the products are bf16 (autocast), since bf16's 8 bits would lose the small updates.
+    Twice: on the longest examples, which take the most memory and warm up, and on those of middle length.
     """
-    if args.from_scratch:
-        player = GPTNeo(GPTNeoConfig.from_json(path / "config.json"))
-        player.init_weights(generator(args.seed, 0, "weights")).to(device)
-    else:
-        dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
-        player = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
-    if args.rank:
-        rng = generator(args.seed, 0, "lora")
-        lora.add_lora(player, args.rank, args.alpha, args.lora_dropout, args.lora_targets, rng)
-    player.checkpointing = args.checkpoint
-    if args.compile:
-        for block in player.transformer["h"]:
-            block.compile(dynamic=True)  # every micro-batch has a shape of its own
-    return player
+    ordered = sorted(train_set, key=lambda e: e.tokens)
+    half, size = len(ordered) // 2, max(1, run.micro_tokens // (ordered[-1].tokens + run.args.max_new_tokens))
+    shorter = min(16, run.args.max_new_tokens)
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        changes = dict(max_new_tokens=shorter, epochs=(1,), lr=run.args.lr[:1], beta=run.args.beta[:1], batch=size)
+        trial = run._replace(args=dataclasses.replace(run.args, iterations=1, **changes), out=Path(folder))
+        for examples in (ordered[::-1], ordered[half:] + ordered[:half]):
+            pairs, row = generate(player, examples[: max(size, run.args.gen_batch)], 0, trial)
+            seconds["generate"] = row["generate_seconds"] / sum(len(p.generated_ids) for p in pairs)
+            pairs = [dataclasses.replace(p, generated_ids=p.real_ids) for p in pairs[:size]]
+            began, tokens = time.perf_counter(), sum(p.tokens for p in pairs)
+            score(player, pairs, trial)
+            seconds["score"] = (time.perf_counter() - began) / tokens
+            seconds["train"] = train(player, pairs, 0, trial)["train_seconds"] / tokens
+    if run.device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated(run.device)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fail(message: object) -> int:
@@ -766,19 +629,49 @@ def fail(message: object) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        command, args = parse(sys.argv[1:] if argv is None else argv)
-        player, train_set, heldout, run = setup(args, command)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        return fail(error)
-    try:
-        with onednn.products():
+    """Exit codes: 0 done, 1 a run that cannot go on, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resume.SIGNALS.handled())
+        stack.enter_context(onednn.products())
+        try:
+            command, args = parse(sys.argv[1:] if argv is None else argv, __doc__.split("\n\nAlgorithm 1")[0])
+            player, train_set, heldout, run = setup(args, command)
+            if args.dry_run:
+                print(plan.describe(train_set, heldout, run, *rehearse(player, train_set, run)))
+                return 0
+            stack.enter_context(resume.claimed(run.out))
+            begin_or_go_on(run)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            return fail(error)
+        except Finished as finished:
+            shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # if it died just before it would have done so
+            print(finished)
+            return 0
+        except resume.Interrupted as interrupted:
+            fail(f"{interrupted}; nothing was begun")
+            return interrupted.exit_code
+        try:
             rows = (play if command == "spin" else sft)(player, train_set, heldout, run)
-        finish(player, rows, run)
-    except (Stopped, OSError, torch.OutOfMemoryError) as error:
-        fail(error)
-        return 1
+            finish(player, rows, run)
+        except Stopped as error:
+            fail(error)
+            return 1
+        except (OSError, torch.OutOfMemoryError) as error:
+            fail(f"{error}; what is finished is kept in {run.out}, and the same command goes on from there")
+            return 1
+        except resume.Interrupted as interrupted:
+            fail(f"{interrupted}; what is finished is kept in {run.out}, and the same command goes on from there")
+            return interrupted.exit_code
     return 0
+
+
+def begin_or_go_on(run: Run) -> None:
+    path = run.out / "run.json"
+    if not path.exists():
+        resume.write_text(path, json.dumps(run.record, indent=2) + "\n")
+        return
+    done = max(0, len(resume.read_rows(run.out / "metrics.jsonl")) - 1)
+    print(f"going on in {run.out}: {done} of {run.args.iterations} iterations are finished", flush=True)
 
 
 if __name__ == "__main__":

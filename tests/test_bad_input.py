@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -202,22 +203,45 @@ def test_output_directory_with_something_in_it(start, data, tmp_path, capsys):
     out.mkdir()
     (out / "precious").write_text("x")
     assert spin.main(flags(start, data, out)) == 2
-    assert "already holds" in capsys.readouterr().err
+    assert "holds other files" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["precious"] and (out / "precious").read_text() == "x"
     assert spin.main(flags(start, data, out / "precious")) == 2
 
 
 @pytest.mark.parametrize("command", ["spin", "sft"])
-def test_non_finite_loss_stops_the_run_and_says_where(command, start, data, tmp_path, capsys):
-    """A learning rate of 1e30 makes the second step's loss NaN: exit code 1, the step named, no iterate 1 written."""
+def test_three_steps_that_are_not_finite_stop_the_run(command, start, data, tmp_path, capsys):
+    """A learning rate of 1e30 makes the second step's loss NaN: exit code 1, the steps named, no iterate 1 written."""
     beta = {"beta": None} if command == "sft" else {}
     argv = [command, *flags(start, data, tmp_path / "out", rank=0, lr=1e30, warmup=0, **beta)]
     assert spin.main(argv) == 1
     error = capsys.readouterr().err
-    assert "iteration 0, step 2 of 5: loss nan" in error and error.count("\n") == 1
+    assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error and error.count("\n") == 1
     assert not (tmp_path / "out/iterate-1").exists()
-    assert len((tmp_path / "out/steps-0.jsonl").read_text().splitlines()) == 2, "the way there is kept"
+    steps = [json.loads(line) for line in (tmp_path / "out/steps-0.jsonl").read_text().splitlines()]
+    assert [step["skipped"] for step in steps] == [False, True, True, True], "the way there is kept"
+    assert steps[-1]["loss"] is None, "NaN is not JSON"
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 1, "what was written before stays"
+
+
+def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_path, capsys, monkeypatch):
+    """The weights stay as they were, the next step goes on from there, and a warning counts it."""
+    weights, real = [], spin.spin_loss
+
+    def spoiled(*args):
+        weights.append(next(p for p in players[0].parameters() if p.requires_grad).detach().clone())
+        return real(*args) * (math.nan if len(weights) == 2 else 1)
+
+    players = []
+    original = spin.train
+    monkeypatch.setattr(spin, "train", lambda player, *a, **k: (players.append(player), original(player, *a, **k))[1])
+    monkeypatch.setattr(spin, "spin_loss", spoiled)
+    assert spin.main(flags(start, data, tmp_path / "out", micro_tokens=10**6)) == 0
+    steps = [json.loads(line) for line in (tmp_path / "out/steps-0.jsonl").read_text().splitlines()]
+    assert [step["skipped"] for step in steps] == [False, True, False, False, False]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+    assert "steps skipped, since their loss or gradient was not finite: 1" in capsys.readouterr().err
+    row = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert row["skipped"] == 1 and row["loss"] == steps[-1]["loss"]
 
 
 def test_weights_that_are_not_finite(model, data, tmp_path, capsys):
@@ -226,7 +250,7 @@ def test_weights_that_are_not_finite(model, data, tmp_path, capsys):
     save_file(tensors, model / "model.safetensors")
     assert spin.main(flags(model, data, tmp_path / "out")) == 1
     error = capsys.readouterr().err
-    assert "sample theta_0: the model's logits are not finite" in error and error.count("\n") == 1
+    assert "responses for 'start': the model's logits are not finite" in error and error.count("\n") == 1
 
 
 def test_as_a_process(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora
+import options
 import report
 import spin
 from data import Example, encode, fit_context, held_out, load_examples, load_tokenizer
@@ -560,13 +561,13 @@ def test_same_seed_same_run_other_seed_other_run(start, data, tmp_path):
 
 
 def test_a_rerun_appends_nothing(start, data, tmp_path, capsys):
-    """A second run into the same directory is refused and changes nothing in it (uclaml #10: duplicate rows)."""
+    """The same command once more says that the run is finished and changes nothing (uclaml #10: duplicate rows)."""
     argv = flags(start, data, tmp_path / "run")
     assert spin.main(argv) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     capsys.readouterr()
-    assert spin.main(argv) == 2
-    assert "already holds another run" in capsys.readouterr().err
+    assert spin.main(argv) == 0
+    assert "this run is finished" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     assert not [p for p in before if p.suffix == ".tmp"]
     assert len(rows(tmp_path / "run/metrics.jsonl")) == 2
@@ -635,7 +636,7 @@ def test_recipes_hold_out_the_same_words():
 def test_recipes_work_in_a_folder_with_a_space(tmp_path, monkeypatch):
     from conftest import ROOT
 
-    monkeypatch.setattr(spin, "HERE", tmp_path / "a b")
+    monkeypatch.setattr(options, "HERE", tmp_path / "a b")
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b/recipes").symlink_to(ROOT / "recipes")
     assert spin.parse([])[1].model == f"{tmp_path}/a b/pronounce/start"
@@ -722,7 +723,7 @@ def test_bf16_run_keeps_small_updates(start, data, tmp_path):
 
 
 def test_every_option_has_help_and_one_default(capsys):
-    assert len(spin.field_comments(spin.Args)) == len(dataclasses.fields(spin.Args))
+    assert len(options.field_comments(spin.Args)) == len(dataclasses.fields(spin.Args))
     with pytest.raises(SystemExit) as done:
         spin.parse(["--help"])
     assert done.value.code == 0
@@ -741,24 +742,35 @@ def test_published_recipe_parses_to_the_published_values():
 
 
 def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
-    """owner/name is fetched once for safetensors, and again for .bin files only where there are none."""
+    """owner/name is fetched once for safetensors, and again for .bin files only where there are none.
+
+    The commit that the hub answers with is in the run's record, and a run that goes on asks for that one.
+    """
     import huggingface_hub
 
-    asked = []
+    asked, commit = [], "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(start, tmp_path / commit)
 
-    def snapshot(name, allow_patterns):
-        asked.append((name, [p for p in allow_patterns if "model" in p]))
-        return str(start)
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision, [p for p in allow_patterns if "model" in p]))
+        return str(tmp_path / commit)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    finish = spin.finish
+    monkeypatch.setattr(spin, "finish", lambda *a: 1 / 0)  # dies before its end
+    with pytest.raises(ZeroDivisionError):
+        spin.main(flags("owner/gpt-neo.tiny", data, tmp_path / "run"))
+    assert json.loads((tmp_path / "run/run.json").read_text())["revision"] == commit
+    monkeypatch.setattr(spin, "finish", finish)
     assert spin.main(flags("owner/gpt-neo.tiny", data, tmp_path / "run")) == 0
-    assert asked == [("owner/gpt-neo.tiny", ["model*.safetensors*"])]
-    (tmp_path / "old").mkdir()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (asked.append(k), tmp_path / "old")[1])
+    assert spin.main(flags("owner/gpt-neo.tiny@v2", data, tmp_path / "other")) == 0
+    weights = ["model*.safetensors*"]
+    assert asked == [("owner/gpt-neo.tiny", revision, weights) for revision in (None, commit, "v2")]
+    (tmp_path / commit / "model.safetensors").rename(tmp_path / "away")
     assert spin.main(flags("owner/old", data, tmp_path / "again")) == 2
-    assert "pytorch_model*.bin*" in asked[-1]["allow_patterns"]
+    assert asked[-1] == ("owner/old", commit, ["pytorch_model*.bin*"])
 
-    def offline(name, allow_patterns):
+    def offline(name, **options):
         raise OSError("no network\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

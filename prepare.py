@@ -1,0 +1,193 @@
+"""Before the first token: everything that a run needs is checked and loaded. Bad input costs seconds, not a night."""
+
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+import lora
+import plan
+import resume
+from data import Example, as_decoded, digest, encode, fit_context, load_examples, load_tokenizer, split
+from model import GPTNeo, GPTNeoConfig
+from options import CHANGEABLE, Args
+
+
+class Finished(Exception):
+    """The run that --out holds has nothing left to do."""
+
+
+class Run(NamedTuple):
+    """What every phase needs besides the player."""
+
+    args: Args
+    tokenizer: Tokenizer
+    eos_token_id: int
+    device: torch.device
+    dtype: torch.dtype  # of the player's products
+    start: Path  # directory of theta_0
+    out: Path
+    record: dict[str, Any] = {}  # what run.json says  # noqa: RUF012
+    needs: plan.Needs | None = None
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
+
+    def kept(self, iterate: int) -> Path:
+        """Folder of what is finished on the way to an iterate: shards of responses and scores, state of training."""
+        return self.out / "resume" / f"iterate-{iterate}"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def seed_of(seed: int, t: int, purpose: str) -> int:
+    """A seed for one purpose in one iteration: no phase disturbs the random numbers of another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, t: int, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(seed, t, purpose))
+
+
+def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """(directory, revision) of a model: `name` itself, or the snapshot of a hub id, owner/name or owner/name@revision.
+
+    The revision returned is the hub's commit: a run that goes on asks for the very one that it began with.
+    """
+    if Path(name).is_dir():
+        return Path(name), None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+        raise FileNotFoundError(f"--model {name}: neither a directory nor a hub id of the form owner/name[@revision]")
+    from huggingface_hub import snapshot_download
+
+    repository, _, asked = name.partition("@")
+    common = ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    try:
+        wanted = [*common, "model*.safetensors*"]
+        path = Path(snapshot_download(repository, revision=revision or asked or None, allow_patterns=wanted))
+        revision = path.name  # a snapshot's folder bears the commit's name
+        if not any(path.glob("model*.safetensors")):
+            wanted = [*common, "pytorch_model*.bin*"]
+            path = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # whatever the hub or the network answers
+        raise ValueError(f"--model {name}: no such directory, and the hub says: {error}") from None
+    return path, revision
+
+
+def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example], Run]:
+    """Checks and loads everything before the first token is generated; writes nothing.
+
+    Raises: ValueError and OSError; Finished where there is nothing left to do.
+    """
+    if not args.model or not args.data:
+        missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
+        raise ValueError(f"{missing} is missing: expected {expected}")
+    if args.from_scratch and args.rank:
+        raise ValueError(f"--rank {args.rank}: expected 0 with --from-scratch, adapters on random weights learn little")
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    out = Path(args.out)
+    settings = dataclasses.asdict(args) | {"precision": "bf16" if bf16 else "fp32"}
+    record: dict[str, Any] = {"command": command, "args": settings}
+    earlier = resume.read_record(out)
+    if earlier:
+        resume.check_same(out, earlier, record, CHANGEABLE)
+        if earlier.get("finished"):
+            raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
+    path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
+    config = GPTNeoConfig.from_json(path / "config.json")
+    if args.rank > config.hidden_size:
+        raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
+    if config.eos_token_id is None:
+        raise ValueError(f"{path / 'config.json'}: eos_token_id is missing, and responses could not end")
+    tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
+    train_set, heldout = load_data(args, tokenizer, config)
+    needs = needs_of(config, args, train_set + heldout, bf16)
+    plan.check(needs, device, out)
+    digests = {"model": digest_of_model(path, args), "data": digest(train_set), "eval-data": digest(heldout)}
+    if earlier:
+        resume.check_same_inputs(out, earlier["digests"], digests)
+    player = load_player(path, args, device, bf16)
+    record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    run = Run(args, tokenizer, config.eos_token_id, device, dtype, path, out, earlier or record, needs)
+    return player, train_set, heldout, run
+
+
+def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bool) -> plan.Needs:
+    """Memory and disk, from a model without storage. Raises ValueError where --lora-targets do not fit the model."""
+    with torch.device("meta"):
+        outline = GPTNeo(config)
+        if args.rank:
+            lora.add_lora(outline, args.rank, args.alpha, args.lora_dropout, args.lora_targets)
+    prompts = min(args.prompts or len(examples), len(examples))
+    return plan.needs(
+        outline,
+        optimizer_slots=2 if args.optimizer == "adamw" else 1,
+        bf16=bf16,
+        cache_tokens=args.gen_tokens,
+        batch_size=min(args.gen_batch, len(examples)),
+        row_tokens=max(len(e.prompt_ids) for e in examples) + args.max_new_tokens,
+        iterations=args.iterations,
+        pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
+    )
+
+
+def digest_of_model(path: Path, args: Args) -> str:
+    """sha256 of config and weights; what is random is told by --seed."""
+    names = ["config.json", *([] if args.from_scratch else sorted(p.name for p in path.glob("*.safetensors")))]
+    if len(names) == 1 and not args.from_scratch:
+        names += sorted(p.name for p in path.glob("pytorch_model*.bin"))
+    return resume.digest_of_files(path / name for name in names)
+
+
+def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples, encoded and checked against the context."""
+    train_set = load_examples(args.data)
+    if args.eval_data:
+        heldout = load_examples(args.eval_data)
+    else:
+        train_set, heldout = split(train_set, args.eval_share)
+        if not train_set or not heldout:
+            raise ValueError(f"{args.data}: too few records to hold out a share of {args.eval_share}; use --eval-data")
+    heldout = heldout[: args.eval_limit or None]
+    result = []
+    for examples in (train_set, heldout):
+        encode(examples, tokenizer, args.template.replace(r"\n", "\n"), config.eos_token_id)
+        if examples is heldout:
+            as_decoded(examples, tokenizer, config.eos_token_id)
+        kept, skipped = fit_context(examples, config.max_position_embeddings, args.max_new_tokens, args.overlong)
+        if skipped:
+            print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
+        result.append(kept)
+    return result[0], result[1]
+
+
+def load_player(path: Path, args: Args, device: torch.device, bf16: bool) -> GPTNeo:
+    """The start, with adapters where --rank asks for them.
+
+    Under LoRA a bf16 run keeps the frozen base in bf16 and the adapters in fp32; in full-parameter training the
+    weights stay fp32 and the products are bf16 (autocast), since bf16's 8 bits would lose the small updates.
+    """
+    if args.from_scratch:
+        player = GPTNeo(GPTNeoConfig.from_json(path / "config.json"))
+        player.init_weights(generator(args.seed, 0, "weights")).to(device)
+    else:
+        dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
+        player = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
+    if args.rank:
+        rng = generator(args.seed, 0, "lora")
+        lora.add_lora(player, args.rank, args.alpha, args.lora_dropout, args.lora_targets, rng)
+    player.checkpointing = args.checkpoint
+    if args.compile:
+        for block in player.transformer["h"]:
+            block.compile(dynamic=True)  # every micro-batch has a shape of its own
+    return player

@@ -251,7 +251,7 @@ def _write(file: Path, content: bytes) -> None:
         os.replace(temporary, file)
     except OSError as error:  # a full disk names no file
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from None
+        raise OSError(f"{file}: cannot be written ({error})") from None
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -351,7 +351,8 @@ class GPTNeo(nn.Module):
                     os.fsync(file.fileno())
                 os.replace(temporary, temporary.with_suffix(""))
         except (OSError, SafetensorError) as error:
-            weights.unlink(missing_ok=True)  # a disk that is full should not stay so
+            for temporary in (weights, config):  # a full disk should not stay so
+                temporary.unlink(missing_ok=True)
             raise OSError(f"{path}: the model cannot be written ({error})") from None
 
 

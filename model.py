@@ -18,9 +18,11 @@ Source: github.com/EleutherAI/gpt-neo (Black et al., 2021); checked against tran
 
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ WEIGHT_FILES = (
 # Keys of hub checkpoints that hold no parameter: causal-mask buffers, and the head when tied to `wte`.
 HEAD = "transformer.wte.weight"  # tied: the token embedding is the language-model head
 IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "lm_head.weight")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits and integers would need scales
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
         for name in sizes:
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected an integer from 1 to 2^31")
+            most = 1024 if name == "num_layers" else 2**24  # what no model has; more could not be laid out in no time
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected an integer from 1 to {most}")
         for name in ("embed_dropout", "attention_dropout", "resid_dropout"):
             if type(getattr(self, name)) not in (int, float) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in [0, 1)")
@@ -82,7 +86,7 @@ class GPTNeoConfig:
             type(self.intermediate_size) is not int or not 1 <= self.intermediate_size < 2**31
         ):
             raise ValueError(f"config field intermediate_size = {self.intermediate_size!r}: expected null or >= 1")
-        if self.eos_token_id is not None and (type(self.eos_token_id) is not int or self.eos_token_id < 0):
+        if self.eos_token_id is not None and (type(self.eos_token_id) is not int or not 0 <= self.eos_token_id < 2**31):
             raise ValueError(f"config field eos_token_id = {self.eos_token_id!r}: expected null or one token id")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"config field num_heads = {self.num_heads}: must divide hidden_size = {self.hidden_size}")
@@ -95,9 +99,10 @@ class GPTNeoConfig:
 
     @property
     def attention_layers(self) -> list[str]:
-        """The kind of attention of each layer, `attention_types` written out."""
+        """The kind of attention of each layer, `attention_types` written out (as far as one layer too many)."""
         try:
-            return [kind for kinds, repeats in self.attention_types for _ in range(repeats) for kind in kinds]
+            rounds = ((kinds, range(repeats if len(kinds) else 0)) for kinds, repeats in self.attention_types)
+            return list(islice((kind for kinds, times in rounds for _ in times for kind in kinds), self.num_layers + 1))
         except (TypeError, ValueError):
             return []
 
@@ -319,11 +324,17 @@ class GPTNeo(nn.Module):
         config = GPTNeoConfig.from_json(path / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        state = {}
+        state, shapes = {}, {key: tensor.shape for key, tensor in model.state_dict().items()}
         for file in _weight_files(path):
             for key, tensor in _tensors(file, device):
-                if not key.endswith(IGNORED_KEYS):
-                    state[key] = tensor.to(device, dtype)
+                if key.endswith(IGNORED_KEYS):
+                    continue
+                if key in state:
+                    raise ValueError(f"{file}: holds {key}, and so does a file before it")
+                if tensor.dtype not in WEIGHT_DTYPES:
+                    raise ValueError(f"{file}: {key} is {tensor.dtype}, expected one of {WEIGHT_DTYPES}")
+                # what does not fit may be of any size: it is left as it lies in the file, and named below
+                state[key] = tensor.to(device, dtype) if tensor.shape == shapes.get(key) else tensor
         _check_fit(path, state, model)
         state[HEAD] = _with_padding(state[HEAD])
         model.load_state_dict(state, strict=True, assign=True)
@@ -357,6 +368,8 @@ class GPTNeo(nn.Module):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # nor a pipe, which might never end
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not text, not JSON, a number or a nesting too long to read
@@ -368,7 +381,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_files(path: Path) -> list[Path]:
     """The files that hold the weights of the model in directory `path`."""
-    found = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{path}: no weights, expected one of {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
@@ -380,8 +393,8 @@ def _weight_files(path: Path) -> list[Path]:
     for name in shards:
         if Path(name).name != name:  # an index from a stranger must not read outside its own directory
             raise ValueError(f"{found}: shard name {name!r} is not a plain file name")
-        if not (path / name).exists():
-            raise FileNotFoundError(f"{path / name}: named by {found.name} but missing")
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{found}: shard {name!r} is missing")
     return [path / name for name in shards]
 
 
@@ -394,8 +407,10 @@ def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tens
                     yield key, reader.get_tensor(key)
         else:
             # mmap keeps the file out of memory; only the zip format (torch >= 1.6) can be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            with warnings.catch_warnings():  # of what is refused in the same breath
+                warnings.simplefilter("ignore")
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            if not isinstance(state, dict) or not all(_is_stored(key, tensor) for key, tensor in state.items()):
                 raise ValueError("no state dict of tensors")
             yield from state.items()
     except torch.OutOfMemoryError:
@@ -405,6 +420,17 @@ def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tens
         raise ValueError(f"{file}: damaged or not a weight file ({first_line})") from None
     except Exception as error:  # torch.load refuses with pickle.UnpicklingError, EOFError, KeyError and others
         raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
+
+
+def _is_stored(key: Any, tensor: Any) -> bool:
+    """Whether a pickled pair is a name and a tensor whose every element is in the file: expanded, sparse and meta
+    tensors may claim any size."""
+    return (
+        isinstance(key, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
 
 
 def _with_padding(weight: Tensor) -> Tensor:

@@ -6,14 +6,18 @@ Every prompt of the project, for generation as for training, is encoded by `enco
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+LONGEST_LINE = 2**24  # bytes; a device or a gzip bomb may hold a line without end
 
 
 @dataclass(slots=True)
@@ -57,14 +61,17 @@ def load_examples(path: str | Path) -> list[Example]:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields ("file:line", text) of the lines that are not blank."""
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number = 1
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}:{number + 1}: not readable as UTF-8 text ({error})") from None
+        with opener(path, "rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                if len(line) == LONGEST_LINE:
+                    raise ValueError(f"a line of {LONGEST_LINE} bytes or more")
+                if line := line.strip():
+                    yield f"{path}:{number}", line.decode()
+                number += 1
+    except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error})") from None
 
 
 def _plain(where: str, record: dict[str, Any]) -> Example:
@@ -105,26 +112,27 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
     """
     path = Path(directory)
     source = path / "tokenizer.json"
-    try:
-        if source.exists():
+    if source.is_file():
+        with _one_error(f"{source}: not a readable tokenizer"):
             tokenizer = Tokenizer.from_file(str(source))
-        elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
-            source = path / "vocab.json"
+    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        source = path / "vocab.json"
+        with _one_error(f"{source} and merges.txt: not a readable tokenizer"):
             tokenizer = Tokenizer(models.BPE.from_file(str(source), str(path / "merges.txt")))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            if eos := tokenizer.id_to_token(eos_token_id):
-                tokenizer.add_special_tokens([AddedToken(eos, special=True)])
-        else:
-            raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception for every malformed file
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{source}: not a readable tokenizer ({first_line})") from None
+            if tokenizer.get_vocab_size() < len(json.loads(source.read_bytes())):  # else left out without a word
+                raise ValueError("a token's id is no integer from 0 to 2^32")
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        if eos := tokenizer.id_to_token(eos_token_id):
+            tokenizer.add_special_tokens([AddedToken(eos, special=True)])
+    else:
+        raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
     tokenizer.no_truncation()  # a file may carry settings of its last user; lengths are this project's business
     tokenizer.no_padding()
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    ids = tokenizer.get_vocab().values()
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{source}: has two tokens of one id")
+    largest = max(ids, default=-1)
     if largest >= vocab_size or tokenizer.id_to_token(eos_token_id) is None:
         raise ValueError(
             f"{source}: does not fit the model: its largest id is {largest}, the model has vocab_size {vocab_size} "
@@ -139,8 +147,9 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_tok
     Prompt and response are encoded apart and joined as ids, so no token spans their boundary (TRL #1679). The real
     response ends with exactly one end-of-sequence token, whether or not its text carried one.
     """
-    prompts = _ids([template.replace("{prompt}", e.prompt) for e in examples], tokenizer)
-    responses = _ids([e.response for e in examples], tokenizer)
+    with _one_error(f"{examples[0].where.rsplit(':', 1)[0]}: the tokenizer cannot encode the data"):
+        prompts = _ids([template.replace("{prompt}", e.prompt) for e in examples], tokenizer)
+        responses = _ids([e.response for e in examples], tokenizer)
     for example, prompt_ids, ids in zip(examples, prompts, responses):
         ids = _without_eos(ids, eos_token_id)
         if not prompt_ids:
@@ -158,14 +167,33 @@ def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
 def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int) -> None:
     """Rewrites references as `decode` would write them, so that a perfect response compares as equal."""
     for example in examples:
-        example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
+        with _one_error(f"{example.where}: the tokenizer cannot encode and decode the references"):
+            example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
 
 
 def _ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+@contextmanager
+def _one_error(message: str) -> Iterator[None]:
+    """Makes a ValueError of what tokenizers raises: plain Exceptions, such as for a missing [UNK] token, and panics.
+
+    A panic of its Rust code is no Exception but a BaseException, and is printed to file descriptor 2 by Rust itself.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # which is descriptor 2 itself where that was closed
+    stderr = os.dup(2)
+    os.dup2(nowhere, 2)
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    except Exception as error:  # tokenizers raises plain Exception, such as for a missing [UNK] token
-        raise ValueError(f"the tokenizer cannot encode the data ({error})") from None
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interrupt
+        raise ValueError(f"{message} ({str(error).partition(chr(10))[0]})") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:

@@ -26,7 +26,12 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")  
 
 # The fields of adapter_config.json. One in none of these tables must be null, false, {} or []: load_adapter refuses an
 # option that is not implemented here, it never ignores one.
-HONOURED = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": list}
+HONOURED = {
+    "r": lambda r: type(r) is int and r >= 1,
+    "lora_alpha": lambda alpha: type(alpha) in (int, float) and abs(alpha) < 2**31,
+    "lora_dropout": lambda dropout: type(dropout) in (int, float) and 0 <= dropout < 1,
+    "target_modules": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+}
 CHECKED = {"peft_type": ["LORA"], "bias": ["none"], "layers_to_transform": [None, []]}
 CHECKED |= {"init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # "pissa" and others change the base weights
 NEUTRAL = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version"}
@@ -200,12 +205,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise RuntimeError(f"cannot load an adapter while {name} is merged: call unmerge(model) first")
         if (layer.rank, layer.alpha) != (rank, alpha):
             raise ValueError(f"{path}: rank {rank}, alpha {alpha}; {name} has rank {layer.rank}, alpha {layer.alpha}")
-    for name, layer in (existing or _find_targets(model, targets)).items():
+    try:
+        layers = existing or _find_targets(model, targets)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, layer in layers.items():
         expected |= {_key(name, "lora_A"): (rank, layer.in_features), _key(name, "lora_B"): (layer.out_features, rank)}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if found != expected:  # a wrong shape counts as missing and as unexpected
         missing, unexpected = expected.items() - found.items(), found.items() - expected.items()
         raise ValueError(f"{file}: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors.values()):
+        raise ValueError(f"{file}: holds other numbers than floating-point ones of 16 bits or more")
     if not existing:
         add_lora(model, rank, alpha, dropout, targets)
     with torch.no_grad():
@@ -257,11 +268,11 @@ def _write(file: Path, content: bytes) -> None:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = dict.fromkeys((*HONOURED, "peft_type")) | json.loads(file.read_bytes())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from error
     for field, value in config.items():
         if field in HONOURED:
-            supported = isinstance(value, HONOURED[field])
+            supported = HONOURED[field](value)
         else:
             supported = field in NEUTRAL or value in CHECKED.get(field, [None, False, {}, []])
         if not supported:

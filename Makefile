@@ -34,7 +34,7 @@ start: $(VENV)/dev.stamp
 	cp runs/pronounce-sft/final/model.safetensors pronounce/start/
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path './$(VENV)/*')
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis $$(find . -name __pycache__ -not -path './$(VENV)/*')
 
 $(VENV)/run.stamp: requirements.txt
 	python3 -m venv $(VENV)

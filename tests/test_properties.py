@@ -1,0 +1,808 @@
+"""Properties over random inputs, each against a slow and obvious reference written here: loops, float64, big integers.
+
+No run draws its own examples (derandomize): they depend on the code alone, of this file and, since Hypothesis looks
+there for telling numbers and texts, of the modules that are loaded. Where rounding could decide, such as between two
+tokens of almost equal probability, the reference says that it is in doubt, and nothing is compared.
+"""
+
+import copy
+import dataclasses
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from test_spin import begin
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import report
+import sampling
+import spin
+from data import Example, as_decoded, decode, encode, fit_context, held_out, load_examples, load_tokenizer, split
+from kernels import linear_logprobs, logprobs, tiles, token_logprobs, torch_rows
+from model import GPTNeo, GPTNeoConfig
+from sampling import KVCache, filter_logits, uniforms
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EOS_TEXT = "<|endoftext|>"
+
+
+def examples(count: int) -> settings:
+    """So many; how long they take says nothing on a busy machine."""
+    slow = [HealthCheck.too_slow]
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=slow)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+seeds, booleans = st.integers(0, 2**32), st.booleans()
+
+
+# ---------------------------------------------------------------- kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GRAD_RTOL = dict(zip(DTYPES, (5e-5, 2e-3, 1e-2)))  # 16 bits round to 2^-12 and 2^-9; the interpreter truncates
+
+
+def slow_logprobs(
+    logits: Tensor, targets: list[int], ignore_index: int, upstream: list[float]
+) -> tuple[Tensor, Tensor]:
+    """(N,) values and (N, V) gradients, number by number in float64."""
+    values, grads = [], []
+    for row, target, factor in zip(logits.tolist(), targets, upstream):
+        top, counts = max(row), target != ignore_index
+        total = math.fsum(math.exp(z - top) for z in row)
+        values.append(row[target] - top - math.log(total) if counts else 0.0)
+        grads += [factor * counts * ((v == target) - math.exp(z - top) / total) for v, z in enumerate(row)]
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(grads, dtype=torch.float64).view(logits.shape)
+
+
+@st.composite
+def kernel_cases(draw) -> dict:
+    """Sizes that are no multiple of anything; rows are ignored by an id outside the vocabulary or by one inside it."""
+    N, V = draw(st.integers(0, 5)), draw(st.integers(1, 70))
+    ignore_index = draw(st.sampled_from([-100, 0, V - 1, 2**40]))
+    targets = draw(st.lists(st.integers(0, V - 1) | st.just(ignore_index), min_size=N, max_size=N))
+    upstream = draw(st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=N, max_size=N))
+    return {
+        "V": V, "targets": targets, "ignore_index": ignore_index, "upstream": upstream, "seed": draw(seeds),
+        "dtype": draw(st.sampled_from(DTYPES)), "scale": draw(st.sampled_from([0.0, 0.3, 1.0, 4.0])),
+        "cut": (draw(st.integers(1, 4)), draw(st.integers(1, 75)), draw(st.sampled_from([16, 32]))),
+    }  # fmt: skip
+
+
+@contextmanager
+def tiles_of(rows: int, columns: int, block: int):
+    """Tiles so small that a few numbers go through every loop; in the interpreter blocks of so many columns as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (rows, columns))
+        patch.setattr(logprobs, "scratch_rows", lambda V: rows)
+        backend = torch_rows
+        if INTERPRETED:
+            from kernels import triton_rows as backend
+
+            patch.setattr(backend, "BLOCK", block)
+        assert logprobs._backend(torch.device("cpu")) is backend
+        yield
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    if layout == "columns first":
+        return matrix.t().contiguous().t()
+    return F.pad(matrix, (3, 2))[:, 3:-2] if layout == "inside another" else matrix
+
+
+layouts = st.sampled_from(["plain", "columns first", "inside another"])
+
+
+def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float) -> None:
+    assert actual.shape == expected.shape and actual.isfinite().all()
+    assert ((actual.double() - expected).abs() <= error).all()
+
+
+@examples(60 if INTERPRETED else 300)
+@given(kernel_cases(), layouts)
+def test_token_logprobs_equal_the_textbook(case, layout):
+    """Values and gradients, whatever the sizes, dtype, strides, ignored rows and chunks."""
+    targets, upstream, ignore_index = case["targets"], case["upstream"], case["ignore_index"]
+    logits = (5 * case["scale"] * normal(case["seed"], len(targets), case["V"])).to(case["dtype"])
+    logits = laid_out(logits, layout).requires_grad_()
+    expected, expected_grad = slow_logprobs(logits.double(), targets, ignore_index, upstream)
+    with tiles_of(*case["cut"]):
+        actual = token_logprobs(logits, torch.tensor(targets, dtype=torch.int64), ignore_index)
+        (grad,) = torch.autograd.grad(actual, logits, torch.tensor(upstream))
+    assert_within(actual, expected, 2e-6 * (1 + logits.detach().abs().double().amax() if targets else 1))
+    assert_within(grad, expected_grad, GRAD_RTOL[case["dtype"]] * expected_grad.abs() + 1e-5)
+    assert grad.dtype == case["dtype"] and actual.dtype == torch.float32
+
+
+@examples(60 if INTERPRETED else 300)
+@given(kernel_cases(), st.integers(1, 20), layouts, layouts, st.sampled_from(["", "hidden", "weight", "hidden weight"]))
+def test_linear_logprobs_equal_the_textbook(case, D, hidden_layout, weight_layout, wanted):
+    """The same from hidden states, whichever gradients are wanted: each is made in a way of its own."""
+    targets, upstream, dtype = case["targets"], case["upstream"], case["dtype"]
+    hidden = laid_out((case["scale"] * normal(case["seed"], len(targets), D)).to(dtype), hidden_layout)
+    weight = laid_out(normal(case["seed"] + 1, case["V"], D).to(dtype), weight_layout)
+    h, w = hidden.double(), weight.double()
+    expected, d_logits = slow_logprobs(h @ w.T, targets, case["ignore_index"], upstream)
+    leaves = {"hidden": hidden, "weight": weight}
+    leaves = [leaves[name].requires_grad_() for name in wanted.split()]
+    with tiles_of(*case["cut"]):
+        actual = linear_logprobs(hidden, weight, torch.tensor(targets, dtype=torch.int64), case["ignore_index"])
+        grads = torch.autograd.grad(actual, leaves, torch.tensor(upstream)) if leaves else ()
+    largest = (h.abs() @ w.abs().T).amax() if targets else 0.0  # what the sums of a logit run up to
+    assert_within(actual, expected, 2e-6 * (1 + largest))
+    assert actual.dtype == torch.float32 and actual.requires_grad == bool(wanted)
+    for name, grad in zip(wanted.split(), grads):
+        a, b = (d_logits, w) if name == "hidden" else (d_logits.T, h)
+        assert grad.dtype == dtype
+        assert_within(grad, a @ b, GRAD_RTOL[dtype] * (a.abs() @ b.abs()) + 2e-5 * (1 + b.abs().sum(0)))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs two tests of this file once more, with this variable set")
+def test_the_kernels_under_the_triton_interpreter():
+    """The two properties above hold for the Triton kernels; TRITON_INTERPRET must be set before triton is imported."""
+    pytest.importorskip("triton")
+    tests = (test_token_logprobs_equal_the_textbook, test_linear_logprobs_equal_the_textbook)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *(f"{__file__}::{test.__name__}" for test in tests),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
+
+
+# ---------------------------------------------------------------- the model
+
+LAYERS = (("global", "local"), ("local", "global"), ("local", "local"), ("global",), ("local", "global", "local"))
+VOCABULARY = 23
+
+
+@functools.cache
+def tiny_model(layers: tuple[str, ...], window: int, context: int) -> GPTNeo:
+    """Random weights large enough that attention is not flat; no bias is 0 and no norm 1."""
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=context, hidden_size=8, num_layers=len(layers), num_heads=2,
+        attention_types=((layers, 1),), window_size=window, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(False)
+        if parameter.dim() == 1:
+            parameter += 0.2 * normal(i, len(parameter))
+    return model
+
+
+def slow_hidden(model: GPTNeo, ids: list[int]) -> Tensor:
+    """(T, D) float64: GPT-Neo one token and one head at a time, each looking at a list of what came before."""
+    config, w = model.config, {name: value.double() for name, value in model.state_dict().items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean()
+        centred /= (centred.square().mean() + config.layer_norm_epsilon).sqrt()
+        return centred * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0)
+
+    xs = [w["transformer.wte.weight"][token] + w["transformer.wpe.weight"][t] for t, token in enumerate(ids)]
+    for layer, kind in enumerate(config.attention_layers):
+        name = f"transformer.h.{layer}"
+        keys, values = [], []
+        for t, x in enumerate(xs):
+            q, k, v = (linear(norm(x, f"{name}.ln_1"), f"{name}.attn.attention.{which}_proj") for which in "qkv")
+            keys.append(k)
+            values.append(v)
+            first = max(0, t + 1 - config.window_size) if kind == "local" else 0
+            heads = []
+            for head in torch.arange(config.hidden_size).chunk(config.num_heads):
+                scores = torch.stack([key[head] @ q[head] for key in keys[first:]])
+                heads.append(sum(p * value[head] for p, value in zip(scores.softmax(0), values[first:])))
+            x = x + linear(torch.cat(heads), f"{name}.attn.attention.out_proj")
+            inner = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+            inner = inner / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+            xs[t] = x + linear(inner, f"{name}.mlp.c_proj")
+    return torch.stack([norm(x, "transformer.ln_f") for x in xs])
+
+
+def some_ids(seed: int, count: int) -> list[int]:
+    return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_hidden(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected, atol=5e-5, rtol=0)
+
+
+kinds, windows = st.sampled_from(LAYERS), st.integers(1, 9)
+
+
+@examples(60)
+@given(kinds, windows, st.integers(1, 24), seeds)
+def test_plain_rows_equal_a_pass_token_by_token(layers, window, length, seed):
+    """Local attention in blocks sees the window and no more, whether the row is a multiple of it or not."""
+    model, rows = tiny_model(layers, window, 24), [some_ids(seed + i, length) for i in range(2)]
+    for actual, row in zip(model(torch.tensor(rows)), rows):
+        assert_hidden(actual, slow_hidden(model, row))
+
+
+@st.composite
+def trees(draw) -> list[int]:
+    """Marks of a row's tokens: a prompt, then tokens of up to three branches, in order or mixed; padding anywhere."""
+    branches = draw(st.lists(st.integers(1, 3), max_size=10))
+    marks = [0] * draw(st.integers(0, 6)) + (sorted(branches) if draw(booleans) else branches)
+    for place in draw(st.lists(st.integers(0, 16), max_size=6)):
+        marks.insert(place, -1)
+    return marks
+
+
+@examples(100)
+@given(kinds, windows, st.lists(trees(), min_size=1, max_size=3), booleans, seeds)
+def test_branches_equal_rows_of_their_own(layers, window, rows, left, seed):
+    """Prompt and branch as in a row by themselves: no branch sees another or padding, positions and windows count
+    along the path. Rows are wider than the context at times, paths never."""
+    width = max(1, *map(len, rows))
+    rows = [[-1] * (width - len(row)) * left + row + [-1] * (width - len(row)) * (not left) for row in rows]
+    model, ids = tiny_model(layers, window, 16), [some_ids(seed + i, width) for i in range(len(rows))]
+    hidden = model(torch.tensor(ids), torch.tensor(rows))
+    assert hidden.isfinite().all()
+    for row, marks in enumerate(rows):
+        for branch in set(marks) - {-1}:
+            path = [slot for slot, mark in enumerate(marks) if mark in (0, branch)]
+            own = [i for i, slot in enumerate(path) if marks[slot] == branch]
+            expected = slow_hidden(model, [ids[row][slot] for slot in path])
+            assert_hidden(hidden[row, path][own], expected[own])
+
+
+@examples(80)
+@given(
+    kinds, windows, seeds,
+    st.lists(
+        st.tuples(
+            st.dictionaries(st.integers(0, 3), st.integers(1, 9), min_size=1), st.integers(0, 5), st.integers(0, 4)
+        ),
+        min_size=1, max_size=4,
+    ),
+    st.none() | st.lists(st.integers(0, 3), min_size=1, unique=True),
+)  # fmt: skip
+def test_decoding_with_a_cache_equals_the_full_pass(layers, window, seed, rounds, kept):
+    """Rounds of new prompts for some of four slots, whoever had them before, and of steps of all slots at once.
+
+    At the end slots may be dropped or change places, and one more step is made.
+    """
+    room = 9 + sum(steps for _, steps, _ in rounds) + 1
+    model = tiny_model(layers, window, 32)
+    cache, texts, seen = KVCache(model, 4, room), [[] for _ in range(4)], [[] for _ in range(4)]
+
+    def step(slack: int) -> None:
+        nonlocal seed
+        seed += 1
+        tokens = some_ids(seed, len(texts))
+        cache.reach = min(room, max(map(len, texts)) + 1 + slack)
+        hidden = model.decode(torch.tensor(tokens), cache.lengths, cache.masks(), cache.append)
+        for slot, text in enumerate(texts):
+            if text:  # slots never filled idle
+                text.append(tokens[slot])
+                seen[slot].append(hidden[slot])
+                cache.lengths[slot] += 1
+
+    def check(slot: int) -> None:
+        if texts[slot]:
+            assert_hidden(torch.stack(seen[slot]), slow_hidden(model, texts[slot]))
+
+    for prompts, steps, slack in rounds:
+        for slot, length in prompts.items():
+            check(slot)
+            seed += 1
+            texts[slot] = some_ids(seed, length)
+        slots, lengths, width = list(prompts), torch.tensor(list(prompts.values())), max(prompts.values())
+        padded = torch.tensor([texts[slot] + [0] * (width - len(texts[slot])) for slot in slots])
+        hidden = model(padded, remember=partial(cache.fill, torch.tensor(slots), lengths))
+        cache.lengths[slots] = lengths
+        for row, slot in enumerate(slots):
+            seen[slot] = [*hidden[row, : lengths[row]]]
+        for _ in range(steps):
+            step(slack)
+    if kept is not None:
+        cache.keep(torch.tensor(kept))
+        texts, seen = ([side[slot] for slot in kept] for side in (texts, seen))
+        step(0)
+    for slot in range(len(texts)):
+        check(slot)
+
+
+# ---------------------------------------------------------------- log-probabilities of responses
+
+
+@pytest.fixture(scope="module")
+def scorer(start, data, tmp_path_factory) -> tuple[GPTNeo, GPTNeo, spin.Run]:
+    """A player whose biases and norms are random too, its float64 copy, and a run."""
+    player, _, _, run = begin(start, data, tmp_path_factory.mktemp("properties") / "run", rank=0)
+    with torch.no_grad():
+        for i, parameter in enumerate(player.parameters()):
+            if parameter.dim() == 1:
+                parameter += 0.2 * normal(i, len(parameter))
+    return player, copy.deepcopy(player).double(), run
+
+
+def slow_logp(exact: GPTNeo, prompt: list[int], response: list[int]) -> Tensor:
+    """log p(response | prompt), a pass for each token, of the tokens before it and nothing else."""
+    total = 0.0
+    for n, token in enumerate(response):
+        last = exact(torch.tensor([prompt + response[:n]]))[0, -1]
+        total = total + exact.logits(last).log_softmax(0)[token]
+    return total
+
+
+def slow_logps(exact: GPTNeo, items: list[tuple[list[int], ...]]) -> list[Tensor]:
+    """The first responses of all items, then the second ones, ..."""
+    return [slow_logp(exact, item[0], item[n]) for n in range(1, len(items[0])) for item in items]
+
+
+# ids 0 and 393 are padding and the end-of-sequence token of the run: anywhere in a text they are tokens like others
+texts = st.lists(st.sampled_from([0, 393]) | st.integers(0, 395), min_size=1, max_size=9)
+batches = st.integers(1, 4).flatmap(
+    lambda responses: st.lists(st.tuples(*[texts] * (1 + responses)), min_size=1, max_size=4)
+)
+masked_tokens = st.sampled_from([0, 15, 1024])  # rows beyond it compute a prompt for each response
+
+
+@contextmanager
+def masks_up_to(tokens: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spin, "MASKED_TOKENS", tokens)
+        yield
+
+
+@examples(80)
+@given(batches, masked_tokens)
+@torch.no_grad()
+def test_response_logps_equal_a_loop_over_tokens(scorer, items, masked):
+    player, exact, run = scorer
+    with masks_up_to(masked):
+        actual = spin.response_logps(player, items, run)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), torch.stack(slow_logps(exact, items)), atol=5e-5, rtol=1e-6)
+
+
+@examples(20)
+@given(batches, masked_tokens)
+def test_gradients_of_response_logps_equal_those_of_the_loop(scorer, items, masked):
+    player, exact, run = scorer
+    with masks_up_to(masked):
+        actual = spin.response_logps(player, items, run)
+    expected = torch.stack(slow_logps(exact, items))
+    upstream = normal(0, len(expected))
+    grads = torch.autograd.grad(actual, list(player.parameters()), upstream)
+    expected_grads = torch.autograd.grad(expected, list(exact.parameters()), upstream.double())
+    for (name, _), a, b in zip(player.named_parameters(), grads, expected_grads):
+        assert (a - b).norm() <= 1e-4 * (b.norm() + 1e-2), name
+
+
+@examples(60)
+@given(batches, masked_tokens, st.integers(1, 120), st.data())
+def test_logps_do_not_depend_on_the_batch(scorer, items, masked, micro_tokens, choose):
+    """Items in any order, some twice, at any size of micro-batches: each has the log-probabilities it has alone."""
+    player, _, run = scorer
+    run = run._replace(args=dataclasses.replace(run.args, micro_tokens=micro_tokens))
+    order = choose.draw(st.lists(st.integers(0, len(items) - 1), min_size=1, max_size=6))
+    alone = [spin.sequence_logps(player, [item], run) for item in items]
+    expected = [alone[i][n] for n in range(len(items[0]) - 1) for i in order]
+    with masks_up_to(masked):
+        assert spin.sequence_logps(player, [items[i] for i in order], run) == pytest.approx(expected, abs=5e-5)
+
+
+@examples(200)
+@given(st.lists(st.integers(1, 60), max_size=25), st.integers(1, 150))
+def test_micro_batches_partition_within_the_budget(tokens, budget):
+    """Every item once; chunks fit, padded to their longest, or hold one item; from short to long; none ends early."""
+    chunks = list(spin.micro_batches(tokens, budget))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(tokens)))
+    lengths = [[tokens[i] for i in chunk] for chunk in chunks]
+    assert [*itertools.chain(*lengths)] == sorted(tokens)
+    for chunk in lengths:
+        assert len(chunk) == 1 or len(chunk) * max(chunk) <= budget
+    for chunk, following in itertools.pairwise(lengths):
+        assert (len(chunk) + 1) * following[0] > budget
+
+
+@examples(200)
+@given(st.integers(1, 300), st.floats(0, 1) | st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]))
+def test_schedule_rises_to_1_and_falls_towards_0(steps, warmup):
+    """In (0, 1]; equal steps up to 1 while the share lasts, then equal steps down that would reach 0 one step later."""
+    factors = [spin.schedule(step, steps, warmup) for step in range(steps)]
+    rise = 0
+    while rise < warmup * steps:
+        rise += 1
+    up = [Fraction(step, rise) for step in range(1, rise + 1)]
+    down = [Fraction(left, steps - rise) for left in range(steps - rise, 0, -1)]
+    assert factors == pytest.approx([*map(float, up + down)], abs=1e-12)
+    assert all(0 < factor <= 1 for factor in factors) and max(factors) == 1
+    assert factors[:rise] == sorted(factors[:rise]) and factors[rise:] == sorted(factors[rise:], reverse=True)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def slow_uniform(seed: int, row: int, number: int) -> float:
+    """SplitMix64 as published, on Python's integers: the counter's step, two rounds of xor-shift and multiply, a last
+    xor-shift; then the 24 highest bits."""
+    word = 2**64
+    state = int(hashlib.sha256(f"{seed}/{row}".encode()).hexdigest()[:16], 16)
+    for _ in range(number + 1):
+        state = (state + 0x9E3779B97F4A7C15) % word
+    z = state
+    z = (z ^ z // 2**30) * 0xBF58476D1CE4E5B9 % word
+    z = (z ^ z // 2**27) * 0x94D049BB133111EB % word
+    z = z ^ z // 2**31
+    return z // 2**40 / 2**24
+
+
+@examples(100)
+@given(st.integers(0, 2**63), st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.integers(1, 12))
+def test_uniforms_are_splitmix64(seed, rows, count):
+    expected = [[slow_uniform(seed, row, number) for number in range(count)] for row in rows]
+    assert uniforms(seed, rows, count).tolist() == expected
+    assert all(0 <= number < 1 for row in expected for number in row)
+
+
+def slow_filter(logits: list[float], temperature: float, top_k: int, top_p: float, doubt: float) -> set[int] | None:
+    """The tokens that may be drawn; None where rounding decides. Ties at the k-th place all stay."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    if 0 < top_k < len(order):
+        last = logits[order[top_k - 1]]
+        if any(0 < abs(z - last) <= doubt for z in logits):
+            return None
+        order = [token for token in order if logits[token] >= last]
+    weights = [math.exp((logits[token] - logits[order[0]]) / temperature) for token in order]
+    kept, before = set(), 0.0
+    for token, weight in zip(order, weights):
+        if top_p < 1 and abs(before - top_p) <= doubt:
+            return None
+        if top_p == 1 or before < top_p:
+            kept.add(token)
+        before += weight / math.fsum(weights)
+    return kept
+
+
+def slow_draw(logits: list[float], kept: set[int], temperature: float, uniform: float, doubt: float) -> int | None:
+    """Walks along the tokens until their probabilities have added up to more than `uniform`."""
+    top = max(logits)
+    weights = [math.exp((z - top) / temperature) if token in kept else 0.0 for token, z in enumerate(logits)]
+    total, below = math.fsum(weights), 0.0
+    drawn = None
+    for token, weight in enumerate(weights):
+        if weight and abs(below + weight - uniform * total) <= doubt * total:
+            return None
+        below += weight
+        if drawn is None and below > uniform * total:
+            drawn = token
+    return drawn
+
+
+# quarters: equal logits are common, and no two are nearly equal
+rough_logits = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=1, max_size=30)
+temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.5])
+top_ks = st.sampled_from([0, 1, 2, 5, 100])
+top_ps = st.just(1.0) | st.floats(0.01, 0.999)
+
+
+@examples(300)
+@given(rough_logits, temperatures, top_ks, top_ps)
+def test_filters_keep_the_right_tokens(logits, temperature, top_k, top_p):
+    """Logits over temperature where kept. Of equal logits top-p may keep any, but as many as the loop does."""
+    kept = slow_filter(logits, temperature, top_k, top_p, 1e-5)
+    assume(kept is not None)
+    (actual,) = filter_logits(torch.tensor([logits]), temperature, top_k, top_p).tolist()
+    ours = {token for token, z in enumerate(actual) if z != -math.inf}
+    assert sorted(logits[token] for token in ours) == sorted(logits[token] for token in kept)
+    assert all(actual[token] == pytest.approx(logits[token] / temperature, rel=1e-6, abs=1e-6) for token in ours)
+    if len(set(logits)) == len(logits):
+        assert ours == kept
+
+
+@examples(300)
+@given(rough_logits, st.data(), st.integers(1, 8))
+def test_samples_invert_the_cumulative_sum(logits, choose, searched):
+    """For blocks of any size; what is excluded is never drawn, not even by the first and last number of the range."""
+    kept = choose.draw(st.sets(st.integers(0, len(logits) - 1), min_size=1))
+    numbers = st.sampled_from([0.0, 1 - 2**-24]) | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24)
+    numbers = choose.draw(st.lists(numbers, min_size=1, max_size=8))
+    masked = torch.tensor([[z if token in kept else -math.inf for token, z in enumerate(logits)]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "SEARCHED", searched)
+        tokens = sampling.sample(masked.expand(len(numbers), -1), torch.tensor(numbers)).tolist()
+    for token, uniform in zip(tokens, numbers):
+        expected = slow_draw(logits, kept, 1.0, uniform, 1e-6)
+        assert token in kept and token == (token if expected is None else expected)
+
+
+def slow_choice(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: float) -> int | None:
+    logits = logits.tolist()
+    if temperature == 0:
+        best, second = sorted(logits)[-1:-3:-1]
+        return logits.index(best) if best - second > 1e-3 else None
+    kept = slow_filter(logits, temperature, top_k, top_p, 1e-4)
+    return None if kept is None else slow_draw(logits, kept, temperature, uniform, 1e-4)
+
+
+@functools.cache
+def twins() -> tuple[GPTNeo, GPTNeo]:
+    model = tiny_model(("global", "local"), 4, 24)
+    return model, copy.deepcopy(model).double()
+
+
+@examples(150)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=7),
+    st.fixed_dictionaries(
+        {
+            "max_new_tokens": st.integers(1, 12), "eos_token_id": st.none() | st.integers(0, 22), "seed": seeds,
+            "temperature": st.just(0.0) | temperatures, "top_k": top_ks, "top_p": top_ps,
+            "batch_size": st.integers(1, 8), "cache_tokens": st.integers(1, 200),
+        }
+    ),
+    st.integers(1, 30), st.integers(1, 10), booleans, st.data(),
+)  # fmt: skip
+@torch.no_grad()
+def test_generation_equals_a_loop_row_by_row(lengths, options, prefill, reach, numbered, choose):
+    """Ids, log-probabilities and ends of every row are those that it gets by itself, in float64, a full pass for each
+    token: so neither batch mates nor the sizes of batch, cache and prefill matter."""
+    model, exact = twins()
+    prompts = [some_ids(options["seed"] + i, length) for i, length in enumerate(lengths)]
+    numbers = st.lists(st.integers(0, 50), min_size=len(prompts), max_size=len(prompts))
+    rows = choose.draw(numbers) if numbered else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "PREFILL_TOKENS", prefill)
+        patch.setattr(sampling, "REACH", reach)
+        patch.setattr(sampling, "SEARCHED", 5)
+        samples = sampling.generate(model, prompts, rows=rows, **options)
+    assert len(samples.ids) == len(samples.finished) == len(samples.logps) == len(prompts)
+    eos, most = options["eos_token_id"], options["max_new_tokens"]
+    for i, (prompt, ids, finished, logps) in enumerate(zip(prompts, *samples)):
+        assert 1 <= len(ids) == len(logps) <= most and eos not in ids[:-1]
+        assert finished == (ids[-1] == eos) and (finished or len(ids) == most)
+        for n, (token, logp) in enumerate(zip(ids, logps)):
+            logits = exact.logits(exact(torch.tensor([prompt + ids[:n]]))[0, -1])
+            uniform = slow_uniform(options["seed"], rows[i] if numbered else i, n)
+            expected = slow_choice(logits, *(options[name] for name in ("temperature", "top_k", "top_p")), uniform)
+            assert token == (token if expected is None else expected)
+            assert logp == pytest.approx(logits.log_softmax(0)[token].item(), abs=1e-4)
+
+
+# ---------------------------------------------------------------- data
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's letter of each byte: itself where it prints, else one of those from 256 on, in order."""
+    letters, spare = [], 256
+    for byte in range(256):
+        prints = chr(byte).isprintable() and chr(byte) != " "
+        letters.append(chr(byte if prints else spare))
+        spare += not prints
+    return letters
+
+
+LETTERS = byte_letters()
+
+
+def slow_bpe(text: str, vocabulary: dict[str, int], ranks: dict[tuple[str, str], int]) -> list[int]:
+    """Joins the two neighbours of the lowest rank, the leftmost first, until no two may be joined."""
+    parts = [LETTERS[byte] for byte in text.encode()]
+    while found := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
+        _, i = min(found)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return [vocabulary[part] for part in parts]
+
+
+@functools.cache
+def shipped() -> tuple[Tokenizer, int, dict]:
+    folder = ROOT / "pronounce/start"
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = load_tokenizer(folder, config["eos_token_id"], config["vocab_size"])
+    return tokenizer, config["eos_token_id"], json.loads((folder / "tokenizer.json").read_text())
+
+
+def slow_ids(text: str) -> list[int]:
+    """The shipped tokenizer: special texts are tokens by themselves, byte-pair encoding of all that is between them."""
+    _, _, file = shipped()
+    special = {token["content"]: token["id"] for token in file["added_tokens"]}
+    ranks = {tuple(pair): rank for rank, pair in enumerate(file["model"]["merges"])}
+    ids = []
+    for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+        ids += [special[part]] if part in special else slow_bpe(part, file["model"]["vocab"], ranks)
+    return ids
+
+
+characters = st.characters(codec="utf-8")  # all but halves of surrogate pairs, which `load_examples` refuses
+pieces = st.sampled_from(
+    [
+        "HH AH0", " L OW1", "A", "O", "Y1", " ", "\n", "\n\n### Response: ", "### Instruction: ", "### ", "<|end",
+        "{prompt}", "\u00e9", "e\u0301", "\U0001f44d\U0001f3fd", "\u200b", "\u00a0", "\r\n", "\0",
+    ]
+)  # fmt: skip
+unicode_text = st.lists(st.text(characters, max_size=5) | pieces, max_size=8).map("".join)
+wanted_text = unicode_text.filter(lambda text: text.strip() and EOS_TEXT not in text)
+
+
+@examples(200)
+@given(wanted_text, wanted_text, st.integers(0, 3), unicode_text, unicode_text)
+def test_encoding_equals_the_loop_and_decoding_undoes_it(prompt, response, ends, before, after):
+    """Prompt and response apart, whatever could merge across; one end-of-sequence token however many the text had."""
+    tokenizer, eos, _ = shipped()
+    assume("{prompt}" not in before + after)
+    one = Example("x:1", prompt, response + ends * EOS_TEXT, [response, "other", response + EOS_TEXT])
+    encode([one, Example("x:2", "P", "R", ["R"])], tokenizer, before + "{prompt}" + after, eos)
+    assert one.prompt_ids == slow_ids(before + prompt + after)
+    assert one.real_ids == [*slow_ids(response), eos] and one.real_ids.count(eos) == 1
+    assert one.tokens == len(one.prompt_ids) + len(one.real_ids)
+    assert decode(one.real_ids, tokenizer, eos) == response.strip()
+    as_decoded([one], tokenizer, eos)
+    assert one.references == [response.strip(), "other", response.strip()]
+
+
+@examples(60)
+@given(wanted_text, wanted_text)
+def test_an_end_inside_a_response_is_refused(before, after):
+    tokenizer, eos, _ = shipped()
+    with pytest.raises(ValueError, match=r"^x:1: .*end-of-sequence token inside"):
+        encode([Example("x:1", "P", before + EOS_TEXT + after, ["R"])], tokenizer, "{prompt}", eos)
+
+
+@st.composite
+def merges(draw) -> list[tuple[str, str]]:
+    """Random pairs of what can be written already, each giving something new."""
+    tokens, pairs = [LETTERS[byte] for byte in " abc\u00e9".encode()], []
+    for a, b in draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12)):
+        a, b = tokens[a % len(tokens)], tokens[b % len(tokens)]
+        if a + b not in tokens:
+            tokens.append(a + b)
+            pairs.append((a, b))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@examples(80)
+@given(merges(), st.lists(st.text("abc\u00e9", min_size=1, max_size=7), min_size=1, max_size=5), wanted_text)
+def test_gpt2_style_files_make_a_byte_level_tokenizer(folder, pairs, words, response):
+    """vocab.json and merges.txt: words with the space before them by the loop, and any text comes back as it was."""
+    vocabulary = {token: i for i, token in enumerate([*LETTERS, *map("".join, pairs), EOS_TEXT])}
+    eos = vocabulary[EOS_TEXT]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, pairs)]
+    (folder / "merges.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    tokenizer = load_tokenizer(folder, eos, len(vocabulary))
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    spaced = [words[0], *(f" {word}" for word in words[1:])]
+    one, other = (Example("x:1", "".join(spaced), text, [text]) for text in ("".join(spaced), response))
+    encode([one, other], tokenizer, "{prompt}", eos)
+    assert one.prompt_ids == [i for word in spaced for i in slow_bpe(word, vocabulary, ranks)]
+    assert one.real_ids == [*one.prompt_ids, eos]
+    assert other.real_ids[-1] == eos and other.real_ids.count(eos) == 1
+    assert decode(other.real_ids, tokenizer, eos) == response.strip()
+
+
+@examples(60)
+@given(st.lists(st.tuples(wanted_text, wanted_text, booleans, booleans), min_size=1, max_size=5), booleans)
+def test_loading_gives_what_was_written(folder, records, zipped):
+    """Both layouts, plain and gzipped, blank lines between, escaped or not; each example knows its line."""
+    lines, expected = [], []
+    for prompt, response, official, escaped in records:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        record = {"real": turns} if official else {"prompt": prompt, "response": response}
+        lines += [json.dumps(record, ensure_ascii=escaped), "  "]
+        expected.append((len(lines) - 1, prompt, response, [response]))
+    path = folder / ("data.jsonl.gz" if zipped else "data.jsonl")
+    path.write_bytes((gzip.compress if zipped else bytes)("\n".join(lines).encode()))
+    expected = [(f"{path}:{number}", *rest) for number, *rest in expected]
+    assert [(e.where, e.prompt, e.response, e.references) for e in load_examples(path)] == expected
+
+
+digits = st.integers(1, 9)
+shares = st.floats(0, 1) | st.sampled_from([0.05, 0.5])
+
+
+@examples(100)
+@given(st.lists(st.tuples(unicode_text, unicode_text), max_size=12), shares, shares)
+def test_held_out_depends_on_the_prompt_alone(records, share, other):
+    """A prompt is held out where its hash, as a fraction of 1, is below the share; both parts keep their order."""
+    made = [Example(f"x:{i}", prompt, response, []) for i, (prompt, response) in enumerate(records)]
+    chosen = [e for e in made if Fraction(int(hashlib.sha256(e.prompt.encode()).hexdigest()[:16], 16), 2**64) < share]
+    train, heldout = split(made, share)
+    assert heldout == chosen and train == [e for e in made if e not in chosen]
+    assert not {e.prompt for e in train} & {e.prompt for e in heldout}
+    low, high = sorted([share, other])
+    assert all(held_out(e.prompt, high) for e in made if held_out(e.prompt, low)), "a larger share keeps the smaller"
+
+
+@examples(100)
+@given(st.lists(st.tuples(digits, digits), min_size=1, max_size=8), st.integers(2, 18), digits)
+def test_fit_context_keeps_what_fits(lengths, context, new):
+    """Prompt and real response fit, and prompt and longest generated response; what does not is named or counted."""
+    made = [Example(f"x:{i}", "p", "r", [], [1] * p, [1] * r) for i, (p, r) in enumerate(lengths)]
+    fits = [e for e, (p, r) in zip(made, lengths) if p + r <= context and p + new <= context]
+    if not fits:
+        with pytest.raises(ValueError, match=r"^x: no example fits"):
+            fit_context(made, context, new, "skip")
+    else:
+        assert fit_context(made, context, new, "skip") == (fits, len(made) - len(fits))
+    if fits == made:
+        assert fit_context(made, context, new, "error") == (made, 0)
+    else:
+        first = next(e for e in made if e not in fits)
+        with pytest.raises(ValueError, match=f"^{first.where}: needs"):
+            fit_context(made, context, new, "error")
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def slow_distance(a: list[str], b: list[str]) -> int:
+    """Delete, insert or replace the first word, whichever leads to the fewest edits in all."""
+    if not a or not b:
+        return len(a) + len(b)
+    replace = slow_distance(a[1:], b[1:]) + (a[0] != b[0])
+    return min(replace, slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1)
+
+
+words = st.lists(st.sampled_from(["A", "B", "CC"]), max_size=5)
+
+
+@examples(150)
+@given(words, words)
+def test_distance_is_levenshteins(a, b):
+    assert report.distance(a, b) == report.distance(b, a) == slow_distance(a, b)
+
+
+@examples(100)
+@given(words, st.lists(words, min_size=1, max_size=4), st.sampled_from([" ", "  ", "\n"]))
+@example(["A"], [["B"], ["A", "B", "B"]], " ")  # fewer edits, but a higher rate
+def test_the_nearest_reference_has_the_lowest_error_rate(text, references, space):
+    """Edits over the reference's length, one at least; the first of equals; white space does not matter."""
+    edits, length = report.nearest_edits(space.join(text), [" ".join(reference) for reference in references])
+    rates = [Fraction(slow_distance(text, reference), max(len(reference), 1)) for reference in references]
+    best = references[rates.index(min(rates))]
+    assert (edits, length) == (slow_distance(text, best), max(len(best), 1))
+
+
+@examples(150)
+@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(1, 20)), min_size=1, max_size=12), booleans)
+def test_standard_errors_in_exact_numbers(pairs, weighted):
+    """se^2 = sum (v - ratio w)^2 / (sum w)^2 in fractions; n copies of the data have 1 / sqrt(n) of its error."""
+    values, weights = ([float(side) for side in column] for column in zip(*pairs))
+    exact = [(Fraction(v), Fraction(w) if weighted else Fraction(1)) for v, w in pairs]
+    total = sum(w for _, w in exact)
+    ratio = sum(v for v, _ in exact) / total
+    variance = sum((v - ratio * w) ** 2 for v, w in exact) / total**2
+    row = report.with_se("x", values, weights if weighted else None)
+    assert row["x"] == pytest.approx(float(ratio), abs=1e-9)
+    assert row["x_se"] == pytest.approx(math.sqrt(variance), abs=1e-9)
+    again = report.with_se("x", values * 4, weights * 4 if weighted else None)
+    assert again["x"] == pytest.approx(row["x"], abs=1e-9) and again["x_se"] == pytest.approx(row["x_se"] / 2, abs=1e-9)

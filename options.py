@@ -5,6 +5,7 @@ Flags are made from the fields of `Args`; a recipe, `@FILE`, is a file of flags.
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -74,6 +75,8 @@ class Args:
             ("eval_share", 0 < self.eval_share < 1, "between 0 and 1"),
             ("eval_limit", self.eval_limit >= 0, "0 or more"),
             ("template", "{prompt}" in self.template, "text with {prompt} in it"),
+            ("template", not re.search(r"[\ud800-\udfff]", self.template), "text in UTF-8"),
+            ("out", "\0" not in self.out, "a path"),
             ("overlong", self.overlong in ("error", "skip"), "error or skip"),
             ("iterations", self.iterations >= 1, "1 or more"),
             ("prompts", self.prompts >= 0, "0 or more"),
@@ -99,7 +102,7 @@ class Args:
             ("precision", self.precision in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
             ("best", self.best in METRICS, f"one of {', '.join(METRICS)}"),
             ("save_minutes", 0 <= self.save_minutes < math.inf, "0 or more"),
-            ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device)), "auto, cpu, cuda or cuda:N"),
+            ("device", re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", self.device), "auto, cpu, cuda or cuda:N"),
         ):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: expected {expected}")
@@ -130,7 +133,11 @@ def parse(argv: list[str], about: str = "") -> tuple[str, Args]:
     for field, text in zip(dataclasses.fields(Args), field_comments(Args)):
         if not text.startswith(other):
             add_flag(parser, field, text)
-    options = vars(parser.parse_args(argv))
+    try:
+        options = vars(parser.parse_args(argv))
+    except RecursionError:
+        recipes = " ".join(flag for flag in argv if flag.startswith("@"))
+        raise ValueError(f"{recipes}: a recipe that reads itself, straight or through another") from None
     return command, Args(**options)
 
 
@@ -146,6 +153,7 @@ def bad_flag(message: str) -> NoReturn:
     raise ValueError(message)
 
 
+@functools.cache
 def field_comments(cls: type) -> list[str]:
     return re.findall(r"^    \w+: .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
 

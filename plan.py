@@ -80,17 +80,17 @@ def disk_left_for(folder: Path) -> int:
     return shutil.disk_usage(there).free + used
 
 
-def check(needs: Needs, device: torch.device, out: Path) -> None:
+def check(needs: Needs, model: Path, device: torch.device, out: Path) -> None:
     """Raises ValueError where memory or disk cannot do, even without activations."""
     have = memory_of(device)
     if needs.training > have:
         raise ValueError(
-            f"--device {device}: training needs more than {gib(needs.training)} of memory, it has "
+            f"{model}: training needs more than {gib(needs.training)} of memory, {device} has "
             f"{gib(have)}; --rank 16 trains adapters, --optimizer rmsprop keeps less"
         )
     if needs.generation > have:
         raise ValueError(
-            f"--device {device}: generation needs more than {gib(needs.generation)} of memory, it has "
+            f"{model}: generation needs more than {gib(needs.generation)} of memory, {device} has "
             f"{gib(have)}; lower --gen-tokens or --gen-batch"
         )
     free = disk_left_for(out)

@@ -62,7 +62,7 @@ def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | N
     """
     if Path(name).is_dir():
         return Path(name), None
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         raise FileNotFoundError(f"--model {name}: neither a directory nor a hub id of the form owner/name[@revision]")
     from huggingface_hub import snapshot_download
 
@@ -111,7 +111,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     train_set, heldout = load_data(args, tokenizer, config)
     needs = needs_of(config, args, train_set + heldout, bf16)
-    plan.check(needs, device, out)
+    plan.check(needs, path, device, out)
     digests = {"model": digest_of_model(path, args), "data": digest(train_set), "eval-data": digest(heldout)}
     if earlier:
         resume.check_same_inputs(out, earlier["digests"], digests)

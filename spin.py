@@ -624,7 +624,9 @@ def rehearse(player: GPTNeo, train_set: list[Example], run: Run) -> tuple[dict[s
 
 
 def fail(message: object) -> int:
-    print("spin.py: error: " + str(message).replace("\n", " "), file=sys.stderr)
+    # one line, whatever a file or a flag holds
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message).replace("\n", " "))
+    print("spin.py: error: " + text, file=sys.stderr)
     return 2
 
 

@@ -6,7 +6,6 @@ Each table holds what must be refused. A mutation may stay valid; then it must b
 import functools
 import gc
 import gzip
-import inspect
 import json
 import os
 import pickle
@@ -100,9 +99,6 @@ def end(monkeypatch, capfd, tmp_path):
         return error
 
     monkeypatch.setattr(spin, "play", accepted)
-    monkeypatch.setattr(
-        inspect, "getsource", functools.cache(inspect.getsource)
-    )  # for speed: every --help text needs it
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     before, limit = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
@@ -756,10 +752,6 @@ def test_recipes(end, argv, tmp_path):
     assert refused >= 30, refused
 
 
-WAITING = pytest.mark.xfail(reason="waits for a change of spin.py")
-
-
-@WAITING
 @pytest.mark.parametrize(
     "case",
     [
@@ -774,7 +766,6 @@ def test_more_flags(case, end, argv, monkeypatch):
     assert case[0] in error and "hub says" not in error, error
 
 
-@WAITING
 @pytest.mark.parametrize("loop", [["a"], ["a", "b"], ["a", "a a"], ["a", "b", "c"]])
 def test_recipes_that_read_each_other(loop, end, argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -783,7 +774,6 @@ def test_recipes_that_read_each_other(loop, end, argv, tmp_path, monkeypatch):
     assert "@a" in end([*argv, "@a"])
 
 
-@WAITING
 @pytest.mark.parametrize(
     "name", ["a\rb", "a\x0bb", "a\x1b[2Jb", "a\x85b", "a\u2028b", "a\0b", "a\u202eb", "a\nb", "\udcff"]
 )
@@ -798,12 +788,11 @@ def test_names_with_control_characters(name, end, argv, model):
         assert error.strip("\n").isprintable(), extra
 
 
-@WAITING
 def test_from_scratch_larger_than_memory(end, argv, model):
     """There are no weights to contradict such a config."""
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**24, "hidden_size": 2**14}))
-    assert "--from-scratch" in end(["sft", *argv[:-6], "--from-scratch", "--rank", "0"])
+    assert f"{model}: training needs more than" in end(["sft", *argv[:-6], "--from-scratch", "--rank", "0"])
 
 
 # ---------------------------------------------------------------- adapters

@@ -247,7 +247,7 @@ def test_not_enough_disk_or_memory_is_said_before_anything_is_loaded(start, data
     monkeypatch.chdir(here)
     monkeypatch.setattr(plan, "memory_of", lambda device: 10_000)
     assert spin.main(small(start, data)) == 2
-    assert "--device cpu: training needs more than" in capsys.readouterr().err
+    assert "training needs more than" in capsys.readouterr().err
     monkeypatch.setattr(plan, "memory_of", lambda device: 10**5)
     assert spin.main(small(start, data, gen_batch=64)) == 2
     assert "lower --gen-tokens or --gen-batch" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -76,26 +77,37 @@ def slow_logprobs(
     return torch.tensor(values, dtype=torch.float64), torch.tensor(grads, dtype=torch.float64).view(logits.shape)
 
 
-@st.composite
-def kernel_cases(draw) -> dict:
-    """Sizes that are no multiple of anything; rows are ignored by an id outside the vocabulary or by one inside it."""
-    N, V = draw(st.integers(0, 5)), draw(st.integers(1, 70))
-    ignore_index = draw(st.sampled_from([-100, 0, V - 1, 2**40]))
-    targets = draw(st.lists(st.integers(0, V - 1) | st.just(ignore_index), min_size=N, max_size=N))
-    upstream = draw(st.lists(st.sampled_from([0.0, 1.0, -0.5, 3.0]), min_size=N, max_size=N))
+def kernel_case(seed: int) -> dict:
+    """Sizes that are no multiple of anything; rows are ignored by an id outside the vocabulary or by one inside it.
+
+    All from one seed, since Hypothesis varies what it has drawn before, and here little is learned from a like size.
+    """
+    pick = random.Random(seed)
+    N, V, D = pick.choice([0, 1, 3, 4, 5, 5]), pick.randint(1, 70), pick.randint(1, 20)
+    ignore_index = pick.choice([-100, 0, V - 1, 2**40])
     return {
-        "V": V, "targets": targets, "ignore_index": ignore_index, "upstream": upstream, "seed": draw(seeds),
-        "dtype": draw(st.sampled_from(DTYPES)), "scale": draw(st.sampled_from([0.0, 0.3, 1.0, 4.0])),
-        "cut": (draw(st.integers(1, 4)), draw(st.integers(1, 75)), draw(st.sampled_from([16, 32]))),
+        "V": V, "D": D, "ignore_index": ignore_index, "seed": seed, "scale": pick.choice([0.0, 0.3, 1.0, 1.0, 4.0]),
+        "targets": [pick.choice([pick.randrange(V), pick.randrange(V), ignore_index]) for _ in range(N)],
+        "upstream": [pick.choice([1.0, -0.5, 3.0, 0.0]) for _ in range(N)], "dtype": pick.choice(DTYPES),
+        "cut": (pick.randint(1, 4), V // pick.randint(1, 4) + 1, pick.choice([16, 32])),
+        "layouts": pick.choices(["plain", "columns first", "inside another"], k=2),
     }  # fmt: skip
+
+
+kernel_cases = st.integers(0, 2**48).map(kernel_case)
 
 
 @contextmanager
 def tiles_of(rows: int, columns: int, block: int):
-    """Tiles so small that a few numbers go through every loop; in the interpreter blocks of so many columns as well."""
+    """Tiles so small that a few numbers go through every loop; in the interpreter blocks of so many columns as well.
+
+    New memory holds nan, as it may: no result can come from what was never written.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (rows, columns))
         patch.setattr(logprobs, "scratch_rows", lambda V: rows)
+        for module in (logprobs, tiles):
+            patch.setattr(module, "empty", lambda shape, like, dtype: torch.full(shape, math.nan, dtype=dtype))
         backend = torch_rows
         if INTERPRETED:
             from kernels import triton_rows as backend
@@ -111,21 +123,18 @@ def laid_out(matrix: Tensor, layout: str) -> Tensor:
     return F.pad(matrix, (3, 2))[:, 3:-2] if layout == "inside another" else matrix
 
 
-layouts = st.sampled_from(["plain", "columns first", "inside another"])
-
-
 def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float) -> None:
     assert actual.shape == expected.shape and actual.isfinite().all()
     assert ((actual.double() - expected).abs() <= error).all()
 
 
 @examples(60 if INTERPRETED else 300)
-@given(kernel_cases(), layouts)
-def test_token_logprobs_equal_the_textbook(case, layout):
+@given(kernel_cases)
+def test_token_logprobs_equal_the_textbook(case):
     """Values and gradients, whatever the sizes, dtype, strides, ignored rows and chunks."""
     targets, upstream, ignore_index = case["targets"], case["upstream"], case["ignore_index"]
     logits = (5 * case["scale"] * normal(case["seed"], len(targets), case["V"])).to(case["dtype"])
-    logits = laid_out(logits, layout).requires_grad_()
+    logits = laid_out(logits, case["layouts"][0]).requires_grad_()
     expected, expected_grad = slow_logprobs(logits.double(), targets, ignore_index, upstream)
     with tiles_of(*case["cut"]):
         actual = token_logprobs(logits, torch.tensor(targets, dtype=torch.int64), ignore_index)
@@ -136,26 +145,28 @@ def test_token_logprobs_equal_the_textbook(case, layout):
 
 
 @examples(60 if INTERPRETED else 300)
-@given(kernel_cases(), st.integers(1, 20), layouts, layouts, st.sampled_from(["", "hidden", "weight", "hidden weight"]))
-def test_linear_logprobs_equal_the_textbook(case, D, hidden_layout, weight_layout, wanted):
+@given(kernel_cases)
+def test_linear_logprobs_equal_the_textbook(case):
     """The same from hidden states, whichever gradients are wanted: each is made in a way of its own."""
     targets, upstream, dtype = case["targets"], case["upstream"], case["dtype"]
-    hidden = laid_out((case["scale"] * normal(case["seed"], len(targets), D)).to(dtype), hidden_layout)
-    weight = laid_out(normal(case["seed"] + 1, case["V"], D).to(dtype), weight_layout)
+    hidden = case["scale"] * normal(case["seed"], len(targets), case["D"])
+    hidden = laid_out(hidden.to(dtype), case["layouts"][0])
+    weight = laid_out(normal(case["seed"] + 1, case["V"], case["D"]).to(dtype), case["layouts"][1])
     h, w = hidden.double(), weight.double()
     expected, d_logits = slow_logprobs(h @ w.T, targets, case["ignore_index"], upstream)
-    leaves = {"hidden": hidden, "weight": weight}
-    leaves = [leaves[name].requires_grad_() for name in wanted.split()]
-    with tiles_of(*case["cut"]):
-        actual = linear_logprobs(hidden, weight, torch.tensor(targets, dtype=torch.int64), case["ignore_index"])
-        grads = torch.autograd.grad(actual, leaves, torch.tensor(upstream)) if leaves else ()
     largest = (h.abs() @ w.abs().T).amax() if targets else 0.0  # what the sums of a logit run up to
-    assert_within(actual, expected, 2e-6 * (1 + largest))
-    assert actual.dtype == torch.float32 and actual.requires_grad == bool(wanted)
-    for name, grad in zip(wanted.split(), grads):
-        a, b = (d_logits, w) if name == "hidden" else (d_logits.T, h)
-        assert grad.dtype == dtype
-        assert_within(grad, a @ b, GRAD_RTOL[dtype] * (a.abs() @ b.abs()) + 2e-5 * (1 + b.abs().sum(0)))
+    for wanted in ([hidden], [weight], [hidden, weight], []):
+        for tensor in (hidden, weight):
+            tensor.requires_grad_(any(tensor is other for other in wanted))
+        with tiles_of(*case["cut"]):
+            actual = linear_logprobs(hidden, weight, torch.tensor(targets, dtype=torch.int64), case["ignore_index"])
+            grads = torch.autograd.grad(actual, wanted, torch.tensor(upstream)) if wanted else ()
+        assert_within(actual, expected, 2e-6 * (1 + largest))
+        assert actual.dtype == torch.float32 and actual.requires_grad == bool(wanted)
+        for tensor, grad in zip(wanted, grads):
+            a, b = (d_logits, w) if tensor is hidden else (d_logits.T, h)
+            assert grad.dtype == dtype
+            assert_within(grad, a @ b, GRAD_RTOL[dtype] * (a.abs() @ b.abs()) + 2e-5 * (1 + b.abs().sum(0)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs two tests of this file once more, with this variable set")
@@ -163,14 +174,8 @@ def test_the_kernels_under_the_triton_interpreter():
     """The two properties above hold for the Triton kernels; TRITON_INTERPRET must be set before triton is imported."""
     pytest.importorskip("triton")
     tests = (test_token_logprobs_equal_the_textbook, test_linear_logprobs_equal_the_textbook)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        *(f"{__file__}::{test.__name__}" for test in tests),
-    ]
+    names = [f"{__file__}::{test.__name__}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *names]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
@@ -183,10 +188,10 @@ VOCABULARY = 23
 
 
 @functools.cache
-def tiny_model(layers: tuple[str, ...], window: int, context: int) -> GPTNeo:
+def tiny_model(layers: tuple[str, ...], window: int, context: int, vocabulary: int = VOCABULARY) -> GPTNeo:
     """Random weights large enough that attention is not flat; no bias is 0 and no norm 1."""
     config = GPTNeoConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=context, hidden_size=8, num_layers=len(layers), num_heads=2,
+        vocab_size=vocabulary, max_position_embeddings=context, hidden_size=8, num_layers=len(layers), num_heads=2,
         attention_types=((layers, 1),), window_size=window, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
@@ -229,8 +234,8 @@ def slow_hidden(model: GPTNeo, ids: list[int]) -> Tensor:
     return torch.stack([norm(x, "transformer.ln_f") for x in xs])
 
 
-def some_ids(seed: int, count: int) -> list[int]:
-    return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+def some_ids(seed: int, count: int, vocabulary: int = VOCABULARY) -> list[int]:
+    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def assert_hidden(actual: Tensor, expected: Tensor) -> None:
@@ -363,11 +368,12 @@ def slow_logps(exact: GPTNeo, items: list[tuple[list[int], ...]]) -> list[Tensor
 
 
 # ids 0 and 393 are padding and the end-of-sequence token of the run: anywhere in a text they are tokens like others
-texts = st.lists(st.sampled_from([0, 393]) | st.integers(0, 395), min_size=1, max_size=9)
-batches = st.integers(1, 4).flatmap(
-    lambda responses: st.lists(st.tuples(*[texts] * (1 + responses)), min_size=1, max_size=4)
+ids = st.sampled_from([0, 393]) | st.integers(0, 395)
+texts = st.sampled_from([3, 8, 1, 28, 2]).flatmap(lambda length: st.lists(ids, min_size=length, max_size=length))
+batches = st.sampled_from([2, 1, 4]).flatmap(
+    lambda responses: st.lists(st.tuples(*[texts] * (1 + responses)), min_size=2, max_size=4)
 )
-masked_tokens = st.sampled_from([0, 15, 1024])  # rows beyond it compute a prompt for each response
+masked_tokens = st.sampled_from([1024, 40, 0])  # rows beyond it compute a prompt for each response
 
 
 @contextmanager
@@ -403,12 +409,12 @@ def test_gradients_of_response_logps_equal_those_of_the_loop(scorer, items, mask
 
 
 @examples(60)
-@given(batches, masked_tokens, st.integers(1, 120), st.data())
+@given(batches, masked_tokens, st.sampled_from([1000, 100, 40, 1]), st.data())
 def test_logps_do_not_depend_on_the_batch(scorer, items, masked, micro_tokens, choose):
     """Items in any order, some twice, at any size of micro-batches: each has the log-probabilities it has alone."""
     player, _, run = scorer
     run = run._replace(args=dataclasses.replace(run.args, micro_tokens=micro_tokens))
-    order = choose.draw(st.lists(st.integers(0, len(items) - 1), min_size=1, max_size=6))
+    order = choose.draw(st.lists(st.integers(0, len(items) - 1), min_size=2, max_size=6))
     alone = [spin.sequence_logps(player, [item], run) for item in items]
     expected = [alone[i][n] for n in range(len(items[0]) - 1) for i in order]
     with masks_up_to(masked):
@@ -549,20 +555,24 @@ def slow_choice(logits: Tensor, temperature: float, top_k: int, top_p: float, un
     return None if kept is None else slow_draw(logits, kept, temperature, uniform, 1e-4)
 
 
+FEW = 6
+
+
 @functools.cache
 def twins() -> tuple[GPTNeo, GPTNeo]:
-    model = tiny_model(("global", "local"), 4, 24)
+    """A model of so few tokens that rows often end early, and its float64 copy."""
+    model = tiny_model(("global", "local"), 4, 24, FEW)
     return model, copy.deepcopy(model).double()
 
 
 @examples(150)
 @given(
-    st.lists(st.integers(1, 12), min_size=1, max_size=7),
+    st.lists(st.integers(1, 12), min_size=4, max_size=8),
     st.fixed_dictionaries(
         {
-            "max_new_tokens": st.integers(1, 12), "eos_token_id": st.none() | st.integers(0, 22), "seed": seeds,
-            "temperature": st.just(0.0) | temperatures, "top_k": top_ks, "top_p": top_ps,
-            "batch_size": st.integers(1, 8), "cache_tokens": st.integers(1, 200),
+            "max_new_tokens": st.sampled_from([12, 5, 1]), "eos_token_id": st.sampled_from([*range(FEW), None]),
+            "temperature": st.sampled_from([1.0, 0.0, 0.7, 1.5]), "top_k": top_ks, "top_p": top_ps, "seed": seeds,
+            "batch_size": st.sampled_from([8, 4, 3, 1]), "cache_tokens": st.sampled_from([1000, 70, 1]),
         }
     ),
     st.integers(1, 30), st.integers(1, 10), booleans, st.data(),
@@ -572,7 +582,7 @@ def test_generation_equals_a_loop_row_by_row(lengths, options, prefill, reach, n
     """Ids, log-probabilities and ends of every row are those that it gets by itself, in float64, a full pass for each
     token: so neither batch mates nor the sizes of batch, cache and prefill matter."""
     model, exact = twins()
-    prompts = [some_ids(options["seed"] + i, length) for i, length in enumerate(lengths)]
+    prompts = [some_ids(options["seed"] + i, length, FEW) for i, length in enumerate(lengths)]
     numbers = st.lists(st.integers(0, 50), min_size=len(prompts), max_size=len(prompts))
     rows = choose.draw(numbers) if numbered else None
     with pytest.MonkeyPatch.context() as patch:
@@ -641,7 +651,7 @@ characters = st.characters(codec="utf-8")  # all but halves of surrogate pairs, 
 pieces = st.sampled_from(
     [
         "HH AH0", " L OW1", "A", "O", "Y1", " ", "\n", "\n\n### Response: ", "### Instruction: ", "### ", "<|end",
-        "{prompt}", "\u00e9", "e\u0301", "\U0001f44d\U0001f3fd", "\u200b", "\u00a0", "\r\n", "\0",
+        "{prompt}", "\u00e9", "e\u0301", "\U0001f44d\U0001f3fd", "\u200b", "\u00a0", "\u2028", "\x85", "\r\n", "\0",
     ]
 )  # fmt: skip
 unicode_text = st.lists(st.text(characters, max_size=5) | pieces, max_size=8).map("".join)

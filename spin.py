@@ -577,18 +577,13 @@ def finish(player: GPTNeo, rows: list[report.Row], run: Run) -> None:
         lora.merge(player)
         lora.remove_lora(player)
     save_model(player, run.out / "final", run)
-    keys = [
-        key
-        for key in (report.COLUMNS | report.SIGNALS)
-        if key in rows[-1] and key not in ("iterate", "pairs", "identical")
-    ]
+    shown = (report.COLUMNS | report.SIGNALS).keys() & rows[-1].keys() - {"iterate", "pairs", "identical"}
+    keys = [key for key in report.COLUMNS | report.SIGNALS if key in shown]
     title = f"{run.args.out}: held-out metrics and training signals"
     resume.write_text(run.out / "metrics.svg", report.plot(rows, keys, title))
     print("\nHeld-out metrics \u00b1 one standard error\n" + report.table(rows, report.COLUMNS))
-    print(
-        "\nTraining signals, means over the last tenth of an iteration's steps\n"
-        + report.table(rows[1:], report.SIGNALS)
-    )
+    print("\nTraining signals, means over the last tenth of an iteration's steps")
+    print(report.table(rows[1:], report.SIGNALS))
     best = max(rows, key=lambda row: METRICS[run.args.best] * row[run.args.best])["iterate"]
     record = run.record | {"finished": True, "best": {"iterate": best, "metric": run.args.best}}
     resume.write_text(run.out / "run.json", json.dumps(record, indent=2) + "\n")
@@ -623,11 +618,11 @@ def rehearse(player: GPTNeo, train_set: list[Example], run: Run) -> tuple[dict[s
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def fail(message: object) -> int:
+def fail(error: object, code: int) -> int:
     # one line, whatever a file or a flag holds
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message).replace("\n", " "))
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).replace("\n", " "))
     print("spin.py: error: " + text, file=sys.stderr)
-    return 2
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -643,27 +638,22 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             stack.enter_context(resume.claimed(run.out))
             begin_or_go_on(run)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            return fail(error)
         except Finished as finished:
             shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # if it died just before it would have done so
             print(finished)
             return 0
-        except resume.Interrupted as interrupted:
-            fail(f"{interrupted}; nothing was begun")
-            return interrupted.exit_code
+        except (ValueError, OSError, Stopped, torch.OutOfMemoryError, resume.Interrupted) as error:
+            return fail(error, getattr(error, "exit_code", 2))
         try:
             rows = (play if command == "spin" else sft)(player, train_set, heldout, run)
             finish(player, rows, run)
         except Stopped as error:
-            fail(error)
-            return 1
-        except (OSError, torch.OutOfMemoryError) as error:
-            fail(f"{error}; what is finished is kept in {run.out}, and the same command goes on from there")
-            return 1
-        except resume.Interrupted as interrupted:
-            fail(f"{interrupted}; what is finished is kept in {run.out}, and the same command goes on from there")
-            return interrupted.exit_code
+            return fail(error, 1)
+        except (OSError, torch.OutOfMemoryError, resume.Interrupted) as error:
+            less = ", with lower --micro-tokens or --gen-tokens, or with --checkpoint"
+            less = less if isinstance(error, torch.OutOfMemoryError) else ""
+            kept = f"what is finished is kept in {run.out}; the same command goes on from there{less}"
+            return fail(f"{error}; {kept}", getattr(error, "exit_code", 1))
     return 0
 
 

@@ -149,7 +149,7 @@ def test_a_second_signal_ends_the_process_at_once(start, data, here):
 def test_a_signal_before_anything_has_begun(start, data, here, monkeypatch, capsys):
     monkeypatch.setattr(spin, "setup", lambda *a: signal.raise_signal(signal.SIGINT))
     assert spin.main(small(start, data)) == 130
-    assert "nothing was begun" in capsys.readouterr().err and not list(here.iterdir())
+    assert capsys.readouterr().err == "spin.py: error: stopped by SIGINT\n" and not list(here.iterdir())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
 
 

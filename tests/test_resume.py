@@ -97,12 +97,13 @@ def test_a_run_goes_on_from_the_step_and_the_shard_it_had_reached(start, data, h
 def test_a_signal_saves_the_step_and_says_how_to_go_on(start, data, here, whole, number, code):
     """A run at work in its training: code 143 or 130, one line; the same command then ends as if undisturbed."""
     argv = [sys.executable, str(ROOT / "spin.py"), *small(start, data, save_minutes=1000)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     # each step takes 0.2 s longer, so that the signal comes in the middle of one
     slow = "import sys, time, spin; f = spin.take_step; spin.take_step = lambda *a: (time.sleep(0.2), f(*a))[1]; "
     slow += "s = spin.resume.write_rows; sys.exit(spin.main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *argv[2:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=env,
     )  # fmt: skip
     wait_for(lambda: any((here / "run/resume/iterate-1").glob("score-*")))
     time.sleep(0.5)
@@ -113,7 +114,6 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(start, data, here, whole,
     assert f"stopped by {number.name}" in error and "the same command goes on" in error and error.count("\n") == 1
     assert 1 <= len(rows(here / "run/steps-0.jsonl")) < 5
     assert (here / "run/resume/iterate-1/train.safetensors").exists()
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert subprocess.run(argv, capture_output=True, env=env).returncode == 0
     without = {name: content for name, content in whole.items() if name != "run/run.json"}  # save_minutes differs there
     assert {name: content for name, content in tree(here).items() if name != "run/run.json"} == without
@@ -281,14 +281,21 @@ def test_what_the_plan_counts_is_what_a_run_holds(start, data, tmp_path):
 # ---------------------------------------------------------------- the same run, or another
 
 
-@pytest.fixture
-def begun(start, data, here, monkeypatch):
-    """A run that has died after its first iteration."""
+@pytest.fixture(scope="module")
+def died(start, data, tmp_path_factory):
+    """A folder with a run that has died after its first iteration."""
+    folder = tmp_path_factory.mktemp("died")
     original = spin.finish_iterate
-    monkeypatch.setattr(spin, "finish_iterate", lambda p, r, *a: (original(p, r, *a), 1 / (2 - len(r)))[0])
-    with pytest.raises(ZeroDivisionError):
-        spin.main(small(start, data))
-    monkeypatch.setattr(spin, "finish_iterate", original)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spin, "finish_iterate", lambda p, r, *a: (original(p, r, *a), 1 / (2 - len(r)))[0])
+        with pytest.raises(ZeroDivisionError):
+            spin.main(small(start, data))
+    return folder
+
+
+@pytest.fixture
+def begun(died, here):
+    shutil.copytree(died / "run", here / "run")
     return here
 
 

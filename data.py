@@ -22,26 +22,37 @@ LONGEST_LINE = 2**24  # bytes; a device or a gzip bomb may hold a line without e
 
 @dataclass(slots=True)
 class Example:
-    """One prompt and its human response; `encode` fills in the ids."""
+    """One prompt and its human response, or, of given pairs, both responses; `encode` fills in the ids."""
 
     where: str  # "file:line", for messages
     prompt: str  # without the template
-    response: str
+    response: str  # "" of a prompt without an answer
     references: list[str]  # every text that counts as right in evaluation; the response is one of them
+    generated: str = ""  # the worse response of a given pair
+    wins: tuple[float, float] = (1.0, 0.0)  # probability that each response of a given pair beats the opponent's
     prompt_ids: list[int] = field(default_factory=list)  # with the template
     real_ids: list[int] = field(default_factory=list)  # ends with exactly one end-of-sequence token
+    generated_ids: list[int] = field(default_factory=list)  # likewise
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.real_ids)
+        return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
+
+    @property
+    def line(self) -> int:
+        """Its line in the file, by which a record is known wherever the file lies."""
+        return int(self.where.rpartition(":")[2])
 
 
-def load_examples(path: str | Path) -> list[Example]:
-    """Reads JSON Lines, gzipped where the name ends in .gz, in either of two layouts a line:
+def load_examples(path: str | Path, *, pairs: bool = False, prompts_only: bool = False) -> list[Example]:
+    """Reads JSON Lines, gzipped where the name ends in .gz, in one of three layouts a line:
 
     {"prompt": str, "response": str, "references": [str, ...] (optional)}
     {"real": [{"role": "user", "content": str}, {"role": "assistant", "content": str}], ...}    (uclaml/SPIN's)
+    {"prompt": str, "chosen": str, "rejected": str}    (the response, and the other of a pair)
 
+    pairs: a record must hold the worse response, too, as "generated" or "rejected", and may hold "wins": [P, P'].
+    prompts_only: it may lack the response.
     Raises: ValueError naming file and line, FileNotFoundError, or another OSError.
     """
     examples = []
@@ -52,7 +63,17 @@ def load_examples(path: str | Path) -> list[Example]:
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        examples.append(_official(where, record) if "real" in record else _plain(where, record))
+        if "chosen" in record:
+            record = record | {"response": record["chosen"], "generated": record.get("rejected")}
+        if prompts_only and not {"real", "response"} & record.keys():
+            example = Example(where, _text(where, record, "prompt"), "", [])
+        else:
+            example = _official(where, record) if "real" in record else _plain(where, record)
+        if pairs:
+            turns = "real" in record
+            example.generated = _turns(where, record, "generated")[1] if turns else _text(where, record, "generated")
+            example.wins = _wins(where, record)
+        examples.append(example)
     if not examples:
         raise ValueError(f"{path}: holds no records, expected JSON Lines with 'prompt' and 'response'")
     return examples
@@ -83,14 +104,27 @@ def _plain(where: str, record: dict[str, Any]) -> Example:
 
 
 def _official(where: str, record: dict[str, Any]) -> Example:
-    turns = record["real"]
+    prompt, response = _turns(where, record, "real")
+    return Example(where, prompt, response, [response])
+
+
+def _turns(where: str, record: dict[str, Any], name: str) -> tuple[str, str]:
+    turns = record.get(name)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{where}: field 'real' must be a list of {{'role', 'content'}}")
+        raise ValueError(f"{where}: field {name!r} must be a list of {{'role', 'content'}}")
     roles = [turn.get("role") for turn in turns]
     if roles != ["user", "assistant"]:
-        raise ValueError(f"{where}: field 'real' has the roles {roles}, expected ['user', 'assistant']")
+        raise ValueError(f"{where}: field {name!r} has the roles {roles}, expected ['user', 'assistant']")
     prompt, response = (_text(where, turn, "content") for turn in turns)
-    return Example(where, prompt, response, [response])
+    return prompt, response
+
+
+def _wins(where: str, record: dict[str, Any]) -> tuple[float, float]:
+    wins = record.get("wins", (1.0, 0.0))
+    numbers = isinstance(wins, list | tuple) and [w for w in wins if type(w) in (int, float) and 0 <= w <= 1]
+    if not numbers or len(numbers) != 2 or len(wins) != 2:
+        raise ValueError(f"{where}: field 'wins' must be two probabilities, of the response and of the generated one")
+    return float(wins[0]), float(wins[1])
 
 
 def _text(where: str, record: dict[str, Any], name: str) -> str:
@@ -142,7 +176,7 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
 
 
 def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_token_id: int) -> None:
-    """Fills in prompt_ids and real_ids.
+    """Fills in prompt_ids, real_ids and, of given pairs, generated_ids.
 
     Prompt and response are encoded apart and joined as ids, so no token spans their boundary (TRL #1679). The real
     response ends with exactly one end-of-sequence token, whether or not its text carried one.
@@ -150,13 +184,15 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_tok
     with _one_error(f"{examples[0].where.rsplit(':', 1)[0]}: the tokenizer cannot encode the data"):
         prompts = _ids([template.replace("{prompt}", e.prompt) for e in examples], tokenizer)
         responses = _ids([e.response for e in examples], tokenizer)
-    for example, prompt_ids, ids in zip(examples, prompts, responses):
-        ids = _without_eos(ids, eos_token_id)
+        others = _ids([e.generated for e in examples], tokenizer)
+    for example, prompt_ids, ids, other in zip(examples, prompts, responses, others):
         if not prompt_ids:
             raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
-        if not ids or eos_token_id in ids:
-            raise ValueError(f"{example.where}: the response is empty or has an end-of-sequence token inside")
-        example.prompt_ids, example.real_ids = prompt_ids, [*ids, eos_token_id]
+        example.prompt_ids = prompt_ids
+        if example.response:
+            example.real_ids = _ended(ids, eos_token_id, f"{example.where}: the response")
+        if example.generated:
+            example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response")
 
 
 def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
@@ -196,6 +232,13 @@ def _one_error(message: str) -> Iterator[None]:
         os.close(nowhere)
 
 
+def _ended(ids: list[int], eos_token_id: int, name: str) -> list[int]:
+    ids = _without_eos(ids, eos_token_id)
+    if not ids or eos_token_id in ids:
+        raise ValueError(f"{name} is empty or has an end-of-sequence token inside")
+    return [*ids, eos_token_id]
+
+
 def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
     end = len(ids)
     while end and ids[end - 1] == eos_token_id:
@@ -206,11 +249,11 @@ def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
 def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:
     """Returns the examples that fit and how many were left out (`overlong` = "skip"; "error" raises ValueError).
 
-    Both the human response and one of max_new_tokens have to fit behind the prompt.
+    The human response, a given other one and one of max_new_tokens each have to fit behind the prompt.
     """
     kept = []
     for example in examples:
-        need = len(example.prompt_ids) + max(len(example.real_ids), max_new_tokens)
+        need = len(example.prompt_ids) + max(len(example.real_ids), len(example.generated_ids), max_new_tokens)
         if need <= context:
             kept.append(example)
         elif overlong == "error":
@@ -241,6 +284,7 @@ def digest(examples: list[Example]) -> str:
     """sha256 of ids and references: it changes with the data, the template and the tokenizer."""
     total = hashlib.sha256()
     for e in examples:
-        total.update(array("q", [len(e.prompt_ids), *e.prompt_ids, *e.real_ids]).tobytes())
-        total.update(json.dumps(e.references).encode())
+        for ids in (e.prompt_ids, e.real_ids, e.generated_ids):
+            total.update(array("q", [len(ids), *ids]).tobytes())
+        total.update(json.dumps([e.references, e.wins]).encode())
     return total.hexdigest()

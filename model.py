@@ -340,6 +340,22 @@ class GPTNeo(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
+    @torch.no_grad()
+    def load_weights(self, path: str | os.PathLike) -> None:
+        """Overwrites the weights by those of a directory of hub layout, one tensor at a time: no second model exists.
+
+        Raises as from_pretrained; where it does, some tensors may be overwritten already.
+        """
+        path, own = Path(path), {key: tensor.detach() for key, tensor in self.state_dict().items()}
+        read = set()
+        for file in _weight_files(path):
+            for key, tensor in _tensors(file, "cpu"):
+                if key in own and own[key].shape == tensor.shape:
+                    own[key].copy_(tensor)
+                    read.add(key)
+        if read != own.keys():
+            raise ValueError(f"{path}: no tensor of the right shape for {sorted(own.keys() - read)[0]}")
+
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors; transformers loads them with no key missing or unexpected.
 

@@ -18,10 +18,24 @@ from typing import NoReturn
 import lora
 
 HERE = Path(__file__).resolve().parent
+LOSSES = ("logistic", "hinge", "ipo", "sppo")
 METRICS = {"nll": -1, "greedy": 1, "sampled": 1, "greedy_error": -1, "sampled_error": -1}  # 1: more is better
 # A run may go on with other values of these: they change where and how fast it runs, and results by rounding alone.
-# What --model, --data and --eval-data name may move; their contents are compared instead.
-CHANGEABLE = ("model", "data", "eval_data", "out", "device", "gen_batch", "gen_tokens", "micro_tokens", "checkpoint")
+# What --model, --data and the like name may move; their contents are compared instead.
+CHANGEABLE = (
+    "model",
+    "data",
+    "pairs",
+    "adapter",
+    "scorer",
+    "eval_data",
+    "out",
+    "device",
+    "gen_batch",
+    "gen_tokens",
+    "micro_tokens",
+    "checkpoint",
+)
 CHANGEABLE += ("compile", "best", "save_minutes", "dry_run")
 
 
@@ -31,6 +45,7 @@ class Args:
 
     model: str = ""  # directory or hub id (owner/name or owner/name@revision) of the start; without: the embedded task
     data: str = ""  # JSON Lines of {"prompt", "response"} or of the official {"real": [...]}; .gz is fine
+    pairs: str = ""  # (spin) given pairs in place of --data and of responses: each record has a "generated" one (DPO)
     eval_data: str = ""  # held-out data; without it, a share of --data
     eval_share: float = 0.05  # share of --data held out, chosen by a hash of the prompt
     eval_limit: int = 1000  # at most so many held-out examples are used (0: all)
@@ -40,6 +55,12 @@ class Args:
     iterations: int = 3  # rounds of self-play (of sft: rounds of training and evaluation)
     prompts: int = 0  # examples an iteration, drawn afresh for each (0: all)
     mix_previous: bool = False  # (spin) train on the pairs of iteration t - 1 too
+    loss: str = "logistic"  # (spin) of a pair: logistic (Eq. 4.7) | hinge | ipo | sppo
+    alpha: float = 0.0  # (spin) alpha-SPIN: share of the base policy in the opponent's log-probabilities
+    history: str = "1"  # (spin) opponents, the newest and those before it, that responses are drawn from: number | all
+    scorer: str = ""  # (spin) FILE.py:NAME of f(prompt, responses) -> probabilities to beat the opponent, for sppo
+    min_win: float = 0.0  # (spin) pairs whose better response has a smaller probability to win are left out
+    reinforce: bool = False  # (spin) self-reinforcement: responses with --adapter against responses without; no answers
     beta: tuple[float, ...] = (0.1,)  # (spin) beta of Eq. 4.7, the paper's lambda; one value or one an iteration
     max_new_tokens: int = 256  # length limit of generated responses, in tokens
     temperature: float = 1.0  # (spin) of the opponent's sampling; 0: greedy
@@ -48,8 +69,9 @@ class Args:
     unfinished: str = "keep"  # (spin) responses cut at the length limit: keep | drop | cut (the real one alike)
     gen_batch: int = 64  # rows generated together
     gen_tokens: int = 131072  # tokens that the cache of generation has room for; reduces --gen-batch to fit
+    adapter: str = ""  # adapter in PEFT's layout, the start on top of --model; its rank, alpha and dropout hold
     rank: int = 16  # LoRA rank; 0: train all parameters
-    alpha: float = 32.0  # LoRA scaling is alpha / rank
+    lora_alpha: float = 32.0  # LoRA scaling is lora_alpha / rank
     lora_dropout: float = 0.0  # dropout on the adapters' input
     lora_targets: tuple[str, ...] = lora.DEFAULT_TARGETS  # names of the linear layers that get an adapter
     optimizer: str = "adamw"  # adamw | rmsprop (the paper's)
@@ -89,7 +111,19 @@ class Args:
             ("gen_batch", self.gen_batch >= 1, "1 or more"),
             ("gen_tokens", self.gen_tokens >= 1, "1 or more"),
             ("rank", self.rank >= 0, "0 or more"),
-            ("alpha", 0 < self.alpha < math.inf, "positive"),
+            ("lora_alpha", 0 < self.lora_alpha < math.inf, "positive"),
+            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("alpha", 0 <= self.alpha <= 1, "in [0, 1]"),
+            ("history", re.fullmatch("all|[1-9][0-9]{0,8}", self.history), "all, or 1 or more"),
+            ("min_win", 0 <= self.min_win <= 1, "in [0, 1]"),
+            ("scorer", not self.scorer or re.fullmatch(r".+\.py:\w+", self.scorer), "FILE.py:NAME"),
+            ("min_win", not self.min_win or self.scorer or self.pairs, "--scorer or --pairs with it"),
+            ("reinforce", not self.reinforce or (self.adapter and self.rank), "--adapter, and no --rank 0, with it"),
+            ("reinforce", not self.reinforce or self.eval_data, "--eval-data, which has answers, with it"),
+            ("reinforce", not (self.reinforce and self.pairs), "no --pairs with it"),
+            ("pairs", not (self.pairs and self.data), "no --data with it: it takes its place"),
+            ("history", self.history == "1" or not (self.pairs or self.reinforce), "no --pairs or --reinforce with it"),
+            ("adapter", not self.adapter or (self.rank and not self.from_scratch), "no --rank 0 or --from-scratch"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
             ("optimizer", self.optimizer in ("adamw", "rmsprop"), "adamw or rmsprop"),
             ("lr", all(0 < x < math.inf for x in self.lr), "positive numbers"),
@@ -118,7 +152,7 @@ def parse(argv: list[str], about: str = "") -> tuple[str, Args]:
     """Command line to (command, Args). `@FILE` reads flags from a recipe, in which $SPIN is the folder of spin.py."""
     command = argv[0] if argv and argv[0] in ("spin", "sft") else "spin"
     argv = argv[1:] if argv and argv[0] == command else argv
-    if not any(flag.startswith(("--model", "--data", "@", "-h", "--help")) for flag in argv):
+    if not any(flag.startswith(("--model", "--data", "--pairs", "@", "-h", "--help")) for flag in argv):
         argv = [f"@{HERE / 'recipes' / ('pronounce.args' if command == 'spin' else 'pronounce-sft.args')}", *argv]
     parser = argparse.ArgumentParser(
         prog=f"spin.py {command}",

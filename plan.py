@@ -111,19 +111,21 @@ def duration(seconds: float) -> str:
 def describe(train_set: list[Any], heldout: list[Any], run: Any, seconds: dict[str, float], peak: int) -> str:
     """The plan of a run (prepare.Run) in words; `seconds` are those a token takes in each phase."""
     args, needs, sft = run.args, run.needs, run.record["command"] == "sft"
-    prompts, count = min(args.prompts or len(train_set), len(train_set)), len(train_set)
+    count, prompts = len(train_set), min(args.prompts or len(train_set), len(train_set))
     prompt, real = sum(len(e.prompt_ids) for e in train_set) / count, sum(len(e.real_ids) for e in train_set) / count
+    real = real or args.max_new_tokens  # prompts without answers
+    written = 0 if args.pairs else prompts * (2 if args.reinforce else 1)
     epochs = args.epochs * (args.iterations if len(args.epochs) == 1 else 1)
-    items = prompts * (1 + args.mix_previous)
-    trained = items * (prompt + real * (1 if sft else 2))
+    items = [prompts * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
+    steps = [epoch * -(-n // args.batch) for epoch, n in zip(epochs, items)]
+    tokens = (prompt + real * (1 if sft else 2)) / args.iterations  # of an item, for the mean over the iterations
     times = {
-        "generate": prompts * real * seconds["generate"],
-        "score": trained * seconds["score"],
-        "train": trained * seconds["train"] * sum(epochs) / len(epochs),
+        "generate": written * real * seconds["generate"],
+        "score": tokens * sum(items) * (1 + bool(args.alpha)) * seconds["score"],
+        "train": tokens * sum(epoch * n for epoch, n in zip(epochs, items)) * seconds["train"],
         "evaluate": 2 * len(heldout) * (real * seconds["generate"] + (prompt + real) * seconds["score"]),
     }
     times = {phase: time for phase, time in times.items() if not sft or phase in ("train", "evaluate")}
-    steps = [epoch * -(-items // args.batch) for epoch in epochs]
     longer = sum(len(e.real_ids) > args.max_new_tokens for e in train_set)
     how = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     lines = {

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,10 @@ import resume
 from data import Example, as_decoded, digest, encode, fit_context, load_examples, load_tokenizer, split
 from model import GPTNeo, GPTNeoConfig
 from options import CHANGEABLE, Args
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on; the message says where and why."""
 
 
 class Finished(Exception):
@@ -33,6 +39,7 @@ class Run(NamedTuple):
     out: Path
     record: dict[str, Any] = {}  # what run.json says  # noqa: RUF012
     needs: plan.Needs | None = None
+    scorer: Callable[[str, list[str]], Sequence[float]] | None = None  # of --scorer
 
     @property
     def micro_tokens(self) -> int:
@@ -85,7 +92,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
 
     Raises: ValueError and OSError; Finished where there is nothing left to do.
     """
-    if not args.model or not args.data:
+    if not args.model or not (args.data or args.pairs):
         missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
         raise ValueError(f"{missing} is missing: expected {expected}")
     if args.from_scratch and args.rank:
@@ -110,26 +117,36 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
         raise ValueError(f"{path / 'config.json'}: eos_token_id is missing, and responses could not end")
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     train_set, heldout = load_data(args, tokenizer, config)
-    needs = needs_of(config, args, train_set + heldout, bf16)
+    scorer = load_function(args.scorer) if args.scorer else None
+    needs, args = needs_of(config, args, train_set + heldout, bf16)
     plan.check(needs, path, device, out)
     digests = {"model": digest_of_model(path, args), "data": digest(train_set), "eval-data": digest(heldout)}
+    if args.adapter:
+        digests["adapter"] = resume.digest_of_files(sorted(Path(args.adapter).glob("adapter_*")))
+    if scorer:
+        digests["scorer"] = resume.digest_of_files([Path(args.scorer.rpartition(":")[0])])
     if earlier:
         resume.check_same_inputs(out, earlier["digests"], digests)
     player = load_player(path, args, device, bf16)
     record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
     dtype = torch.bfloat16 if bf16 else torch.float32
-    run = Run(args, tokenizer, config.eos_token_id, device, dtype, path, out, earlier or record, needs)
+    run = Run(args, tokenizer, config.eos_token_id, device, dtype, path, out, earlier or record, needs, scorer)
     return player, train_set, heldout, run
 
 
-def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bool) -> plan.Needs:
-    """Memory and disk, from a model without storage. Raises ValueError where --lora-targets do not fit the model."""
+def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bool) -> tuple[plan.Needs, Args]:
+    """Memory and disk, from a model without storage, and the options as --adapter has them.
+
+    Raises: ValueError where --lora-targets or --adapter do not fit the model.
+    """
     with torch.device("meta"):
         outline = GPTNeo(config)
-        if args.rank:
-            lora.add_lora(outline, args.rank, args.alpha, args.lora_dropout, args.lora_targets)
+        add_adapters(outline, args)
+    if args.adapter:
+        _, layer = next(lora.lora_layers(outline))
+        args = dataclasses.replace(args, rank=layer.rank, lora_alpha=layer.alpha, lora_dropout=layer.dropout)
     prompts = min(args.prompts or len(examples), len(examples))
-    return plan.needs(
+    needs = plan.needs(
         outline,
         optimizer_slots=2 if args.optimizer == "adamw" else 1,
         bf16=bf16,
@@ -139,6 +156,29 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
         iterations=args.iterations,
         pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
     )
+    return needs, args
+
+
+def add_adapters(player: GPTNeo, args: Args) -> None:
+    if args.adapter:
+        lora.load_adapter(player, args.adapter)
+    elif args.rank:
+        rng = generator(args.seed, 0, "lora")
+        lora.add_lora(player, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, rng)
+
+
+def load_function(name: str) -> Callable:
+    """FILE.py:NAME to the function. It is the user's own code: nothing that comes with a model is run."""
+    file, _, attribute = name.rpartition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--scorer {name}: no such file, expected FILE.py:NAME")
+    try:
+        spec = importlib.util.spec_from_file_location("scorer", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"--scorer {name}: {type(error).__name__}: {error}") from None
 
 
 def digest_of_model(path: Path, args: Args) -> str:
@@ -151,7 +191,7 @@ def digest_of_model(path: Path, args: Args) -> str:
 
 def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples, encoded and checked against the context."""
-    train_set = load_examples(args.data)
+    train_set = load_examples(args.pairs or args.data, pairs=bool(args.pairs), prompts_only=args.reinforce)
     if args.eval_data:
         heldout = load_examples(args.eval_data)
     else:
@@ -183,9 +223,7 @@ def load_player(path: Path, args: Args, device: torch.device, bf16: bool) -> GPT
     else:
         dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
         player = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
-    if args.rank:
-        rng = generator(args.seed, 0, "lora")
-        lora.add_lora(player, args.rank, args.alpha, args.lora_dropout, args.lora_targets, rng)
+    add_adapters(player, args)
     player.checkpointing = args.checkpoint
     if args.compile:
         for block in player.transformer["h"]:

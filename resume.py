@@ -194,11 +194,12 @@ def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeabl
 
 def check_same_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
     """Raises ValueError where data or weights are not those that the run in `folder` began with."""
-    for name, digest in new.items():
-        if old.get(name) != digest:
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            now, then = (digests.get(name, "none")[:12] for digests in (new, old))
             raise ValueError(
                 f"--{name}: not the contents that the run in {folder} began with "
-                f"(sha256 {digest[:12]}, then {str(old.get(name))[:12]}); restore them or give another --out"
+                f"(sha256 {now}, then {then}); restore them or give another --out"
             )
 
 

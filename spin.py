@@ -42,15 +42,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
+import losses
 import onednn
 import plan
 import report
 import resume
 from data import Example, decode
+from family import ask_scorer, base_weights, draw_from_history
 from kernels import linear_logprobs
 from model import GPTNeo
 from options import METRICS, Args, parse
-from prepare import Finished, Run, generator, seed_of, setup
+from prepare import Finished, Run, Stopped, generator, seed_of, setup
 from sampling import generate as sample_responses
 
 MASKED_TOKENS = 1024  # longer rows compute a prompt for each response: a (T, T) mask would cost more than it saves
@@ -69,16 +71,16 @@ class Pair:
     real_ids: list[int]
     generated_ids: list[int]
     finished: bool  # the opponent sampled the end-of-sequence token
-    opponent_real_logp: float = math.nan  # nats, summed over the response
-    opponent_generated_logp: float = math.nan
+    opponent_real_logp: float | None = None  # nats, summed over the response
+    opponent_generated_logp: float | None = None
+    base_real_logp: float | None = None  # of the base policy p_0, where --alpha asks for it
+    base_generated_logp: float | None = None
+    real_wins: float = 1.0  # probability that it is preferred to a response of the opponent, for --loss sppo
+    generated_wins: float = 0.0
 
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
-
-
-class Stopped(RuntimeError):
-    """The run cannot go on; the message says where and why."""
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -127,7 +129,7 @@ def play(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: 
     for t in range(len(rows) - 1, run.args.iterations):
         opponent = player  # theta_t: nothing below changes it before `train`, and its log-probabilities are kept
         kept = run.kept(t + 1)
-        pairs, counts = generate(opponent, choose(train_set, t, run), t, run, kept)
+        pairs, counts = pairs_of(opponent, choose(train_set, t, run), t, run, kept)
         score(opponent, pairs + previous, run, kept)
         signals = train(player, pairs + previous, t, run, kept)
         metrics = evaluate(player, heldout, start, run, iterate=t + 1, kept=kept)
@@ -144,53 +146,90 @@ def generate(
     args, began = run.args, time.perf_counter()
     how = (args.temperature, args.top_k, args.top_p)
     responses = sample(opponent, examples, run, seed_of(args.seed, t, "generate"), "generate", *how, kept=kept)
+    if args.history != "1":
+        responses = draw_from_history(examples, responses, t, run)
     pairs = [Pair(e.prompt_ids, e.real_ids, ids, finished) for e, (ids, finished) in zip(examples, responses)]
+    pairs, counts = worth_training(examples, pairs, t, run, kept)
+    return pairs, counts | {"generate_seconds": time.perf_counter() - began}
+
+
+def worth_training(
+    examples: list[Example], pairs: list[Pair], t: int, run: Run, kept: Path | None = None
+) -> tuple[list[Pair], report.Row]:
+    """Leaves out pairs that have no gradient or that the options do not want. Returns the others, and counts of all."""
+    args = run.args
+    if run.scorer:
+        ask_scorer(examples, pairs, run, kept)
     if args.unfinished == "cut":  # else a cut response is told from a whole one by its missing end alone
         for pair in pairs:
             if not pair.finished:
                 pair.real_ids = pair.real_ids[: len(pair.generated_ids)]
     # A pair of equal responses has margin 0 whatever the player does: no gradient, only cost.
     different = [pair for pair in pairs if pair.generated_ids != pair.real_ids]
-    kept = [pair for pair in different if pair.finished or args.unfinished != "drop"]
-    if not kept:
-        raise Stopped(f"iteration {t}: no pair is left, all {len(pairs)} were identical or dropped as unfinished")
-    return kept, {
-        "pairs": len(kept),
+    wanted = [p for p in different if (p.finished or args.unfinished != "drop") and p.real_wins >= args.min_win]
+    if not wanted:
+        raise Stopped(f"iteration {t}: no pair is left, all {len(pairs)} were identical, unfinished or below --min-win")
+    return wanted, {
+        "pairs": len(wanted),
         "identical": len(pairs) - len(different),
         "truncated": mean([not pair.finished for pair in pairs]),
         "real_length": mean([len(pair.real_ids) for pair in pairs]),
         "generated_length": mean([len(pair.generated_ids) for pair in pairs]),
-        "generate_seconds": time.perf_counter() - began,
     }
 
 
 def score(opponent: GPTNeo, pairs: list[Pair], run: Run, kept: Path | None = None) -> None:
     """log p_t of both responses of every pair, once, by the code path that trains; stored with the pairs.
 
-    Pairs of the iteration before are scored again: their opponent is now theta_t as well.
+    Pairs of the iteration before are scored again: their opponent is now theta_t as well. With --alpha the base
+    policy's log-probabilities are stored beside: with adapters off, in the same pass over the pairs, or, in
+    full-parameter training, in a second one by the base weights.
     """
     items = [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs]
-    logps = sequence_logps(opponent, items, run, "score", kept)
+    alpha, rank = run.args.alpha, run.args.rank
+    logps = sequence_logps(opponent, items, run, "score", kept, base=bool(alpha and rank))
+    if alpha and not rank:
+        with base_weights(opponent, run):
+            logps += sequence_logps(opponent, items, run, "score-base", kept)
+    n = len(pairs)
     for i, pair in enumerate(pairs):
-        pair.opponent_real_logp, pair.opponent_generated_logp = logps[i], logps[len(pairs) + i]
+        pair.opponent_real_logp, pair.opponent_generated_logp = logps[i], logps[n + i]
+        if alpha:
+            pair.base_real_logp, pair.base_generated_logp = logps[2 * n + i], logps[3 * n + i]
 
 
 def train(player: GPTNeo, pairs: list[Pair], t: int, run: Run, kept: Path | None = None) -> report.Row:
-    """Minimises Eq. 4.7 over the pairs; returns the signals of the last tenth of the steps."""
-    beta = nth(run.args.beta, t)
+    """Minimises Eq. 4.7, or --loss in its place, over the pairs; returns the signals of the last tenth of the steps."""
+    args, beta = run.args, nth(run.args.beta, t)
+
+    def column(values: list[tuple[float, float]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=run.device).T  # (2, B): real, generated
 
     def pair_loss(batch: list[Pair]) -> dict[str, Tensor]:
         logps = response_logps(player, [(p.prompt_ids, p.real_ids, p.generated_ids) for p in batch], run)
         real, generated = logps.chunk(2)  # (B,) each
-        opponent = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in batch], device=run.device)
-        lengths = torch.tensor([(len(p.real_ids), len(p.generated_ids)) for p in batch], device=run.device)
-        margins = beta * spin_margins(real, generated, *opponent.T).detach()
+        opponent = column([(p.opponent_real_logp, p.opponent_generated_logp) for p in batch])
+        if args.alpha:
+            base = column([(p.base_real_logp, p.base_generated_logp) for p in batch])
+            opponent = losses.mixture_logps(opponent, base, args.alpha)
+        lengths = column([(len(p.real_ids), len(p.generated_ids)) for p in batch])
+        ratios = logps.view(2, -1) - opponent
+        match args.loss:
+            case "logistic":
+                loss = spin_loss(real, generated, *opponent, beta)
+            case "hinge":
+                loss = losses.hinge_loss(*ratios, beta)
+            case "ipo":
+                loss = losses.ipo_loss(*(ratios / lengths), beta)
+            case "sppo":
+                loss = losses.sppo_loss(*ratios, beta, *column([(p.real_wins, p.generated_wins) for p in batch]))
+        margins = beta * spin_margins(real, generated, *opponent).detach()
         return {
-            "loss": spin_loss(real, generated, *opponent.T, beta),
+            "loss": loss,
             "margin": margins,
             "accuracy": (margins > 0).float(),
-            "real_logp": real.detach() / lengths[:, 0],
-            "generated_logp": generated.detach() / lengths[:, 1],
+            "real_logp": real.detach() / lengths[0],
+            "generated_logp": generated.detach() / lengths[1],
         }
 
     return fit(player, pairs, pair_loss, t, run, kept)
@@ -221,6 +260,45 @@ def evaluate(
     now = sequence_logps(player, start.sequences, run, "kl", kept)
     row |= report.with_se("kl", [before - after for before, after in zip(start.logps, now)])
     return row | {"evaluate_seconds": time.perf_counter() - began}
+
+
+# ---------------------------------------------------------------- the rest of the family
+
+
+def pairs_of(
+    opponent: GPTNeo, examples: list[Example], t: int, run: Run, kept: Path | None = None
+) -> tuple[list[Pair], report.Row]:
+    """The pairs of an iteration, from where the options say: generated (SPIN), given (DPO), or both sampled."""
+    if run.args.pairs:
+        return given(examples, t, run, kept)
+    return (reinforce if run.args.reinforce else generate)(opponent, examples, t, run, kept)
+
+
+def given(examples: list[Example], t: int, run: Run, kept: Path | None = None) -> tuple[list[Pair], report.Row]:
+    """Pairs made elsewhere: with one iteration this is DPO (arXiv 2305.18290), its reference the start."""
+    pairs = [Pair(e.prompt_ids, e.real_ids, e.generated_ids, finished=True) for e in examples]
+    for pair, example in zip(pairs, examples):
+        pair.real_wins, pair.generated_wins = example.wins
+    pairs, counts = worth_training(examples, pairs, t, run, kept)
+    return pairs, counts | {"generate_seconds": 0.0}
+
+
+def reinforce(
+    player: GPTNeo, examples: list[Example], t: int, run: Run, kept: Path | None = None
+) -> tuple[list[Pair], report.Row]:
+    """Self-reinforcement (Tong et al., 2024, arXiv 2405.04086): the tuned model's response in place of a human one,
+    against the untuned model's, which is the same with its adapters off. No answers are needed.
+
+    --scorer and --min-win filter the pairs.
+    """
+    args, began = run.args, time.perf_counter()
+    how, seed = (args.temperature, args.top_k, args.top_p), seed_of(args.seed, t, "generate")
+    tuned = sample(player, examples, run, seed, "tuned", *how, kept=kept)
+    with lora.lora_disabled(player):
+        untuned = sample(player, examples, run, seed_of(args.seed, t, "untuned"), "untuned", *how, kept=kept)
+    pairs = [Pair(e.prompt_ids, a, b, end_a and end_b) for e, (a, end_a), (b, end_b) in zip(examples, tuned, untuned)]
+    pairs, counts = worth_training(examples, pairs, t, run, kept)
+    return pairs, counts | {"generate_seconds": time.perf_counter() - began}
 
 
 # ---------------------------------------------------------------- its parts
@@ -267,18 +345,29 @@ def response_logps(player: GPTNeo, items: Sequence[PromptResponses], run: Run) -
 
 @torch.no_grad()
 def sequence_logps(
-    player: GPTNeo, items: list[PromptResponses], run: Run, name: str = "score", kept: Path | None = None
+    player: GPTNeo,
+    items: list[PromptResponses],
+    run: Run,
+    name: str = "score",
+    kept: Path | None = None,
+    base: bool = False,
 ) -> list[float]:
-    """`response_logps` of any number of items, without gradient or dropout, in the same order."""
+    """`response_logps` of any number of items, without gradient or dropout, in the same order.
+
+    base: those of the player with its adapters off follow.
+    """
     player.eval()
     bar = tqdm(total=len(items), desc=name, leave=False, disable=None)
 
     def work(rows: range) -> list[list[float]]:
         bar.n = rows.start
-        result = torch.full((len(items[0]) - 1, len(rows)), math.nan)
+        result = torch.full(((len(items[0]) - 1) * (1 + base), len(rows)), math.nan)
         for chunk in micro_batches([sum(map(len, items[i])) for i in rows], run.micro_tokens):
-            logps = response_logps(player, [items[rows[i]] for i in chunk], run)
-            result[:, chunk] = logps.view(-1, len(chunk)).cpu()
+            logps = [response_logps(player, [items[rows[i]] for i in chunk], run)]
+            if base:
+                with lora.lora_disabled(player):
+                    logps.append(response_logps(player, [items[rows[i]] for i in chunk], run))
+            result[:, chunk] = torch.cat(logps).view(-1, len(chunk)).cpu()
             bar.update(len(chunk))
         return result.T.tolist()
 
@@ -553,7 +642,7 @@ def load_iterate(player: GPTNeo, iterate: int, run: Run) -> None:
         if iterate and run.args.rank:
             lora.load_adapter(player, folder)
         elif iterate:
-            player.load_state_dict(GPTNeo.from_pretrained(folder).state_dict())
+            player.load_weights(folder)
     except ValueError as error:
         raise Stopped(str(error)) from None
 
@@ -606,7 +695,7 @@ def rehearse(player: GPTNeo, train_set: list[Example], run: Run) -> tuple[dict[s
         changes = dict(max_new_tokens=shorter, epochs=(1,), lr=run.args.lr[:1], beta=run.args.beta[:1], batch=size)
         trial = run._replace(args=dataclasses.replace(run.args, iterations=1, **changes), out=Path(folder))
         for examples in (ordered[::-1], ordered[half:] + ordered[:half]):
-            pairs, row = generate(player, examples[: max(size, run.args.gen_batch)], 0, trial)
+            pairs, row = pairs_of(player, examples[: max(size, run.args.gen_batch)], 0, trial)
             seconds["generate"] = row["generate_seconds"] / sum(len(p.generated_ids) for p in pairs)
             pairs = [dataclasses.replace(p, generated_ids=p.real_ids) for p in pairs[:size]]
             began, tokens = time.perf_counter(), sum(p.tokens for p in pairs)

@@ -26,7 +26,7 @@ METRICS = {"greedy": 1, "sampled": 1, "greedy_error": -1, "sampled_error": -1, "
 
 
 # the best of the settings tried with adapters
-LORA = ["--rank", "32", "--alpha", "64", "--temperature", "1.15", "--lr", "1.5e-4,1.5e-4,1e-4"]
+LORA = ["--rank", "32", "--lora-alpha", "64", "--temperature", "1.15", "--lr", "1.5e-4,1.5e-4,1e-4"]
 METHODS = {
     "self-play": ["spin"],
     "self-play, LoRA": ["spin", f"@{ROOT}/recipes/pronounce.args", *LORA],

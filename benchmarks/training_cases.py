@@ -43,7 +43,8 @@ def our_run(model: GPTNeo, device: torch.device, bf16: bool, **options: Any) -> 
 
 
 def trl_trainer(model: Any, pairs: list[spin.Pair], *, batch: int, beta: float, lr: float, precompute: bool,
-                rank: int, alpha: float, targets: list[str], bf16: bool = False) -> Any:  # fmt: skip
+                rank: int, alpha: float, targets: list[str], bf16: bool = False,
+                loss: str = "sigmoid") -> Any:  # fmt: skip
     """TRL's DPOTrainer over the pairs in their order, with new PEFT adapters, constant data and no logging."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from datasets import Dataset
@@ -73,7 +74,8 @@ def trl_trainer(model: Any, pairs: list[spin.Pair], *, batch: int, beta: float, 
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<pad>")), pad_token="<pad>", eos_token="<eos>"
     )
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="bench-"), per_device_train_batch_size=batch, num_train_epochs=1, beta=beta,
+        output_dir=tempfile.mkdtemp(prefix="bench-"), per_device_train_batch_size=batch, num_train_epochs=1,
+        beta=beta, loss_type=[loss],
         learning_rate=lr, lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=1.0, optim="adamw_torch",
         precompute_ref_log_probs=precompute, max_length=None, bf16=bf16, gradient_checkpointing=False,
         report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="no", use_cpu=model.device.type == "cpu",

@@ -691,7 +691,8 @@ def test_vocab_and_merges(end, argv, model):
 
 
 NUMBERS = [
-    "eval-share", "beta", "temperature", "top-p", "alpha", "lora-dropout", "lr", "warmup", "weight-decay", "clip",
+    "eval-share", "beta", "temperature", "top-p", "alpha", "lora-alpha", "lora-dropout", "lr", "warmup",
+    "weight-decay", "clip", "min-win", "save-minutes",
 ]  # fmt: skip
 COUNTS = [
     "eval-limit", "iterations", "prompts", "max-new-tokens", "top-k", "gen-batch", "gen-tokens", "rank", "epochs",
@@ -700,7 +701,7 @@ COUNTS = [
 NO_NUMBERS = ("", " ", "x", "nan", "-inf", "-1", "1e", "0x1", "--1", "1 2", "\0", "\u00bd")
 NO_COUNTS = ("", "x", "1.5", "nan", "inf", "1e3", "9" * 5000, "1,,2", "\x1b", "\u00b2")
 NO_LISTS = ("1,2,3", ",", "1,", "0", "1;2", "[1]", "1,-1")
-CHOICES = ("overlong", "unfinished", "optimizer", "precision")
+CHOICES = ("overlong", "unfinished", "optimizer", "precision", "loss", "history", "best")
 NO_DEVICES = ("", "cuda:", "cuda:-1", "cuda:100", "CPU", "cpu:0", "meta", "mps", "cuda:0,1", "cpu\0", " cpu")
 NO_LAYERS = ("", ",", "q_proj,", ".", "*", "wte", "attn", "h", "ln_1", "lora_A", "\0", "q_proj;k_proj")
 NO_FLAGS = ("mix-previous", "checkpoint", "compile", "x", "learning-rate", "modell", "from_scratch")

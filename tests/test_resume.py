@@ -415,7 +415,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(start, data, here, capsys):
     assert spin.main(small(start, data, dry_run=True, beta="1,2", rank=0, epochs="1,3")) == 0
     printed = capsys.readouterr().out
     for text in (
-        "parameters", "(all parameters)", "68 examples to train on, 12 held out", "steps: 9, 27", "memory", "disk",
+        "parameters", "(all parameters)", "68 examples to train on, 12 held out", "steps: 5, 27", "memory", "disk",
         "an iteration if responses are as long as the real ones (generate", "longer than --max-new-tokens 8",
     ):  # fmt: skip
         assert text in printed, printed

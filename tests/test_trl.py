@@ -1,4 +1,4 @@
-"""spin.train against TRL's DPOTrainer with PEFT: the same losses on the same pairs in the same order."""
+"""spin.train against TRL's DPOTrainer with PEFT: the same losses on the same pairs in their order."""
 
 import json
 import warnings
@@ -14,47 +14,70 @@ pytest.importorskip("trl")
 from generation_cases import in_transformers
 from training_cases import our_run, trl_trainer
 
+CONFIG = GPTNeoConfig(
+    vocab_size=97, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+    attention_types=((("global", "local"), 1),), initializer_range=0.1, bos_token_id=96, eos_token_id=96,
+)  # fmt: skip
+SETTINGS = dict(batch=4, lr=3e-3)
 
-def test_the_first_20_losses_equal_trls(monkeypatch):
-    """fp32, LoRA from the same A, ragged pairs beyond the local window: within 1e-4 relative, precomputed or not."""
-    config = GPTNeoConfig(
-        vocab_size=97, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
-        attention_types=((("global", "local"), 1),), initializer_range=0.1, bos_token_id=96, eos_token_id=96,
-    )  # fmt: skip
+
+def random_pairs(count: int) -> list[spin.Pair]:
+    """Ragged, and beyond the local window."""
     rng = torch.Generator().manual_seed(1)
 
     def ids(longest: int) -> list[int]:
         count = int(torch.randint(1, longest, (), generator=rng))
         return torch.randint(96, (count,), generator=rng).tolist()
 
-    pairs = [spin.Pair(ids(20), [*ids(20), 96], [*ids(20), 96], True) for _ in range(80)]
-    settings = dict(batch=4, beta=0.5, lr=3e-3)
-    losses = []
-    for precompute in (True, False):
-        model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = trl_trainer(
-                in_transformers(model), pairs, precompute=precompute, rank=4, alpha=8,
-                targets=list(lora.DEFAULT_TARGETS),
-                **settings,
-            )  # fmt: skip
-            names = lora.add_lora(model, 4, 8)
-            theirs = dict(trainer.model.named_modules())
-            for name in names:
-                layer = theirs[f"base_model.model.{name}"]
-                model.get_submodule(name).lora_A.data.copy_(layer.lora_A["default"].weight)
-                assert not layer.lora_B["default"].weight.any()
-            trainer.train()
-        losses.append([loss.item() for loss in trainer.losses])
+    return [spin.Pair(ids(20), [*ids(20), 96], [*ids(20), 96], True) for _ in range(count)]
+
+
+def theirs(pairs: list[spin.Pair], **options) -> tuple[GPTNeo, list[float]]:
+    """The losses of TRL's trainer, and our model with the adapters that theirs began with."""
+    model = GPTNeo(CONFIG).init_weights(torch.Generator().manual_seed(0)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trl_trainer(
+            in_transformers(model), pairs, rank=4, alpha=8, targets=list(lora.DEFAULT_TARGETS), **SETTINGS, **options
+        )
+        names = lora.add_lora(model, 4, 8)
+        layers = dict(trainer.model.named_modules())
+        for name in names:
+            layer = layers[f"base_model.model.{name}"]
+            model.get_submodule(name).lora_A.data.copy_(layer.lora_A["default"].weight)
+            assert not layer.lora_B["default"].weight.any()
+        trainer.train()
+    return model, [loss.item() for loss in trainer.losses]
+
+
+def ours(model: GPTNeo, pairs: list[spin.Pair], monkeypatch, **options) -> list[float]:
     run = our_run(
-        model, torch.device("cpu"), False, batch=4, beta=(0.5,), lr=(3e-3,), micro_tokens=100, rank=4, alpha=8.0
+        model, torch.device("cpu"), False, batch=4, lr=(3e-3,), micro_tokens=100, rank=4, lora_alpha=8.0, **options
     )
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
     spin.score(model, pairs, run)
     spin.train(model, pairs, 0, run)
-    ours = [row["loss"] for row in map(json.loads, (run.out / "steps-0.jsonl").read_text().splitlines())]
-    assert len(ours) == len(losses[0]) == 20
-    assert min(ours) < 0.9 * ours[0], "the player learnt little: equal losses would mean little"
-    for theirs in losses:
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    return [row["loss"] for row in map(json.loads, (run.out / "steps-0.jsonl").read_text().splitlines())]
+
+
+def test_the_first_20_losses_equal_trls(monkeypatch):
+    """fp32, LoRA from the same A: within 1e-4 relative, whether TRL computes the reference before or beside."""
+    pairs = random_pairs(80)
+    _, beside = theirs(pairs, precompute=False, beta=0.5)
+    model, before = theirs(pairs, precompute=True, beta=0.5)
+    losses = ours(model, pairs, monkeypatch, beta=(0.5,))
+    assert len(losses) == len(before) == 20
+    assert min(losses) < 0.9 * losses[0], "the player learnt little: equal losses would mean little"
+    assert losses == pytest.approx(before, rel=1e-4) and losses == pytest.approx(beside, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, trls, beta, factor", [("hinge", "hinge", 0.5, 1), ("ipo", "ipo", 2.0, 1), ("sppo", "sppo_hard", 0.5, 2)]
+)
+def test_other_losses_equal_trls(monkeypatch, name, trls, beta, factor):
+    """Ten steps each. TRL's SPPO is the sum over both responses, ours (and the authors') half of it."""
+    pairs = random_pairs(40)
+    model, expected = theirs(pairs, precompute=True, beta=beta, loss=trls)
+    losses = ours(model, pairs, monkeypatch, beta=(beta,), loss=name)
+    assert len(losses) == 10 and max(losses) / min(losses) > 1.02
+    assert [factor * loss for loss in losses] == pytest.approx(expected, rel=1e-4)

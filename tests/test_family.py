@@ -1,0 +1,440 @@
+"""The methods beside SPIN: their losses and mixtures on closed forms, their pairs and references in whole runs."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from test_bad_input import refused
+from test_resume import tree
+from test_spin import TABLES, begin, flags, rows
+
+import family
+import lora
+import losses
+import spin
+from model import GPTNeo
+
+# ---------------------------------------------------------------- losses, in numbers
+
+
+def test_losses_on_hand_computed_numbers():
+    """Ratios 1 and -2, so a margin of 3."""
+    real, generated = torch.tensor([1.0]), torch.tensor([-2.0])
+    assert losses.hinge_loss(real, generated, 0.25).item() == 0.25
+    assert losses.hinge_loss(real, generated, 0.5).item() == 0
+    assert losses.ipo_loss(real, generated, 0.25).item() == (3 - 2) ** 2
+    assert losses.sppo_loss(real, generated, 0.5).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
+    wins = torch.tensor([0.75]), torch.tensor([0.25])
+    assert losses.sppo_loss(real, generated, 0.25, *wins).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
+    assert losses.mixture_logps(torch.tensor([-2.0]), torch.tensor([-6.0]), 0.25).item() == -3
+
+
+def test_gradients_vanish_where_they_should():
+    """Hinge beyond its margin, IPO and SPPO at their goals; SPIN's loss nowhere."""
+    goals = {
+        losses.hinge_loss: (2.1, 0.0, 0.5),
+        losses.ipo_loss: (1.0, 0.0, 0.5),
+        losses.sppo_loss: (1.0, -1.0, 0.5),
+        lambda real, generated, beta: spin.spin_loss(real, generated, torch.zeros(1), torch.zeros(1), beta): None,
+    }
+    for loss, goal in goals.items():
+        real, generated, beta = goal or (2.1, 0.0, 0.5)
+        values = [torch.tensor([x], requires_grad=True) for x in (real, generated)]
+        loss(*values, beta).sum().backward()
+        assert all((v.grad == 0).all() for v in values) == (goal is not None)
+
+
+# ---------------------------------------------------------------- losses, in closed form
+
+
+def trained(loss_of, p_opponent, p_data, p_start=None):
+    """A softmax table of five responses, trained on the loss in expectation over y ~ p_data, y' ~ p_opponent."""
+    logits = (p_opponent if p_start is None else p_start).log().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16)
+    real, generated = (i.flatten() for i in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+
+    def closure():
+        optimizer.zero_grad()
+        logp = logits.log_softmax(0)
+        loss = (p_data[real] * p_opponent[generated] * loss_of(logp, real, generated)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0)
+
+
+def normalised(p):
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("beta", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_minimiser_of_alpha_spin(alpha, beta):
+    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels."""
+    p_data, p_t = TABLES
+    p_0 = torch.tensor([0.3, 0.1, 0.1, 0.4, 0.1], dtype=torch.float64)
+    q = losses.mixture_logps(p_t.log(), p_0.log(), alpha)
+
+    def loss(logp, real, generated):
+        return spin.spin_loss(logp[real], logp[generated], q[real], q[generated], beta)
+
+    expected = normalised(q.exp() * (p_data / p_t) ** (1 / beta))
+    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_minimiser_of_fictitious_play(beta):
+    """y' from the average of three opponents, log-ratios to the newest: p_t (p_data / average)^(1/beta)."""
+    p_data, p_t = TABLES
+    average = (p_t + p_data.flip(0) + torch.full((5,), 0.2, dtype=torch.float64)) / 3
+
+    def loss(logp, real, generated):
+        return spin.spin_loss(logp[real], logp[generated], p_t.log()[real], p_t.log()[generated], beta)
+
+    expected = normalised(p_t * (p_data / average) ** (1 / beta))
+    torch.testing.assert_close(trained(loss, average, p_data, p_t), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0])
+def test_minimiser_of_ipo(beta):
+    """p_t exp(D s), normalised, with s = (p_data - p_t) / (p_data + p_t), D = 1 / (beta (2 + K)) and
+    K = sum (p_data - p_t)^2 / (p_data + p_t): a least-squares problem, solved by hand."""
+    p_data, p_t = TABLES
+
+    def loss(logp, real, generated):
+        ratios = logp - p_t.log()
+        return losses.ipo_loss(ratios[real], ratios[generated], beta)
+
+    s = (p_data - p_t) / (p_data + p_t)
+    K = ((p_data - p_t) ** 2 / (p_data + p_t)).sum()
+    expected = normalised(p_t * torch.exp(s / (beta * (2 + K))))
+    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wins", [(1.0, 0.0), (0.8, 0.35)])
+def test_minimiser_of_sppo(wins):
+    """Each ratio f solves (p_data + p_t) f - p_data g - p_t g' + mu p_t exp(f) = 0, with the goals g, g' of the two
+    sides and the one mu under which p_t exp(f) is normalised: both found by bisection, without any gradient."""
+    p_data, p_t = TABLES
+    beta = 0.8
+    goals = [(p - 0.5) / beta for p in wins]
+
+    def loss(logp, real, generated):
+        ratios = logp - p_t.log()
+        return losses.sppo_loss(ratios[real], ratios[generated], beta, *wins)
+
+    def bisect(function, low, high):
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if function(middle) < 0 else (low, middle)
+        return (low + high) / 2
+
+    def ratios_at(mu):
+        return [
+            bisect(lambda f, d=d, t=t: (d + t) * f - d * goals[0] - t * goals[1] + mu * t * math.exp(f), -2.0, 0.8)
+            for d, t in zip(p_data.tolist(), p_t.tolist())
+        ]
+
+    def excess(mu):  # of the probabilities over 1; falls as mu rises
+        return 1 - sum(t * math.exp(f) for t, f in zip(p_t.tolist(), ratios_at(mu)))
+
+    expected = p_t * torch.tensor(ratios_at(bisect(excess, -0.5, 1.0)), dtype=torch.float64).exp()
+    assert expected.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
+
+
+def test_hinge_without_a_finite_optimum_still_points_to_the_data():
+    """Where no pair has reached its margin, the loss is linear: its gradient is beta times the supervised one's
+    difference to the opponent, p_t - p_data in the logits."""
+    p_data, p_t = TABLES
+    logits = p_t.log().requires_grad_()
+    ratios = logits.log_softmax(0) - p_t.log()
+    weights = p_data[:, None] * p_t
+    (weights * losses.hinge_loss(ratios[:, None], ratios[None], 0.5)).sum().backward()
+    torch.testing.assert_close(logits.grad, 0.5 * (p_t - p_data))
+
+
+# ---------------------------------------------------------------- alpha-SPIN in runs
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_base_policy_is_the_start_in_every_iteration(start, data, tmp_path, rank):
+    """At t = 1 the stored log-probabilities of p_0 are the start's, those of p_t the saved iterate's, both at once."""
+    argv = flags(start, data, tmp_path / "run", rank=rank, iterations=2, lr=3e-3, alpha=0.4, beta=2)
+    assert spin.main(argv) == 0
+    player, _, _, run = begin(start, data, tmp_path / "again", rank=rank)
+    pairs = rows(tmp_path / "run/pairs-1.jsonl")
+    sequences = [(p["prompt_ids"], p["real_ids"], p["generated_ids"]) for p in pairs]
+
+    def stored(name):
+        return torch.tensor([[p[f"{name}_real_logp"] for p in pairs], [p[f"{name}_generated_logp"] for p in pairs]])
+
+    base = torch.tensor(spin.sequence_logps(player, sequences, run)).view(2, -1)
+    torch.testing.assert_close(stored("base"), base, atol=1e-4, rtol=0)
+    if rank:
+        lora.load_adapter(player, tmp_path / "run/iterate-1")
+    else:
+        player.load_weights(tmp_path / "run/iterate-1")
+    opponent = torch.tensor(spin.sequence_logps(player, sequences, run)).view(2, -1)
+    torch.testing.assert_close(stored("opponent"), opponent, atol=1e-4, rtol=0)
+    assert (base - opponent).abs().max() > 0.1
+    # the first loss of t = 1 is that of the mixture: margins alpha * [log p_t / p_0 (y) - log p_t / p_0 (y')]
+    steps = rows(tmp_path / "run/steps-1.jsonl")
+    ratios = 0.4 * (opponent - base)
+    margins = 2 * (ratios[0] - ratios[1])
+    order = torch.randperm(len(pairs), generator=spin.generator(0, 1, "shuffle"))[:16]
+    assert steps[0]["margin"] == pytest.approx(margins[order].mean().item(), abs=1e-4)
+    assert rows(tmp_path / "run/steps-0.jsonl")[0]["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_full_parameter_base_is_read_from_disk_into_the_one_model(start, data, tmp_path, monkeypatch):
+    """No second model is made during the run, and the player has its own weights again afterwards."""
+    player, train_set, _, run = begin(start, data, tmp_path / "run", rank=0, alpha=0.5)
+    with torch.no_grad():
+        for p in player.parameters():
+            p.add_(0.1)
+    before = {name: p.clone() for name, p in player.named_parameters()}
+    pairs, _ = spin.generate(player, train_set[:8], 0, run)
+    monkeypatch.setattr(GPTNeo, "from_pretrained", None)
+    spin.score(player, pairs, run)
+    assert all(torch.equal(p, before[name]) for name, p in player.named_parameters())
+    assert abs(pairs[0].base_real_logp - pairs[0].opponent_real_logp) > 0.01
+    assert not any((tmp_path / "run/resume").iterdir())
+
+
+# ---------------------------------------------------------------- fictitious play
+
+
+def test_responses_are_drawn_evenly_from_the_last_opponents(start, data, tmp_path):
+    """--history 2 at t = 2: about half of the responses are theta_1's, none theta_0's; scored under theta_2, all."""
+    options = dict(history=2, iterations=3, lr=1e-2, temperature=1.0)
+    assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
+    written = [{line: ids for line, ids, _ in rows(tmp_path / f"run/responses-{t}.jsonl")} for t in range(3)]
+    player, train_set, _, run = begin(start, data, tmp_path / "again")
+    line_of = {(tuple(e.prompt_ids), tuple(e.real_ids)): e.line for e in train_set}
+    pairs = rows(tmp_path / "run/pairs-2.jsonl")
+    froms = [0, 0, 0]
+    for pair in pairs:
+        line = line_of[tuple(pair["prompt_ids"]), tuple(pair["real_ids"])]
+        origin = [t for t in range(3) if written[t][line] == pair["generated_ids"]]
+        assert origin
+        froms[origin[-1]] += len(origin) == 1
+    assert froms[0] == 0 and min(froms[1:]) > len(pairs) / 4
+    lora.load_adapter(player, tmp_path / "run/iterate-2")
+    scores = spin.sequence_logps(player, [(p["prompt_ids"], p["generated_ids"]) for p in pairs], run)
+    assert scores == pytest.approx([p["opponent_generated_logp"] for p in pairs], abs=1e-4)
+    first = rows(tmp_path / "run/steps-2.jsonl")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_history_of_prompts_met_by_some_opponents_only(start, data, tmp_path):
+    """With fresh prompts each iteration, `all` draws from those opponents that met the prompt."""
+    _, train_set, _, run = begin(start, data, tmp_path / "run", history="all")
+    a, b, c = train_set[:3]
+    assert family.draw_from_history([a, b], [([1], True), ([2], True)], 0, run) == [([1], True), ([2], True)]
+    drawn = [family.draw_from_history([b, c], [([3], True), ([4], False)], t, run) for t in range(1, 20)]
+    assert {tuple(ids) for (ids, _), _ in drawn} == {(2,), (3,)}
+    assert {(tuple(ids), end) for _, (ids, end) in drawn} == {((4,), False)}
+
+
+# ---------------------------------------------------------------- given pairs, win probabilities
+
+
+PAIRS = [
+    {"prompt": "abc", "response": "EY1 B IY0", "generated": "S IY1", "wins": [0.9, 0.2]},
+    {"prompt": "abd", "chosen": "EY1 B D", "rejected": "D IY1"},
+    {
+        "real": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "B IY1"}],
+        "generated": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "B"}],
+    },
+]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in PAIRS))
+    return path
+
+
+def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_file, monkeypatch):
+    """DPO: no response of the training set is sampled, the reference is the start, the loss begins at ln 2."""
+    argv = flags(start, None, tmp_path / "run", pairs=pairs_file, eval_data=data, epochs=20, loss="sppo", batch=3)
+    assert spin.main(argv) == 0
+    player, _, _, run = begin(start, data, tmp_path / "again")
+    stored = rows(tmp_path / "run/pairs-0.jsonl")
+    texts = [
+        (spin.text_of(pair["real_ids"], run), spin.text_of(pair["generated_ids"], run), pair["real_wins"])
+        for pair in stored
+    ]
+    expected = [("EY1 B IY0", "S IY1", 0.9), ("EY1 B D", "D IY1", 1.0), ("B IY1", "B", 1.0)]
+    assert sorted(texts) == sorted(expected)
+    assert all(p["generated_ids"][-1] == p["real_ids"][-1] == run.eos_token_id for p in stored)
+    assert [p["generated_wins"] for p in stored if p["real_wins"] == 0.9] == [0.2]
+    steps = rows(tmp_path / "run/steps-0.jsonl")
+    # ratios are 0 at first: half the sum of the squared goals
+    goals = [0.4**2 + 0.3**2, 0.5, 0.5]
+    assert steps[0]["loss"] == pytest.approx(sum(goals) / 2 / 3, abs=1e-5)
+    assert steps[-1]["loss"] < steps[0]["loss"] / 2
+    logps = spin.sequence_logps(player, [(p["prompt_ids"], p["real_ids"]) for p in stored], run)
+    assert logps == pytest.approx([p["opponent_real_logp"] for p in stored], abs=1e-4)
+    monkeypatch.chdir(tmp_path)
+    assert spin.main(flags(start, None, "dpo", pairs=pairs_file, eval_data=data)) == 0
+    assert rows(tmp_path / "dpo/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_scorer_gives_probabilities_and_filters(start, data, tmp_path, capsys):
+    """It sees the prompt and both texts; --min-win leaves out pairs whose real response it does not think better."""
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompt, responses):\n"
+        "    assert len(responses) == 2 and '###' not in prompt\n"
+        "    return [0.9 if prompt < 'n' else 0.4, 0.1]\n"
+    )
+    options = dict(scorer=tmp_path / "judge.py:judge", loss="sppo", min_win=0.5)
+    assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
+    _, train_set, _, _ = begin(start, data, tmp_path / "again")
+    pairs = rows(tmp_path / "run/pairs-0.jsonl")
+    prompts = {tuple(e.prompt_ids): e.prompt for e in train_set}
+    assert {p["real_wins"] for p in pairs} == {0.9} and {p["generated_wins"] for p in pairs} == {0.1}
+    assert 0 < len(pairs) and all(prompts[tuple(p["prompt_ids"])] < "n" for p in pairs)
+    (tmp_path / "judge.py").write_text("def judge(prompt, responses):\n    return [2, 0]\n")
+    capsys.readouterr()
+    assert spin.main(flags(start, data, tmp_path / "bad", **options)) == 1
+    assert "expected two probabilities" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "record, names",
+    [
+        ({"prompt": "a", "response": "b"}, "field 'generated' is missing"),
+        ({"prompt": "a", "chosen": "b"}, "field 'generated'"),
+        ({"prompt": "a", "response": "b", "generated": ""}, "field 'generated' is empty"),
+        ({"prompt": "a", "response": "b", "generated": 3}, "field 'generated' is int"),
+        (PAIRS[2] | {"generated": "x"}, "field 'generated' must be a list"),
+        (PAIRS[0] | {"wins": 0.5}, "field 'wins' must be two probabilities"),
+        (PAIRS[0] | {"wins": [0.5, 2]}, "field 'wins'"),
+        (PAIRS[0] | {"wins": [0.5, 0.5, 0.5]}, "field 'wins'"),
+        (PAIRS[0] | {"wins": [0.5, None]}, "field 'wins'"),
+        (PAIRS[0] | {"generated": "B " * 80}, "needs "),
+    ],
+)
+def test_bad_pairs(start, data, tmp_path, capsys, record, names):
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(record) + "\n")
+    assert f"pairs.jsonl:2: {names}" in refused(flags(start, None, out, pairs=path, eval_data=data), out, capsys)
+
+
+def test_options_that_contradict_each_other(start, data, tmp_path, capsys, pairs_file):
+    out = tmp_path / "out"
+    for options, names in (
+        ({"pairs": pairs_file}, "--pairs"),
+        ({"reinforce": True}, "--reinforce True: expected --adapter"),
+        ({"adapter": "x", "rank": 0}, "--adapter 'x': expected no --rank 0"),
+        ({"adapter": tmp_path / "none"}, "none"),
+        ({"scorer": f"{pairs_file}.py:f"}, "no such file"),
+        ({"min_win": 0.5}, "--min-win 0.5: expected --scorer or --pairs"),
+    ):
+        assert names in refused(flags(start, data, out, **options), out, capsys)
+    argv = flags(start, None, out, pairs=pairs_file, eval_data=data, history=2)
+    assert "--history '2': expected no --pairs" in refused(argv, out, capsys)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    error = refused(flags(start, data, out, scorer=tmp_path / "broken.py:f"), out, capsys)
+    assert "broken.py:f: ZeroDivisionError" in error
+    (tmp_path / "empty.py").write_text("")
+    assert "AttributeError" in refused(flags(start, data, out, scorer=tmp_path / "empty.py:f"), out, capsys)
+
+
+# ---------------------------------------------------------------- self-reinforcement
+
+
+@pytest.fixture(scope="module")
+def tuned(start, data, tmp_path_factory):
+    """An adapter that sft made."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    argv = flags(start, data, out, rank=8, lr=3e-2, epochs=10, beta=None)
+    assert spin.main(["sft", *argv]) == 0
+    return out / "iterate-1"
+
+
+def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, tmp_path, tuned, monkeypatch):
+    """Prompts without answers; the better side is sampled with the adapter, the worse one without; the opponent is
+    the tuned model; filtering by a scorer works as in self-play."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines))
+    enabled = []
+    original = spin.sample_responses
+
+    def spy(model, *args, **kwargs):
+        enabled.append(next(lora.lora_layers(model))[1].enabled)
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(spin, "sample_responses", spy)
+    options = dict(adapter=tuned, reinforce=True, eval_data=data, iterations=1)
+    assert spin.main(flags(start, prompts, tmp_path / "run", **options)) == 0
+    assert enabled == [True] * 3 + [True, False] + [True] * 2  # start, greedy, sampled; tuned, untuned; greedy, sampled
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert {"adapter"} <= record["digests"].keys()
+    pairs = rows(tmp_path / "run/pairs-0.jsonl")
+    player, _, _, run = begin(start, data, tmp_path / "again", rank=8)
+    lora.load_adapter(player, tuned)
+
+    def gain(name):  # of the tuned model over the base, in nats a response
+        sequences = [(p["prompt_ids"], p[f"{name}_ids"]) for p in pairs]
+        on = spin.sequence_logps(player, sequences, run)
+        with lora.lora_disabled(player):
+            off = spin.sequence_logps(player, sequences, run)
+        return spin.mean(on) - spin.mean(off), on
+
+    real_gain, real = gain("real")
+    generated_gain, _ = gain("generated")
+    assert real_gain > 1 > -1 > generated_gain
+    assert real == pytest.approx([p["opponent_real_logp"] for p in pairs], abs=1e-4)
+    assert rows(tmp_path / "run/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    config = json.loads((tmp_path / "run/iterate-1/adapter_config.json").read_text())
+    assert config["r"] == 8, "the adapter's own rank holds"
+
+
+def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):
+    """Of given pairs, which need no generation, and of self-reinforcement, whose prompts have no answers to measure."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("abc", "abd", "b")))
+    given = flags(start, None, tmp_path / "out", pairs=pairs_file, eval_data=data, dry_run=True)
+    assert spin.main(given) == 0
+    assert "(generate 0 s, " in capsys.readouterr().out
+    reinforced = flags(start, prompts, tmp_path / "out", adapter=tuned, reinforce=True, eval_data=data, dry_run=True)
+    assert spin.main(reinforced) == 0
+    printed = capsys.readouterr().out
+    assert "3 examples to train on" in printed and "LoRA of rank 8" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_start_with_an_adapter(start, data, tmp_path, tuned):
+    """theta_0 is the model with the adapter on: SPIN goes on from an adapter that sft left, and may be resumed."""
+    argv = flags(start, data, tmp_path / "run", adapter=tuned, rank=None)
+    assert spin.main(argv) == 0
+    tuned_nll = rows(tuned.parent / "metrics.jsonl")[-1]["nll"]
+    assert rows(tmp_path / "run/metrics.jsonl")[0]["nll"] == pytest.approx(tuned_nll, rel=1e-5)
+
+
+# ---------------------------------------------------------------- resumed
+
+
+def test_the_family_goes_on_too(start, data, tmp_path, monkeypatch):
+    """Died in the second iteration's training, with history, base policy and scorer: the same files at the end."""
+    (tmp_path / "judge.py").write_text("def judge(prompt, responses):\n    return [0.9, len(responses[1]) % 2]\n")
+    monkeypatch.chdir(tmp_path)
+    options = dict(history="all", alpha=0.5, scorer="judge.py:judge", loss="sppo", rank=0, iterations=2, save_minutes=0)
+    take, count = spin.take_step, []
+    monkeypatch.setattr(spin, "take_step", lambda *a: (count.append(1), 1 / (8 - len(count)), take(*a))[2])
+    argv = flags(start, data, "run", **options, lr=1e-3)
+    with pytest.raises(ZeroDivisionError):
+        spin.main(argv)
+    assert spin.main(argv) == 0
+    stopped = tree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert spin.main(argv) == 0
+    assert tree(tmp_path / "run") == stopped

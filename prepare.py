@@ -141,7 +141,7 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
     """
     with torch.device("meta"):
         outline = GPTNeo(config)
-        add_adapters(outline, args)
+        add_adapters(outline, args, None)
     if args.adapter:
         _, layer = next(lora.lora_layers(outline))
         args = dataclasses.replace(args, rank=layer.rank, lora_alpha=layer.alpha, lora_dropout=layer.dropout)
@@ -159,11 +159,10 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
     return needs, args
 
 
-def add_adapters(player: GPTNeo, args: Args) -> None:
+def add_adapters(player: GPTNeo, args: Args, rng: torch.Generator | None) -> None:
     if args.adapter:
         lora.load_adapter(player, args.adapter)
     elif args.rank:
-        rng = generator(args.seed, 0, "lora")
         lora.add_lora(player, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, rng)
 
 
@@ -223,7 +222,7 @@ def load_player(path: Path, args: Args, device: torch.device, bf16: bool) -> GPT
     else:
         dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
         player = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
-    add_adapters(player, args)
+    add_adapters(player, args, generator(args.seed, 0, "lora"))
     player.checkpointing = args.checkpoint
     if args.compile:
         for block in player.transformer["h"]:

@@ -19,6 +19,7 @@ Deviations from the paper and from the official code (uclaml/SPIN):
 - Prompt and response are encoded apart. Responses equal to the real one are dropped: they have no gradient.
 - Examples that do not fit the context are an error or left out and counted, never cut silently.
 - The prompts of an iteration may be a fresh random subset (`--prompts`); the paper uses the same 50k every time.
+The rest of the family (alpha-SPIN, fictitious play, SPPO, IPO, DPO, self-reinforcement) is a table in README.md.
 """
 
 import contextlib

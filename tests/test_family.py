@@ -1,11 +1,13 @@
 """The methods beside SPIN: their losses and mixtures on closed forms, their pairs and references in whole runs."""
 
+import ast
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 from test_bad_input import refused
 from test_resume import tree
 from test_spin import TABLES, begin, flags, rows
@@ -44,6 +46,12 @@ def test_gradients_vanish_where_they_should():
         values = [torch.tensor([x], requires_grad=True) for x in (real, generated)]
         loss(*values, beta).sum().backward()
         assert all((v.grad == 0).all() for v in values) == (goal is not None)
+
+
+def test_losses_need_torch_alone():
+    tree = ast.parse((ROOT / "losses.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {getattr(node, "module", None) or node.names[0].name for node in imports} == {"torch"}
 
 
 # ---------------------------------------------------------------- losses, in closed form

@@ -756,7 +756,7 @@ def test_held_out_depends_on_the_prompt_alone(records, share, other):
 @given(st.lists(st.tuples(digits, digits), min_size=1, max_size=8), st.integers(2, 18), digits)
 def test_fit_context_keeps_what_fits(lengths, context, new):
     """Prompt and real response fit, and prompt and longest generated response; what does not is named or counted."""
-    made = [Example(f"x:{i}", "p", "r", [], [1] * p, [1] * r) for i, (p, r) in enumerate(lengths)]
+    made = [Example(f"x:{i}", "p", "r", [], prompt_ids=[1] * p, real_ids=[1] * r) for i, (p, r) in enumerate(lengths)]
     fits = [e for e, (p, r) in zip(made, lengths) if p + r <= context and p + new <= context]
     if not fits:
         with pytest.raises(ValueError, match=r"^x: no example fits"):

@@ -93,6 +93,25 @@ def test_a_run_goes_on_from_the_step_and_the_shard_it_had_reached(start, data, h
     assert sum(prompts) == 2 * len(train_set) + (1 + 2 * 3) * len(heldout)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_run_on_cuda_goes_on(start, data, here, monkeypatch, rank):
+    """Not bit-identical there, but with nothing lost or doubled, and with the random numbers of dropout in place."""
+    argv = small(start, data, device="cuda", rank=rank, lr=1e-3, alpha=0.5, history="all")
+    take, steps = spin.take_step, []
+    monkeypatch.setattr(spin, "take_step", lambda *a: (steps.append(1), 1 / (8 - len(steps)), take(*a))[2])
+    with pytest.raises(ZeroDivisionError):
+        spin.main(argv)
+    assert spin.main(argv) == 0
+    first = {name: rows(here / f"run/{name}") for name in ("metrics.jsonl", "steps-1.jsonl")}
+    shutil.rmtree(here / "run")
+    assert spin.main(argv) == 0
+    for name, lines in first.items():
+        again = rows(here / f"run/{name}")
+        assert [line.get("step") for line in lines] == [line.get("step") for line in again]
+        assert lines[-1]["loss"] == pytest.approx(again[-1]["loss"], rel=0.05)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_and_says_how_to_go_on(start, data, here, whole, number, code):
     """A run at work in its training: code 143 or 130, one line; the same command then ends as if undisturbed."""

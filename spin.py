@@ -690,18 +690,21 @@ def rehearse(player: GPTNeo, train_set: list[Example], run: Run) -> tuple[dict[s
     """
     ordered = sorted(train_set, key=lambda e: e.tokens)
     half, size = len(ordered) // 2, max(1, run.micro_tokens // (ordered[-1].tokens + run.args.max_new_tokens))
-    shorter = min(16, run.args.max_new_tokens)
+    changes = dict(iterations=1, epochs=(1,), lr=run.args.lr[:1], beta=run.args.beta[:1], batch=size)
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        changes = dict(max_new_tokens=shorter, epochs=(1,), lr=run.args.lr[:1], beta=run.args.beta[:1], batch=size)
-        trial = run._replace(args=dataclasses.replace(run.args, iterations=1, **changes), out=Path(folder))
-        for examples in (ordered[::-1], ordered[half:] + ordered[:half]):
-            pairs, row = pairs_of(player, examples[: max(size, run.args.gen_batch)], 0, trial)
-            seconds["generate"] = row["generate_seconds"] / sum(len(p.generated_ids) for p in pairs)
-            pairs = [dataclasses.replace(p, generated_ids=p.real_ids) for p in pairs[:size]]
-            began, tokens = time.perf_counter(), sum(p.tokens for p in pairs)
+        for examples, new in ((ordered[::-1], 8), (ordered[half:] + ordered[:half], 64)):  # few: prompts would dominate
+            changes["max_new_tokens"] = min(new, run.args.max_new_tokens)
+            trial = run._replace(args=dataclasses.replace(run.args, **changes), out=Path(folder))
+            some, began = examples[: max(size, run.args.gen_batch)], time.perf_counter()
+            written = [ids for ids, _ in sample(player, some, trial, 0, "rehearse", 1.0)]
+            generated = time.perf_counter()
+            real = [e.real_ids or ids for e, ids in zip(some, written)]  # a prompt may have no answer
+            pairs = [Pair(e.prompt_ids, ids, ids, finished=True) for e, ids in zip(some[:size], real)]
             score(player, pairs, trial)
-            seconds["score"] = (time.perf_counter() - began) / tokens
+            tokens = sum(p.tokens for p in pairs)
+            seconds["generate"] = (generated - began) / sum(map(len, written))
+            seconds["score"] = (time.perf_counter() - generated) / tokens
             seconds["train"] = train(player, pairs, 0, trial)["train_seconds"] / tokens
     if run.device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(run.device)

@@ -19,6 +19,9 @@ from model import GPTNeo, GPTNeoConfig
 from options import CHANGEABLE, Args
 
 
+GENERATE_SHARD = {"cpu": 16, "cuda": 64}  # batches of responses that are generated, then kept
+
+
 class Stopped(RuntimeError):
     """The run cannot go on; the message says where and why."""
 
@@ -38,6 +41,7 @@ class Run(NamedTuple):
     start: Path  # directory of theta_0
     out: Path
     record: dict[str, Any] = {}  # what run.json says  # noqa: RUF012
+    shard: int = 1024  # responses that are kept together: as many as when the run began, or they would not be found
     needs: plan.Needs | None = None
     scorer: Callable[[str, list[str]], Sequence[float]] | None = None  # of --scorer
 
@@ -129,8 +133,10 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
         resume.check_same_inputs(out, earlier["digests"], digests)
     player = load_player(path, args, device, bf16)
     record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
+    record["shard"] = GENERATE_SHARD[device.type] * args.gen_batch
+    record = earlier or record
     dtype = torch.bfloat16 if bf16 else torch.float32
-    run = Run(args, tokenizer, config.eos_token_id, device, dtype, path, out, earlier or record, needs, scorer)
+    run = Run(args, tokenizer, config.eos_token_id, device, dtype, path, out, record, record["shard"], needs, scorer)
     return player, train_set, heldout, run
 
 

@@ -171,7 +171,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["args"], dict) and isinstance(record["digests"], dict):
+        kinds = {"command": str, "args": dict, "digests": dict, "shard": int}
+        if all(isinstance(record[name], kind) for name, kind in kinds.items()):
             return record
     except (OSError, ValueError, KeyError, TypeError):
         pass

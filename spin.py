@@ -58,7 +58,6 @@ from sampling import generate as sample_responses
 
 MASKED_TOKENS = 1024  # longer rows compute a prompt for each response: a (T, T) mask would cost more than it saves
 SCORE_SHARD = 1024  # items that are scored, then kept: what a killed run may lose
-GENERATE_SHARD = {"cpu": 16, "cuda": 64}  # the same for responses, in batches of --gen-batch
 SKIPS = 3  # steps in a row with a loss or gradient that is not finite, after which the run stops
 # ids of a prompt and of one or more responses to it, their end-of-sequence tokens included
 PromptResponses = tuple[list[int], ...]
@@ -524,8 +523,7 @@ def sample(
     eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
     try:
         with bar, in_dtype(player, run.dtype), eager:
-            size = GENERATE_SHARD[run.device.type] * args.gen_batch
-            return resume.in_shards(kept, name, len(examples), size, work)
+            return resume.in_shards(kept, name, len(examples), run.shard, work)
     except FloatingPointError as error:
         raise Stopped(f"responses for '{name}': {error}") from None
 

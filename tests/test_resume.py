@@ -342,6 +342,19 @@ def test_options_of_memory_and_speed_may_change(begun, start, data, capsys):
     assert json.loads((begun / "run/run.json").read_text())["best"]["metric"] == "sampled"
 
 
+def test_kept_scores_stay_with_the_responses_they_were_computed_for(start, data, here, monkeypatch):
+    """Died in training; gone on with another --gen-batch: no response is sampled again, as it might be another one."""
+    monkeypatch.setattr(spin, "take_step", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        spin.main(small(start, data))
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    sampled, original = [], spin.sample_responses
+    monkeypatch.setattr(spin, "sample_responses", lambda *a, **k: (sampled.append(len(a[1])), original(*a, **k))[1])
+    assert spin.main(small(start, data, gen_batch=3)) == 0
+    assert sum(sampled) == 68 + 2 * 2 * 12  # those of the second iteration, and both evaluations
+
+
 def test_data_and_weights_must_be_the_same_wherever_they_are(begun, start, data, capsys):
     moved = shutil.copytree(start, begun / "moved")
     (begun / "words.jsonl").write_text(data.read_text())

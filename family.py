@@ -31,7 +31,7 @@ def draw_from_history(
     lines = [[example.line, *response] for example, response in zip(examples, responses)]
     resume.write_rows(run.out / f"responses-{t}.jsonl", lines)
     oldest = 0 if run.args.history == "all" else max(0, t + 1 - int(run.args.history))
-    written = [resume.read_rows(run.out / f"responses-{k}.jsonl") for k in range(oldest, t + 1)]
+    written = [resume.read_rows(run.out / f"responses-{k}.jsonl", expected=True) for k in range(oldest, t + 1)]
     by_line = [{line: (ids, finished) for line, ids, finished in rows} for rows in written]
     rng, drawn = generator(run.args.seed, t, "history"), []
     for example in examples:

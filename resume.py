@@ -65,9 +65,12 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_rows(path: Path) -> list[Any]:
-    """The rows that `write_rows` wrote; none where there is no file. Raises OSError naming a damaged file."""
-    if not path.exists():
+def read_rows(path: Path, expected: bool = False) -> list[Any]:
+    """The rows that `write_rows` wrote; none where there is no file, unless one is `expected`.
+
+    Raises: OSError naming a damaged or missing file.
+    """
+    if not path.exists() and not expected:
         return []
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

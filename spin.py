@@ -649,7 +649,8 @@ def load_iterate(player: GPTNeo, iterate: int, run: Run) -> None:
 def read_pairs(t: int, run: Run) -> list[Pair]:
     """The pairs of a finished iteration."""
     names = [field.name for field in dataclasses.fields(Pair)]
-    return [Pair(*(row[name] for name in names)) for row in resume.read_rows(run.out / f"pairs-{t}.jsonl")]
+    lines = resume.read_rows(run.out / f"pairs-{t}.jsonl", expected=True)
+    return [Pair(*(line[name] for name in names)) for line in lines]
 
 
 def save_model(model: GPTNeo, folder: Path, run: Run) -> None:

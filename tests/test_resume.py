@@ -166,10 +166,11 @@ def test_a_second_signal_ends_the_process_at_once(start, data, here):
 
 
 def test_a_signal_before_anything_has_begun(start, data, here, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)  # a shell's background processes ignore it
     monkeypatch.setattr(spin, "setup", lambda *a: signal.raise_signal(signal.SIGINT))
     assert spin.main(small(start, data)) == 130
     assert capsys.readouterr().err == "spin.py: error: stopped by SIGINT\n" and not list(here.iterdir())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+    assert signal.getsignal(signal.SIGINT) is before, "handlers are put back"
 
 
 # ---------------------------------------------------------------- the disk
@@ -412,6 +413,13 @@ def test_a_damaged_file_is_named(begun, start, data, capsys, name):
     assert spin.main(small(start, data)) in (1, 2)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and (name in error or "--out run" in error), error
+
+
+def test_pairs_that_are_still_needed_are_missed(begun, start, data, capsys):
+    """With --mix-previous the pairs of the iteration before are trained on again: not without a word on none."""
+    (begun / "run/pairs-0.jsonl").unlink()
+    assert spin.main(small(start, data)) == 1
+    assert "No such file or directory: 'run/pairs-0.jsonl'" in capsys.readouterr().err
 
 
 def test_damaged_state_of_training_and_shard(start, data, here, monkeypatch, capsys):

@@ -259,8 +259,8 @@ def fit_context(examples: list[Example], context: int, max_new_tokens: int, over
         elif overlong == "error":
             raise ValueError(
                 f"{example.where}: needs {need} tokens (prompt {len(example.prompt_ids)}, response "
-                f"{len(example.real_ids)}, --max-new-tokens {max_new_tokens}) but the model's context is {context}; "
-                f"--overlong skip leaves such examples out"
+                f"{max(len(example.real_ids), len(example.generated_ids))}, --max-new-tokens {max_new_tokens}) but the "
+                f"model's context is {context}; --overlong skip leaves such examples out"
             )
     if not kept:
         raise ValueError(f"{examples[0].where.rsplit(':', 1)[0]}: no example fits the context of {context} tokens")
@@ -281,10 +281,10 @@ def split(examples: list[Example], share: float) -> tuple[list[Example], list[Ex
 
 
 def digest(examples: list[Example]) -> str:
-    """sha256 of ids and references: it changes with the data, the template and the tokenizer."""
+    """sha256 of lines, ids, references and wins: it changes with the data, the template and the tokenizer."""
     total = hashlib.sha256()
     for e in examples:
         for ids in (e.prompt_ids, e.real_ids, e.generated_ids):
             total.update(array("q", [len(ids), *ids]).tobytes())
-        total.update(json.dumps([e.references, e.wins]).encode())
+        total.update(json.dumps([e.line, e.references, e.wins]).encode())
     return total.hexdigest()

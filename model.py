@@ -325,7 +325,7 @@ class GPTNeo(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         state, shapes = {}, {key: tensor.shape for key, tensor in model.state_dict().items()}
-        for file in _weight_files(path):
+        for file in weight_files(path):
             for key, tensor in _tensors(file, device):
                 if key.endswith(IGNORED_KEYS):
                     continue
@@ -348,7 +348,7 @@ class GPTNeo(nn.Module):
         """
         path, own = Path(path), {key: tensor.detach() for key, tensor in self.state_dict().items()}
         read = set()
-        for file in _weight_files(path):
+        for file in weight_files(path):
             for key, tensor in _tensors(file, "cpu"):
                 if key in own and own[key].shape == tensor.shape:
                     own[key].copy_(tensor)
@@ -395,7 +395,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights of the model in directory `path`."""
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:

@@ -131,7 +131,7 @@ def describe(train_set: list[Any], heldout: list[Any], run: Any, seconds: dict[s
     lines = {
         "model": f"{args.model}: {needs.parameters:,} parameters, {needs.trained:,} trained ({how}), "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",
-        "data": f"{args.data}: {len(train_set):,} examples to train on, {len(heldout):,} held out",
+        "data": f"{args.pairs or args.data}: {len(train_set):,} examples to train on, {len(heldout):,} held out",
         "lengths": f"prompts {prompt:.0f} tokens, the longest {max(len(e.prompt_ids) for e in train_set)}; "
         f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {args.max_new_tokens}",
         "iterations": f"{args.iterations}, each of {prompts:,} prompts; steps: {', '.join(map(str, steps))}",

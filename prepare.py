@@ -15,9 +15,8 @@ import lora
 import plan
 import resume
 from data import Example, as_decoded, digest, encode, fit_context, load_examples, load_tokenizer, split
-from model import GPTNeo, GPTNeoConfig
+from model import GPTNeo, GPTNeoConfig, weight_files
 from options import CHANGEABLE, Args
-
 
 GENERATE_SHARD = {"cpu": 16, "cuda": 64}  # batches of responses that are generated, then kept
 
@@ -111,8 +110,6 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
     earlier = resume.read_record(out)
     if earlier:
         resume.check_same(out, earlier, record, CHANGEABLE)
-        if earlier.get("finished"):
-            raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
     path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
     config = GPTNeoConfig.from_json(path / "config.json")
     if args.rank > config.hidden_size:
@@ -123,14 +120,17 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
     train_set, heldout = load_data(args, tokenizer, config)
     scorer = load_function(args.scorer) if args.scorer else None
     needs, args = needs_of(config, args, train_set + heldout, bf16)
-    plan.check(needs, path, device, out)
     digests = {"model": digest_of_model(path, args), "data": digest(train_set), "eval-data": digest(heldout)}
     if args.adapter:
         digests["adapter"] = resume.digest_of_files(sorted(Path(args.adapter).glob("adapter_*")))
     if scorer:
-        digests["scorer"] = resume.digest_of_files([Path(args.scorer.rpartition(":")[0])])
+        file, _, name = args.scorer.rpartition(":")
+        digests["scorer"] = hashlib.sha256(Path(file).read_bytes() + name.encode()).hexdigest()
     if earlier:
         resume.check_same_inputs(out, earlier["digests"], digests)
+        if earlier.get("finished"):
+            raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
+    plan.check(needs, path, device, out)
     player = load_player(path, args, device, bf16)
     record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
     record["shard"] = GENERATE_SHARD[device.type] * args.gen_batch
@@ -181,28 +181,31 @@ def load_function(name: str) -> Callable:
         spec = importlib.util.spec_from_file_location("scorer", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, attribute)
+        function = getattr(module, attribute)
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"--scorer {name}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"--scorer {name}: {type(function).__name__}, expected a function")
+    return function
 
 
 def digest_of_model(path: Path, args: Args) -> str:
-    """sha256 of config and weights; what is random is told by --seed."""
-    names = ["config.json", *([] if args.from_scratch else sorted(p.name for p in path.glob("*.safetensors")))]
-    if len(names) == 1 and not args.from_scratch:
-        names += sorted(p.name for p in path.glob("pytorch_model*.bin"))
-    return resume.digest_of_files(path / name for name in names)
+    """sha256 of config, tokenizer and the weights that are read; what is random is told by --seed."""
+    files = [path / name for name in ("config.json", "tokenizer.json", "vocab.json", "merges.txt")]
+    weights = [] if args.from_scratch else weight_files(path)
+    return resume.digest_of_files([*(file for file in files if file.is_file()), *weights])
 
 
 def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples, encoded and checked against the context."""
-    train_set = load_examples(args.pairs or args.data, pairs=bool(args.pairs), prompts_only=args.reinforce)
+    source = args.pairs or args.data
+    train_set = load_examples(source, pairs=bool(args.pairs), prompts_only=args.reinforce)
     if args.eval_data:
         heldout = load_examples(args.eval_data)
     else:
         train_set, heldout = split(train_set, args.eval_share)
         if not train_set or not heldout:
-            raise ValueError(f"{args.data}: too few records to hold out a share of {args.eval_share}; use --eval-data")
+            raise ValueError(f"{source}: too few records to hold out a share of {args.eval_share}; use --eval-data")
     heldout = heldout[: args.eval_limit or None]
     result = []
     for examples in (train_set, heldout):

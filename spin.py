@@ -750,10 +750,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def begin_or_go_on(run: Run) -> None:
-    path = run.out / "run.json"
-    if not path.exists():
-        resume.write_text(path, json.dumps(run.record, indent=2) + "\n")
+    """Under the lock: writes the record of a new run, or says how far an old one is."""
+    record = resume.read_record(run.out)
+    if record is None:
+        resume.write_text(run.out / "run.json", json.dumps(run.record, indent=2) + "\n")
         return
+    if record != run.record:  # it was not there, or not so, when `setup` compared options and inputs
+        raise ValueError(f"--out {run.out}: another process was at work in it a moment ago; run the command again")
     done = max(0, len(resume.read_rows(run.out / "metrics.jsonl")) - 1)
     print(f"going on in {run.out}: {done} of {run.args.iterations} iterations are finished", flush=True)
 

@@ -74,6 +74,11 @@ def test_data_that_is_missing_a_folder_or_no_gzip(start, tmp_path, capsys):
     assert "--data is missing" in refused(["--model", start, "--out", out], out, capsys)
 
 
+def test_out_that_the_plot_could_not_name(start, data, tmp_path, capsys):
+    """A path that is not UTF-8 would end the run in its last line."""
+    assert "--out '\\udcff': expected a path in UTF-8" in refused(flags(start, data, "\udcff"), tmp_path / "x", capsys)
+
+
 def test_eval_data_is_checked_like_data(start, data, tmp_path, capsys):
     (tmp_path / "eval.jsonl").write_text(GOOD + "{}\n")
     argv = flags(start, data, tmp_path / "out", eval_data=tmp_path / "eval.jsonl")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from test_spin import begin, flags, rows
 
 import plan
+import prepare
 import report
 import resume
 import spin
@@ -367,7 +368,30 @@ def test_data_and_weights_must_be_the_same_wherever_they_are(begun, start, data,
     GPTNeo(GPTNeoConfig.from_json(start / "config.json")).init_weights().save_pretrained(other)
     assert spin.main(small(other, data)) == 2
     assert "--model: not the contents" in capsys.readouterr().err
+    tokens = json.loads((start / "tokenizer.json").read_text())
+    (other / "model.safetensors").write_bytes((start / "model.safetensors").read_bytes())
+    (other / "tokenizer.json").write_text(json.dumps(tokens | {"decoder": None}))
+    assert spin.main(small(other, data)) == 2
+    assert "--model: not the contents" in capsys.readouterr().err
     assert spin.main(small(moved, begun / "words.jsonl")) == 0
+    assert spin.main(small(start, begun / "changed.jsonl")) == 2, "a finished run, but not of these data"
+    assert "--data: not the contents" in capsys.readouterr().err
+
+
+def test_digest_of_the_weights_that_are_read(start, tmp_path):
+    """Beside other files in safetensors: an adapter in the model's folder."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(start / "model.safetensors")
+    (tmp_path / "config.json").write_text((start / "config.json").read_text())
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    args = spin.parse(small(tmp_path, "data"))[1]
+    digests = set()
+    for _ in range(2):
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        digests.add(prepare.digest_of_model(tmp_path, args))
+        tensors["transformer.ln_f.bias"][0] += 1
+    assert len(digests) == 2
 
 
 def test_sft_does_not_go_on_as_spin(begun, start, data, capsys):
@@ -403,6 +427,30 @@ def test_two_processes_do_not_share_a_directory(begun, start, data, capsys):
     with resume.claimed(begun / "run"):
         assert spin.main(small(start, data)) == 2
     assert "--out run: another process is at work in it" in capsys.readouterr().err
+
+
+def test_a_process_that_was_there_while_this_one_loaded(start, data, here, monkeypatch, capsys):
+    """It began a run of other options in the same folder, and died: its files are not taken for those of this one."""
+    original = spin.setup
+
+    def setup(*args):
+        loaded = original(*args)
+        monkeypatch.setattr(spin, "setup", original)
+        assert spin.main(small(start, data, seed=1, iterations=1)) == 0
+        return loaded
+
+    monkeypatch.setattr(spin, "setup", setup)
+    assert spin.main(small(start, data)) == 2
+    assert "another process was at work in it a moment ago" in capsys.readouterr().err
+    assert json.loads((here / "run/run.json").read_text())["args"]["seed"] == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"args": {}, "digests": {}}', "not JSON"])
+def test_a_folder_with_another_run_json(start, data, here, capsys, text):
+    (here / "run").mkdir()
+    (here / "run/run.json").write_text(text)
+    assert spin.main(small(start, data)) == 2
+    assert "--out run: holds other files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "pairs-0.jsonl", "iterate-1/adapter_model.safetensors", "run.json"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import lora
 import resume
 from data import Example, decode
 from model import GPTNeo
@@ -49,9 +50,13 @@ def ask_scorer(examples: list[Example], pairs: list[Any], run: Run, kept: Path |
             texts = [
                 decode(ids, run.tokenizer, run.eos_token_id) for ids in (pairs[i].real_ids, pairs[i].generated_ids)
             ]
-            wins.append([float(p) for p in run.scorer(examples[i].prompt, texts)])
-            if len(wins[-1]) != 2 or not all(0 <= p <= 1 for p in wins[-1]):
-                raise Stopped(f"--scorer {run.args.scorer}: returned {wins[-1]}, expected two probabilities")
+            try:
+                real, generated = map(float, run.scorer(examples[i].prompt, texts))
+            except Exception as error:  # whatever the user's code raises, or returns
+                raise Stopped(f"--scorer {run.args.scorer}: {type(error).__name__}: {error}") from None
+            if not (0 <= real <= 1 and 0 <= generated <= 1):
+                raise Stopped(f"--scorer {run.args.scorer}: returned {real, generated}, expected two probabilities")
+            wins.append([real, generated])
         return wins
 
     for pair, (real, generated) in zip(pairs, resume.in_shards(kept, "wins", len(pairs), SHARD, work)):
@@ -61,9 +66,10 @@ def ask_scorer(examples: list[Example], pairs: list[Any], run: Run, kept: Path |
 @contextlib.contextmanager
 def base_weights(player: GPTNeo, run: Run) -> Iterator[None]:
     """The player with the weights of theta_0 for a while. Its own wait on disk: one model is in memory at a time."""
-    folder = run.out / "resume" / "player"
-    player.save_pretrained(folder)
-    player.load_weights(run.start)
+    adapter, folder = run.args.adapter, run.out / "resume" / "player"
+    save, load = (lora.save_adapter, lora.load_adapter) if adapter else (GPTNeo.save_pretrained, GPTNeo.load_weights)
+    save(player, folder)
+    load(player, adapter or run.start)
     yield  # an error ends the run, and a run that goes on reads its last iterate: nothing to put back
-    player.load_weights(folder)
+    load(player, folder)
     shutil.rmtree(folder)

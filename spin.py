@@ -73,7 +73,7 @@ class Pair:
     finished: bool  # the opponent sampled the end-of-sequence token
     opponent_real_logp: float | None = None  # nats, summed over the response
     opponent_generated_logp: float | None = None
-    base_real_logp: float | None = None  # of the base policy p_0, where --alpha asks for it
+    base_real_logp: float | None = None  # of the base policy p_0, the start, where --alpha asks for it
     base_generated_logp: float | None = None
     real_wins: float = 1.0  # probability that it is preferred to a response of the opponent, for --loss sppo
     generated_wins: float = 0.0
@@ -182,13 +182,13 @@ def score(opponent: GPTNeo, pairs: list[Pair], run: Run, kept: Path | None = Non
     """log p_t of both responses of every pair, once, by the code path that trains; stored with the pairs.
 
     Pairs of the iteration before are scored again: their opponent is now theta_t as well. With --alpha the base
-    policy's log-probabilities are stored beside: with adapters off, in the same pass over the pairs, or, in
-    full-parameter training, in a second one by the base weights.
+    policy's log-probabilities are stored beside: with adapters off, in the same pass over the pairs, or, where the
+    start is more than that (full-parameter training, --adapter), in a second one by the weights of the start.
     """
     items = [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs]
-    alpha, rank = run.args.alpha, run.args.rank
-    logps = sequence_logps(opponent, items, run, "score", kept, base=bool(alpha and rank))
-    if alpha and not rank:
+    alpha, off_is_start = run.args.alpha, run.args.rank and not run.args.adapter
+    logps = sequence_logps(opponent, items, run, "score", kept, base=bool(alpha and off_is_start))
+    if alpha and not off_is_start:
         with base_weights(opponent, run):
             logps += sequence_logps(opponent, items, run, "score-base", kept)
     n = len(pairs)

@@ -294,7 +294,7 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
     assert rows(tmp_path / "dpo/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_scorer_gives_probabilities_and_filters(start, data, tmp_path, capsys):
+def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     """It sees the prompt and both texts; --min-win leaves out pairs whose real response it does not think better."""
     (tmp_path / "judge.py").write_text(
         "def judge(prompt, responses):\n"
@@ -308,10 +308,41 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path, capsys):
     prompts = {tuple(e.prompt_ids): e.prompt for e in train_set}
     assert {p["real_wins"] for p in pairs} == {0.9} and {p["generated_wins"] for p in pairs} == {0.1}
     assert 0 < len(pairs) and all(prompts[tuple(p["prompt_ids"])] < "n" for p in pairs)
-    (tmp_path / "judge.py").write_text("def judge(prompt, responses):\n    return [2, 0]\n")
-    capsys.readouterr()
-    assert spin.main(flags(start, data, tmp_path / "bad", **options)) == 1
-    assert "expected two probabilities" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        ("return [2, 0]", "expected two probabilities"),
+        ("return [float('nan'), 0]", "expected two probabilities"),
+        ("return [1]", "ValueError: not enough values"),
+        ("return None", "TypeError: "),
+        ("raise KeyError('judge')", "KeyError: 'judge'"),
+    ],
+)
+def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, capsys, body, says):
+    (tmp_path / "judge.py").write_text(f"def judge(prompt, responses):\n    {body}\n")
+    assert spin.main(flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge")) == 1
+    error = capsys.readouterr().err
+    assert "judge.py:judge: " in error and says in error and error.count("\n") == 1
+
+
+def test_another_scorer_does_not_go_on(start, data, tmp_path, monkeypatch, capsys):
+    """Nor another function of the same file, nor the same one after a change; the file may move."""
+    code = "def one(prompt, responses):\n    return [0.9, 0.1]\ndef two(prompt, responses):\n    return [0.1, 0.9]\n"
+    (tmp_path / "judge.py").write_text(code)
+    (tmp_path / "moved.py").write_text(code)
+    (tmp_path / "changed.py").write_text(code.replace("0.9, 0.1", "0.8, 0.1"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(spin, "take_step", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        spin.main(flags(start, data, "run", scorer="judge.py:one"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for scorer in ("judge.py:two", "changed.py:one", None):
+        assert spin.main(flags(start, data, "run", scorer=scorer)) == 2
+        assert "--scorer: not the contents" in capsys.readouterr().err
+    assert spin.main(flags(start, data, "run", scorer="moved.py:one")) == 0
 
 
 @pytest.mark.parametrize(
@@ -351,7 +382,11 @@ def test_options_that_contradict_each_other(start, data, tmp_path, capsys, pairs
     (tmp_path / "broken.py").write_text("1 / 0\n")
     error = refused(flags(start, data, out, scorer=tmp_path / "broken.py:f"), out, capsys)
     assert "broken.py:f: ZeroDivisionError" in error
-    (tmp_path / "empty.py").write_text("")
+    argv = flags(start, data, out, adapter="x", reinforce=True, eval_data=data, unfinished="cut")
+    assert "--reinforce True: expected no --unfinished cut" in refused(argv, out, capsys)
+    (tmp_path / "empty.py").write_text("number = 3")
+    argv = flags(start, data, out, scorer=tmp_path / "empty.py:number")
+    assert "empty.py:number: int, expected a function" in refused(argv, out, capsys)
     assert "AttributeError" in refused(flags(start, data, out, scorer=tmp_path / "empty.py:f"), out, capsys)
 
 
@@ -412,12 +447,33 @@ def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):
     prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("abc", "abd", "b")))
     given = flags(start, None, tmp_path / "out", pairs=pairs_file, eval_data=data, dry_run=True)
     assert spin.main(given) == 0
-    assert "(generate 0 s, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(generate 0 s, " in printed and f"{pairs_file}: 3 examples to train on" in printed
     reinforced = flags(start, prompts, tmp_path / "out", adapter=tuned, reinforce=True, eval_data=data, dry_run=True)
     assert spin.main(reinforced) == 0
     printed = capsys.readouterr().out
     assert "3 examples to train on" in printed and "LoRA of rank 8" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_though_the_pairs_of_its_short_responses_would_all_be_left_out(start, data, tmp_path):
+    """Cut at 16 tokens hardly any response is finished; the plan does not depend on it."""
+    options = dict(unfinished="drop", temperature=0, max_new_tokens=30, dry_run=True)
+    assert spin.main(flags(start, data, tmp_path / "out", **options)) == 0
+
+
+def test_the_base_policy_of_a_start_with_an_adapter_is_that_start(start, data, tmp_path, tuned):
+    """--alpha 1: the reference is theta_0, not the model below the adapter; the first loss is ln 2."""
+    out, options = tmp_path / "run", dict(adapter=tuned, alpha=1, iterations=2)
+    assert spin.main(flags(start, data, out, **options)) == 0
+    assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    player, _, _, run = begin(start, data, tmp_path / "again", **options)
+    pairs = rows(out / "pairs-1.jsonl")
+    base = spin.sequence_logps(player, [(p["prompt_ids"], p["real_ids"]) for p in pairs], run)
+    assert base == pytest.approx([p["base_real_logp"] for p in pairs], abs=1e-4)
+    lora.load_adapter(player, out / "iterate-1")
+    opponent = spin.sequence_logps(player, [(p["prompt_ids"], p["real_ids"]) for p in pairs], run)
+    assert opponent == pytest.approx([p["opponent_real_logp"] for p in pairs], abs=1e-4)
 
 
 def test_a_start_with_an_adapter(start, data, tmp_path, tuned):

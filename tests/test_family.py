@@ -1,6 +1,7 @@
 """The methods beside SPIN: their losses and mixtures on closed forms, their pairs and references in whole runs."""
 
 import ast
+import dataclasses
 import json
 import math
 import shutil
@@ -10,12 +11,13 @@ import torch
 from conftest import ROOT
 from test_bad_input import refused
 from test_resume import tree
-from test_spin import TABLES, begin, flags, rows
+from test_spin import TABLES, begin, flags, rows, spy
 
 import family
 import lora
 import losses
 import spin
+from data import Example, digest
 from model import GPTNeo
 
 # ---------------------------------------------------------------- losses, in numbers
@@ -294,14 +296,38 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
     assert rows(tmp_path / "dpo/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_ipo_counts_ratios_a_token_in_runs(start, data, tmp_path, monkeypatch):
+    """A player other than the opponent: each ratio that the loss sees is over its response's length."""
+    player, train_set, _, run = begin(start, data, tmp_path / "run", loss="ipo", batch=1000, micro_tokens=100_000)
+    pairs, _ = spin.generate(player, train_set, 0, run)
+    spin.score(player, pairs, run)
+    with torch.no_grad():
+        for p in player.parameters():
+            p.mul_(1.01)
+    real = spin.sequence_logps(player, [(p.prompt_ids, p.real_ids) for p in pairs], run)
+    seen = []
+    spy(monkeypatch, losses, "ipo_loss", lambda args, _: seen.append(args[0].tolist()))
+    spin.train(player, pairs, 0, run)
+    expected = [(logp - pair.opponent_real_logp) / len(pair.real_ids) for logp, pair in zip(real, pairs)]
+    assert sorted(seen[0]) == pytest.approx(sorted(expected), abs=1e-5)
+
+
+def test_digest_of_given_pairs():
+    """It changes with either response and with the wins, and with the line, by which --history knows a record."""
+    example = Example("f:1", "p", "r", ["r"], "g", (0.9, 0.1), [1], [2], [3])
+    changes = [{}, {"real_ids": [3]}, {"generated_ids": [2]}, {"wins": (0.9, 0.2)}, {"where": "f:2"}]
+    assert len({digest([dataclasses.replace(example, **change)]) for change in changes}) == len(changes)
+
+
 def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     """It sees the prompt and both texts; --min-win leaves out pairs whose real response it does not think better."""
     (tmp_path / "judge.py").write_text(
+        f"REAL = {[json.loads(line)['response'] for line in data.read_text().splitlines()]}\n"
         "def judge(prompt, responses):\n"
         "    assert len(responses) == 2 and '###' not in prompt\n"
-        "    return [0.9 if prompt < 'n' else 0.4, 0.1]\n"
+        "    return [0.9 if responses[0] in REAL and prompt < 'n' else 0.4, 0.1]\n"
     )
-    options = dict(scorer=tmp_path / "judge.py:judge", loss="sppo", min_win=0.5)
+    options = dict(scorer=tmp_path / "judge.py:judge", loss="sppo", min_win=0.9)
     assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
     _, train_set, _, _ = begin(start, data, tmp_path / "again")
     pairs = rows(tmp_path / "run/pairs-0.jsonl")
@@ -357,6 +383,7 @@ def test_another_scorer_does_not_go_on(start, data, tmp_path, monkeypatch, capsy
         (PAIRS[0] | {"wins": [0.5, 2]}, "field 'wins'"),
         (PAIRS[0] | {"wins": [0.5, 0.5, 0.5]}, "field 'wins'"),
         (PAIRS[0] | {"wins": [0.5, None]}, "field 'wins'"),
+        (PAIRS[0] | {"wins": [0.5, 0.5, None]}, "field 'wins'"),
         (PAIRS[0] | {"generated": "B " * 80}, "needs "),
     ],
 )
@@ -439,6 +466,17 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     assert rows(tmp_path / "run/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     config = json.loads((tmp_path / "run/iterate-1/adapter_config.json").read_text())
     assert config["r"] == 8, "the adapter's own rank holds"
+
+
+def test_self_reinforcement_samples_apart_and_both_responses_must_end(start, data, tmp_path, tuned, monkeypatch):
+    options = dict(adapter=tuned, reinforce=True, eval_data=data, unfinished="drop")
+    player, train_set, _, run = begin(start, data, tmp_path / "run", **options)
+    answers = iter([[([1], True), ([2], False), ([3], True)], [([4], True), ([5], True), ([6], False)]])
+    seeds = []
+    monkeypatch.setattr(spin, "sample", lambda p, examples, run, seed, *a, **k: (seeds.append(seed), next(answers))[1])
+    pairs, counts = spin.reinforce(player, train_set[:3], 0, run)
+    assert [(p.real_ids, p.generated_ids) for p in pairs] == [([1], [4])]
+    assert counts["truncated"] == pytest.approx(2 / 3) and len(set(seeds)) == 2
 
 
 def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):

@@ -339,7 +339,7 @@ def test_options_that_would_change_the_outcome_are_refused(begun, start, data, c
 def test_options_of_memory_and_speed_may_change(begun, start, data, capsys):
     """Another micro-batch, cache and saving interval; the outcome differs by rounding alone, so the run goes on."""
     changes = dict(micro_tokens=100, gen_batch=4, gen_tokens=500, checkpoint=True, save_minutes=5, best="sampled")
-    assert spin.main(small(start, data, **changes)) == 0
+    assert spin.main(small(start, data, precision="auto", **changes)) == 0, "fp32 on a CPU, as it was"
     assert "going on in run: 1 of 2 iterations are finished" in capsys.readouterr().out
     assert json.loads((begun / "run/run.json").read_text())["best"]["metric"] == "sampled"
 
@@ -360,6 +360,11 @@ def test_kept_scores_stay_with_the_responses_they_were_computed_for(start, data,
 def test_data_and_weights_must_be_the_same_wherever_they_are(begun, start, data, capsys):
     moved = shutil.copytree(start, begun / "moved")
     (begun / "words.jsonl").write_text(data.read_text())
+    assert spin.main(small(start, data, eval_data=data)) == 2
+    assert "--data: not the contents" in capsys.readouterr().err, "none of them is held out then"
+    (begun / "judge.py").write_text("def judge(prompt, responses):\n    return [1, 0]\n")
+    assert spin.main(small(start, data, scorer=begun / "judge.py:judge")) == 2
+    assert "--scorer: not the contents" in capsys.readouterr().err
     changed = data.read_text().splitlines(keepends=True)
     (begun / "changed.jsonl").write_text("".join([changed[1], changed[0], *changed[2:]]))
     assert spin.main(small(start, begun / "changed.jsonl")) == 2
@@ -418,6 +423,9 @@ def test_a_finished_run_says_so(start, data, here, capsys):
     capsys.readouterr()
     assert spin.main(small(start, data, iterations=1)) == 0
     assert "run: this run is finished" in capsys.readouterr().out
+    (here / "run/resume").mkdir()  # of a run that died in its last line
+    assert spin.main(small(start, data, iterations=1)) == 0
+    assert tree(here) == before and not (here / "run/resume").exists()
     assert spin.main(small(start, data, iterations=1, seed=7)) == 2
     assert "--seed 7" in capsys.readouterr().err
     assert tree(here) == before
@@ -427,6 +435,25 @@ def test_two_processes_do_not_share_a_directory(begun, start, data, capsys):
     with resume.claimed(begun / "run"):
         assert spin.main(small(start, data)) == 2
     assert "--out run: another process is at work in it" in capsys.readouterr().err
+
+
+def test_what_is_left_of_a_death_in_the_first_write(start, data, here):
+    (here / "run").mkdir()
+    (here / "run/run.json.tmp").write_text("{")
+    assert spin.main(small(start, data, iterations=1)) == 0
+    assert not (here / "run/run.json.tmp").exists()
+
+
+def test_a_trained_player_is_not_trained_again(start, data, here, monkeypatch):
+    """Its state is saved after the last step, however long --save-minutes is; what led to it goes with the iterate."""
+    monkeypatch.setattr(spin, "evaluate", lambda *a, f=spin.evaluate, **k: f(*a, **k) if k["iterate"] < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        spin.main(small(start, data, save_minutes=1000))
+    assert [p.name for p in sorted((here / "run/resume").iterdir())] == ["iterate-0", "iterate-2"]
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(spin, "take_step", None)
+    assert spin.main(small(start, data, save_minutes=1000)) == 0
 
 
 def test_a_process_that_was_there_while_this_one_loaded(start, data, here, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,10 +180,10 @@ def load_function(name: str) -> Callable:
         raise FileNotFoundError(f"--scorer {name}: no such file, expected FILE.py:NAME")
     try:
         spec = importlib.util.spec_from_file_location("scorer", file)
-        module = importlib.util.module_from_spec(spec)
+        sys.modules["scorer"] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
         function = getattr(module, attribute)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ValueError(f"--scorer {name}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ValueError(f"--scorer {name}: {type(function).__name__}, expected a function")

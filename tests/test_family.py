@@ -411,6 +411,8 @@ def test_options_that_contradict_each_other(start, data, tmp_path, capsys, pairs
     assert "broken.py:f: ZeroDivisionError" in error
     argv = flags(start, data, out, adapter="x", reinforce=True, eval_data=data, unfinished="cut")
     assert "--reinforce True: expected no --unfinished cut" in refused(argv, out, capsys)
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
+    assert "SystemExit: 0" in refused(flags(start, data, out, scorer=tmp_path / "exits.py:f"), out, capsys)
     (tmp_path / "empty.py").write_text("number = 3")
     argv = flags(start, data, out, scorer=tmp_path / "empty.py:number")
     assert "empty.py:number: int, expected a function" in refused(argv, out, capsys)

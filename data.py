@@ -64,7 +64,9 @@ def load_examples(path: str | Path, *, pairs: bool = False, prompts_only: bool =
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
         if "chosen" in record:
-            record = record | {"response": record["chosen"], "generated": record.get("rejected")}
+            record = record | {"response": _text(where, record, "chosen")}
+            if pairs:
+                record["generated"] = _text(where, record, "rejected")
         if prompts_only and not {"real", "response"} & record.keys():
             example = Example(where, _text(where, record, "prompt"), "", [])
         else:

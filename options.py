@@ -23,20 +23,9 @@ METRICS = {"nll": -1, "greedy": 1, "sampled": 1, "greedy_error": -1, "sampled_er
 # A run may go on with other values of these: they change where and how fast it runs, and results by rounding alone.
 # What --model, --data and the like name may move; their contents are compared instead.
 CHANGEABLE = (
-    "model",
-    "data",
-    "pairs",
-    "adapter",
-    "scorer",
-    "eval_data",
-    "out",
-    "device",
-    "gen_batch",
-    "gen_tokens",
-    "micro_tokens",
-    "checkpoint",
-)
-CHANGEABLE += ("compile", "best", "save_minutes", "dry_run")
+    "model", "adapter", "data", "pairs", "eval_data", "scorer", "out", "device", "gen_batch", "gen_tokens",
+    "micro_tokens", "checkpoint", "compile", "best", "save_minutes", "dry_run",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

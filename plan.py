@@ -35,6 +35,8 @@ def needs(
     row_tokens: int,
     iterations: int,
     pair_tokens: int,
+    history: bool = False,
+    swapped: bool = False,
 ) -> Needs:
     """Of a run that trains what requires a gradient in `model`, which may lie on the meta device.
 
@@ -42,7 +44,8 @@ def needs(
         optimizer_slots: numbers that the optimizer keeps for each trained one: 2 for AdamW, 1 for RMSProp.
         bf16: frozen weights and the cache are bf16; trained weights are fp32 and are copied to bf16 for generation.
         cache_tokens, batch_size, row_tokens: limits of generation, and the longest prompt with its longest response.
-        pair_tokens: tokens in all pairs of one iteration, at most.
+        pair_tokens: tokens in all pairs of one iteration, at most; with `history` they are kept once more.
+        swapped: the model is on disk once more while another takes its place.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, train in sizes if train)
@@ -59,7 +62,10 @@ def needs(
         trained=trained,
         training=weights + trained * (1 + optimizer_slots) * FP32,
         generation=weights + (trained * itemsize if bf16 else 0) + cache,
-        disk=iterations * (trained * FP32 + pair_tokens * TOKEN) + total * FP32 + 2 * state + pair_tokens * TOKEN,
+        disk=iterations * (trained * FP32 + pair_tokens * TOKEN * (2 if history else 1))
+        + (2 if swapped else 1) * total * FP32
+        + 2 * state
+        + pair_tokens * TOKEN,
     )
 
 

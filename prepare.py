@@ -162,6 +162,8 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
         row_tokens=max(len(e.prompt_ids) for e in examples) + args.max_new_tokens,
         iterations=args.iterations,
         pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
+        history=args.history != "1",
+        swapped=bool(args.alpha and not args.rank),
     )
     return needs, args
 
@@ -213,7 +215,8 @@ def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[l
         encode(examples, tokenizer, args.template.replace(r"\n", "\n"), config.eos_token_id)
         if examples is heldout:
             as_decoded(examples, tokenizer, config.eos_token_id)
-        kept, skipped = fit_context(examples, config.max_position_embeddings, args.max_new_tokens, args.overlong)
+        generated = 0 if args.pairs and examples is train_set else args.max_new_tokens
+        kept, skipped = fit_context(examples, config.max_position_embeddings, generated, args.overlong)
         if skipped:
             print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
         result.append(kept)

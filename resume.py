@@ -7,7 +7,6 @@ iteration, purpose) alone, so it ends as if it had never been stopped.
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -226,50 +225,35 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-@dataclasses.dataclass
 class Signals:
-    """The first SIGTERM or Ctrl-C raises Interrupted, inside `later` only where `check` is called or at its end.
+    """SIGTERM and Ctrl-C are noted; `check`, where a run is in good order, raises the first. A second ends the process.
 
-    A second one ends the process at once.
+    Raising at once, as Python does, might leave C++ code in between or a file half written.
     """
 
-    pending: int = 0  # the signal that came and was not raised yet
-    held: bool = False
+    pending = 0  # the signal that came
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        self.pending, came = 0, 0
+    def noted(self) -> Iterator[None]:
+        self.pending = 0
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            nonlocal came
-            if came:
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.pending:
                 os.write(2, b"\nspin.py: stopped at once; what was saved stays\n")
                 os._exit(128 + number)
-            came = self.pending = number
-            if not self.held:
-                self.check()
+            self.pending = number
 
         main = threading.current_thread() is threading.main_thread()  # others get no signals, and may ask for none
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def later(self) -> Iterator[None]:
-        self.held = True
-        try:
-            yield
-        finally:
-            self.held = False
-        self.check()
-
     def check(self) -> None:
         if self.pending:
-            number, self.pending = self.pending, 0
-            raise Interrupted(number)
+            raise Interrupted(self.pending)
 
 
 SIGNALS = Signals()  # a process has one set of them

@@ -63,7 +63,8 @@ def generate(
             prompts' rows; None: 0, 1, 2, ...
         batch_size: rows at work at a time, at most.
         cache_tokens: tokens that the cache has room for, at most, but one row's at least: bounds the batch too.
-        progress: called with numbers of rows that have finished since the last call, and of their new tokens.
+        progress: called every LOOK steps at least, with numbers of rows that have finished since the last call, and of
+            their new tokens. What it raises ends the generation.
 
     Raises: ValueError naming the argument or the prompt that is at fault; FloatingPointError where logits are NaN.
     """
@@ -84,7 +85,7 @@ def generate(
                 for some in _cut(admitted, prompts):
                     numbers = some if rows is None else [rows[i] for i in some]
                     batch.admit(some, [prompts[i] for i in some], uniforms(seed, numbers, max_new_tokens))
-                batch.run(math.ceil(size * (REFILL if waiting else 1 - SHRINK)))
+                batch.run(math.ceil(size * (REFILL if waiting else 1 - SHRINK)), progress)
                 done = batch.collect()
                 for i, result in done:
                     results[i] = result
@@ -299,7 +300,7 @@ class Batch:
         self._take(hidden[torch.arange(len(prompts), device=device), lengths - 1], rows)
         self.longest = max(self.longest, width)
 
-    def run(self, count: int) -> None:
+    def run(self, count: int, progress: Callable[[int, int], None] | None) -> None:
         """Steps until at least `count` rows have finished, or all."""
         left = max(0, self.running - count)
         while int(self.active.sum()) > left:
@@ -307,6 +308,8 @@ class Batch:
                 self.cache.reach = min(self.cache.room, (self.longest // REACH + 1) * REACH)
                 self._advance()
                 self.longest += 1
+            if progress is not None:
+                progress(0, 0)
 
     def _advance(self) -> None:
         """One step, on CUDA by a graph of it."""

@@ -118,13 +118,7 @@ def play(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: 
 
     A run that was stopped goes on: finished iterates are read, and of the phase it was in, what `kept` holds.
     """
-    rows, kept = resume.read_rows(run.out / "metrics.jsonl"), run.kept(0)
-    start = sample_start(player, heldout, run, kept)
-    if rows:
-        load_iterate(player, rows[-1]["iterate"], run)
-    else:
-        rows.append(evaluate(player, heldout, start, run, iterate=0, kept=kept))
-        finish_iterate(player, rows, [], run)
+    rows, start = begin(player, heldout, run)
     previous = read_pairs(len(rows) - 2, run) if run.args.mix_previous and len(rows) > 1 else []
     for t in range(len(rows) - 1, run.args.iterations):
         opponent = player  # theta_t: nothing below changes it before `train`, and its log-probabilities are kept
@@ -143,14 +137,13 @@ def generate(
     opponent: GPTNeo, examples: list[Example], t: int, run: Run, kept: Path | None = None
 ) -> tuple[list[Pair], report.Row]:
     """The opponent writes one response to every prompt. Returns the pairs worth training on, and counts."""
-    args, began = run.args, time.perf_counter()
+    args = run.args
     how = (args.temperature, args.top_k, args.top_p)
     responses = sample(opponent, examples, run, seed_of(args.seed, t, "generate"), "generate", *how, kept=kept)
     if args.history != "1":
         responses = draw_from_history(examples, responses, t, run)
     pairs = [Pair(e.prompt_ids, e.real_ids, ids, finished) for e, (ids, finished) in zip(examples, responses)]
-    pairs, counts = worth_training(examples, pairs, t, run, kept)
-    return pairs, counts | {"generate_seconds": time.perf_counter() - began}
+    return worth_training(examples, pairs, t, run, kept)
 
 
 def worth_training(
@@ -269,9 +262,9 @@ def pairs_of(
     opponent: GPTNeo, examples: list[Example], t: int, run: Run, kept: Path | None = None
 ) -> tuple[list[Pair], report.Row]:
     """The pairs of an iteration, from where the options say: generated (SPIN), given (DPO), or both sampled."""
-    if run.args.pairs:
-        return given(examples, t, run, kept)
-    return (reinforce if run.args.reinforce else generate)(opponent, examples, t, run, kept)
+    source, began = reinforce if run.args.reinforce else generate, time.perf_counter()
+    pairs, counts = given(examples, t, run, kept) if run.args.pairs else source(opponent, examples, t, run, kept)
+    return pairs, counts | {"generate_seconds": time.perf_counter() - began}
 
 
 def given(examples: list[Example], t: int, run: Run, kept: Path | None = None) -> tuple[list[Pair], report.Row]:
@@ -279,8 +272,7 @@ def given(examples: list[Example], t: int, run: Run, kept: Path | None = None) -
     pairs = [Pair(e.prompt_ids, e.real_ids, e.generated_ids, finished=True) for e in examples]
     for pair, example in zip(pairs, examples):
         pair.real_wins, pair.generated_wins = example.wins
-    pairs, counts = worth_training(examples, pairs, t, run, kept)
-    return pairs, counts | {"generate_seconds": 0.0}
+    return worth_training(examples, pairs, t, run, kept)
 
 
 def reinforce(
@@ -291,14 +283,13 @@ def reinforce(
 
     --scorer and --min-win filter the pairs.
     """
-    args, began = run.args, time.perf_counter()
+    args = run.args
     how, seed = (args.temperature, args.top_k, args.top_p), seed_of(args.seed, t, "generate")
     tuned = sample(player, examples, run, seed, "tuned", *how, kept=kept)
     with lora.lora_disabled(player):
         untuned = sample(player, examples, run, seed_of(args.seed, t, "untuned"), "untuned", *how, kept=kept)
     pairs = [Pair(e.prompt_ids, a, b, end_a and end_b) for e, (a, end_a), (b, end_b) in zip(examples, tuned, untuned)]
-    pairs, counts = worth_training(examples, pairs, t, run, kept)
-    return pairs, counts | {"generate_seconds": time.perf_counter() - began}
+    return worth_training(examples, pairs, t, run, kept)
 
 
 # ---------------------------------------------------------------- its parts
@@ -369,6 +360,7 @@ def sequence_logps(
                     logps.append(response_logps(player, [items[rows[i]] for i in chunk], run))
             result[:, chunk] = torch.cat(logps).view(-1, len(chunk)).cpu()
             bar.update(len(chunk))
+            resume.SIGNALS.check()
         return result.T.tolist()
 
     with bar:
@@ -413,7 +405,7 @@ def fit(
     log = resume.load_training(state, player, optimizer) if state and state.exists() else []
     left = itertools.islice(enumerate(batches), len(log), None)
     bar = tqdm(left, total=steps, initial=len(log), desc=f"train {t}", leave=False, disable=None)
-    with resume.SIGNALS.later():  # a step is finished and saved before a signal ends the run
+    with bar:
         for step, batch in bar:
             optimizer.param_groups[0]["lr"] = nth(args.lr, t) * schedule(step, steps, args.warmup)
             row = take_step(optimizer, [items[i] for i in batch.tolist()], loss_of, run)
@@ -500,6 +492,7 @@ def sample(
         written += tokens
         bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
         bar.update(rows)
+        resume.SIGNALS.check()
 
     def work(rows: range) -> list[tuple[list[int], bool]]:
         bar.n = rows.start
@@ -560,6 +553,18 @@ def sample_start(player: GPTNeo, heldout: list[Example], run: Run, kept: Path | 
     return StartSamples(sequences, sequence_logps(player, sequences, run, "start-logps", kept))
 
 
+def begin(player: GPTNeo, heldout: list[Example], run: Run) -> tuple[list[report.Row], StartSamples]:
+    """The rows of theta_0 and of the iterates that are finished, and the player as the last of them."""
+    rows, kept = resume.read_rows(run.out / "metrics.jsonl"), run.kept(0)
+    start = sample_start(player, heldout, run, kept)
+    if rows:
+        load_iterate(player, rows[-1]["iterate"], run)
+    else:
+        rows.append(evaluate(player, heldout, start, run, iterate=0, kept=kept))
+        finish_iterate(player, rows, [], run)
+    return rows, start
+
+
 def choose(examples: list[Example], t: int, run: Run) -> list[Example]:
     """The examples of iteration t: all, or a fresh random subset of --prompts."""
     count = run.args.prompts or len(examples)
@@ -576,13 +581,7 @@ def sft(player: GPTNeo, train_set: list[Example], heldout: list[Example], run: R
         # over the mean length, a constant: nats a token, every token of equal weight however a batch is cut
         return {"loss": -logps / length}
 
-    rows, kept = resume.read_rows(run.out / "metrics.jsonl"), run.kept(0)
-    start = sample_start(player, heldout, run, kept)
-    if rows:
-        load_iterate(player, rows[-1]["iterate"], run)
-    else:
-        rows.append(evaluate(player, heldout, start, run, iterate=0, kept=kept))
-        finish_iterate(player, rows, [], run)
+    rows, start = begin(player, heldout, run)
     for t in range(len(rows) - 1, run.args.iterations):
         kept = run.kept(t + 1)
         signals = fit(player, choose(train_set, t, run), nll, t, run, kept)
@@ -720,11 +719,12 @@ def fail(error: object, code: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a run that cannot go on, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(resume.SIGNALS.handled())
+        stack.enter_context(resume.SIGNALS.noted())
         stack.enter_context(onednn.products())
         try:
             command, args = parse(sys.argv[1:] if argv is None else argv, __doc__.split("\n\nAlgorithm 1")[0])
             player, train_set, heldout, run = setup(args, command)
+            resume.SIGNALS.check()
             if args.dry_run:
                 print(plan.describe(train_set, heldout, run, *rehearse(player, train_set, run)))
                 return 0

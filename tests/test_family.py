@@ -375,7 +375,8 @@ def test_another_scorer_does_not_go_on(start, data, tmp_path, monkeypatch, capsy
     "record, names",
     [
         ({"prompt": "a", "response": "b"}, "field 'generated' is missing"),
-        ({"prompt": "a", "chosen": "b"}, "field 'generated'"),
+        ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+        ({"prompt": "a", "chosen": [], "rejected": "b"}, "field 'chosen' is list"),
         ({"prompt": "a", "response": "b", "generated": ""}, "field 'generated' is empty"),
         ({"prompt": "a", "response": "b", "generated": 3}, "field 'generated' is int"),
         (PAIRS[2] | {"generated": "x"}, "field 'generated' must be a list"),

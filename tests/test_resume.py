@@ -168,7 +168,8 @@ def test_a_second_signal_ends_the_process_at_once(start, data, here):
 
 def test_a_signal_before_anything_has_begun(start, data, here, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)  # a shell's background processes ignore it
-    monkeypatch.setattr(spin, "setup", lambda *a: signal.raise_signal(signal.SIGINT))
+    setup = spin.setup
+    monkeypatch.setattr(spin, "setup", lambda *a: (signal.raise_signal(signal.SIGINT), setup(*a))[1])
     assert spin.main(small(start, data)) == 130
     assert capsys.readouterr().err == "spin.py: error: stopped by SIGINT\n" and not list(here.iterdir())
     assert signal.getsignal(signal.SIGINT) is before, "handlers are put back"
@@ -584,3 +585,63 @@ def test_shards_are_read_or_computed_but_never_mixed_up(tmp_path):
     (tmp_path / "x-0-3.jsonl").write_text("[0]\n")
     with pytest.raises(OSError, match="holds 1 rows, expected 3"):
         resume.in_shards(tmp_path, "x", 7, 3, work)
+
+
+def spy_on_fsync(monkeypatch, paths):
+    fsync = os.fsync
+
+    def spy(handle):
+        status = os.fstat(handle)
+        paths.append((status.st_dev, status.st_ino))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+
+
+def identity(path):
+    return path.stat().st_dev, path.stat().st_ino
+
+
+def test_content_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    """Synced, renamed, and then the folder that names it: in that order."""
+    calls, replace = [], os.replace
+    spy_on_fsync(monkeypatch, calls)
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("rename"), replace(*a)))
+    resume.write_text(tmp_path / "x", "y")
+    assert calls == [identity(tmp_path / "x"), "rename", identity(tmp_path)]
+
+
+def test_folders_of_iterates_are_synced(start, data, here, monkeypatch):
+    synced = []
+    spy_on_fsync(monkeypatch, synced)
+    assert spin.main(small(start, data)) == 0
+    for name in ("iterate-1", "iterate-2", "final"):
+        assert identity(here / "run" / name) in synced
+
+
+def test_an_option_of_another_version_is_refused(begun, start, data, capsys):
+    path = begun / "run/run.json"
+    record = json.loads(path.read_text())
+    record["args"]["gone"] = 1
+    path.write_text(json.dumps(record))
+    assert spin.main(small(start, data)) == 2
+    assert "--gone None: the run in run began with 1" in capsys.readouterr().err
+
+
+def test_plan_on_hand_computed_numbers(tmp_path, monkeypatch):
+    """A model of 100 parameters, 60 of them trained, 3 iterations of 50 tokens; two layers, one with a window."""
+    config = type("Config", (), dict(hidden_size=8, window_size=4, attention_layers=["global", "local"]))
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Parameter(torch.zeros(60)), torch.nn.Parameter(torch.zeros(40), requires_grad=False)
+    model.config = config
+    settings = dict(optimizer_slots=2, cache_tokens=100, batch_size=5, row_tokens=10, iterations=3, pair_tokens=50)
+    got = plan.needs(model, bf16=False, **settings)
+    cache = 5 * (10 + 4) * 2 * 8
+    assert got[:4] == (100, 60, 400 + 60 * 3 * 4, 400 + cache * 4)
+    assert got.disk == 3 * (240 + 400) + 400 + 2 * 60 * 3 * 4 + 400
+    assert plan.needs(model, bf16=True, **settings)[2:4] == (240 + 80 + 720, 240 + 80 + 120 + cache * 2)
+    more = plan.needs(model, bf16=False, **settings, history=True, swapped=True)
+    assert more.disk == got.disk + 3 * 400 + 400
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    (tmp_path / "x").write_bytes(b"x" * 24)
+    assert plan.disk_left_for(tmp_path) == 1024 and plan.disk_left_for(tmp_path / "none") == 1000

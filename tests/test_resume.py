@@ -645,3 +645,23 @@ def test_plan_on_hand_computed_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     (tmp_path / "x").write_bytes(b"x" * 24)
     assert plan.disk_left_for(tmp_path) == 1024 and plan.disk_left_for(tmp_path / "none") == 1000
+
+
+def test_times_of_the_plan_add_up(start, data, tmp_path):
+    """Token by token: each prompt generated once, scored twice with --alpha, trained on once and then three times."""
+    options = dict(rank=0, alpha=0.5, epochs="1,3", iterations=2, mix_previous=True, eval_limit=4)
+    _, train_set, heldout, run = begin(start, data, tmp_path / "run", **options)
+    text = plan.describe(train_set, heldout, run, {"generate": 0.1, "score": 0.01, "train": 0.02}, peak=2**31)
+    real = sum(len(e.real_ids) for e in train_set)
+    prompts = sum(len(e.prompt_ids) for e in train_set)
+    pair = prompts + 2 * real
+    expected = {
+        "generate": 0.1 * real,
+        "score": 2 * 0.01 * (pair + 2 * pair) / 2,  # pairs of the iteration before from the second on
+        "train": 0.02 * (pair + 3 * 2 * pair) / 2,
+        "evaluate": 2 * 4 * (0.1 * real + 0.01 * (prompts + real)) / len(train_set),
+    }
+    for phase, seconds in expected.items():
+        assert f"{phase} {plan.duration(seconds)}" in text
+    assert f"about {plan.duration(sum(expected.values()))} an iteration" in text
+    assert "about 2.0 GiB of" in text and f"{run.needs.parameters:,} parameters" in text

@@ -719,6 +719,20 @@ def test_bf16_run_keeps_small_updates(start, data, tmp_path):
         assert first["loss"] == pytest.approx(LN2, abs=5e-3)
 
 
+def test_final_model_of_a_bf16_run_keeps_the_fp32_base(start, data, tmp_path):
+    """The adapter is merged into the base as it is on disk, not into the bf16 copy that was trained on."""
+    assert spin.main(flags(start, data, tmp_path / "run", precision="bf16", lr=1e-4)) == 0
+    expected = GPTNeo.from_pretrained(start)
+    lora.load_adapter(expected, tmp_path / "run/iterate-1")
+    lora.merge(expected)
+    lora.remove_lora(expected)
+    final = GPTNeo.from_pretrained(tmp_path / "run/final")
+    for name, parameter in final.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+    wte = final.transformer["wte"].weight
+    assert not torch.equal(wte, wte.bfloat16().float()), "nothing would be lost in bf16: the test would prove nothing"
+
+
 # ---------------------------------------------------------------- help and flags
 
 

@@ -157,9 +157,10 @@ def worth_training(
         for pair in pairs:
             if not pair.finished:
                 pair.real_ids = pair.real_ids[: len(pair.generated_ids)]
-    # A pair of equal responses has margin 0 whatever the player does: no gradient, only cost.
+    # A pair of equal responses has margin 0 whatever the player does: no gradient, only cost. SPPO knows no margin.
     different = [pair for pair in pairs if pair.generated_ids != pair.real_ids]
-    wanted = [p for p in different if (p.finished or args.unfinished != "drop") and p.real_wins >= args.min_win]
+    wanted = pairs if args.loss == "sppo" else different
+    wanted = [p for p in wanted if (p.finished or args.unfinished != "drop") and p.real_wins >= args.min_win]
     if not wanted:
         raise Stopped(f"iteration {t}: no pair is left, all {len(pairs)} were identical, unfinished or below --min-win")
     return wanted, {

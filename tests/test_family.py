@@ -319,6 +319,17 @@ def test_digest_of_given_pairs():
     assert len({digest([dataclasses.replace(example, **change)]) for change in changes}) == len(changes)
 
 
+def test_equal_responses_count_in_sppo_alone(start, data, tmp_path):
+    """Without a margin they have a gradient, towards the mean of the goals, and the closed form above includes them."""
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": "a", "chosen": "B", "rejected": "B"}, {"prompt": "b", "chosen": "B", "rejected": "D"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for loss, count in (("logistic", 1), ("hinge", 1), ("ipo", 1), ("sppo", 2)):
+        _, train_set, _, run = begin(start, None, tmp_path / loss, pairs=path, eval_data=data, loss=loss)
+        pairs, counts = spin.pairs_of(None, train_set, 0, run)
+        assert len(pairs) == counts["pairs"] == count and counts["identical"] == 1
+
+
 def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     """It sees the prompt and both texts; --min-win leaves out pairs whose real response it does not think better."""
     (tmp_path / "judge.py").write_text(

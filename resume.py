@@ -235,8 +235,6 @@ class Signals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        self.pending = 0
-
         def note(number: int, frame: FrameType | None) -> None:
             if self.pending:
                 os.write(2, b"\nspin.py: stopped at once; what was saved stays\n")
@@ -248,6 +246,7 @@ class Signals:
         try:
             yield
         finally:
+            self.pending = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -173,6 +173,7 @@ def test_a_signal_before_anything_has_begun(start, data, here, monkeypatch, caps
     assert spin.main(small(start, data)) == 130
     assert capsys.readouterr().err == "spin.py: error: stopped by SIGINT\n" and not list(here.iterdir())
     assert signal.getsignal(signal.SIGINT) is before, "handlers are put back"
+    resume.SIGNALS.check()  # nothing is pending in a process that goes on
 
 
 # ---------------------------------------------------------------- the disk

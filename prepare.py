@@ -121,7 +121,8 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], list[Example
     train_set, heldout = load_data(args, tokenizer, config)
     scorer = load_function(args.scorer) if args.scorer else None
     needs, args = needs_of(config, args, train_set + heldout, bf16)
-    digests = {"model": digest_of_model(path, args), "data": digest(train_set), "eval-data": digest(heldout)}
+    source = "pairs" if args.pairs else "data"
+    digests = {"model": digest_of_model(path, args), source: digest(train_set), "eval-data": digest(heldout)}
     if args.adapter:
         digests["adapter"] = resume.digest_of_files(sorted(Path(args.adapter).glob("adapter_*")))
     if scorer:

@@ -228,7 +228,7 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """SIGTERM and Ctrl-C are noted; `check`, where a run is in good order, raises the first. A second ends the process.
 
-    Raising at once, as Python does, might leave C++ code in between or a file half written.
+    Raised at once, as Python does, an exception might end in C++ code that is calling Python, which aborts.
     """
 
     pending = 0  # the signal that came

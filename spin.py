@@ -688,12 +688,13 @@ def rehearse(player: GPTNeo, train_set: list[Example], run: Run) -> tuple[dict[s
     Twice: on the longest examples, which take the most memory and warm up, and on those of middle length.
     """
     ordered = sorted(train_set, key=lambda e: e.tokens)
+    room = player.config.max_position_embeddings - max(len(e.prompt_ids) for e in train_set)
     half, size = len(ordered) // 2, max(1, run.micro_tokens // (ordered[-1].tokens + run.args.max_new_tokens))
     changes = dict(iterations=1, epochs=(1,), lr=run.args.lr[:1], beta=run.args.beta[:1], batch=size)
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for examples, new in ((ordered[::-1], 8), (ordered[half:] + ordered[:half], 64)):  # few: prompts would dominate
-            changes["max_new_tokens"] = min(new, run.args.max_new_tokens)
+            changes["max_new_tokens"] = min(new, run.args.max_new_tokens, room)  # prompts of given pairs may fill it
             trial = run._replace(args=dataclasses.replace(run.args, **changes), out=Path(folder))
             some, began = examples[: max(size, run.args.gen_batch)], time.perf_counter()
             written = [ids for ids, _ in sample(player, some, trial, 0, "rehearse", 1.0)]

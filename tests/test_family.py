@@ -336,7 +336,7 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
         f"REAL = {[json.loads(line)['response'] for line in data.read_text().splitlines()]}\n"
         "def judge(prompt, responses):\n"
         "    assert len(responses) == 2 and '###' not in prompt\n"
-        "    return [0.9 if responses[0] in REAL and prompt < 'n' else 0.4, 0.1]\n"
+        "    return [0.9 if responses[0] in REAL and len(prompt) % 2 else 0.4, 0.1]\n"
     )
     options = dict(scorer=tmp_path / "judge.py:judge", loss="sppo", min_win=0.9)
     assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
@@ -344,7 +344,8 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     pairs = rows(tmp_path / "run/pairs-0.jsonl")
     prompts = {tuple(e.prompt_ids): e.prompt for e in train_set}
     assert {p["real_wins"] for p in pairs} == {0.9} and {p["generated_wins"] for p in pairs} == {0.1}
-    assert 0 < len(pairs) and all(prompts[tuple(p["prompt_ids"])] < "n" for p in pairs)
+    odd = [e.prompt for e in train_set if len(e.prompt) % 2]
+    assert len(odd) < len(train_set) and sorted(prompts[tuple(p["prompt_ids"])] for p in pairs) == sorted(odd)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +446,7 @@ def tuned(start, data, tmp_path_factory):
 
 def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, tmp_path, tuned, monkeypatch):
     """Prompts without answers; the better side is sampled with the adapter, the worse one without; the opponent is
-    the tuned model; filtering by a scorer works as in self-play."""
+    the tuned model."""
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines))
@@ -482,6 +483,19 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     assert config["r"] == 8, "the adapter's own rank holds"
 
 
+def test_self_reinforcement_may_be_filtered(start, data, tmp_path, tuned):
+    """The optional filter: pairs are left out whose tuned response the scorer does not think better."""
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompt, responses):\n    return [0.9 if len(prompt) % 2 else 0.4, 0.1]\n"
+    )
+    scorer = f"{tmp_path}/judge.py:judge"
+    options = dict(adapter=tuned, reinforce=True, eval_data=data, scorer=scorer, min_win=0.5)
+    player, train_set, _, run = begin(start, data, tmp_path / "run", **options)
+    pairs, _ = spin.reinforce(player, train_set, 0, run)
+    better = [tuple(e.prompt_ids) for e in train_set if len(e.prompt) % 2]
+    assert 0 < len(better) < len(train_set) and [tuple(p.prompt_ids) for p in pairs] == better
+
+
 def test_self_reinforcement_samples_apart_and_both_responses_must_end(start, data, tmp_path, tuned, monkeypatch):
     options = dict(adapter=tuned, reinforce=True, eval_data=data, unfinished="drop")
     player, train_set, _, run = begin(start, data, tmp_path / "run", **options)
@@ -505,6 +519,10 @@ def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):
     assert spin.main(reinforced) == 0
     printed = capsys.readouterr().out
     assert "3 examples to train on" in printed and "LoRA of rank 8" in printed
+    # a given pair needs no room for generation: its prompt leaves 64 - 50 tokens, the rehearsal would like 30
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "q" * 50, "chosen": "B", "rejected": "D"}) + "\n")
+    options = dict(eval_data=data, dry_run=True, template="{prompt}", max_new_tokens=30)
+    assert spin.main(flags(start, None, tmp_path / "out", pairs=tmp_path / "long.jsonl", **options)) == 0
     assert not (tmp_path / "out").exists()
 
 

@@ -401,6 +401,19 @@ def test_digest_of_the_weights_that_are_read(start, tmp_path):
     assert len(digests) == 2
 
 
+def test_given_pairs_must_be_the_same(start, data, here, monkeypatch, capsys):
+    """The message names the flag that was given."""
+    lines = [json.dumps({"prompt": prompt, "chosen": "B", "rejected": "D"}) for prompt in "ab"]
+    (here / "pairs.jsonl").write_text("\n".join(lines))
+    argv = flags(start, None, "run", pairs="pairs.jsonl", eval_data=data)
+    monkeypatch.setattr(spin, "take_step", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        spin.main(argv)
+    (here / "pairs.jsonl").write_text("\n".join(reversed(lines)))
+    assert spin.main(argv) == 2
+    assert "--pairs: not the contents" in capsys.readouterr().err
+
+
 def test_sft_does_not_go_on_as_spin(begun, start, data, capsys):
     assert spin.main(["sft", *small(start, data, beta=None, mix_previous=None, gen_batch=None)]) == 2
     assert "command 'sft': the run in run began with 'spin'" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """LoRA: trainable low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685), in PEFT's file format.
 
-    add_lora(model, rank=8, alpha=16)        # freezes the model; lora_A and lora_B alone are trained
-    with lora_disabled(model): ...           # inside: exactly the base model
-    save_adapter(model, "adapter")           # PeftModel.from_pretrained(base_model, "adapter") reads it
-    merge(model); remove_lora(model)         # the plain model again, with the update in its weights
+    add_lora(model, rank=8, alpha=16)        # freezes the model; only lora_A and lora_B are trained
+    with lora_disabled(model): ...           # inside, the model is exactly its base model
+    save_adapter(model, "adapter")           # PeftModel.from_pretrained(base_model, "adapter") can load it
+    merge(model); remove_lora(model)         # a plain model again, with the update in its weights
+
+Needs torch and safetensors only; copy this file alone into another code base.
 
 Shapes: in, out = features of the linear layer, r = rank, ... = any leading dimensions.
 """
@@ -24,28 +26,40 @@ from torch import Tensor, nn
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")  # all linear layers of a GPT-Neo block
 
-# The fields of adapter_config.json. One in none of these tables must be null, false, {} or []: load_adapter refuses an
-# option that is not implemented here, it never ignores one.
-HONOURED = {
+# The fields of adapter_config.json. A field in none of these tables must be null, false, {} or []: load_adapter rejects
+# an option that is not implemented here and never ignores one.
+IMPLEMENTED_FIELDS = {  # field: whether a value is valid
     "r": lambda r: type(r) is int and r >= 1,
     "lora_alpha": lambda alpha: type(alpha) in (int, float) and abs(alpha) < 2**31,
     "lora_dropout": lambda dropout: type(dropout) in (int, float) and 0 <= dropout < 1,
     "target_modules": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
 }
-CHECKED = {"peft_type": ["LORA"], "bias": ["none"], "layers_to_transform": [None, []]}
-CHECKED |= {"init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # "pissa" and others change the base weights
-NEUTRAL = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version"}
-NEUTRAL |= {"megatron_config", "megatron_core", "qalora_group_size"}  # without effect unless another field is set
+RESTRICTED_FIELDS = {  # field: the values that need no implementation
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "layers_to_transform": [None, []],
+    "init_lora_weights": [True, False, "gaussian", "orthogonal"],  # "pissa" and others change the base weights
+}
+IRRELEVANT_FIELDS = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode"}
+IRRELEVANT_FIELDS |= {"peft_version", "megatron_config", "megatron_core"}
+IRRELEVANT_FIELDS |= {"qalora_group_size"}  # has no effect unless another field is set
 
 
 class LoRALinear(nn.Module):
     """Linear layer with a low-rank update: y = x W^T + b + (alpha / r) * drop(x) A^T B^T.
 
-    Adopts the weight (out, in) and bias (out) of `linear` under their names. lora_A (r, in) and lora_B (out, r) are
-    fp32 over any base dtype, on the weight's device; casting the model afterwards casts them too.
+    Takes over the Parameters weight (out, in) and bias (out) of `linear` under the same names. lora_A (r, in) and
+    lora_B (out, r) are fp32 for every base dtype, on the weight's device; casting the model later casts them too.
+
+    Args:
+        linear: the base layer, of any float dtype.
+        rank, alpha: r and alpha of the formula.
+        dropout: probability of dropping an input of the update, in training mode only.
+        generator: draws A; None: torch's global generator.
 
     Raises: ValueError if rank < 1 or dropout is outside [0, 1).
-    Source: arXiv 2106.09685, section 4.1. A starts as in loralib and PEFT; B = 0, so the layer starts as its base.
+    Source: arXiv 2106.09685, section 4.1. A is initialised as in loralib and PEFT. B is 0, so that the layer initially
+    computes the same as its base layer.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
@@ -55,9 +69,14 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank = {rank}: must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout}: must be in [0, 1)")
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, alpha / rank, dropout
-        self.enabled, self.training = True, linear.training
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.enabled = True
+        self.training = linear.training
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.register_parameter("base_weight", None)  # the unmerged weight, while merged
@@ -69,6 +88,7 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
+        """Whether `weight` contains the update."""
         return self.base_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,29 +100,33 @@ class LoRALinear(nn.Module):
             return base
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        # The small factors are cast to x's dtype, not x to theirs; the small product is scaled, and the large one is
-        # added to the base as it is made.
+        # For speed, cast the small factors and not x, scale the small product, and let addmm add the large one to base.
         h = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., r)
         lora_B = self.lora_B.to(h.dtype)
         return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), lora_B.t()).view(base.shape)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Yields (dotted name, layer) of every LoRA layer, in the model's order."""
+    """Yields (dotted name, layer) for every LoRA layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
              targets: Collection[str] = DEFAULT_TARGETS,
              generator: torch.Generator | None = None) -> list[str]:  # fmt: skip
-    """Replaces the targeted nn.Linear layers by LoRALinear, freezes everything else, returns the replaced names.
+    """Replaces the targeted nn.Linear layers by LoRALinear and freezes everything else.
 
-    A module is targeted if its dotted name equals a target or ends in "." + target (PEFT's rule for a list). A parent
-    that reads `child.weight` instead of calling the child bypasses the adapter, and hooks on a replaced layer are
-    dropped. `generator` draws every A, on the generator's device and in the model's order.
+    A parent module that reads `child.weight` instead of calling the child bypasses the adapter. Hooks on a replaced
+    layer are lost.
 
-    Raises: ValueError, with the model untouched, if it has LoRA already, if a target matches nothing or matches
-    something other than a plain nn.Linear, or if rank or dropout is out of range.
+    Args:
+        rank, alpha, dropout: as in LoRALinear.
+        targets: a module is targeted if its dotted name equals a target or ends in "." + target, as in PEFT.
+        generator: draws every A, on the generator's device and in the model's order; None: torch's global generator.
+
+    Returns: the dotted names of the replaced layers, in the model's order.
+    Raises: ValueError, with the model unchanged, if it has LoRA layers already, if a target matches no module or one
+    that is not a plain nn.Linear, or if rank or dropout is out of range.
     """
     for name, _ in lora_layers(model):
         raise ValueError(f"{name} has LoRA already: call remove_lora(model) first")
@@ -114,9 +138,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Turns every LoRALinear back into an nn.Linear with the weight it has now: merge first to keep the update.
+    """Replaces every LoRALinear by an nn.Linear with its present weight: call merge first to keep the update.
 
-    The weights stay frozen. The model's own save function now writes an ordinary checkpoint.
+    The weights stay frozen. Afterwards the model's own save function writes an ordinary checkpoint.
     """
     replacements = {}
     for _, layer in lora_layers(model):
@@ -128,7 +152,7 @@ def remove_lora(model: nn.Module) -> None:
 
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is exactly its base model; on leaving, every layer has the flag it had before. Nests."""
+    """Context manager: inside, the model is exactly its base model. Restores each `enabled` flag on exit; nests."""
     previous = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     try:
         for layer, _ in previous:
@@ -141,12 +165,12 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Makes every layer's weight W + (alpha / r) * B A, for inference: A and B get no gradient while merged.
+    """Sets every layer's weight to W + (alpha / r) * B A, for inference: A and B get no gradient while merged.
 
-    The sum is taken in fp32 and rounded once to the weight's dtype: in bf16 an entry's update below 1/512 of the weight
-    is lost. Idempotent; train() and eval() never merge or unmerge. The state dict of a merged model holds the merged
-    `weight` and, beside lora_A and lora_B, `base_weight`: a strict load into a plain or unmerged model refuses it
-    instead of applying the update twice. For a plain model's state dict call remove_lora, too.
+    The sum is computed in fp32 and rounded once to the weight's dtype: in bf16, an update below 1/512 of its weight is
+    lost. Idempotent; train() and eval() never merge or unmerge. The state dict of a merged model holds the merged
+    `weight`, lora_A, lora_B and `base_weight`, so that a strict load into a plain or unmerged model fails instead of
+    applying the update twice. Call remove_lora too to get the state dict of a plain model.
     """
     for _, layer in lora_layers(model):
         if layer.merged:
@@ -154,23 +178,25 @@ def merge(model: nn.Module) -> None:
         with torch.autocast(layer.weight.device.type, enabled=False):
             update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())  # (out, in)
         layer.base_weight = layer.weight
-        # A new Parameter: the old one may be tied to another module, such as the token embedding.
+        # A new Parameter, because the old one may be tied to another module, such as the token embedding.
         layer.weight = nn.Parameter((layer.weight + update).to(layer.weight.dtype), requires_grad=False)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts back the very Parameters that merge set aside, and with them their ties to other modules. Idempotent."""
+    """Restores the Parameters that merge replaced, with their ties to other modules. Idempotent."""
     for _, layer in lora_layers(model):
         if layer.merged:
-            layer.weight, layer.base_weight = layer.base_weight, None
+            layer.weight = layer.base_weight
+            layer.base_weight = None
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, in PEFT's layout, into folder `path`.
+    """Writes adapter_model.safetensors and adapter_config.json, in PEFT's format, into folder `path`.
 
-    Each file appears whole or not at all; the pair cannot be replaced as one, so give every adapter its own folder.
+    Each file is replaced atomically, but not the two together: give every adapter its own folder.
 
-    Raises: ValueError if there are no LoRA layers, or if they differ in rank, alpha or dropout.
+    Raises: ValueError if there are no LoRA layers or they differ in rank, alpha or dropout; OSError naming the file if
+    it cannot be written.
     """
     layers = dict(lora_layers(model))
     options = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
@@ -178,28 +204,29 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name
         raise ValueError(f"expected LoRA layers of one (rank, alpha, dropout), found {sorted(options)}")
     config = {"peft_type": "LORA", "base_model_name_or_path": base_model_name_or_path, "target_modules": list(layers)}
     config |= zip(("r", "lora_alpha", "lora_dropout"), options.pop(), strict=True)
-    tensors = {_key(name, "lora_A"): layer.lora_A.detach().cpu().contiguous() for name, layer in layers.items()}
-    tensors |= {_key(name, "lora_B"): layer.lora_B.detach().cpu().contiguous() for name, layer in layers.items()}
+    tensors = {_tensor_key(name, "lora_A"): layer.lora_A.detach().cpu().contiguous() for name, layer in layers.items()}
+    tensors |= {_tensor_key(name, "lora_B"): layer.lora_B.detach().cpu().contiguous() for name, layer in layers.items()}
     Path(path).mkdir(parents=True, exist_ok=True)
-    _write(Path(path, "adapter_model.safetensors"), save(tensors, metadata={"format": "pt"}))
-    _write(Path(path, "adapter_config.json"), json.dumps(config, indent=2).encode())
+    _write_atomically(Path(path, "adapter_model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    _write_atomically(Path(path, "adapter_config.json"), json.dumps(config, indent=2).encode())
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads an adapter that save_adapter or PEFT wrote, adding the LoRA layers if the model has none.
+    """Loads an adapter that save_adapter or PEFT wrote. Adds LoRA layers if the model has none.
 
-    Layers already there must agree in rank, alpha and names, and keep their dropout.
+    Existing LoRA layers must have the same rank, alpha and names; they keep their dropout.
 
-    Raises, with the model untouched: FileNotFoundError; RuntimeError if the model is merged; ValueError naming the
-    file if it is damaged, sets an option that is not implemented here, or does not fit the model.
+    Raises, with the model unchanged: FileNotFoundError; RuntimeError if the model is merged; ValueError naming the
+    file if it is damaged, sets an option that is not implemented here, or does not match the model.
     """
-    config, file = _read_config(Path(path, "adapter_config.json")), Path(path, "adapter_model.safetensors")
+    config = _read_config(Path(path, "adapter_config.json"))
+    file = Path(path, "adapter_model.safetensors")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged, or not a safetensors file ({error})") from error
-    rank, alpha, dropout, targets = (config[field] for field in HONOURED)
-    existing, expected = dict(lora_layers(model)), {}
+    rank, alpha, dropout, targets = (config[field] for field in IMPLEMENTED_FIELDS)
+    existing = dict(lora_layers(model))
     for name, layer in existing.items():
         if layer.merged:
             raise RuntimeError(f"cannot load an adapter while {name} is merged: call unmerge(model) first")
@@ -209,11 +236,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         layers = existing or _find_targets(model, targets)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    expected: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        expected |= {_key(name, "lora_A"): (rank, layer.in_features), _key(name, "lora_B"): (layer.out_features, rank)}
+        expected[_tensor_key(name, "lora_A")] = (rank, layer.in_features)
+        expected[_tensor_key(name, "lora_B")] = (layer.out_features, rank)
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != expected:  # a wrong shape counts as missing and as unexpected
-        missing, unexpected = expected.items() - found.items(), found.items() - expected.items()
+    if found != expected:  # a tensor of a wrong shape is both missing and unexpected
+        missing = expected.items() - found.items()
+        unexpected = found.items() - expected.items()
         raise ValueError(f"{file}: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
     if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors.values()):
         raise ValueError(f"{file}: holds other numbers than floating-point ones of 16 bits or more")
@@ -221,11 +251,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         add_lora(model, rank, alpha, dropout, targets)
     with torch.no_grad():
         for name, layer in lora_layers(model):
-            layer.lora_A.copy_(tensors[_key(name, "lora_A")])
-            layer.lora_B.copy_(tensors[_key(name, "lora_B")])
+            layer.lora_A.copy_(tensors[_tensor_key(name, "lora_A")])
+            layer.lora_B.copy_(tensors[_tensor_key(name, "lora_B")])
 
 
 def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Linear | LoRALinear]:
+    """The targeted layers by dotted name, in the model's order. Raises: ValueError as add_lora."""
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets = {targets!r}: must be a list of module names, not empty")
     modules = dict(model.named_modules())
@@ -234,7 +265,7 @@ def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Li
         if not names:
             raise ValueError(f"target {target!r} matches no module of {type(model).__name__}")
         for name in names:
-            # No subclass: nn.MultiheadAttention's out_proj is one, and its weight is read without calling it.
+            # A subclass is rejected: nn.MultiheadAttention reads the weight of its out_proj without calling it.
             if type(modules[name]) not in (nn.Linear, LoRALinear):
                 raise ValueError(f"target {name!r} is a {type(modules[name]).__name__}, not a plain nn.Linear")
     found = {name for names in matches.values() for name in names}
@@ -242,17 +273,20 @@ def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Li
 
 
 def _replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a shared layer comes once for each name
+    """Replaces each key by its value, under every name it has in the model."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a shared layer appears under each name
         if module in replacements:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, replacements[module])
 
 
-def _key(name: str, part: str) -> str:
+def _tensor_key(name: str, part: str) -> str:
+    """PEFT's key for `part`, lora_A or lora_B, of the layer with this dotted name."""
     return f"base_model.model.{name}.{part}.weight"
 
 
-def _write(file: Path, content: bytes) -> None:
+def _write_atomically(file: Path, content: bytes) -> None:
+    """Writes under a temporary name, syncs and renames. Raises: OSError naming the file."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -260,21 +294,22 @@ def _write(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except OSError as error:  # a full disk names no file
+    except OSError as error:  # the error of a full disk does not name the file
         temporary.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot be written ({error})") from None
 
 
 def _read_config(file: Path) -> dict[str, Any]:
+    """Reads adapter_config.json. Raises: FileNotFoundError; ValueError naming the file and the unsupported field."""
     try:
-        config = dict.fromkeys((*HONOURED, "peft_type")) | json.loads(file.read_bytes())
+        config = dict.fromkeys((*IMPLEMENTED_FIELDS, "peft_type")) | json.loads(file.read_bytes())
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from error
     for field, value in config.items():
-        if field in HONOURED:
-            supported = HONOURED[field](value)
+        if field in IMPLEMENTED_FIELDS:
+            supported = IMPLEMENTED_FIELDS[field](value)
         else:
-            supported = field in NEUTRAL or value in CHECKED.get(field, [None, False, {}, []])
+            supported = field in IRRELEVANT_FIELDS or value in RESTRICTED_FIELDS.get(field, [None, False, {}, []])
         if not supported:
             raise ValueError(f"{file}: {field} = {value!r} is not supported")
     return config

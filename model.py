@@ -1,16 +1,16 @@
 """GPT-Neo from scratch: the model and its weights on disk.
 
-Needs torch and safetensors only (which wants numpy to save); copy this file alone into another code base.
+Needs torch and safetensors only (safetensors needs numpy to save); copy this file alone into another code base.
 
-What sets GPT-Neo apart from GPT-2, and is easily got wrong:
+Where GPT-Neo differs from GPT-2, and mistakes are easy:
 - attention scores are NOT divided by sqrt(head size);
-- layers alternate between global attention and local attention, where a position sees the last
-  `window_size` positions, itself included;
-- q, k and v have no bias, the output projection has one;
-- positions are learned, the activation is gelu_new (tanh), the head is tied to the token embedding.
+- layers alternate between global attention and local attention, in which a position sees the last `window_size`
+  positions, itself included;
+- q, k and v have no bias, the output projection has one.
+As in GPT-2, positions are learned, the activation is gelu_new (tanh) and the head is tied to the token embedding.
 
-Module attributes bear the names of the hub's state-dict keys and config fields those of config.json, so
-loading is strict and there is no table of renames.
+Module attributes have the names of the state-dict keys on the hub, and config fields those of config.json. Loading is
+therefore strict and needs no table of renames.
 
 Shapes: B rows, T tokens, D hidden size, H heads, K head size, V vocabulary.
 Source: github.com/EleutherAI/gpt-neo (Black et al., 2021); checked against transformers' GPTNeoForCausalLM.
@@ -39,15 +39,19 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Keys of hub checkpoints that hold no parameter: causal-mask buffers, and the head when tied to `wte`.
-HEAD = "transformer.wte.weight"  # tied: the token embedding is the language-model head
+HEAD = "transformer.wte.weight"  # the language-model head is tied to the token embedding
+HEAD_MULTIPLE = 64  # rows of the padded head; products with GPT-Neo's 50257 rows may be slow on a GPU
+# Keys of hub checkpoints that hold no parameter: causal-mask buffers and the tied head.
 IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "lm_head.weight")
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits and integers would need scales
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit and integer weights need scales
 
 
 @dataclass(frozen=True)
 class GPTNeoConfig:
-    """The fields of config.json that decide what the model computes; defaults as in transformers."""
+    """The fields of config.json that define the computation, with the defaults of transformers.
+
+    Raises: ValueError naming the field that has an unsupported value.
+    """
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
@@ -70,9 +74,11 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
         for name in sizes:
-            most = 1024 if name == "num_layers" else 2**24  # what no model has; more could not be laid out in no time
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected an integer from 1 to {most}")
+            limit = 1024 if name == "num_layers" else 2**24  # Sanity bound: a huge value would stall the parser.
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= limit:
+                raise ValueError(
+                    f"config field {name} = {getattr(self, name)!r}: expected an integer from 1 to {limit}"
+                )
         for name in ("embed_dropout", "attention_dropout", "resid_dropout"):
             if type(getattr(self, name)) not in (int, float) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in [0, 1)")
@@ -99,7 +105,7 @@ class GPTNeoConfig:
 
     @property
     def attention_layers(self) -> list[str]:
-        """The kind of attention of each layer, `attention_types` written out (as far as one layer too many)."""
+        """The kind of attention of each layer: `attention_types` expanded, cut after num_layers + 1 entries."""
         try:
             rounds = ((kinds, range(repeats if len(kinds) else 0)) for kinds, repeats in self.attention_types)
             return list(islice((kind for kinds, times in rounds for _ in times for kind in kinds), self.num_layers + 1))
@@ -108,7 +114,7 @@ class GPTNeoConfig:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "GPTNeoConfig":
-        """Reads config.json. Raises ValueError naming the file and the field that is not supported."""
+        """Reads a config.json. Raises: FileNotFoundError; ValueError naming the file and the unsupported field."""
         raw = _read_json(Path(path))
         if raw.get("model_type") != "gpt_neo":
             raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'gpt_neo'")
@@ -119,20 +125,26 @@ class GPTNeoConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> str:
-        """The text of a config.json that transformers reads too."""
+        """The text of a config.json, which transformers can read too."""
         head = {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo"}
         return json.dumps(head | asdict(self) | {"attention_layers": self.attention_layers}, indent=2) + "\n"
 
 
-# Given a layer's number and its new keys and values (B, H, T, K), returns all that the new tokens may attend to.
-Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Takes a layer's index and its new keys and values (B, H, T, K); returns the keys and values to attend to.
+CacheUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0) -> Tensor:
-    """Causal attention to the last `window` positions, itself included: (B, H, T, K) -> (B, H, T, K), scores unscaled.
+    """Causal attention to the last `window` positions, itself included, with unscaled scores.
 
-    In blocks of `window` queries, each against its own block of keys and the one before: time and memory grow with T
-    times window, and the only mask is (window, 2 window).
+    Works in blocks of `window` queries, each of which attends to its own block of keys and the one before. Time and
+    memory grow with T * window, and the only mask has shape (window, 2 * window).
+
+    Args:
+        q, k, v: (B, H, T, K).
+        dropout: probability of dropping an attention weight.
+
+    Returns: (B, H, T, K).
     """
     B, H, T, K = q.shape
     blocks = -(-T // window)
@@ -156,7 +168,9 @@ class GPTNeoSelfAttention(nn.Module):
     def __init__(self, config: GPTNeoConfig, layer: int) -> None:
         super().__init__()
         D = config.hidden_size
-        self.layer, self.num_heads, self.dropout = layer, config.num_heads, config.attention_dropout
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
         local = config.attention_layers[layer] == "local"
         self.window = config.window_size if local else config.max_position_embeddings
         self.k_proj = nn.Linear(D, D, bias=False)
@@ -165,10 +179,10 @@ class GPTNeoSelfAttention(nn.Module):
         self.out_proj = nn.Linear(D, D)
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, remember: Remember | None) -> Tensor:
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, K)
-        if remember is not None:
-            k, v = remember(self.layer, k, v)
+    def forward(self, x: Tensor, mask: Tensor | None, update_cache: CacheUpdate | None) -> Tensor:
+        q, k, v = (self._split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, K)
+        if update_cache is not None:
+            k, v = update_cache(self.layer, k, v)
         dropout = self.dropout * self.training
         if mask is None and self.window < x.shape[1]:
             y = local_attention(q, k, v, self.window, dropout)
@@ -178,12 +192,12 @@ class GPTNeoSelfAttention(nn.Module):
             )
         return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class GPTNeoAttention(nn.Module):
-    """Exists for the hub's key `attn.attention.*` alone."""
+    """Exists only because the hub's keys contain `attn.attention.*`."""
 
     def __init__(self, config: GPTNeoConfig, layer: int) -> None:
         super().__init__()
@@ -211,8 +225,8 @@ class GPTNeoBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, remember: Remember | None) -> Tensor:
-        x = x + self.attn.attention(self.ln_1(x), mask, remember)
+    def forward(self, x: Tensor, mask: Tensor | None, update_cache: CacheUpdate | None) -> Tensor:
+        x = x + self.attn.attention(self.ln_1(x), mask, update_cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -222,7 +236,8 @@ class GPTNeo(nn.Module):
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: keep each block's input only for the backward pass, and run it once more
+        self.checkpointing = False  # True: save only the input of each block and run it again in the backward pass
+        self._padded_head: Tensor | None = None  # (V + head_padding_rows, D), see head_padding_rows
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -233,74 +248,105 @@ class GPTNeo(nn.Module):
             }
         )
 
-    def forward(self, input_ids: Tensor, segments: Tensor | None = None, remember: Remember | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, segments: Tensor | None = None, update_cache: CacheUpdate | None = None
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: (B, T) int64.
-            segments: (B, T) int64. Tokens see what is before them in segment 0 and in their own segment: 0 is the text
-                itself, or a prompt; 1, 2, ... are continuations of it that do not see each other; -1 is padding, on
-                any side. A token's learned position is the number of tokens that it sees before it. None: all is
-                segment 0 (padding on the right needs no mention, since no real token can see it).
-            remember: is shown every layer's keys and values (B, H, T, K), for a cache, and must return them.
+            segments: (B, T) int64. A token sees the tokens before it in segment 0 and in its own segment. Segment 0 is
+                the text, or a prompt; 1, 2, ... are continuations of it that do not see each other; -1 is padding, on
+                either side. A token's learned position is the number of tokens that it sees before it. None: every
+                token is in segment 0 (correct with padding on the right too, which no real token can see).
+            update_cache: is called with each layer's keys and values (B, H, T, K), to cache them; must return them.
 
-        Returns: (B, T, D) in the model's dtype; rows at padding are finite and meaningless.
-        Raises: ValueError where a row is longer than max_position_embeddings.
+        Returns: (B, T, D) in the model's dtype; finite but meaningless at padding.
+        Raises: ValueError if a row has more than max_position_embeddings tokens.
         """
         if segments is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             masks: dict[str, Tensor | None] = {"global": None, "local": None}
         else:
-            positions, masks = self._tree(segments)
+            positions, masks = self._positions_and_masks(segments)
         limit = self.config.max_position_embeddings
         if input_ids.shape[1] > limit and int(positions.max()) >= limit:
             raise ValueError(f"{int(positions.max()) + 1} tokens in a row: max_position_embeddings is {limit}")
-        return self._blocks(input_ids, positions, masks, remember)
+        return self._run_blocks(input_ids, positions, masks, update_cache)
 
-    def decode(self, tokens: Tensor, positions: Tensor, masks: dict[str, Tensor], remember: Remember) -> Tensor:
-        """Hidden states (B, D) of one more token a row, after tokens whose keys and values are known.
+    def decode(self, tokens: Tensor, positions: Tensor, masks: dict[str, Tensor], update_cache: CacheUpdate) -> Tensor:
+        """Hidden states of one new token per row; the keys and values of the tokens before it are cached.
 
         Args:
             tokens: (B,) int64.
-            positions: (B,), the learned position of each, below max_position_embeddings.
-            masks: for each kind of layer, "global" and "local", (B, 1, 1, S), True where attention is allowed.
-            remember: takes a layer's keys and values of the new tokens (B, H, 1, K), returns all S of them.
-        """
-        return self._blocks(tokens[:, None], positions[:, None], masks, remember)[:, 0]
+            positions: (B,) int64, the learned position of each token, below max_position_embeddings.
+            masks: "global" and "local" -> (B, 1, 1, S) bool, True where layers of this kind may attend.
+            update_cache: takes a layer's keys and values of the new tokens, (B, H, 1, K), returns all, (B, H, S, K).
 
-    def _blocks(
-        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Tensor | None], remember: Remember | None
+        Returns: (B, D) in the model's dtype.
+        """
+        return self._run_blocks(tokens[:, None], positions[:, None], masks, update_cache)[:, 0]
+
+    def _run_blocks(
+        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Tensor | None], update_cache: CacheUpdate | None
     ) -> Tensor:
         wte, wpe, drop, h, ln_f = self.transformer.values()
         x = drop(wte(input_ids) + wpe(positions))
         for block in h:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, masks[block.kind], remember, use_reentrant=False)
+                x = checkpoint(block, x, masks[block.kind], update_cache, use_reentrant=False)
             else:
-                x = block(x, masks[block.kind], remember)
+                x = block(x, masks[block.kind], update_cache)
         return ln_f(x)
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D): the weight whose product with `hidden` gives logits, for a fused kernel."""
+        """(V, D): the weight of the language-model head, for a fused kernel. logits = hidden @ head_weight.T."""
         return self.transformer["wte"].weight
+
+    @property
+    def head_padding_rows(self) -> int:
+        """How many rows of zeros follow head_weight in its storage, so that a fused kernel may multiply aligned shapes.
+
+        from_pretrained creates them, up to a multiple of HEAD_MULTIPLE rows in total. 0 if head_weight is anything
+        else than the first V rows of the tensor created there, as after a move, a cast, a copy or a swap of `.data`.
+        """
+        weight, padded = self.head_weight, self._padded_head
+        if padded is None or weight.data_ptr() != padded.data_ptr():
+            return 0
+        # The model holds `padded`, so no other storage can have its address; a view of it may still differ in layout.
+        original = padded[: self.config.vocab_size]
+        layouts = ((t.shape, t.stride(), t.dtype, t.device) for t in (weight, original))
+        return len(padded) - len(original) if len(set(layouts)) == 1 else 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPTNeo":
+        """nn.Module's hook behind .to() and casts: also frees the padded head if it is no longer in use."""
+        super()._apply(fn, recurse)
+        if not self.head_padding_rows:
+            self._padded_head = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle of the model must not carry a second copy of the head."""
+        return super().__getstate__() | {"_padded_head": None}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
 
-    def _tree(self, segments: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def _positions_and_masks(self, segments: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Positions (B, T), and for each kind of layer a mask (B, 1, T, T), True where attention is allowed."""
-        slot = torch.arange(segments.shape[1], device=segments.device)
-        mine, other = segments[:, :, None], segments[:, None]
-        seen = (slot <= slot[:, None]) & ((other == mine) | (other == 0) & (mine > 0))
+        index = torch.arange(segments.shape[1], device=segments.device)
+        own = segments[:, :, None]
+        other = segments[:, None]
+        seen = (index <= index[:, None]) & ((other == own) | (other == 0) & (own > 0))
         positions = seen.sum(2) - 1
         near = positions[:, :, None] - positions[:, None] < self.config.window_size
-        # padding sees padding; its position must not count, and may lie beyond the last
+        # Padding sees padding. Its position is meaningless and may exceed the limit, so it is set to 0.
         return positions.masked_fill(segments < 0, 0), {"global": seen[:, None], "local": (seen & near)[:, None]}
 
     def init_weights(self, generator: torch.Generator | None = None) -> "GPTNeo":
-        """Random weights for training from scratch: N(0, initializer_range), biases 0, norms 1."""
+        """Random weights for training from scratch: N(0, initializer_range), biases 0, norms 1. Returns the model."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range, generator=generator)
@@ -312,44 +358,48 @@ class GPTNeo(nn.Module):
     def from_pretrained(
         cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "GPTNeo":
-        """Loads a directory of hub layout, in evaluation mode.
+        """Loads a model from a directory in the hub's layout, in evaluation mode.
 
-        Reads config.json and the first of WEIGHT_FILES that is there. Each tensor goes to `device` and `dtype` as
-        it is read, so no second copy of the model exists. No pickle is executed (`weights_only=True`).
+        Reads config.json and the first of WEIGHT_FILES that exists. Each tensor is moved to `device` and `dtype` when
+        it is read, so there is never a second copy of the model. Pickles run no code (`weights_only=True`).
 
-        Raises: FileNotFoundError without a config or weights; ValueError naming the file for a config that is not
-        supported, a damaged file, or keys and shapes that do not fit.
+        Raises: FileNotFoundError if the config or the weights are missing; ValueError naming the file if the config is
+        not supported, a file is damaged, or keys and shapes do not match the config.
         """
         path = Path(path)
         config = GPTNeoConfig.from_json(path / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        state, shapes = {}, {key: tensor.shape for key, tensor in model.state_dict().items()}
+        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        state: dict[str, Tensor] = {}
         for file in weight_files(path):
-            for key, tensor in _tensors(file, device):
+            for key, tensor in _read_tensors(file, device):
                 if key.endswith(IGNORED_KEYS):
                     continue
                 if key in state:
                     raise ValueError(f"{file}: holds {key}, and so does a file before it")
                 if tensor.dtype not in WEIGHT_DTYPES:
                     raise ValueError(f"{file}: {key} is {tensor.dtype}, expected one of {WEIGHT_DTYPES}")
-                # what does not fit may be of any size: it is left as it lies in the file, and named below
+                # A tensor of a wrong shape may be huge: it is not converted, and _check_fit names it below.
                 state[key] = tensor.to(device, dtype) if tensor.shape == shapes.get(key) else tensor
         _check_fit(path, state, model)
-        state[HEAD] = _with_padding(state[HEAD])
+        if config.vocab_size % HEAD_MULTIPLE:
+            model._padded_head = _with_padding(state[HEAD])
+            state[HEAD] = model._padded_head[: config.vocab_size]
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
 
     @torch.no_grad()
     def load_weights(self, path: str | os.PathLike) -> None:
-        """Overwrites the weights by those of a directory of hub layout, one tensor at a time: no second model exists.
+        """Overwrites the weights in place by those of a directory in the hub's layout, one tensor at a time.
 
-        Raises as from_pretrained; where it does, some tensors may be overwritten already.
+        Raises: as from_pretrained. Some tensors may have been overwritten by then.
         """
-        path, own = Path(path), {key: tensor.detach() for key, tensor in self.state_dict().items()}
+        path = Path(path)
+        own = {key: tensor.detach() for key, tensor in self.state_dict().items()}
         read = set()
         for file in weight_files(path):
-            for key, tensor in _tensors(file, "cpu"):
+            for key, tensor in _read_tensors(file, "cpu"):
                 if key in own and own[key].shape == tensor.shape:
                     own[key].copy_(tensor)
                     read.add(key)
@@ -357,10 +407,12 @@ class GPTNeo(nn.Module):
             raise ValueError(f"{path}: no tensor of the right shape for {sorted(own.keys() - read)[0]}")
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes config.json and model.safetensors; transformers loads them with no key missing or unexpected.
+        """Writes config.json and model.safetensors. transformers loads them with no missing or unexpected key.
 
-        Each file is written under a temporary name, synced and renamed. Raises ValueError where the module holds
-        other parameters than GPT-Neo's (adapters: merge and remove them first), OSError where they cannot be written.
+        Each file is written under a temporary name, synced and renamed.
+
+        Raises: ValueError if the module has parameters that GPT-Neo does not have (merge and remove adapters first);
+        OSError if a file cannot be written.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -368,27 +420,29 @@ class GPTNeo(nn.Module):
             expected = GPTNeo(self.config)
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
         _check_fit(path, state, expected)
-        config, weights = path / "config.json.tmp", path / "model.safetensors.tmp"
+        config = path / "config.json.tmp"
+        weights = path / "model.safetensors.tmp"
         try:
             config.write_text(self.config.to_json())
             save_file(state, weights, metadata={"format": "pt"})
-            weights.chmod(config.stat().st_mode)  # safetensors lets the owner alone read it, whatever the umask
+            weights.chmod(config.stat().st_mode)  # safetensors ignores the umask and lets only the owner read
             for temporary in (weights, config):
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, temporary.with_suffix(""))
         except (OSError, SafetensorError) as error:
-            for temporary in (weights, config):  # a full disk should not stay so
+            for temporary in (weights, config):  # free the space again: the disk may be full
                 temporary.unlink(missing_ok=True)
             raise OSError(f"{path}: the model cannot be written ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():  # nor a pipe, which might never end
+    """Reads a JSON object. Raises: FileNotFoundError; ValueError naming the file."""
+    if not path.is_file():  # a pipe is not accepted: reading it might never end
         raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not text, not JSON, a number or a nesting too long to read
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number or nesting beyond Python's limits
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -396,7 +450,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of the model in directory `path`."""
+    """The weight files of the model in directory `path`: one file, or all shards that its index names.
+
+    Raises: FileNotFoundError if a file is missing; ValueError naming the index if it is damaged.
+    """
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{path}: no weights, expected one of {', '.join(WEIGHT_FILES)}")
@@ -407,26 +464,26 @@ def weight_files(path: Path) -> list[Path]:
         raise ValueError(f"{found}: expected a 'weight_map' from tensor names to file names")
     shards = sorted(set(names.values()))
     for name in shards:
-        if Path(name).name != name:  # an index from a stranger must not read outside its own directory
+        if Path(name).name != name:  # an untrusted index must not read outside its directory
             raise ValueError(f"{found}: shard name {name!r} is not a plain file name")
         if not (path / name).is_file():
             raise FileNotFoundError(f"{found}: shard {name!r} is missing")
     return [path / name for name in shards]
 
 
-def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yields the (name, tensor) pairs of one weight file, each read when asked for."""
+def _read_tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yields the (name, tensor) pairs of one weight file, each read on demand. Raises: ValueError naming the file."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt", device=str(device)) as reader:
                 for key in reader.keys():  # noqa: SIM118 - a safetensors reader, not a dict
                     yield key, reader.get_tensor(key)
         else:
-            # mmap keeps the file out of memory; only the zip format (torch >= 1.6) can be mapped
-            with warnings.catch_warnings():  # of what is refused in the same breath
-                warnings.simplefilter("ignore")
+            # mmap avoids a copy in memory; only the zip format (torch >= 1.6) can be mapped.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Silence warnings about files that are rejected below.
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            if not isinstance(state, dict) or not all(_is_stored(key, tensor) for key, tensor in state.items()):
+            if not isinstance(state, dict) or not all(_is_stored_in_full(key, tensor) for key, tensor in state.items()):
                 raise ValueError("no state dict of tensors")
             yield from state.items()
     except torch.OutOfMemoryError:
@@ -434,13 +491,15 @@ def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tens
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"{file}: damaged or not a weight file ({first_line})") from None
-    except Exception as error:  # torch.load refuses with pickle.UnpicklingError, EOFError, KeyError and others
+    except Exception as error:  # torch.load raises UnpicklingError, EOFError, KeyError and others
         raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
 
 
-def _is_stored(key: Any, tensor: Any) -> bool:
-    """Whether a pickled pair is a name and a tensor whose every element is in the file: expanded, sparse and meta
-    tensors may claim any size."""
+def _is_stored_in_full(key: Any, tensor: Any) -> bool:
+    """Whether a pickled pair is a name and a tensor with every element in the file.
+
+    Expanded, sparse and meta tensors are rejected because a small file may declare them with any size.
+    """
     return (
         isinstance(key, str)
         and isinstance(tensor, Tensor)
@@ -450,21 +509,15 @@ def _is_stored(key: Any, tensor: Any) -> bool:
 
 
 def _with_padding(weight: Tensor) -> Tensor:
-    """The same (V, D), but followed in memory by rows of zeros up to a multiple of 64.
-
-    Matrix products with V = 50257 rows may be slow on a GPU; a kernel that looks for the padding can take all 50304.
-    State dicts and files do not see it; moving or casting the module drops it.
-    """
+    """(V, D) -> a copy with rows of zeros behind it, up to a multiple of HEAD_MULTIPLE rows."""
     V, D = weight.shape
-    if V % 64 == 0:
-        return weight
-    storage = weight.new_zeros((V + 63) // 64 * 64, D)
-    storage[:V] = weight
-    return storage[:V]
+    padded = weight.new_zeros(-(-V // HEAD_MULTIPLE) * HEAD_MULTIPLE, D)
+    padded[:V] = weight
+    return padded
 
 
 def _check_fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
-    """Raises ValueError naming the first keys or shapes in which `state` differs from `model`."""
+    """Raises ValueError naming the first three keys or shapes in which `state` differs from `model`."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]

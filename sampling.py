@@ -1,13 +1,15 @@
-"""Batched generation: ragged prompts in, sampled ids and their log-probabilities out.
+"""Batched sampling of responses: ragged prompts in, token ids and their log-probabilities out.
 
-Needs torch only. Works with any model that offers what model.GPTNeo does: `model(input_ids, remember=...)`,
-`model.decode(tokens, positions, masks, remember)`, `model.logits(hidden)`, `model.head_weight` and `model.config`.
+Needs torch only; copy this file alone into another code base. Works with any model that has the interface of
+model.GPTNeo: `model(input_ids, update_cache=...)`, `model.decode(tokens, positions, masks, update_cache)`,
+`model.logits(hidden)`, `model.head_weight` and `model.config`.
 
-Every row at work has a slot of a preallocated cache. Where a row has finished, the next prompt takes its slot at once,
-so the batch stays full until no prompt waits; then it shrinks. All that a step needs lies in tensors whose places do
-not change. On CUDA a step is therefore captured as a graph, and the host looks at the outcome every LOOK steps only.
+Every active row has a slot of a preallocated cache. When a row finishes, the next prompt takes its slot immediately, so
+the batch stays full until no prompt is waiting; then it shrinks. All tensors of a step stay at fixed addresses. On CUDA
+a step is therefore captured as a graph, and the host checks for finished rows only every STEPS_PER_CHECK steps.
 
-Shapes: B slots, n of them, S tokens a slot, P longest prompt, M new tokens at most, V vocabulary, H heads, K head size.
+Legend: B slots, n of them, S tokens per slot, P longest prompt, M maximum of new tokens, V vocabulary, H heads,
+K head size.
 """
 
 import hashlib
@@ -19,24 +21,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-LOOK = 16  # steps on CUDA between looks at which rows have finished: each look waits for the GPU
-REACH = 64  # attention reads the cache as far as the longest row goes, rounded up to a multiple of this
-REFILL = 1 / 16  # of the slots idle: then prompts take them, together, which is cheaper than each by itself
-SHRINK = 2 / 3  # when no prompt waits and no more than this share of the slots is at work, the others are dropped
-PREFILL_TOKENS = 2**14  # prompts that go through the model together, at most: bounds its activations
-SEARCHED = 256  # probabilities are summed in blocks of this many before one is searched for
+STEPS_PER_CHECK = 16  # on CUDA: steps between two checks for finished rows, each of which waits for the GPU
+READ_MULTIPLE = 64  # attention reads the cache up to the longest row, rounded up to a multiple of this
+REFILL_SHARE = 1 / 16  # prompts are admitted when this share of the slots is idle: one large prefill is cheaper
+SHRINK_SHARE = 2 / 3  # once no prompt is waiting, idle slots are dropped when at most this share is active
+PREFILL_TOKENS = 2**14  # upper bound on the padded prompt tokens of one forward pass: bounds its activations
+DRAW_BLOCK = 256  # tokens per block of the two-step search in `draw`
 
 
-class Samples(NamedTuple):
-    """What `generate` returns, one entry a prompt, in the order of the prompts."""
+class Responses(NamedTuple):
+    """The result of `respond`: one entry per prompt, in the order of the prompts."""
 
-    ids: list[list[int]]  # the sampled tokens, the end-of-sequence token included when it was sampled
-    finished: list[bool]  # whether the end-of-sequence token was sampled within the length limit
-    logps: list[list[float]]  # nats: log-probability of each sampled token, before temperature, top-k and top-p
+    ids: list[list[int]]  # the drawn tokens, including the end-of-sequence token if it was drawn
+    finished: list[bool]  # whether the end-of-sequence token was drawn within the length limit
+    logps: list[list[float]]  # nats: log-probability of each drawn token, before temperature, top-k and top-p
 
 
 @torch.no_grad()
-def generate(
+def respond(
     model: nn.Module,
     prompts: Sequence[list[int]],
     *,
@@ -50,63 +52,80 @@ def generate(
     batch_size: int = 64,
     cache_tokens: int = 2**17,
     progress: Callable[[int, int], None] | None = None,
-) -> Samples:
-    """Samples one continuation of every prompt.
+) -> Responses:
+    """Samples one response to every prompt, with the model in evaluation mode.
 
     Args:
-        prompts: token ids, each of at least one token; at most max_position_embeddings - max_new_tokens long.
-        temperature: logits are divided by it; 0 means greedy, where nothing is random.
-        top_k: sample among the k likeliest tokens only; 0: all.
-        top_p: sample among the fewest likeliest tokens whose probabilities reach top_p; 1: all.
-        seed, rows: a token's randomness comes from the seed, its row's number and its position in the row alone: not
-            from batch mates, the batch size or the process that works on the row. `rows` are the numbers of the
-            prompts' rows; None: 0, 1, 2, ...
-        batch_size: rows at work at a time, at most.
-        cache_tokens: tokens that the cache has room for, at most, but one row's at least: bounds the batch too.
-        progress: called every LOOK steps at least, with numbers of rows that have finished since the last call, and of
-            their new tokens. What it raises ends the generation.
+        prompts: token ids, each prompt of 1 to max_position_embeddings - max_new_tokens tokens.
+        eos_token_id: a response ends after this token; None: every response has max_new_tokens tokens.
+        temperature: divides the logits; 0: greedy decoding, without randomness.
+        top_k: draw from the k likeliest tokens only; 0: from all.
+        top_p: draw from the fewest likeliest tokens whose total probability reaches top_p; 1: from all.
+        seed, rows: the randomness of a token depends only on the seed, the number of its row and its position in the
+            row: not on the other rows, the batch size or the process. `rows` are the row numbers of the prompts; None:
+            0, 1, 2, ...
+        batch_size: upper bound on the number of active rows.
+        cache_tokens: upper bound on the tokens that the cache can hold, which also bounds the batch. The cache always
+            has space for at least one row.
+        progress: called at least every STEPS_PER_CHECK steps with the numbers of rows that finished since the last call
+            and of their new tokens. An exception raised here aborts generation.
 
-    Raises: ValueError naming the argument or the prompt that is at fault; FloatingPointError where logits are NaN.
+    Raises: ValueError naming the argument or the prompt that is invalid; FloatingPointError if logits are not finite.
     """
-    _check(model.config, prompts, max_new_tokens, temperature, top_k, top_p, batch_size, cache_tokens)
+    _check_arguments(model.config, prompts, max_new_tokens, temperature, top_k, top_p, batch_size, cache_tokens)
     if not prompts:
-        return Samples([], [], [])
-    room = max(map(len, prompts)) + max_new_tokens
-    size = min(batch_size, len(prompts), max(1, cache_tokens // room))
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # taken from the end, the longest first
-    results: list[Any] = [None] * len(prompts)
+        return Responses([], [], [])
+    capacity = max(map(len, prompts)) + max_new_tokens
+    size = min(batch_size, len(prompts), max(1, cache_tokens // capacity))
+    numbers = range(len(prompts)) if rows is None else rows
+
+    def uniforms_of(indices: list[int]) -> Tensor:
+        return uniforms(seed, [numbers[i] for i in indices], max_new_tokens)
+
     was_training = model.training
     model.eval()
     try:
         with torch.cuda.device_of(model.head_weight):  # graphs are captured on the current device
-            batch = Batch(model, size, room, max_new_tokens, eos_token_id, Choice(temperature, top_k, top_p))
-            while waiting or batch.running:
-                admitted = [waiting.pop() for _ in range(min(len(waiting), size - batch.running))]
-                for some in _cut(admitted, prompts):
-                    numbers = some if rows is None else [rows[i] for i in some]
-                    batch.admit(some, [prompts[i] for i in some], uniforms(seed, numbers, max_new_tokens))
-                batch.run(math.ceil(size * (REFILL if waiting else 1 - SHRINK)), progress)
-                done = batch.collect()
-                for i, result in done:
-                    results[i] = result
-                if progress is not None:
-                    progress(len(done), sum(len(ids) for _, (ids, _, _) in done))
-                if not waiting:
-                    size = batch.shrink()
+            sampler = Sampler(temperature, top_k, top_p)
+            batch = Batch(model, size, capacity, max_new_tokens, eos_token_id, sampler)
+            return _respond_all(batch, prompts, uniforms_of, progress)
     finally:
         model.train(was_training)
-    return Samples(*map(list, zip(*results)))
 
 
-def _cut(indices: list[int], prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Runs of `indices`, longest prompt first, of no more than PREFILL_TOKENS padded tokens (one prompt at least)."""
+def _respond_all(
+    batch: "Batch",
+    prompts: Sequence[list[int]],
+    uniforms_of: Callable[[list[int]], Tensor],
+    progress: Callable[[int, int], None] | None,
+) -> Responses:
+    """Passes all prompts through the batch; `uniforms_of` returns the randomness (n, M) of the prompts of n indices."""
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # popped from the end: longest prompt first
+    results: list[Any] = [None] * len(prompts)
+    while waiting or batch.active_rows:
+        admitted = [waiting.pop() for _ in range(min(len(waiting), batch.size - batch.active_rows))]
+        for group in _prefill_groups(admitted, prompts):
+            batch.admit(group, [prompts[i] for i in group], uniforms_of(group))
+        batch.run(math.ceil(batch.size * (REFILL_SHARE if waiting else 1 - SHRINK_SHARE)), progress)
+        finished = batch.collect()
+        for i, result in finished:
+            results[i] = result
+        if progress is not None:
+            progress(len(finished), sum(len(ids) for _, (ids, _, _) in finished))
+        if not waiting:
+            batch.shrink()
+    return Responses(*map(list, zip(*results)))
+
+
+def _prefill_groups(indices: list[int], prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Cuts `indices`, longest prompt first, into groups of at most PREFILL_TOKENS padded tokens (or one prompt)."""
     while indices:
         count = max(1, PREFILL_TOKENS // len(prompts[indices[0]]))
         yield indices[:count]
         indices = indices[count:]
 
 
-def _check(
+def _check_arguments(
     config: Any,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
@@ -116,16 +135,17 @@ def _check(
     batch_size: int,
     cache_tokens: int,
 ) -> None:
-    for name, value, good, expected in (
+    """Raises ValueError naming the first argument or prompt that is invalid."""
+    for name, value, valid, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        # far below 0.001 the divided logits would overflow fp32
+        # Far below 0.001 the divided logits would overflow fp32.
         ("temperature", temperature, temperature == 0 or 1e-3 <= temperature < float("inf"), "0 (greedy) or >= 0.001"),
         ("top_k", top_k, top_k >= 0, "0 (all) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("cache_tokens", cache_tokens, cache_tokens >= 1, "at least 1"),
     ):
-        if not good:
+        if not valid:
             raise ValueError(f"{name} = {value!r}: expected {expected}")
     limit = config.max_position_embeddings - max_new_tokens
     for row, prompt in enumerate(prompts):
@@ -136,43 +156,56 @@ def _check(
             )
 
 
-# ---- choosing a token ----
+# ---- drawing a token ----
 
 
 def uniforms(seed: int, rows: Sequence[int], count: int) -> Tensor:
     """(n, count) fp32 in [0, 1): number i of row r is a hash of (seed, r, i).
 
-    The hash is SplitMix64's (Steele, Lea and Flood, 2014), of a counter that starts at a random place for each row.
+    The hash is SplitMix64 (Steele, Lea and Flood, 2014) of a counter that starts at a random value for each row.
     """
     starts = [hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8] for row in rows]
     x = torch.tensor([int.from_bytes(start, "big", signed=True) for start in starts])[:, None]
-    x = (
-        x + torch.arange(1, count + 1) * -0x61C8864680B583EB
-    )  # int64 wraps around; 2^64 / golden ratio, as a signed number
+    golden_gamma = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number; int64 wraps around
+    x = x + torch.arange(1, count + 1) * golden_gamma
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes it a shift without sign
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes it an unsigned shift
     x = x ^ ((x >> 31) & (2**33 - 1))
     return ((x >> 40) & (2**24 - 1)).float() / 2**24
 
 
-class Choice(NamedTuple):
-    """How the next token is chosen."""
+class Sampler(NamedTuple):
+    """Selects the next tokens: the likeliest at temperature 0, otherwise a draw from the filtered distribution."""
 
     temperature: float
     top_k: int
     top_p: float
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (n, V) fp32, uniform (n,) -> tokens (n,), their log-probabilities (n,) under the logits as given."""
+        """Selects one token per row.
+
+        Args:
+            logits: (n, V) fp32.
+            uniform: (n,) fp32 in [0, 1), the randomness of each row.
+
+        Returns: tokens (n,) int64 and their log-probabilities (n,) fp32, in nats, under `logits` before the filters.
+        """
         if self.temperature == 0:
             token = logits.argmax(1)
         else:
-            token = sample(filter_logits(logits, self.temperature, self.top_k, self.top_p), uniform)
+            token = draw(filter_logits(logits, self.temperature, self.top_k, self.top_p), uniform)
         return token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Temperature, then top-k, then top-p, as transformers orders them: (n, V) -> (n, V), -inf where excluded."""
+    """Applies temperature, then top-k, then top-p, in the order of transformers.
+
+    Args:
+        logits: (n, V), any float dtype.
+        temperature, top_k, top_p: as in `respond`; temperature > 0.
+
+    Returns: (n, V), -inf where a token is excluded.
+    """
     if temperature != 1:
         logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -185,185 +218,250 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: flo
     return logits
 
 
-def sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One draw a row by inversion: the first token whose cumulative probability exceeds uniform (n,) in [0, 1).
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws one token per row by inversion: the first whose cumulative probability exceeds the row's uniform number.
 
-    Found in two steps, a block of SEARCHED tokens and the token in it, so that only sums of blocks and one block are
-    cumulated, in fp64: V = 50257 roundings of fp32 would bias the tail. Probability 0 is never drawn.
+    First finds a block of DRAW_BLOCK tokens and then the token in it, so that only the sums of the blocks and one block
+    are cumulated. They are cumulated in fp64, because V = 50257 roundings in fp32 would bias the tail. A token of
+    probability 0 is never drawn.
+
+    Args:
+        logits: (n, V) fp32.
+        uniform: (n,) in [0, 1).
+
+    Returns: (n,) int64.
     """
     n, V = logits.shape
-    p = logits.new_zeros(n, -(-V // SEARCHED) * SEARCHED)
+    p = logits.new_zeros(n, -(-V // DRAW_BLOCK) * DRAW_BLOCK)
     torch.exp(logits - logits.amax(1, keepdim=True), out=p[:, :V])
-    p = p.view(n, -1, SEARCHED)
+    p = p.view(n, -1, DRAW_BLOCK)
     block, within = _invert(p.sum(2), uniform.double())
-    index = block[:, None, None].expand(-1, 1, SEARCHED)
+    index = block[:, None, None].expand(-1, 1, DRAW_BLOCK)
     token, _ = _invert(p.gather(1, index)[:, 0], within)
-    return (block * SEARCHED + token).clamp(max=V - 1)  # NaN logits: past the end
+    return (block * DRAW_BLOCK + token).clamp(max=V - 1)  # with NaN logits, the index is past the end
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, W), uniform (n,) fp64 -> the entry in which uniform * total falls (n,), and where in it, in [0, 1)."""
+    """Finds the entry of each row in which the fraction `uniform` of the row's total weight falls.
+
+    Args:
+        weights: (n, W), not negative.
+        uniform: (n,) fp64 in [0, 1).
+
+    Returns: the entry (n,) int64, and the position inside the entry (n,) fp64 in [0, 1).
+    """
     cumulated = weights.double().cumsum(1)
     goal = uniform * cumulated[:, -1]
-    entry = torch.searchsorted(cumulated, goal[:, None], right=True).clamp(max=weights.shape[1] - 1)  # NaN: W
+    # With NaN weights, searchsorted returns W.
+    entry = torch.searchsorted(cumulated, goal[:, None], right=True).clamp(max=weights.shape[1] - 1)
     width = weights.gather(1, entry)[:, 0].double()
     below = cumulated.gather(1, entry)[:, 0] - width
     return entry[:, 0], ((goal - below) / width).clamp(0, 1 - 2**-53)
 
 
-# ---- rows at work ----
+# ---- active rows ----
 
 
 class KVCache:
-    """Keys and values, for each layer (B, H, S, K) each. A local layer has no more than window_size places a row, and
-    a token takes the place of the one that its window leaves behind; attention does not mind the order of places."""
+    """Keys and values of every row, (B, H, S, K) for each layer.
 
-    def __init__(self, model: nn.Module, size: int, room: int) -> None:
+    A local layer holds at most window_size tokens per row, as a ring buffer: a new token overwrites the one that has
+    left its window. The order of the entries does not matter to attention.
+
+    Args:
+        model: the model whose keys and values are cached; the cache has the dtype of its activations.
+        size: B, the number of rows.
+        capacity: S of a global layer, the most tokens per row.
+    """
+
+    def __init__(self, model: nn.Module, size: int, capacity: int) -> None:
         config, device = model.config, model.head_weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
-        K = config.hidden_size // config.num_heads
-        places = [min(room, config.window_size) if kind == "local" else room for kind in config.attention_layers]
-        # zeros: a place not filled yet has weight 0 in attention, but 0 times a nan would be a nan
-        self.keys, self.values = (
-            [torch.zeros(size, config.num_heads, S, K, dtype=dtype, device=device) for S in places] for _ in range(2)
-        )
-        self.window, self.room = config.window_size, room
-        self.lengths = torch.zeros(size, dtype=torch.long, device=device)  # tokens that each row has had
+        H = config.num_heads
+        K = config.hidden_size // H
+        window = config.window_size
+        lengths = [min(capacity, window) if kind == "local" else capacity for kind in config.attention_layers]
+        # Zeros, because an empty entry has weight 0 in attention, but 0 * nan would be nan.
+        self.keys = [torch.zeros(size, H, S, K, dtype=dtype, device=device) for S in lengths]
+        self.values = [torch.zeros(size, H, S, K, dtype=dtype, device=device) for S in lengths]
+        self.window = window
+        self.capacity = capacity
+        self.lengths = torch.zeros(size, dtype=torch.long, device=device)  # tokens of each row so far
         self.rows = torch.arange(size, device=device)
-        self.reach = room  # no row goes further
+        self.read_length = capacity  # attention reads this many entries; no row may be longer
 
     def fill(self, rows: Tensor, lengths: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps what `rows` (n,) remember of prompts of `lengths` (n,): k, v (n, H, P, K), padded on the right."""
+        """Stores a layer's keys and values of new prompts in `rows` (n,). The caller sets self.lengths[rows].
+
+        Args:
+            lengths: (n,) int64, the prompts' numbers of tokens.
+            k, v: (n, H, P, K), padded on the right.
+
+        Returns: k and v, to which the prompts' own tokens attend.
+        """
         P = k.shape[2]
-        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
-            S = kept.shape[2]
-            if P > S:  # the last S tokens of each row: place s has the last token whose position is s modulo S
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            S = stored.shape[2]
+            if P > S:  # store the last S tokens of each row: entry s is the last token with position = s modulo S
                 last = lengths[:, None] - 1
                 position = (last - (last - torch.arange(S, device=k.device)) % S).clamp(min=0)  # (n, S)
                 new = new.gather(2, position[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]))
-            kept[rows, :, : new.shape[2]] = new.to(kept.dtype)
+            stored[rows, :, : new.shape[2]] = new.to(stored.dtype)
         return k, v
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps one token a row, k, v (B, H, 1, K); returns all that attention may reach, (B, H, <= S, K)."""
+        """Stores a layer's key and value of one new token per row, k and v (B, H, 1, K).
+
+        Returns: all keys and values that attention reads, (B, H, read_length or fewer, K).
+        """
         keys, values = self.keys[layer], self.values[layer]
-        place = self.lengths % keys.shape[2]
-        keys[self.rows, :, place], values[self.rows, :, place] = k[:, :, 0], v[:, :, 0]
-        return keys[:, :, : self.reach], values[:, :, : self.reach]
+        entry = self.lengths % keys.shape[2]
+        keys[self.rows, :, entry] = k[:, :, 0]
+        values[self.rows, :, entry] = v[:, :, 0]
+        return keys[:, :, : self.read_length], values[:, :, : self.read_length]
 
     def masks(self) -> dict[str, Tensor]:
-        """(B, 1, 1, reach) for each kind of layer: True for the tokens so far, the new one included."""
-        seen = (torch.arange(self.reach, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        """(B, 1, 1, read_length or fewer) bool for each kind of layer: True for the tokens so far and the new one."""
+        seen = (torch.arange(self.read_length, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
         return {"global": seen, "local": seen[..., : self.window]}
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops every row but `rows` (n,)."""
-        self.keys, self.values = ([layer[rows] for layer in side] for side in (self.keys, self.values))
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops all rows except `rows` (n,) int64."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.lengths = self.lengths[rows]
+        self.rows = self.rows[: len(rows)]
 
 
 class Batch:
-    """Rows at work, one a slot of the cache; a slot whose row has finished idles until it is given another."""
+    """The rows that are generated together, one per slot of the cache. A slot without a row is idle.
 
-    def __init__(self, model: nn.Module, size: int, room: int, M: int, eos: int | None, choice: Choice) -> None:
+    Args:
+        size: B, the number of slots.
+        capacity: the most tokens of a row, prompt included.
+        max_new_tokens: M.
+        eos: the end-of-sequence token, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int, eos: int | None, sampler: Sampler
+    ) -> None:
         device = model.head_weight.device
-        self.model, self.cache, self.choice = model, KVCache(model, size, room), choice
+        self.model = model
+        self.cache = KVCache(model, size, capacity)
+        self.sampler = sampler
         self.eos = -1 if eos is None else eos
-        self.owner: list[int | None] = [None] * size  # the prompt that each slot works on
-        self.longest = 0  # tokens of the longest row at work, at most
-        self.tokens = torch.zeros(size, dtype=torch.long, device=device)  # the last of each row: the next input
+        self.prompt_of_slot: list[int | None] = [None] * size  # index of the prompt; None: the slot is idle
+        self.longest = 0  # upper bound on the tokens of an active row
+        self.tokens = torch.zeros(size, dtype=torch.long, device=device)  # last token of each row: the next input
         self.active = torch.zeros(size, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(size, dtype=torch.long, device=device)  # new tokens so far
-        self.ids = torch.zeros(size, M, dtype=torch.long, device=device)
-        self.logps, self.uniform = torch.zeros(2, size, M, device=device)
-        self.graphs: dict[int, Any] = {}  # by reach
-        if self.tokens.is_cuda:  # graphs run one after the other, so they can share their scratch memory
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self.counts = torch.zeros(size, dtype=torch.long, device=device)  # new tokens of each row so far
+        self.ids = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
+        self.logps, self.uniform = torch.zeros(2, size, max_new_tokens, device=device)
+        self.graphs: dict[int, Any] = {}  # captured steps, by read_length
+        if self.tokens.is_cuda:  # graphs never run at the same time, so they can share their scratch memory
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(device)
 
     @property
-    def running(self) -> int:
-        return len(self.owner) - self.owner.count(None)
+    def size(self) -> int:
+        """B, the number of slots."""
+        return len(self.prompt_of_slot)
 
-    def admit(self, owners: list[int], prompts: list[list[int]], uniform: Tensor) -> None:
-        """Gives prompts to idle slots, passes them through the model at once, and chooses their first tokens."""
+    @property
+    def active_rows(self) -> int:
+        """The number of slots with a row."""
+        return self.size - self.prompt_of_slot.count(None)
+
+    def admit(self, indices: list[int], prompts: list[list[int]], uniform: Tensor) -> None:
+        """Assigns prompts to idle slots, runs the model on all of them at once and draws their first tokens.
+
+        Args:
+            indices: the index of each prompt, which `collect` returns with its response.
+            uniform: (n, M) fp32 in [0, 1), the randomness of each new token.
+        """
         device, width = self.tokens.device, max(map(len, prompts))
-        slots = [slot for slot, owner in enumerate(self.owner) if owner is None][: len(owners)]
-        for slot, owner in zip(slots, owners, strict=True):
-            self.owner[slot] = owner
+        slots = [slot for slot, prompt in enumerate(self.prompt_of_slot) if prompt is None][: len(indices)]
+        for slot, index in zip(slots, indices, strict=True):
+            self.prompt_of_slot[slot] = index
         rows = torch.tensor(slots, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         input_ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)  # (n, P)
-        hidden = self.model(input_ids, remember=partial(self.cache.fill, rows, lengths))
-        self.cache.lengths[rows], self.uniform[rows] = lengths, uniform.to(device)
-        self.counts[rows], self.active[rows] = 0, True
-        self._take(hidden[torch.arange(len(prompts), device=device), lengths - 1], rows)
+        hidden = self.model(input_ids, update_cache=partial(self.cache.fill, rows, lengths))
+        self.cache.lengths[rows] = lengths
+        self.uniform[rows] = uniform.to(device)
+        self.counts[rows] = 0
+        self.active[rows] = True
+        self._draw_next(hidden[torch.arange(len(prompts), device=device), lengths - 1], rows)
         self.longest = max(self.longest, width)
 
     def run(self, count: int, progress: Callable[[int, int], None] | None) -> None:
-        """Steps until at least `count` rows have finished, or all."""
-        left = max(0, self.running - count)
-        while int(self.active.sum()) > left:
-            for _ in range(LOOK if self.tokens.is_cuda else 1):
-                self.cache.reach = min(self.cache.room, (self.longest // REACH + 1) * REACH)
+        """Runs steps until at least `count` rows, or all, have finished."""
+        remaining = max(0, self.active_rows - count)
+        while int(self.active.sum()) > remaining:
+            for _ in range(STEPS_PER_CHECK if self.tokens.is_cuda else 1):
+                self.cache.read_length = min(self.cache.capacity, (self.longest // READ_MULTIPLE + 1) * READ_MULTIPLE)
                 self._advance()
                 self.longest += 1
             if progress is not None:
                 progress(0, 0)
 
     def _advance(self) -> None:
-        """One step, on CUDA by a graph of it."""
-        graph = self.graphs.get(self.cache.reach)
+        """Runs one step, on CUDA by replaying its graph."""
+        graph = self.graphs.get(self.cache.read_length)
         if graph is not None:
             graph.replay()
             return
         self._step()
-        if self.tokens.is_cuda:  # that was the warm-up; capturing does nothing but record
+        if self.tokens.is_cuda:  # the step above was the warm-up; capturing records a step without running it
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self._step()
-            self.graphs[self.cache.reach] = graph
+            self.graphs[self.cache.read_length] = graph
 
     def _step(self) -> None:
-        """One token for every row; of rows that have finished, nothing is changed that will be read."""
+        """Computes one token for every row. For finished rows, it changes nothing that is read later."""
         hidden = self.model.decode(self.tokens, self.cache.lengths, self.cache.masks(), self.cache.append)
         self.cache.lengths += self.active
-        self._take(hidden, self.cache.rows)
+        self._draw_next(hidden, self.cache.rows)
 
-    def _take(self, hidden: Tensor, rows: Tensor) -> None:
-        """Chooses the next tokens of `rows` (n,) from their last hidden states (n, D), and books them."""
+    def _draw_next(self, hidden: Tensor, rows: Tensor) -> None:
+        """Draws and records the next tokens of `rows` (n,) from their last hidden states (n, D)."""
         active, count = self.active[rows], self.counts[rows]
-        place = count.clamp(max=self.ids.shape[1] - 1)  # of a row that is full, and so not active
-        token, logp = self.choice(self.model.logits(hidden).float(), self.uniform[rows, place])
+        column = count.clamp(max=self.ids.shape[1] - 1)  # clamped for full rows, which are not active
+        token, logp = self.sampler(self.model.logits(hidden).float(), self.uniform[rows, column])
         self.tokens[rows] = token
-        self.ids[rows, place] = torch.where(active, token, self.ids[rows, place])
-        self.logps[rows, place] = torch.where(active, logp, self.logps[rows, place])
+        self.ids[rows, column] = torch.where(active, token, self.ids[rows, column])
+        self.logps[rows, column] = torch.where(active, logp, self.logps[rows, column])
         self.counts[rows] = count + active
         self.active[rows] = active & (token != self.eos) & (count + 1 < self.ids.shape[1])
 
     def collect(self) -> list[tuple[int, tuple[list[int], bool, list[float]]]]:
-        """(prompt, (ids, finished, logps)) of the rows that have finished; their slots are idle then."""
+        """Removes finished rows and returns (prompt index, (ids, finished, logps)) of each; see Responses.
+
+        Raises: FloatingPointError if a log-probability is not finite.
+        """
         active = self.active.tolist()
-        slots = [slot for slot, owner in enumerate(self.owner) if owner is not None and not active[slot]]
+        slots = [slot for slot, prompt in enumerate(self.prompt_of_slot) if prompt is not None and not active[slot]]
         rows = torch.tensor(slots, dtype=torch.long, device=self.tokens.device)
         columns = (self.ids[rows].tolist(), self.logps[rows].tolist(), self.counts[rows].tolist())
-        done = []
+        responses = []
         for slot, ids, logps, count in zip(slots, *columns, strict=True):
             if not all(map(math.isfinite, logps[:count])):
                 raise FloatingPointError("the model's logits are not finite: its weights are damaged or have diverged")
-            done.append((self.owner[slot], (ids[:count], ids[count - 1] == self.eos, logps[:count])))
-            self.owner[slot] = None
+            responses.append((self.prompt_of_slot[slot], (ids[:count], ids[count - 1] == self.eos, logps[:count])))
+            self.prompt_of_slot[slot] = None
         self.longest = int((self.cache.lengths * self.active).max())
-        return done
+        return responses
 
-    def shrink(self) -> int:
-        """Drops idle slots where they are many; returns how many slots there are."""
-        if 0 < self.running <= SHRINK * len(self.owner):
-            slots = [slot for slot, owner in enumerate(self.owner) if owner is not None]
-            self.owner = [self.owner[slot] for slot in slots]
+    def shrink(self) -> None:
+        """Drops the idle slots if at most SHRINK_SHARE of all slots is active."""
+        if 0 < self.active_rows <= SHRINK_SHARE * self.size:
+            slots = [slot for slot, prompt in enumerate(self.prompt_of_slot) if prompt is not None]
+            self.prompt_of_slot = [self.prompt_of_slot[slot] for slot in slots]
             rows = torch.tensor(slots, dtype=torch.long, device=self.tokens.device)
-            self.cache.keep(rows)
+            self.cache.keep_rows(rows)
             for name in ("tokens", "active", "counts", "ids", "logps", "uniform"):
                 setattr(self, name, getattr(self, name)[rows])
-            self.graphs.clear()  # they work on the old tensors
-        return len(self.owner)
+            self.graphs.clear()  # they refer to the old tensors

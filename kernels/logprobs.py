@@ -1,21 +1,21 @@
-"""Log-probabilities of given tokens, from logits or straight from hidden states: differentiable, in little memory.
+"""Log-probabilities of given tokens, from logits or directly from hidden states: differentiable, in little memory.
 
     logp_i = z_i[y_i] - log sum_v exp(z_iv)         z_i = W h_i
     d logp_i / d z_iv = [v = y_i] - p_iv            p_iv = exp(z_iv) / sum_u exp(z_iu)
-    d logp_i / d h_i  = (1 - p_i[y_i]) W[y_i] - sum_v p_iv W_v, v != y_i
+    d logp_i / d h_i  = (1 - p_i[y_i]) W[y_i] - sum_{v != y_i} p_iv W_v
 
-linear_logprobs never holds the N x V logits: it makes them a tile at a time, some rows by some columns, in a buffer all
-tiles share. The gradient arriving at logp_i is one number a row and only scales d logp_i / d h_i. So with a frozen W
-(LoRA, a tied head) the forward pass also makes that N x D gradient, while a tile's logits are at hand, and the backward
-pass is one multiply: two matrix products in all, where recomputing the logits takes three. The sum over v is gathered
-tile by tile as attention gathers its values, here the rows of W: weighted by exp(z_v - shift), and scaled down whenever
-a tile raises the shift. With a trained W the backward pass does recompute the logits. If nobody wants a gradient,
-there is one product and nothing is saved.
+linear_logprobs never holds the N x V logits. It computes one tile of them at a time, some rows by some columns, in a
+buffer that all tiles share. The upstream gradient is one number per row and only scales d logp_i / d h_i. With a
+frozen W (LoRA, a tied head) the forward pass therefore also computes this N x D gradient, while a tile's logits are
+available, and the backward pass is a single elementwise product: two matrix products in total, where recomputing the
+logits would take three. The sum over v is accumulated tile by tile, as attention accumulates its values, here the rows
+of W: each is weighted by exp(z_v - shift), and the sum is scaled down whenever a tile raises the shift. With a trained
+W the backward pass does recompute the logits. If no gradient is wanted, there is one product and nothing is saved.
 
-A tile is worked on by triton_rows.py on CUDA and by torch_rows.py elsewhere. TRITON_INTERPRET=1 in the environment
-sends CPU tensors through the Triton kernels too: slow, but it tests them without a GPU.
+triton_rows.py processes the tiles on CUDA, torch_rows.py on other devices. With TRITON_INTERPRET=1 in the environment,
+CPU tensors go through the Triton kernels too: this is slow, but tests the kernels without a GPU.
 
-Legend: N rows (tokens), D hidden width, V vocabulary entries. All log-probabilities are in nats.
+Legend: N rows (tokens), D hidden width, V vocabulary entries, P padding rows. All log-probabilities are in nats.
 """
 
 import os
@@ -40,17 +40,17 @@ def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
     """Log-probability of each row's target, log softmax(logits)[target], without an fp32 copy of the logits.
 
     Args:
-        logits: (N, V), float16, bfloat16 or float32, any strides. Computed in fp32 whatever the dtype.
+        logits: (N, V), float16, bfloat16 or float32, any strides. The arithmetic is fp32 for every dtype.
         targets: (N,), any integer dtype.
-        ignore_index: rows with this target give 0 and get a zero gradient.
+        ignore_index: rows with this target return 0 and get a zero gradient.
 
     Returns:
-        (N,) fp32, in nats. Differentiable once in logits; keeps logits and three numbers a row for that.
+        (N,) fp32, in nats. Differentiable once with respect to logits; saves logits and three numbers per row.
 
     Raises:
         TypeError: a dtype is none of the above.
-        ValueError: shapes or devices do not fit, or a target is neither ignore_index nor in [0, V). On CUDA a target
-            out of range gives nan, value and gradient, instead: an error would have to wait for the GPU.
+        ValueError: shapes or devices do not match, or a target is neither ignore_index nor in [0, V). On CUDA a target
+            out of range gives nan as value and gradient instead: an error would have to wait for the GPU.
     """
     _check_matrix("logits", logits)
     targets = _checked_targets(targets, logits, logits.shape[1])
@@ -59,30 +59,37 @@ def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
     return _token_forward(logits, targets, ignore_index)[0]
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """token_logprobs(hidden @ weight.T, targets), the logits in fp32 and never N x V of them at once.
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, *, padding_rows: int = 0
+) -> Tensor:
+    """token_logprobs(hidden @ weight.T, targets) with fp32 logits, of which only one tile exists at a time.
 
-    Pass only the rows you need: an ignored row costs as much as any. With a frozen weight and a hidden that requires
-    grad, the forward pass does the backward pass's work; call under torch.no_grad() where no gradient is wanted.
+    Pass only the rows you need: an ignored row costs as much as any other. With a frozen weight and a hidden that
+    requires grad, the forward pass does the work of the backward pass; where no gradient is wanted, call this under
+    torch.no_grad().
 
     Args:
         hidden: (N, D), float16, bfloat16 or float32, any strides.
-        weight: (V, D), same dtype as hidden. Inside torch.autocast both are cast to the autocast dtype first. On CUDA
-            the memory behind a contiguous weight, up to a multiple of 64 rows, is multiplied too if it belongs to the
-            same storage: it must hold finite numbers, best zeros, and adds nothing.
+        weight: (V, D), same dtype as hidden, any strides. Inside torch.autocast both are first cast to its dtype.
         targets: (N,), any integer dtype.
-        ignore_index: rows with this target give 0 and get a zero gradient.
+        ignore_index: rows with this target return 0 and get a zero gradient.
+        padding_rows: P, the number of rows of D finite numbers, best zeros, that the caller guarantees to lie directly
+            behind a contiguous weight in the same storage. The matrix products include them, for aligned shapes; they
+            do not change the result. Best is a P that makes V + P a multiple of 64. The rows are left out where they
+            would not help (on a CPU) and where weight may be copied without them (by a cast of autocast, or under
+            torch.compile). With the default, 0, no memory outside of weight is read.
 
     Returns:
-        (N,) fp32, in nats. Differentiable once in hidden and weight. Keeps N x D fp32 numbers for that if the
-        weight is frozen, the inputs if it is trained.
+        (N,) fp32, in nats. Differentiable once with respect to hidden and weight. Saves N x D fp32 numbers if the
+        weight is frozen, and the inputs if it is trained.
 
     Raises:
-        TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside autocast.
-        ValueError: as in token_logprobs.
+        TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside of autocast.
+        ValueError: as in token_logprobs; or padding_rows is negative, weight is not contiguous although padding_rows
+            is not 0, or the storage of weight ends before the padding does.
 
-    Source: making gradients in the forward pass is from Liger Kernel, arXiv:2410.10989; the running sum over tiles
-    from FlashAttention, arXiv:2205.14135.
+    Source: gradients in the forward pass as in Liger Kernel, arXiv:2410.10989; the running sum over tiles as in
+    FlashAttention, arXiv:2205.14135.
     """
     _check_matrix("hidden", hidden)
     _check_matrix("weight", weight)
@@ -91,16 +98,20 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
             f"hidden {tuple(hidden.shape)} on {hidden.device} fits no weight {tuple(weight.shape)} on {weight.device}"
         )
     targets = _checked_targets(targets, hidden, len(weight))
+    padding_rows = _checked_padding(weight, padding_rows)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)  # here autograd sees it and casts the gradients back
+        if weight.dtype != dtype:
+            padding_rows = 0  # the cast below copies the V rows only
+        hidden, weight = hidden.to(dtype), weight.to(dtype)  # cast here, so that autograd casts the gradients back
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index)
+        return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index, padding_rows)
+    V, padded = len(weight), _with_padding(weight, padding_rows)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _FrozenHeadLogprobs.apply(hidden, weight, targets, ignore_index)
-    return _linear_forward(hidden, weight, targets, ignore_index, False)[0]
+        return _FrozenHeadLogprobs.apply(hidden, padded, V, targets, ignore_index)
+    return _linear_forward(hidden, padded, V, targets, ignore_index, False)[0]
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:
@@ -111,7 +122,7 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
 
 
 def _checked_targets(targets: Tensor, rows: Tensor, V: int) -> Tensor:
-    """The targets as contiguous int64, checked against the (N, anything) rows and the vocabulary size."""
+    """The targets as contiguous int64, checked against `rows`, (N, any width), and the vocabulary size."""
     if targets.dtype not in INTEGERS:
         raise TypeError(f"targets must be integers, got {targets.dtype}")
     if targets.shape != rows.shape[:1] or targets.device != rows.device:
@@ -124,6 +135,7 @@ def _checked_targets(targets: Tensor, rows: Tensor, V: int) -> Tensor:
 
 
 def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
+    """Raises ValueError naming the first target out of range, except on CUDA, where it would wait for the GPU."""
     if targets.is_cuda:
         return
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
@@ -132,10 +144,37 @@ def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
         raise ValueError(f"targets[{i}] = {targets[i]} is not in [0, V) with V = {V}, nor ignored ({ignore_index})")
 
 
-def _operator(fake: Callable) -> Callable:
-    """Decorator: torch.compile takes the function for one operator, whose empty results `fake` makes.
+def _checked_padding(weight: Tensor, padding_rows: int) -> int:
+    """The number of padding rows to use: `padding_rows`, or 0 where they would not help or may be lost."""
+    if not isinstance(padding_rows, int) or padding_rows < 0:
+        raise ValueError(f"padding_rows = {padding_rows!r}: expected an integer of 0 or more")
+    if padding_rows == 0 or torch.compiler.is_compiling():
+        return 0  # a compiled graph may pass the operators a copy of weight, and other memory lies behind a copy
+    if not weight.is_contiguous():
+        raise ValueError(f"padding_rows = {padding_rows}: weight must be contiguous, its strides are {weight.stride()}")
+    available = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
+    rows = len(weight) + padding_rows
+    if available < rows * weight.shape[1]:
+        raise ValueError(
+            f"padding_rows = {padding_rows}: weight and padding take {rows * weight.shape[1]} numbers, the storage "
+            f"of weight holds {available}"
+        )
+    return padding_rows if _backend(weight.device) is not torch_rows else 0
 
-    Eager calls go straight to the function. Operators are named after this module, so that copies of it can coexist.
+
+def _with_padding(weight: Tensor, padding_rows: int) -> Tensor:
+    """(V + P, D): the weight and the rows directly behind it, which `_checked_padding` found in its storage."""
+    if padding_rows == 0:
+        return weight
+    V, D = weight.shape
+    return weight.as_strided((V + padding_rows, D), (D, 1))
+
+
+def _compilable(fake: Callable) -> Callable:
+    """Decorator: torch.compile treats the function as one operator, and `fake` creates its uninitialised results.
+
+    Eager calls go directly to the function. The operator's name contains this module's name, so that copies of the
+    module can coexist in one process.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -169,9 +208,9 @@ class _TokenLogprobs(Function):
         return _token_backward(*ctx.saved_tensors, upstream, ctx.ignore_index), None, None
 
 
-@_operator(lambda logits, *_: _empty_statistics(logits))
+@_compilable(lambda logits, *_: _empty_statistics(logits))
 def _token_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, shift, log_sum), each (N,)."""
+    """logp, shift and log_sum, each (N,) fp32."""
     V = logits.shape[1]
     _check_range(targets, V, ignore_index)
     logp, shift, log_sum = _empty_statistics(logits)
@@ -181,24 +220,24 @@ def _token_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[
     return logp, shift, log_sum
 
 
-@_operator(lambda logits, *_: _empty_gradient(logits))
+@_compilable(lambda logits, *_: _empty_gradient(logits))
 def _token_backward(
     logits: Tensor, targets: Tensor, logp: Tensor, shift: Tensor, log_sum: Tensor, upstream: Tensor, ignore_index: int
 ) -> Tensor:
-    upstream = upstream.contiguous()  # (N,); sum() sends a stride of 0
+    upstream = upstream.contiguous()  # (N,); the gradient of sum() has stride 0
     grad = _empty_gradient(logits)
     backend = _backend(logits.device)
     for rows, chunk in _fp32_chunks(logits):
-        known = (s[rows] for s in (logp, shift, log_sum, upstream))
+        row_tensors = (s[rows] for s in (logp, shift, log_sum, upstream))
         out = grad[rows] if backend is not torch_rows else chunk
-        backend.row_gradient(chunk, targets[rows], ignore_index, 0, *known, out)
+        backend.row_gradient(chunk, targets[rows], ignore_index, 0, *row_tensors, out)
         if out is chunk:
             grad[rows] = chunk
     return grad
 
 
 def _fp32_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(which rows, their logits): for torch_rows fp32 scratch copies, for Triton all rows as they are."""
+    """Yields (rows, their logits): fp32 scratch copies of some rows for torch_rows, all rows at once for Triton."""
     N, V = logits.shape
     if _backend(logits.device) is not torch_rows:
         yield slice(0, N), logits if logits.stride(1) == 1 else logits.contiguous()
@@ -210,69 +249,91 @@ def _fp32_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 # ---- from hidden states ----
+# Here `padded` is the weight with its padding, (V + P, D).
 
 
 class _FrozenHeadLogprobs(Function):
-    """Differentiates hidden alone; forward already makes the gradient, but for the upstream factor."""
+    """Differentiates hidden only. The forward pass computes the gradient, except for the upstream factor."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, _, _, d_hidden = _linear_forward(hidden, weight, targets, ignore_index, True)
+    def forward(ctx: Any, hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int) -> Tensor:
+        logp, _, _, d_hidden = _linear_forward(hidden, padded, V, targets, ignore_index, True)
         ctx.save_for_backward(d_hidden)
         ctx.dtype = hidden.dtype
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (d_hidden,) = ctx.saved_tensors
         grad = torch.empty_like(d_hidden, dtype=ctx.dtype)
-        # Not `*`, which would return fp32 and need another pass to round; not in place, as backward may run again.
-        return torch.mul(d_hidden, upstream.unsqueeze(1), out=grad), None, None, None
+        # `*` would return fp32 and need another pass to round it. Not in place, since backward may run again.
+        torch.mul(d_hidden, upstream.unsqueeze(1), out=grad)
+        return grad, None, None, None, None
 
 
 class _TrainedHeadLogprobs(Function):
-    """Differentiates weight, and hidden if it asks for it; backward makes the logits again."""
+    """Differentiates weight, and hidden if it requires grad. The backward pass computes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, shift, log_sum, _ = _linear_forward(hidden, weight, targets, ignore_index, False)
-        ctx.save_for_backward(hidden, weight, targets, logp, shift, log_sum)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, padding_rows: int
+    ) -> Tensor:
+        V, padded = len(weight), _with_padding(weight, padding_rows)
+        logp, shift, log_sum, _ = _linear_forward(hidden, padded, V, targets, ignore_index, False)
+        # Save the padding too: a hook on saved tensors may copy what is saved here, and only that.
+        ctx.save_for_backward(hidden, padded, targets, logp, shift, log_sum)
+        ctx.V = V
         ctx.ignore_index = ignore_index
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        d_hidden, d_weight = _linear_backward(*ctx.saved_tensors, upstream, ctx.ignore_index, ctx.needs_input_grad[0])
-        return d_hidden if ctx.needs_input_grad[0] else None, d_weight, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        hidden, padded, *row_tensors = ctx.saved_tensors
+        with_hidden = ctx.needs_input_grad[0]
+        d_hidden, d_weight = _linear_backward(
+            hidden, padded, ctx.V, *row_tensors, upstream, ctx.ignore_index, with_hidden
+        )
+        return d_hidden if with_hidden else None, d_weight, None, None, None
 
 
-@_operator(lambda hidden, *rest: (*_empty_statistics(hidden), _empty_gradient(hidden, rest[-1], torch.float32)))
+def _fake_linear_forward(
+    hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, ...]:
+    return (*_empty_statistics(hidden), _empty_gradient(hidden, with_gradient, torch.float32))
+
+
+@_compilable(_fake_linear_forward)
 def _linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
+    hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, shift, log_sum), each (N,), and d logp_i / d h_i, (N, D), all fp32; that empty if it is not wanted."""
-    V = len(weight)
+    """logp, shift, log_sum, each (N,), and d logp_i / d h_i, (N, D) or empty if not wanted. All are fp32."""
     _check_range(targets, V, ignore_index)
     logp, shift, log_sum = _empty_statistics(hidden)
-    d_hidden = _empty_gradient(hidden, with_gradient, torch.float32)  # fp32, so as to round only after the upstream
+    d_hidden = _empty_gradient(hidden, with_gradient, torch.float32)  # fp32: to be rounded after the upstream factor
     backend = _backend(hidden.device)
-    for tile in tiles(hidden, weight, with_gradient):
+    for tile in tiles(hidden, padded, V, with_gradient):
         r, first = tile.rows, tile.columns.start
         weighted = (tile.terms, d_hidden[r]) if with_gradient else ()
         backend.row_logprobs(tile.logits, targets[r], ignore_index, first, V, logp[r], shift[r], log_sum[r], *weighted)
         if with_gradient:
             add_product(d_hidden[r], tile.terms, tile.weight, fresh=first == 0)
     if with_gradient:
-        backend.hidden_gradient(d_hidden, weight, targets, ignore_index, logp, log_sum)
+        backend.hidden_gradient(d_hidden, padded[:V], targets, ignore_index, logp, log_sum)
     return logp, shift, log_sum, d_hidden
 
 
-@_operator(lambda hidden, weight, *rest: (_empty_gradient(hidden, rest[-1]), _empty_gradient(weight)))
+def _fake_linear_backward(hidden: Tensor, padded: Tensor, V: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    with_hidden = rest[-1]
+    return _empty_gradient(hidden, with_hidden), _empty_gradient(padded[:V])
+
+
+@_compilable(_fake_linear_backward)
 def _linear_backward(
     hidden: Tensor,
-    weight: Tensor,
+    padded: Tensor,
+    V: int,
     targets: Tensor,
     logp: Tensor,
     shift: Tensor,
@@ -281,13 +342,13 @@ def _linear_backward(
     ignore_index: int,
     with_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(d_hidden, d_weight), d_hidden an empty tensor if it is not wanted."""
+    """d_hidden, (N, D) or empty if not wanted, and d_weight, (V, D), in the dtype of hidden."""
     upstream = upstream.contiguous()  # (N,)
-    d_weight = _empty_gradient(weight).zero_()  # for N = 0
+    d_weight = _empty_gradient(padded[:V]).zero_()  # zeros for N = 0, where there is no tile
     d_hidden = _empty_gradient(hidden, with_hidden)
     hidden_sum = accumulator(d_hidden)
     backend = _backend(hidden.device)
-    for tile in tiles(hidden, weight, True):
+    for tile in tiles(hidden, padded, V, True):
         r, c = tile.rows, tile.columns
         backend.row_gradient(
             tile.logits, targets[r], ignore_index, c.start, logp[r], shift[r], log_sum[r], upstream[r], tile.terms
@@ -304,19 +365,20 @@ def _linear_backward(
 
 
 def _empty_gradient(of: Tensor, wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of the shape of `of`, or of shape (0,) if it is not wanted."""
     return empty(of.shape if wanted else (0,), of, dtype or of.dtype)
 
 
 def _empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for logp, shift and log_sum, each (N,) fp32; triton_rows.py says what they are."""
+    """Uninitialised logp, shift and log_sum, each (N,) fp32; triton_rows.py defines them."""
     logp, shift, log_sum = (empty((len(rows),), rows, torch.float32) for _ in range(3))
     return logp, shift, log_sum
 
 
 def _backend(device: torch.device) -> ModuleType:
-    """The module whose functions work on this device."""
+    """The module whose functions process the tiles on this device."""
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        from . import triton_rows  # not at the top: without triton, all else still works
+        from . import triton_rows  # imported here, so that everything else works without triton
 
         return triton_rows
     return torch_rows

@@ -479,7 +479,7 @@ def test_cuda_tiles_fit_the_cap(monkeypatch: pytest.MonkeyPatch, N: int, width: 
     assert 1 <= R <= max(1, N) and 1 <= C <= V
     assert logit * R * C <= tiles.CUDA_BUFFER_BYTES
     assert R == max(1, N) or R % 128 == 0
-    assert C == V or C % tiles.PAD == 0
+    assert C == V or C % tiles.COLUMN_MULTIPLE == 0
     if C < V:  # the second product's blocks of 128 x 256, and how many run at once
         assert width and (R + 127) // 128 * ((width + 255) // 256) <= 132
 
@@ -538,7 +538,7 @@ def test_misfits_are_named(call, error: type[Exception], message: str) -> None:
         call()
 
 
-# ---- torch.compile, checkpoints, padding ----
+# ---- torch.compile, checkpoints ----
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -581,32 +581,123 @@ def test_activation_checkpoints(device: str, trained: bool, use_reentrant: bool)
         assert torch.equal(tensor.grad, grad)
 
 
+# ---- padding rows ----
+
+
+def results_of(hidden: Tensor, weight: Tensor, targets: Tensor, trained: bool, **options) -> list[Tensor]:
+    """Values, and the gradients of hidden and, if trained, of weight. The weight is used where it lies."""
+    hidden, weight = leaf(hidden), weight.detach().requires_grad_(trained)
+    logp = linear_logprobs(hidden, weight, targets, **options)
+    upstream = normal(len(targets), device=hidden.device, seed=2)
+    return [logp.detach(), *gradients(logp, upstream, *([hidden, weight] if trained else [hidden]))]
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Collects the numbers of columns of all logits that are computed."""
+    seen: set[int] = set()
+    original = tiles.add_product
+    monkeypatch.setattr(tiles, "add_product", lambda *a, **k: seen.add(a[2].shape[1]) or original(*a, **k))
+    return seen
+
+
 @dtypes
-def test_padding_behind_the_weight_changes_nothing(monkeypatch, device: str, dtype: torch.dtype) -> None:
-    """Whatever finite numbers it holds; the products do run over it, which is what it is for."""
-    if device == "cpu":
-        monkeypatch.setattr(Tensor, "is_cuda", INTERPRETED)  # else padding is not looked at
-        monkeypatch.setattr(tiles, "_as_factor", lambda matrix: matrix.float())
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_behind_the_weight_is_not_read(device: str, dtype: torch.dtype, trained: bool, widths: set) -> None:
+    """nan behind the weight, in its own storage, does not reach values or gradients."""
     N, V = 5, 1000
     storage = normal(1024, D, device=device, dtype=dtype)
-    storage[V:] = 1e4
-    widths: list[int] = []
-    original = tiles.add_product
-    monkeypatch.setattr(tiles, "add_product", lambda *a, **k: widths.append(a[2].shape[1]) or original(*a, **k))
+    storage[V:] = float("nan")
     hidden, targets = normal(N, D, device=device, dtype=dtype), some_targets(N, V, device)
-    check_linear(leaf(hidden), leaf(storage[:V]), targets, normal(N, device=device))
-    assert set(widths) == {V}  # a copy, not padded
-    widths.clear()
-    results = []
-    for weight in (storage[:V], storage[:V].clone()):
-        for trained in (True, False):
-            h, w = leaf(hidden), weight.detach().requires_grad_(trained)
-            logp = linear_logprobs(h, w, targets)
-            results.append([logp, *gradients(logp, normal(N, device=device), *([h, w] if trained else [h]))])
-    assert (1024 in widths) == uses_triton(device)
-    for padded, plain in ((results[0], results[2]), (results[1], results[3])):
-        for a, b in zip(padded, plain, strict=True):
+    actual = results_of(hidden, storage[:V], targets, trained)
+    assert widths == {V}
+    for a, b in zip(actual, results_of(hidden, storage[:V].clone(), targets, trained), strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+@dtypes
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("padding", [0.0, 1e4])
+@pytest.mark.parametrize("rows", [1, 24, 1024])
+def test_padding_rows_change_nothing(
+    device: str, dtype: torch.dtype, trained: bool, padding: float, rows: int, widths: set
+) -> None:
+    """The Triton path multiplies the padding rows, which may hold any finite numbers; the torch path skips them."""
+    N, V = 5, 1000
+    storage = normal(V + rows, D, device=device, dtype=dtype)
+    storage[V:] = padding
+    hidden, targets = normal(N, D, device=device, dtype=dtype), some_targets(N, V, device)
+    actual = results_of(hidden, storage[:V], targets, trained, padding_rows=rows)
+    assert widths == {V + rows if uses_triton(device) else V}
+    for a, b in zip(actual, results_of(hidden, storage[:V].clone(), targets, trained), strict=True):
+        assert a.shape == b.shape
+        assert_norm_close(a, b, 1e-6)
+
+
+@pytest.mark.filterwarnings("error")  # torch only warns when a result does not fit its buffer
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rows", [1, 41, 100])
+def test_padding_rows_in_tiles(device: str, trained: bool, rows: int, small_tiles: None) -> None:
+    """They belong to the last columns, whose tile may become wider than all others."""
+    N, V = 5, 1023
+    storage = normal(V + rows + 3, D, device=device)
+    storage[V : V + rows] = 1e4
+    storage[V + rows :] = float("nan")
+    hidden, targets = normal(N, D, device=device), some_targets(N, V, device)
+    actual = results_of(hidden, storage[:V], targets, trained, padding_rows=rows)
+    for a, b in zip(actual, results_of(hidden, storage[:V].clone(), targets, trained), strict=True):
+        assert_norm_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_padding_rows_where_the_weight_is_copied(device: str, trained: bool) -> None:
+    """autocast, torch.compile and hooks on saved tensors copy the weight: memory behind the copy is never read."""
+    N, V = 5, 1000
+    storage = normal(1024, D, device=device)
+    storage[V:] = 0.0
+    weight, hidden, targets = storage[:V], normal(N, D, device=device), some_targets(N, V, device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        """A copy of the tensor with nan directly behind it."""
+        room = torch.full((tensor.numel() + 64 * D,), float("nan"), device=tensor.device).to(tensor.dtype)
+        return room[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    expected = results_of(hidden, weight, targets, trained)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, copied):
+        hooked = results_of(hidden, weight, targets, trained, padding_rows=24)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(h: Tensor, w: Tensor) -> Tensor:
+        return linear_logprobs(h, copied(w), targets, padding_rows=24)
+
+    h, w = leaf(hidden), weight.detach().requires_grad_(trained)
+    logp = compiled(h, w)
+    graph = [logp.detach(), *gradients(logp, normal(N, device=device, seed=2), *([h, w] if trained else [h]))]
+    for actual in (hooked, graph):
+        for a, b in zip(actual, expected, strict=True):
             assert_norm_close(a, b, 1e-6)
+    with torch.autocast(device, torch.bfloat16):
+        expected = results_of(hidden, weight, targets, trained)
+        actual = results_of(hidden, weight, targets, trained, padding_rows=24)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_padding_rows_that_do_not_exist_are_refused(device: str) -> None:
+    storage, hidden = normal(24, D, device=device), normal(3, D, device=device)
+    targets = some_targets(3, 16, device)
+    linear_logprobs(hidden, storage[:16], targets, padding_rows=8)
+    linear_logprobs(hidden, storage[8:], targets, padding_rows=0)
+    columns = storage[:D].t()
+    for weight, rows, message in (
+        (storage[:16], 9, "weight and padding take 400 numbers, the storage of weight holds 384"),
+        (storage[8:], 1, "weight and padding take 272 numbers, the storage of weight holds 256"),
+        (storage[:16], -1, "padding_rows = -1: expected an integer of 0 or more"),
+        (storage[:16], 1.0, "padding_rows = 1.0: expected an integer of 0 or more"),
+        (columns, 1, "padding_rows = 1: weight must be contiguous"),
+        (storage[::2][:8], 1, "padding_rows = 1: weight must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_logprobs(hidden, weight, targets.clamp(max=7), padding_rows=rows)
 
 
 # ---- precision ----
@@ -727,8 +818,13 @@ VENDORED = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-before = set(sys.modules)
+before, state = set(sys.modules), torch.get_rng_state()
+functions = torch.mm, torch.addmm, torch.nn.functional.linear
 import kernels
+assert "triton_rows" not in dir(kernels) and torch.equal(torch.get_rng_state(), state)
+assert functions == (torch.mm, torch.addmm, torch.nn.functional.linear)
+operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("logprobs::")]
+assert len(operators) == 4 and "registers four operators" in " ".join(kernels.__doc__.split()), operators
 assert {name.split(".")[0] for name in set(sys.modules) - before} == {"kernels"}
 x = torch.eye(3, requires_grad=True)
 kernels.linear_logprobs(x, x, torch.tensor([0, 1, -100])).sum().backward()

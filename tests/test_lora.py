@@ -28,12 +28,11 @@ import lora
 
 RANK, ALPHA = 3, 7  # alpha / rank is not a power of two
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))  # (B, T)
-# Two fp32 programs of the same sums, on logits of order 1; a wrong scaling or a lost layer is off by 1e-2 or more.
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-REORDERED = {
-    "rtol": 1e-4,
-    "atol": 2e-5,
-}  # x (W + BA) against x W + (x A) B: rounded at other places, through two blocks
+# Two fp32 programs with the same sums, on logits of order 1, differ by some 1e-6 depending on the processor; a wrong
+# scaling or a lost layer changes them by 1e-2 or more.
+CLOSE = {"rtol": 1e-5, "atol": 5e-6}
+# x (W + BA) and x W + (x A) B are rounded at different places, in two blocks.
+REORDERED = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def gpt_neo(dtype: torch.dtype = torch.float32) -> GPTNeoForCausalLM:

@@ -1,5 +1,6 @@
 """model.py against transformers' GPTNeoForCausalLM, and its own promises about files, masks and dtypes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from transformers import GPTNeoForCausalLM
 from model import GPTNeo, GPTNeoConfig
 from sampling import KVCache
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "vocab_size": 97,
     "max_position_embeddings": 64,
@@ -145,7 +147,7 @@ def test_cached_equals_uncached(cut, tmp_path):
     cache = KVCache(model, 4, 40)
     rows, lengths = torch.tensor([2, 0, 3]), torch.tensor([cut, max(1, cut - 5), max(1, cut // 2)])
     prompts = torch.where(torch.arange(cut) < lengths[:, None], ids[:, :cut], 0)
-    hidden = [model(prompts, remember=partial(cache.fill, rows, lengths))]
+    hidden = [model(prompts, update_cache=partial(cache.fill, rows, lengths))]
     cache.lengths[rows] = lengths
     expected = model(ids)
     for row in range(3):
@@ -220,19 +222,49 @@ def test_every_layout_of_weights_loads(tmp_path):
         assert same_weights(GPTNeo.from_pretrained(folder), model), name
 
 
-def test_the_head_is_padded_in_memory_alone(tmp_path):
-    """Rows of zeros up to a multiple of 64 lie behind a loaded head; neither state dicts nor files hold them."""
+def test_the_head_is_padded_only_in_memory(tmp_path):
+    """Rows of zeros up to a multiple of 64 follow a loaded head; neither state dicts nor files contain them."""
     pair({}, tmp_path)
     model = GPTNeo.from_pretrained(tmp_path)
     weight = model.head_weight.detach()
     assert weight.shape == (97, 32) and weight.is_contiguous()
     whole = weight.as_strided((128, 32), (32, 1))
     assert whole[:97].equal(weight) and not whole[97:].any()
+    assert model.head_padding_rows == 31
     assert model.state_dict()["transformer.wte.weight"].shape == (97, 32)
     model.save_pretrained(tmp_path / "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again"))
     assert after["transformer.wte.weight"].equal(before["transformer.wte.weight"])
-    assert model.double().head_weight.untyped_storage().nbytes() == 97 * 32 * 8  # a cast drops it, as it says
+    assert model.double().head_weight.untyped_storage().nbytes() == 97 * 32 * 8  # a cast drops the padding
+    assert model.head_padding_rows == 0
+
+
+def test_head_padding_rows_are_those_of_the_loaded_storage_only(tmp_path):
+    """0 whenever head_weight is not the loaded tensor; the padding is found again when that tensor is put back."""
+    pair({}, tmp_path)
+    model = GPTNeo.from_pretrained(tmp_path)
+    parameter, data = model.head_weight, model.head_weight.data
+    assert model.float().head_padding_rows == 31  # nothing to cast, so the storage is the same
+    assert copy.deepcopy(model).head_padding_rows == 0
+    others = (data.clone(), data.bfloat16(), data[:96], data.view(32, 97), data[1:], data.view(torch.int32).float())
+    for other in others:
+        parameter.data = other
+        assert model.head_padding_rows == 0
+        parameter.data = data
+        assert model.head_padding_rows == 31
+    model.load_weights(tmp_path)
+    assert model.head_padding_rows == 31
+    parameter.data = data.clone()
+    model.float()
+    parameter.data = data
+    assert model.head_padding_rows == 0  # .to() and casts release a padded head that is not in use
+    assert GPTNeo(GPTNeoConfig(**TINY)).head_padding_rows == 0
+
+
+def test_a_head_of_64_rows_is_not_padded(tmp_path):
+    pair({"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}, tmp_path)
+    model = GPTNeo.from_pretrained(tmp_path)
+    assert model.head_padding_rows == 0 and model.head_weight.untyped_storage().nbytes() == 64 * 32 * 4
 
 
 def test_dtype_and_device_are_asked_for(tmp_path):
@@ -329,26 +361,23 @@ def test_rows_longer_than_the_context_are_refused(tmp_path):
     assert model(torch.zeros(1, 70, dtype=torch.long), segments).shape == (1, 70, 32)  # 64 real tokens fit
 
 
-def test_vendored_alone(tmp_path):
-    """model.py, sampling.py and onednn.py each import with nothing of the project beside them."""
-    for name in ("model", "sampling", "onednn"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / f"{name}.py").write_text((Path(__file__).parents[1] / f"{name}.py").read_text())
-        code = f"import {name}, sys; assert not {{'spin', 'lora', 'kernels', 'transformers'}} & set(sys.modules)"
-        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": ""})
+def test_the_file_alone_imports_elsewhere(tmp_path):
+    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text())
+    program = "import model, sys; assert not {'spin', 'lora', 'sampling', 'kernels', 'transformers'} & set(sys.modules)"
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
 
 
 @pytest.mark.skipif("TINYSTORIES_1M" not in os.environ, reason="TINYSTORIES_1M names no directory with the checkpoint")
 def test_public_checkpoint():
-    from sampling import generate
+    from sampling import respond
 
     model = GPTNeo.from_pretrained(os.environ["TINYSTORIES_1M"])
     prompt = [7454, 2402, 257, 640]
     last = model.logits(model(torch.tensor([prompt])))[0, -1]
     torch.testing.assert_close(last[:4], torch.tensor([8.4062, 9.2780, -2.2560, -6.6768]), atol=1e-3, rtol=0)
-    samples = generate(model, [prompt], max_new_tokens=8, eos_token_id=None, temperature=0)
-    assert samples.ids == [[11, 612, 373, 257, 1310, 2576, 3706, 20037]]
+    responses = respond(model, [prompt], max_new_tokens=8, eos_token_id=None, temperature=0)
+    assert responses.ids == [[11, 612, 373, 257, 1310, 2576, 3706, 20037]]
 
 
 def test_loading_holds_one_copy_of_the_weights(tmp_path):
@@ -356,7 +385,6 @@ def test_loading_holds_one_copy_of_the_weights(tmp_path):
     code = """
 import resource, sys, torch
 from model import GPTNeo, GPTNeoConfig
-from sampling import KVCache
 config = GPTNeoConfig(vocab_size=1000, max_position_embeddings=16, hidden_size=512, num_layers=10, num_heads=8,
                       attention_types=((("global", "local"), 5),))
 if sys.argv[1] == "save":
@@ -371,7 +399,7 @@ else:
 
     def child(*args) -> str:
         command = [sys.executable, "-c", code, *map(str, args)]
-        return subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
     child("save", tmp_path / "big")
     assert float(child("load", tmp_path / "big", tmp_path / "tiny")) < 1.5 * 64 + 24

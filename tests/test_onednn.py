@@ -1,12 +1,16 @@
-"""onednn.py: the same products as MKL's, gradients included, and nothing else touched."""
+"""kernels/onednn.py: the same products and gradients as with MKL, and no other call is changed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import onednn
-from kernels import linear_logprobs, tiles
+from kernels import linear_logprobs, onednn, tiles
 from model import GPTNeo, GPTNeoConfig
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
@@ -156,3 +160,15 @@ def test_without_onednn_it_does_nothing(calls, monkeypatch):
     with onednn.products():
         F.linear(normal(3, 5), normal(4, 5))
     assert not calls
+
+
+def test_the_file_alone_imports_and_runs_elsewhere(tmp_path):
+    (tmp_path / "onednn.py").write_text(Path(onednn.__file__).read_text())
+    program = (
+        "import sys, torch, onednn\n"
+        "assert not {'spin', 'model', 'lora', 'kernels'} & set(sys.modules)\n"
+        "with onednn.products():\n"
+        "    assert torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).eq(3).all()\n"
+    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})

@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +13,14 @@ from transformers import GPTNeoForCausalLM
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from model import GPTNeo, GPTNeoConfig
-from sampling import Batch, KVCache, Samples, filter_logits, generate, sample
+from sampling import Batch, KVCache, Responses, draw, filter_logits, respond
 
 EOS = 50
 
 
 @pytest.fixture(scope="module")
 def model() -> GPTNeo:
-    """Random weights large enough that the model has opinions, and a window shorter than the prompts."""
+    """Weights large enough for distributions far from uniform, and a window shorter than the prompts."""
     config = GPTNeoConfig(
         vocab_size=51, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4,
         attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
@@ -33,8 +37,8 @@ def prompts(count: int) -> list[list[int]]:
 def test_greedy_equals_transformers(model, tmp_path):
     model.save_pretrained(tmp_path)
     theirs = GPTNeoForCausalLM.from_pretrained(tmp_path)
-    samples = generate(model, prompts(7), max_new_tokens=20, eos_token_id=EOS, temperature=0, batch_size=4)
-    for prompt, ids in zip(prompts(7), samples.ids):
+    responses = respond(model, prompts(7), max_new_tokens=20, eos_token_id=EOS, temperature=0, batch_size=4)
+    for prompt, ids in zip(prompts(7), responses.ids):
         ids_in = torch.tensor([prompt])
         expected = theirs.generate(
             ids_in, attention_mask=torch.ones_like(ids_in), max_new_tokens=20, do_sample=False, pad_token_id=0,
@@ -51,12 +55,12 @@ def test_rows_do_not_depend_on_their_batch(model, settings):
     that share the rows out between them get the same too.
     """
     settings = dict(max_new_tokens=30, eos_token_id=EOS, seed=3) | settings
-    first = generate(model, prompts(16), batch_size=1, **settings)
-    others = [generate(model, prompts(16), batch_size=size, **settings) for size in (3, 16)]
-    others.append(generate(model, prompts(16), cache_tokens=100, **settings))
+    first = respond(model, prompts(16), batch_size=1, **settings)
+    others = [respond(model, prompts(16), batch_size=size, **settings) for size in (3, 16)]
+    others.append(respond(model, prompts(16), cache_tokens=100, **settings))
     numbers = [range(0, 16, 2), range(1, 16, 2)]
-    shares = [generate(model, [prompts(16)[i] for i in some], rows=some, **settings) for some in numbers]
-    others.append(Samples(*([shares[i % 2][field][i // 2] for i in range(16)] for field in range(3))))
+    shares = [respond(model, [prompts(16)[i] for i in some], rows=some, **settings) for some in numbers]
+    others.append(Responses(*([shares[i % 2][field][i // 2] for i in range(16)] for field in range(3))))
     if settings.get("temperature", 1):
         assert len({len(ids) for ids in first.ids}) > 3, "the test means little unless rows stop at different steps"
     for other in others:
@@ -65,15 +69,13 @@ def test_rows_do_not_depend_on_their_batch(model, settings):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0)
 
 
-def test_slots_are_taken_over_at_once(model, monkeypatch):
+def test_a_freed_slot_is_refilled_immediately(model, monkeypatch):
     """No step leaves a slot idle while a prompt waits; then the batch shrinks, so that few slots idle."""
     seen = []
     step = Batch._step
-    monkeypatch.setattr(
-        Batch, "_step", lambda self: (seen.append((int(self.active.sum()), len(self.owner))), step(self))
-    )
-    samples = generate(model, prompts(30), max_new_tokens=30, eos_token_id=EOS, temperature=1.5, batch_size=8)
-    tokens = sum(len(ids) - 1 for ids in samples.ids)  # the first comes from the prompt's pass
+    monkeypatch.setattr(Batch, "_step", lambda self: (seen.append((int(self.active.sum()), self.size)), step(self)))
+    responses = respond(model, prompts(30), max_new_tokens=30, eos_token_id=EOS, temperature=1.5, batch_size=8)
+    tokens = sum(len(ids) - 1 for ids in responses.ids)  # the first comes from the prompt's pass
     assert sum(active for active, _ in seen) == tokens
     drained = [active < 8 for active, _ in seen].index(True)
     assert sum(active for active, _ in seen[:drained]) > tokens / 2
@@ -85,36 +87,36 @@ def test_large_batches_wait_for_a_few_idle_slots(model, monkeypatch):
     admitted = []
     admit = Batch.admit
     monkeypatch.setattr(
-        Batch, "admit", lambda self, owners, *rest: (admitted.append(len(owners)), admit(self, owners, *rest))
+        Batch, "admit", lambda self, indices, *rest: (admitted.append(len(indices)), admit(self, indices, *rest))
     )
     settings = dict(max_new_tokens=30, eos_token_id=EOS, temperature=1.5)
-    samples = generate(model, prompts(200), batch_size=64, **settings)
+    responses = respond(model, prompts(200), batch_size=64, **settings)
     assert admitted[0] == 64 and all(count >= 4 for count in admitted[:-1]) and len(admitted) > 10
-    assert samples.ids == generate(model, prompts(200), batch_size=5, **settings).ids
+    assert responses.ids == respond(model, prompts(200), batch_size=5, **settings).ids
 
 
 def test_cache_holds_no_more_than_its_budget(model, monkeypatch):
-    """`cache_tokens` bounds rows times room; local layers hold their window only; one row always fits."""
+    """`cache_tokens` bounds rows times capacity; local layers hold only their window; one row always fits."""
     made = []
     init = KVCache.__init__
 
-    def spy(self, model, size, room):
-        init(self, model, size, room)
-        made.append((size, room, [k.shape[2] for k in self.keys]))
+    def spy(self, model, size, capacity):
+        init(self, model, size, capacity)
+        made.append((size, capacity, [k.shape[2] for k in self.keys]))
 
     monkeypatch.setattr(KVCache, "__init__", spy)
     for budget, size in ((1000, 8), (280, 7), (279, 6), (1, 1)):
-        generate(model, [[1]] * 8 + [[1] * 10], max_new_tokens=30, eos_token_id=EOS, batch_size=8, cache_tokens=budget)
+        respond(model, [[1]] * 8 + [[1] * 10], max_new_tokens=30, eos_token_id=EOS, batch_size=8, cache_tokens=budget)
         assert made.pop() == (size, 40, [40, 4])
 
 
-def test_the_progress_adds_up(model):
+def test_progress_counts_every_row_and_token(model):
     seen = []
-    samples = generate(
+    responses = respond(
         model, prompts(20), max_new_tokens=10, eos_token_id=EOS, batch_size=3, progress=lambda *args: seen.append(args)
     )
     rows, tokens = map(sum, zip(*seen))
-    assert (rows, tokens) == (20, sum(map(len, samples.ids))) and len(seen) > 6
+    assert (rows, tokens) == (20, sum(map(len, responses.ids))) and len(seen) > 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -125,13 +127,13 @@ def test_graphs_change_nothing_on_cuda(model, monkeypatch, settings):
     settings = dict(max_new_tokens=40, eos_token_id=EOS, seed=3) | settings
     graphs = []
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count_calls(torch.cuda.CUDAGraph.replay, graphs))
-    captured = [generate(there, prompts(40), batch_size=size, **settings) for size in (16, 40)]
+    captured = [respond(there, prompts(40), batch_size=size, **settings) for size in (16, 40)]
     assert len(graphs) > 40
     monkeypatch.setattr(Batch, "_advance", Batch._step)
-    single = generate(there, prompts(40), batch_size=16, **settings)
+    single = respond(there, prompts(40), batch_size=16, **settings)
     assert captured[0].ids == captured[1].ids == single.ids
     if not settings.get("temperature", 1):
-        assert single.ids == generate(model, prompts(40), **settings).ids
+        assert single.ids == respond(model, prompts(40), **settings).ids
 
 
 def count_calls(function, calls):
@@ -142,7 +144,7 @@ def count_calls(function, calls):
     return call
 
 
-def test_a_long_prompt_passes_alone(model, monkeypatch):
+def test_a_long_prompt_is_prefilled_alone(model, monkeypatch):
     """No more than PREFILL_TOKENS go through the model at a time, or one prompt."""
     shapes = []
     monkeypatch.setattr("sampling.PREFILL_TOKENS", 20)
@@ -151,47 +153,47 @@ def test_a_long_prompt_passes_alone(model, monkeypatch):
         model, "forward", lambda ids, **kwargs: shapes.append(tuple(ids.shape)) or forward(ids, **kwargs)
     )
     lengths = [25, 9, 9, 9, 3, 3, 3, 3]
-    generate(model, [[1] * n for n in lengths], max_new_tokens=2, eos_token_id=None)
+    respond(model, [[1] * n for n in lengths], max_new_tokens=2, eos_token_id=None)
     assert shapes == [(1, 25), (2, 9), (2, 9), (3, 3)]
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.8)])
 def test_logps_are_those_of_a_full_scoring_pass(model, settings):
     """Under the model's own distribution, whatever temperature and filters the sampling used."""
-    samples = generate(model, prompts(9), max_new_tokens=20, eos_token_id=EOS, seed=0, **settings)
-    for prompt, ids, logps in zip(prompts(9), samples.ids, samples.logps):
+    responses = respond(model, prompts(9), max_new_tokens=20, eos_token_id=EOS, seed=0, **settings)
+    for prompt, ids, logps in zip(prompts(9), responses.ids, responses.logps):
         full = torch.tensor([prompt + ids])
         expected = model.logits(model(full)).log_softmax(-1)[0, len(prompt) - 1 : -1]
         expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert (torch.tensor(logps) - expected).abs().max() <= 1e-4
 
 
-def test_finished_means_that_eos_was_sampled(model):
-    samples = generate(
+def test_finished_means_that_eos_was_drawn(model):
+    responses = respond(
         model, prompts(64), max_new_tokens=12, eos_token_id=EOS, temperature=1.5, batch_size=16,
         seed=0,
     )  # fmt: skip
-    assert 0 < sum(samples.finished) < 64
-    for ids, finished, logps in zip(*samples):
+    assert 0 < sum(responses.finished) < 64
+    for ids, finished, logps in zip(*responses):
         assert finished == (ids[-1] == EOS) and EOS not in ids[:-1] and len(logps) == len(ids)
         assert finished or len(ids) == 12
 
 
 def test_without_eos_every_row_runs_to_the_limit(model):
-    samples = generate(model, prompts(5), max_new_tokens=9, eos_token_id=None)
-    assert [len(ids) for ids in samples.ids] == [9] * 5 and not any(samples.finished)
+    responses = respond(model, prompts(5), max_new_tokens=9, eos_token_id=None)
+    assert [len(ids) for ids in responses.ids] == [9] * 5 and not any(responses.finished)
 
 
 def test_context_may_be_filled_to_the_last_position(model):
     prompt = [1] * 54
-    assert len(generate(model, [prompt, [1]], max_new_tokens=10, eos_token_id=None).ids[0]) == 10
+    assert len(respond(model, [prompt, [1]], max_new_tokens=10, eos_token_id=None).ids[0]) == 10
     with pytest.raises(ValueError, match="prompt 1 has 55 tokens: expected 1 to 54"):
-        generate(model, [[1], prompt + [1]], max_new_tokens=10, eos_token_id=None)
+        respond(model, [[1], prompt + [1]], max_new_tokens=10, eos_token_id=None)
 
 
 def test_same_seed_same_ids_other_seed_other_ids(model):
     def ids(seed):
-        return generate(model, prompts(8), max_new_tokens=10, eos_token_id=EOS, seed=seed).ids
+        return respond(model, prompts(8), max_new_tokens=10, eos_token_id=EOS, seed=seed).ids
 
     state = torch.random.get_rng_state()
     assert ids(0) == ids(0) != ids(1)
@@ -212,18 +214,18 @@ def test_filters_equal_transformers():
     assert torch.equal(filter_logits(logits, 1.0, 6, 0.7), both)
 
 
-def test_sample_inverts_the_distribution():
+def test_draw_inverts_the_distribution():
     """p = (0.5, 0, 0.25, 0.25): the token changes at the cumulative sums; probability 0 is never drawn."""
     logits = torch.tensor([0.5, 0.0, 0.25, 0.25]).log()
     uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1 - 2**-24])
-    assert sample(logits.expand(6, 4), uniform).tolist() == [0, 0, 2, 2, 3, 3]
+    assert draw(logits.expand(6, 4), uniform).tolist() == [0, 0, 2, 2, 3, 3]
     first_excluded = torch.tensor([[-torch.inf, 0.0]])
-    assert sample(first_excluded, torch.zeros(1)).tolist() == [1]
+    assert draw(first_excluded, torch.zeros(1)).tolist() == [1]
     last_excluded = torch.tensor([[0.0, -torch.inf]])
-    assert sample(last_excluded, torch.tensor([1 - 2**-24])).tolist() == [0]
+    assert draw(last_excluded, torch.tensor([1 - 2**-24])).tolist() == [0]
 
 
-def test_sample_over_many_blocks():
+def test_draw_over_many_blocks():
     """The token that a fp64 cumulative sum gives, over a vocabulary of 197 blocks, the last one ragged."""
     rng = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(500, 50257, generator=rng)
@@ -231,7 +233,7 @@ def test_sample_over_many_blocks():
     uniform = torch.rand(500, generator=rng)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
     cumulated = logits.double().softmax(1).cumsum(1)
-    token = sample(logits, uniform)
+    token = draw(logits, uniform)
     low = cumulated.gather(1, (token - 1).clamp(min=0)[:, None])[:, 0] * (token > 0)
     high = cumulated.gather(1, token[:, None])[:, 0]
     goal = uniform * cumulated[:, -1]
@@ -242,8 +244,8 @@ def test_sample_over_many_blocks():
 def test_sampled_frequencies_follow_the_model(model):
     """4000 draws of one next token: every frequency within 5 standard errors of its probability."""
     n = 4000
-    samples = generate(model, [[3, 1, 4]] * n, max_new_tokens=1, eos_token_id=None, batch_size=n)
-    count = torch.bincount(torch.tensor(samples.ids)[:, 0], minlength=51) / n
+    responses = respond(model, [[3, 1, 4]] * n, max_new_tokens=1, eos_token_id=None, batch_size=n)
+    count = torch.bincount(torch.tensor(responses.ids)[:, 0], minlength=51) / n
     p = model.logits(model(torch.tensor([[3, 1, 4]])))[0, -1].softmax(-1).detach()
     assert ((count - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-3).all()
 
@@ -254,13 +256,13 @@ def test_mode_is_restored_and_dropout_is_off_while_sampling(model):
     noisy.load_state_dict(model.state_dict())
     noisy.train()
     settings = dict(max_new_tokens=10, eos_token_id=EOS, temperature=0)
-    assert generate(noisy, prompts(6), **settings).ids == generate(model, prompts(6), **settings).ids
+    assert respond(noisy, prompts(6), **settings).ids == respond(model, prompts(6), **settings).ids
     assert noisy.training and not model.training
 
 
 def test_no_prompts():
     config = GPTNeoConfig(num_layers=1, attention_types=((("global",), 1),), hidden_size=16, vocab_size=5, num_heads=1)
-    assert generate(GPTNeo(config), [], max_new_tokens=3, eos_token_id=0) == ([], [], [])
+    assert respond(GPTNeo(config), [], max_new_tokens=3, eos_token_id=0) == ([], [], [])
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,14 @@ def test_no_prompts():
 )  # fmt: skip
 def test_bad_settings_are_named(model, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        generate(model, [[1]], **{"max_new_tokens": 3, "eos_token_id": None, **settings})
+        respond(model, [[1]], **{"max_new_tokens": 3, "eos_token_id": None, **settings})
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
-        generate(model, [[1], []], max_new_tokens=3, eos_token_id=None)
+        respond(model, [[1], []], max_new_tokens=3, eos_token_id=None)
+
+
+def test_the_file_alone_imports_elsewhere(tmp_path):
+    source = Path(__file__).resolve().parents[1] / "sampling.py"
+    (tmp_path / "sampling.py").write_text(source.read_text())
+    program = "import sampling, sys; assert not {'spin', 'model', 'lora', 'kernels', 'transformers'} & set(sys.modules)"
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})

@@ -1,15 +1,16 @@
-"""fp32 matrix products on a CPU by oneDNN instead of MKL; both are inside torch.
+"""fp32 matrix products on a CPU with oneDNN instead of MKL. torch contains both libraries.
 
-torch multiplies fp32 matrices by MKL, which on processors of other makers than its own leaves the widest instructions
-unused: on an AMD EPYC with AVX-512, oneDNN was about twice as fast at most sizes, never slower for large ones
-(benchmarks/README.md, "without onednn.py"). torch itself uses it for bf16 and in compiled graphs, but offers no switch
-for plain fp32 products. Hence this:
+torch multiplies fp32 matrices with MKL, which does not use the widest instructions of non-Intel processors: on an AMD
+EPYC with AVX-512, oneDNN was about twice as fast at most sizes and never slower at large ones (benchmarks/README.md,
+"without onednn.py"). torch uses oneDNN for bf16 and in compiled graphs, but has no switch for plain fp32 products. Use:
 
     with onednn.products():
         model(input_ids)
 
-Within, the functions F.linear, torch.mm and torch.addmm are replaced, for all threads. Calls on other devices or dtypes
-go on as before, and so does everything on a torch without oneDNN. Results are as exact, but not the same to the bit.
+Inside the context, F.linear, torch.mm and torch.addmm are replaced in all threads. Calls with other devices or dtypes
+run as before, as does everything if torch was built without oneDNN. Results are as accurate, but not bit-identical.
+
+Needs torch only; copy this file alone into another code base.
 """
 
 import contextlib
@@ -25,56 +26,57 @@ from torch.autograd.function import once_differentiable
 
 
 def available() -> bool:
+    """Whether this build of torch can multiply fp32 matrices with oneDNN."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @contextlib.contextmanager
 def products() -> Iterator[None]:
-    """A context in which fp32 products on the CPU are oneDNN's; one that does nothing where it is not to be had."""
-    places = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
-    originals = [getattr(module, name) for module, name, _ in places]
-    for (module, name, ours), original in zip(places, originals, strict=True):
-        setattr(module, name, _where_it_fits(ours, original))
+    """Context manager: inside it, oneDNN computes the fp32 products on the CPU, if it is available."""
+    patches = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
+    originals = [getattr(module, name) for module, name, _ in patches]
+    for (module, name, ours), original in zip(patches, originals, strict=True):
+        setattr(module, name, _dispatch(ours, original))
     try:
         yield
     finally:
-        for (module, name, _), original in zip(places, originals, strict=True):
+        for (module, name, _), original in zip(patches, originals, strict=True):
             setattr(module, name, original)
 
 
-def _where_it_fits(ours: Callable, original: Callable) -> Callable:
-    """`ours` for plain fp32 calls on the CPU; `original` for all else, and in graphs being compiled."""
+def _dispatch(ours: Callable, original: Callable) -> Callable:
+    """Returns a function that calls `ours` for plain eager fp32 calls on the CPU and `original` for all others."""
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        fits = False
-        with contextlib.suppress(TypeError):  # at arguments that ours does not take
-            fits = plain and eager and _FITS[ours](*args, **kwargs)
-        return ours(*args, **kwargs) if fits else original(*args, **kwargs)
+        supported = False
+        with contextlib.suppress(TypeError):  # raised for arguments that `ours` does not have
+            supported = plain and eager and _SUPPORTS[ours](*args, **kwargs)
+        return ours(*args, **kwargs) if supported else original(*args, **kwargs)
 
     return call
 
 
-def _linear_fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    # oneDNN reads a bias as if it were contiguous
+def _linear_supports(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    # oneDNN reads every bias as if it were contiguous.
     good_bias = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
     return good_bias and weight.dim() == 2 and input.dim() >= 1 and input.shape[-1] == weight.shape[1]
 
 
-def _mm_fits(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
+def _mm_supports(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
     good_out = out is None or (a.dim() == b.dim() == 2 and out.shape == (len(a), b.shape[1]))
     return good_out and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]
 
 
-def _addmm_fits(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
-    return total.dim() in (1, 2) and _mm_fits(a, b, out=out)
+def _addmm_supports(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
+    return total.dim() in (1, 2) and _mm_supports(a, b, out=out)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for fp32 on the CPU: (..., I), (O, I), (O,) -> (..., O). Differentiable once."""
+    """F.linear for fp32 tensors on the CPU: (..., I), (O, I), (O,) -> (..., O). Differentiable once."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return _Linear.apply(input, weight, bias)
     return _product(input, weight, bias)
@@ -90,7 +92,7 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) ->
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not (x.numel() and weight.numel()):
+    if not (x.numel() and weight.numel()):  # oneDNN rejects some empty tensors
         return torch._C._nn.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -111,4 +113,4 @@ class _Linear(Function):
         return d_x, d_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
-_FITS = {linear: _linear_fits, _mm: _mm_fits, _addmm: _addmm_fits}
+_SUPPORTS = {linear: _linear_supports, _mm: _mm_supports, _addmm: _addmm_supports}

@@ -1,13 +1,12 @@
-"""What people read of a run: statistics, a text table and an SVG plot. No dependencies."""
+"""What people read about a run: tables as text, warnings, and a plot as SVG. No dependencies."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 Row = dict[str, Any]
 
-# The columns of the two tables, and how their values are written.
+# The columns of the two tables, and the format of their values.
 COLUMNS = dict(iterate="d", greedy=".1%", sampled=".1%", greedy_error=".1%", sampled_error=".1%", nll=".4f", kl=".2f")
 SIGNALS = dict(iterate="d", pairs="d", identical="d", truncated=".2%", real_length=".1f", generated_length=".1f")
 SIGNALS |= dict(loss=".4f", margin=".3f", accuracy=".1%", real_logp=".3f", generated_logp=".3f", grad_norm=".2f")
@@ -16,35 +15,19 @@ FALL = 0.1  # nats a token that held-out real responses may lose in an iteration
 CUT = 0.05  # rise of the share of cut responses, from one iteration to the next, before a warning
 
 
-def with_se(name: str, values: list[float], weights: list[float] | None = None) -> Row:
-    """The ratio sum(values) / sum(weights) (weights 1: the mean), and its standard error over examples."""
-    weights = weights or [1.0] * len(values)
-    ratio = sum(values) / sum(weights)
-    residual = sum((v - ratio * w) ** 2 for v, w in zip(values, weights))
-    return {name: ratio, f"{name}_se": math.sqrt(residual) / sum(weights)}
-
-
-def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
-    """(edit distance, length) of the reference with the lowest error rate, in whitespace tokens."""
-    if text in references:
-        return 0, max(len(text.split()), 1)
-    words = text.split()
-    return min(((distance(words, r.split()), max(len(r.split()), 1)) for r in references), key=lambda e: e[0] / e[1])
-
-
-def distance(a: list[str], b: list[str]) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+def tables(rows: Sequence[Row]) -> str:
+    """The two tables of a finished run: held-out metrics, and training signals."""
+    return (
+        f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, COLUMNS)}\n"
+        f"\nTraining signals, means over the last tenth of an iteration's steps\n{table(rows[1:], SIGNALS)}"
+    )
 
 
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
-    """Aligned text, one line a row; `columns` maps a row's key to the format of its value. A key "x" with an "x_se"
-    beside it is written with its standard error; a column that no row has is left out."""
+    """Aligned text, one line a row. `columns` maps a row's key to the format of its value.
+
+    A value "x" is written with its standard error if the row has an "x_se". A column that no row has is left out.
+    """
     columns = {key: fmt for key, fmt in columns.items() if any(key in row for row in rows)}
     body = [[_cell(row, key, fmt) for key, fmt in columns.items()] for row in rows]
     lines = [[_label(key) for key in columns], *body]
@@ -68,8 +51,14 @@ def _cell(row: Row, key: str, fmt: str) -> str:
     return format(row[key], fmt) + (f" \u00b1 {format(se, fmt)}" if se is not None else "")
 
 
+def plot_of(rows: Sequence[Row], title: str) -> str:
+    """The plot of a finished run: all metrics and signals that its last iterate has."""
+    shown = (COLUMNS | SIGNALS).keys() & rows[-1].keys() - {"iterate", "pairs", "identical"}
+    return plot(rows, [key for key in COLUMNS | SIGNALS if key in shown], title)
+
+
 def plot(rows: Sequence[Row], keys: Sequence[str], title: str) -> str:
-    """An SVG with one small panel a key: its value by row["iterate"], with bars of one standard error."""
+    """An SVG with one small panel for each key: its values by row["iterate"], with bars of one standard error."""
     width, height, columns = 240, 180, 4
     lines = -(-len(keys) // columns)
     panels = [
@@ -117,7 +106,7 @@ def _panel(rows: Sequence[Row], key: str) -> str:
 
 
 def warnings_of(rows: Sequence[Row]) -> list[str]:
-    """What the newest iterate's row says of degeneration, and what to change."""
+    """Signs of degeneration in the newest iterate's row, each with a remedy."""
     if len(rows) < 2:
         return []
     before, now = rows[-2:]

@@ -1,6 +1,6 @@
-"""Data on disk to token ids: JSON Lines, the prompt template, the tokenizer, and the held-out share.
+"""From data on disk to token ids: JSON Lines, the prompt template, the tokenizer, the held-out share.
 
-Every prompt of the project, for generation as for training, is encoded by `encode` and nowhere else.
+`encode` is the only place where prompts become token ids, so generation and training cannot disagree on the template.
 """
 
 import gzip
@@ -17,19 +17,20 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-LONGEST_LINE = 2**24  # bytes; a device or a gzip bomb may hold a line without end
+LONGEST_LINE = 2**24  # bytes; a device or a compressed file may hold a line without end
 
 
 @dataclass(slots=True)
 class Example:
-    """One prompt and its human response, or, of given pairs, both responses; `encode` fills in the ids."""
+    """A prompt and its human response; with given pairs also the other response. `encode` fills in the ids."""
 
-    where: str  # "file:line", for messages
+    path: str  # of the file, for messages
+    line: int  # its number in the file, by which a record is known wherever the file lies
     prompt: str  # without the template
-    response: str  # "" of a prompt without an answer
+    response: str  # "" for a prompt without an answer
     references: list[str]  # every text that counts as right in evaluation; the response is one of them
     generated: str = ""  # the worse response of a given pair
-    wins: tuple[float, float] = (1.0, 0.0)  # probability that each response of a given pair beats the opponent's
+    wins: tuple[float, float] = (1.0, 0.0)  # of a given pair: see Pair
     prompt_ids: list[int] = field(default_factory=list)  # with the template
     real_ids: list[int] = field(default_factory=list)  # ends with exactly one end-of-sequence token
     generated_ids: list[int] = field(default_factory=list)  # likewise
@@ -39,50 +40,76 @@ class Example:
         return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
 
     @property
-    def line(self) -> int:
-        """Its line in the file, by which a record is known wherever the file lies."""
-        return int(self.where.rpartition(":")[2])
+    def where(self) -> str:
+        return f"{self.path}:{self.line}"
 
 
-def load_examples(path: str | Path, *, pairs: bool = False, prompts_only: bool = False) -> list[Example]:
-    """Reads JSON Lines, gzipped where the name ends in .gz, in one of three layouts a line:
+@dataclass(slots=True)
+class Pair:
+    """A prompt with its real and its generated response; `score` fills in the opponent's log-probabilities."""
+
+    prompt_ids: list[int]
+    real_ids: list[int]
+    generated_ids: list[int]
+    finished: bool  # the opponent sampled the end-of-sequence token
+    opponent_real_logp: float | None = None  # nats, summed over the response
+    opponent_generated_logp: float | None = None
+    wins: tuple[float, float] = (1.0, 0.0)  # probability that each response is preferred to an opponent's (SPPO)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
+
+
+def load_examples(path: str | Path, layout: str = "responses") -> list[Example]:
+    """Reads JSON Lines, compressed by gzip if the name ends in .gz. A line is one of
 
     {"prompt": str, "response": str, "references": [str, ...] (optional)}
     {"real": [{"role": "user", "content": str}, {"role": "assistant", "content": str}], ...}    (uclaml/SPIN's)
-    {"prompt": str, "chosen": str, "rejected": str}    (the response, and the other of a pair)
+    {"prompt": str, "chosen": str, "rejected": str}    (the response and the worse one)
 
-    pairs: a record must hold the worse response, too, as "generated" or "rejected", and may hold "wins": [P, P'].
-    prompts_only: it may lack the response.
+    Args:
+        layout: "responses"; "pairs", where a record must also hold the worse response as "generated" or "rejected",
+            and may hold "wins": [P, P']; "prompts", where a record may lack the response.
+
     Raises: ValueError naming file and line, FileNotFoundError, or another OSError.
     """
     examples = []
-    for where, line in _lines(Path(path)):
+    for number, line in _lines(Path(path)):
+        where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting too long to read
+        except (ValueError, RecursionError) as error:  # RecursionError: nesting too deep to read
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        if "chosen" in record:
-            record = record | {"response": _text(where, record, "chosen")}
-            if pairs:
-                record["generated"] = _text(where, record, "rejected")
-        if prompts_only and not {"real", "response"} & record.keys():
-            example = Example(where, _text(where, record, "prompt"), "", [])
-        else:
-            example = _official(where, record) if "real" in record else _plain(where, record)
-        if pairs:
-            turns = "real" in record
-            example.generated = _turns(where, record, "generated")[1] if turns else _text(where, record, "generated")
-            example.wins = _wins(where, record)
-        examples.append(example)
+        examples.append(_example(str(path), number, record, layout))
     if not examples:
         raise ValueError(f"{path}: holds no records, expected JSON Lines with 'prompt' and 'response'")
     return examples
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields ("file:line", text) of the lines that are not blank."""
+def _example(path: str, line: int, record: dict[str, Any], layout: str) -> Example:
+    where = f"{path}:{line}"
+    if "real" in record:
+        prompt, response = _turns(where, record, "real")
+    elif layout == "prompts" and not {"chosen", "response"} & record.keys():
+        prompt, response = _text(where, record, "prompt"), ""
+    else:
+        prompt = _text(where, record, "prompt")
+        response = _text(where, record, "chosen" if "chosen" in record else "response")
+    example = Example(path, line, prompt, response, _references(where, record, response))
+    if layout == "pairs":
+        if "real" in record:
+            _, example.generated = _turns(where, record, "generated")
+        else:
+            example.generated = _text(where, record, "rejected" if "chosen" in record else "generated")
+        example.wins = _wins(where, record)
+    return example
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number, text) of the lines that are not blank."""
     opener = gzip.open if path.suffix == ".gz" else open
     number = 1
     try:
@@ -91,23 +118,20 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 if len(line) == LONGEST_LINE:
                     raise ValueError(f"a line of {LONGEST_LINE} bytes or more")
                 if line := line.strip():
-                    yield f"{path}:{number}", line.decode()
+                    yield number, line.decode()
                 number += 1
     except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error})") from None
 
 
-def _plain(where: str, record: dict[str, Any]) -> Example:
-    prompt, response = (_text(where, record, name) for name in ("prompt", "response"))
-    references = record.get("references", [response])
+def _references(where: str, record: dict[str, Any], response: str) -> list[str]:
+    default = [response] if response else []
+    references = default if "real" in record else record.get("references", default)
+    if references is default:
+        return default
     if not isinstance(references, list) or not references:
         raise ValueError(f"{where}: field 'references' must be a list of texts")
-    return Example(where, prompt, response, [_text(where, {"references": r}, "references") for r in references])
-
-
-def _official(where: str, record: dict[str, Any]) -> Example:
-    prompt, response = _turns(where, record, "real")
-    return Example(where, prompt, response, [response])
+    return [_text(where, {"references": reference}, "references") for reference in references]
 
 
 def _turns(where: str, record: dict[str, Any], name: str) -> tuple[str, str]:
@@ -155,7 +179,7 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
         source = path / "vocab.json"
         with _one_error(f"{source} and merges.txt: not a readable tokenizer"):
             tokenizer = Tokenizer(models.BPE.from_file(str(source), str(path / "merges.txt")))
-            if tokenizer.get_vocab_size() < len(json.loads(source.read_bytes())):  # else left out without a word
+            if tokenizer.get_vocab_size() < len(json.loads(source.read_bytes())):  # tokenizers drops them silently
                 raise ValueError("a token's id is no integer from 0 to 2^32")
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -163,7 +187,7 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
             tokenizer.add_special_tokens([AddedToken(eos, special=True)])
     else:
         raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
-    tokenizer.no_truncation()  # a file may carry settings of its last user; lengths are this project's business
+    tokenizer.no_truncation()  # the file may carry settings of its last user; `fit_context` checks lengths
     tokenizer.no_padding()
     ids = tokenizer.get_vocab().values()
     if len(set(ids)) < len(ids):
@@ -178,12 +202,12 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
 
 
 def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_token_id: int) -> None:
-    """Fills in prompt_ids, real_ids and, of given pairs, generated_ids.
+    """Fills in prompt_ids, real_ids and, for given pairs, generated_ids.
 
-    Prompt and response are encoded apart and joined as ids, so no token spans their boundary (TRL #1679). The real
-    response ends with exactly one end-of-sequence token, whether or not its text carried one.
+    Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
+    response ends with exactly one end-of-sequence token, whether or not its text has one.
     """
-    with _one_error(f"{examples[0].where.rsplit(':', 1)[0]}: the tokenizer cannot encode the data"):
+    with _one_error(f"{examples[0].path}: the tokenizer cannot encode the data"):
         prompts = _ids([template.replace("{prompt}", e.prompt) for e in examples], tokenizer)
         responses = _ids([e.response for e in examples], tokenizer)
         others = _ids([e.generated for e in examples], tokenizer)
@@ -198,7 +222,7 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_tok
 
 
 def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
-    """The text of a response, without end-of-sequence tokens behind it and white space around it."""
+    """The text of a response, without trailing end-of-sequence tokens and surrounding white space."""
     return tokenizer.decode(_without_eos(ids, eos_token_id), skip_special_tokens=False).strip()
 
 
@@ -215,11 +239,11 @@ def _ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 
 @contextmanager
 def _one_error(message: str) -> Iterator[None]:
-    """Makes a ValueError of what tokenizers raises: plain Exceptions, such as for a missing [UNK] token, and panics.
+    """Turns whatever tokenizers raises into a ValueError: plain Exceptions, for a missing [UNK] token say, and panics.
 
-    A panic of its Rust code is no Exception but a BaseException, and is printed to file descriptor 2 by Rust itself.
+    A panic of its Rust code is a BaseException, and Rust itself prints it to file descriptor 2, which is hidden here.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY)  # which is descriptor 2 itself where that was closed
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # this is descriptor 2 itself if that was closed
     stderr = os.dup(2)
     os.dup2(nowhere, 2)
     try:
@@ -249,9 +273,9 @@ def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
 
 
 def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:
-    """Returns the examples that fit and how many were left out (`overlong` = "skip"; "error" raises ValueError).
+    """Returns the examples that fit, and how many do not (`overlong` = "skip"; "error" raises ValueError).
 
-    The human response, a given other one and one of max_new_tokens each have to fit behind the prompt.
+    The real response, a given generated one and one of max_new_tokens must each fit behind the prompt.
     """
     kept = []
     for example in examples:
@@ -265,13 +289,16 @@ def fit_context(examples: list[Example], context: int, max_new_tokens: int, over
                 f"model's context is {context}; --overlong skip leaves such examples out"
             )
     if not kept:
-        raise ValueError(f"{examples[0].where.rsplit(':', 1)[0]}: no example fits the context of {context} tokens")
+        raise ValueError(f"{examples[0].path}: no example fits the context of {context} tokens")
     return kept, len(examples) - len(kept)
 
 
 def held_out(prompt: str, share: float) -> bool:
-    """Whether a prompt belongs to the held-out share. Depends on the prompt's text alone, so the same prompts are
-    held out in every run and phase, and two records of one prompt never end up on both sides."""
+    """Whether a prompt belongs to the held-out share.
+
+    It depends on the prompt's text alone: the same prompts are held out in every run and phase, and two records of one
+    prompt are never on different sides.
+    """
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

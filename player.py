@@ -1,0 +1,182 @@
+"""A player: a language model that writes responses and tells how likely it finds given ones.
+
+Any object with these members can play SPIN: `model`, an nn.Module whose parameters with requires_grad are trained;
+`respond`, `response_logps` and `logps`, as below; `micro_batches`, which cuts a batch to fit the memory.
+
+Shapes: B items of R responses each, packed into rows of T tokens; D hidden size; N response tokens of all rows.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sampling
+from kernels import linear_logprobs
+from model import GPTNeo
+
+MASKED_TOKENS = 1024  # longer rows compute the prompt once a response: a (T, T) mask would cost more than it saves
+
+# The ids of a prompt and of one or more responses to it, which include their end-of-sequence tokens.
+Item = tuple[list[int], ...]
+
+
+class Player:
+    """GPT-Neo, with or without LoRA, as a player.
+
+    Args:
+        model: its trained parameters are fp32; frozen ones may be bf16.
+        eos_token_id: ends a response.
+        args: options that bound lengths and memory: max_new_tokens, gen_batch, gen_tokens, micro_tokens.
+        dtype: of matrix products. In bf16, training and scoring use autocast, generation casts the weights.
+    """
+
+    def __init__(self, model: GPTNeo, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.eos_token_id = eos_token_id
+        self.args = args
+        self.dtype = dtype
+        self.device = model.head_weight.device
+        self.micro_tokens = args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
+
+    # ------------------------------------------------------------ writing
+
+    def respond(
+        self,
+        prompts: Sequence[list[int]],
+        seed: int,
+        *,
+        rows: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[list[int], bool]]:
+        """One response to each prompt: (ids, whether it ended by itself). Arguments as in sampling.respond.
+
+        Raises: FloatingPointError where logits are not finite.
+        """
+        with self._weights_in_dtype():
+            responses = sampling.respond(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens or self.args.max_new_tokens,
+                eos_token_id=self.eos_token_id,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                rows=rows,
+                batch_size=self.args.gen_batch,
+                cache_tokens=self.args.gen_tokens,
+                progress=progress,
+            )
+        return list(zip(responses.ids, responses.finished))
+
+    @contextlib.contextmanager
+    def _weights_in_dtype(self) -> Iterator[None]:
+        """Casts the weights for a while. Under autocast they would be cast anew in every step of generation.
+
+        In bf16 this rounds the residual stream too, which training and scoring keep in fp32.
+        """
+        originals = [(p, p.data) for p in self.model.parameters() if p.dtype != self.dtype]
+        for parameter, data in originals:
+            parameter.data = data.to(self.dtype)
+        try:
+            yield
+        finally:
+            for parameter, data in originals:
+                parameter.data = data
+
+    # ------------------------------------------------------------ log-probabilities
+
+    def response_logps(self, items: Sequence[Item]) -> Tensor:
+        """log p(response | prompt) of every response: (R, B) fp32, nats, summed over the response's tokens.
+
+        The one code path of scoring and training, differentiable. All responses to a prompt follow it in one row, as
+        segments that do not see each other, so the prompt is computed once. Lengths decide which positions count,
+        never a token's id. Only the hidden states that predict a response token go through the head.
+        """
+        rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
+        width = max(map(len, rows))
+        R = len(items[0]) - 1
+        if R > 1 and width > MASKED_TOKENS:
+            return torch.cat([self.response_logps([(item[0], item[n]) for item in items]) for n in range(1, R + 1)])
+        # A response's last token is no input: nothing behind it is predicted.
+        input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T)
+        segments = None if R == 1 else self._tensor(segments_of(items, width))  # one response: plain causal attention
+        sources, targets, slots, longest = head_rows(items, width)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            hidden = self.model(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
+            logps = linear_logprobs(
+                hidden, self.model.head_weight, self._tensor(targets), padding_rows=self.model.head_padding_rows
+            )  # (N,)
+        # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
+        padded = logps.new_zeros(R * len(items) * longest).index_put((self._tensor(slots),), logps)
+        return padded.view(R, len(items), longest).sum(2)
+
+    @torch.no_grad()
+    def logps(self, items: Sequence[Item], progress: Callable[[int], None] | None = None) -> list[list[float]]:
+        """`response_logps` of any number of items, without gradient or dropout: R numbers an item, in nats."""
+        self.model.eval()
+        result: list[list[float]] = [[] for _ in items]
+        for chunk in self.micro_batches([sum(map(len, item)) for item in items]):
+            columns = self.response_logps([items[i] for i in chunk]).T.tolist()
+            for i, logps in zip(chunk, columns):
+                result[i] = logps
+            if progress is not None:
+                progress(len(chunk))
+        return result
+
+    def micro_batches(self, tokens: Sequence[int]) -> Iterator[list[int]]:
+        """Cuts items of so many tokens into groups of like length that fit --micro-tokens: yields their indices.
+
+        A group's size is that of its longest item times their number; an item that is too long is alone.
+        """
+        group: list[int] = []
+        for i in sorted(range(len(tokens)), key=lambda i: tokens[i]):
+            if group and tokens[i] * (len(group) + 1) > self.micro_tokens:
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+def segments_of(items: Sequence[Item], width: int) -> list[list[int]]:
+    """For each token of a row of `width` tokens: 0 for the prompt, n for the n-th response, -1 for padding."""
+    rows = []
+    for prompt, *responses in items:
+        row = [0] * len(prompt)
+        for n, response in enumerate(responses, 1):
+            row += [n] * (len(response) - 1)
+        rows.append(row + [-1] * (width - len(row)))
+    return rows
+
+
+def head_rows(items: Sequence[Item], width: int) -> tuple[list[int], list[int], list[int], int]:
+    """Which hidden states predict which response tokens.
+
+    Returns: for each response token of all rows where in (B * T) it is predicted, its id, and its slot in
+    (R, B, longest); and `longest`, the tokens of the longest response.
+    """
+    longest = max(len(response) for _, *responses in items for response in responses)
+    sources: list[int] = []
+    targets: list[int] = []
+    slots: list[int] = []
+    for row, (prompt, *responses) in enumerate(items):
+        end = row * width + len(prompt)
+        for n, response in enumerate(responses):
+            # The prompt's last position predicts the first token, each other token is predicted by the one before it.
+            sources += [row * width + len(prompt) - 1, *range(end, end + len(response) - 1)]
+            targets += response
+            first = (n * len(items) + row) * longest
+            slots += range(first, first + len(response))
+            end += len(response) - 1
+    return sources, targets, slots, longest

@@ -1,0 +1,358 @@
+"""The run: which iteration it is in, what is finished already, where random numbers come from, what is written.
+
+A `Run` goes through all phases. It knows its folder and its iteration, so a phase asks it for responses or
+log-probabilities and gets those that an earlier process finished for free. Random numbers depend on (seed, iteration,
+purpose) alone, so a run that died ends bit for bit like one that did not.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import lora
+from runtime import parallel, report, storage
+from runtime.data import Example, Pair, decode
+from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
+from runtime.options import Args
+from runtime.stopping import SIGNALS, Stopped
+from runtime.training import Training
+
+SCORE_SHARD = 1024  # items whose log-probabilities are written together: the most that a killed run loses
+
+
+def seed_of(seed: int, t: int, purpose: str) -> int:
+    """A seed for one purpose in one iteration: no phase disturbs the random numbers of another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class Run:
+    """One run of a method: its inputs, its folder and its progress."""
+
+    args: Args
+    tokenizer: Tokenizer | None
+    eos_token_id: int
+    device: torch.device
+    out: Path  # everything that the run writes
+    start: Path  # directory of theta_0
+    dtype: torch.dtype = torch.float32  # of the player's matrix products
+    heldout: list[Example] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)  # what run.json says
+    needs: Any = None  # plan.Needs
+    shard_size: int = 1024  # responses a shard, fixed for the run: shard file names depend on it
+    rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
+    iterate: int | None = None  # number of the iterate that is being made; None: outside `iterations`
+    start_samples: StartSamples | None = None
+    phase: str | None = None  # generate, score, train or evaluate, while one of them is at work
+    seconds: Counter = field(default_factory=Counter)  # of each phase of this iteration
+
+    # ------------------------------------------------------------ iterations
+
+    def iterations(self, player: Any) -> Iterator[int]:
+        """Yields the number t of every iteration that is not finished yet, with the player as theta_t.
+
+        A new run evaluates theta_0 first. A resumed one loads the last finished iterate into the player.
+        """
+        self.rows = storage.read_rows(self.out / "metrics.jsonl")
+        self.iterate = 0
+        with self.timed("evaluate"):
+            self.start_samples = sample_start(player, self)
+        if self.rows:
+            self.load_iterate(player, self.rows[-1]["iterate"])
+        else:
+            self.finish_iterate(player, self.evaluate(player))
+        for t in range(len(self.rows) - 1, self.args.iterations):
+            self.iterate = t + 1
+            yield t
+
+    def prompts(self, examples: list[Example], t: int) -> list[Example]:
+        """The examples of iteration t: all of them in random order, or a fresh random subset of --prompts."""
+        count = self.args.prompts or len(examples)
+        order = torch.randperm(len(examples), generator=self.generator(t, "choose"))
+        return [examples[i] for i in order[:count].tolist()]
+
+    def previous_pairs(self, t: int) -> list[Pair]:
+        """The pairs of iteration t - 1 where --mix-previous asks for them."""
+        if not self.args.mix_previous or t == 0:
+            return []
+        names = [field.name for field in dataclasses.fields(Pair)]
+        lines = storage.read_rows(self.out / f"pairs-{t - 1}.jsonl", required=True)
+        return [Pair(*(line[name] for name in names)) for line in lines]
+
+    def evaluate(self, player: Any) -> Row:
+        """Held-out metrics of the player as the next iterate."""
+        with self.timed("evaluate"):
+            return {"iterate": self.iterate} | evaluate(player, self.start_samples, self)
+
+    def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Pair] = ()) -> None:
+        """Writes pairs, weights and, last, the row of metrics that makes the iterate finished; prints that row."""
+        self.rows.append(row)
+        if parallel.is_writer():
+            if pairs:
+                self.write_pairs(pairs)
+            if self.iterate:
+                self.save_iterate(player)
+            storage.write_rows(self.out / "metrics.jsonl", self.rows)
+        if self.iterate:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        seconds = "".join(f", {phase} {time:.0f} s" for phase, time in self.seconds.items())
+        print(report.line(row, report.COLUMNS) + seconds, flush=True)
+        for text in report.warnings_of(self.rows):
+            print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
+        self.seconds.clear()
+
+    def write_pairs(self, pairs: Sequence[Pair]) -> None:
+        lines = [{"generated": self.text(p.generated_ids)} | dataclasses.asdict(p) for p in pairs]
+        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", lines)
+
+    # ------------------------------------------------------------ what a player is asked for
+
+    def respond(
+        self,
+        player: Any,
+        examples: list[Example],
+        name: str,
+        seed: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[tuple[list[int], bool]]:
+        """The player's response to each example's prompt: (ids, whether it ended), in shards, with a progress bar.
+
+        `name` says what the responses are for. Raises: Stopped where logits are not finite.
+        """
+        bar = self._bar(name, len(examples))
+        began, written = time.perf_counter(), 0
+
+        def progress(rows: int, tokens: int) -> None:
+            nonlocal written
+            written += tokens
+            bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+            bar.update(rows)
+            SIGNALS.check()
+
+        def work(items: range) -> list[tuple[list[int], bool]]:
+            bar.n = items.start
+            prompts = [examples[i].prompt_ids for i in items]
+            return player.respond(
+                prompts, seed, rows=items, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress
+            )
+
+        try:
+            with bar, self.timed(name):
+                return self.shards(name, len(examples), self.shard_size, work)
+        except FloatingPointError as error:
+            raise Stopped(f"responses for '{name}': {error}") from None
+
+    def logps(self, player: Any, items: Sequence[tuple[list[int], ...]], name: str) -> list[list[float]]:
+        """log p(response | prompt) of every response of every item, nats, in shards, with a progress bar.
+
+        An item is (prompt ids, response ids, ...), with as many responses in each item.
+        """
+        bar = self._bar(name, len(items))
+
+        def progress(count: int) -> None:
+            bar.update(count)
+            SIGNALS.check()
+
+        def work(part: range) -> list[list[float]]:
+            bar.n = part.start
+            return player.logps(items[part.start : part.stop], progress)
+
+        with bar, self.timed(name):
+            return self.shards(name, len(items), SCORE_SHARD, work)
+
+    def shards(self, name: str, count: int, size: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
+        """work(items) for items 0 to count - 1, `size` at a time; what an earlier process finished is read instead."""
+        folder = None if self.iterate is None else self.folder
+        return storage.in_shards(folder, name, count, size, work)
+
+    def training(self, t: int, items: list[Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Training:
+        """The optimizer steps of iteration t over `items`, as an iterator that resumes."""
+        return Training(self, t, items, model, optimizer)
+
+    def text(self, ids: list[int]) -> str:
+        """The text of a response, without end-of-sequence tokens behind it and white space around it."""
+        return decode(ids, self.tokenizer, self.eos_token_id)
+
+    # ------------------------------------------------------------ random numbers, time, folders
+
+    def seed(self, t: int, purpose: str) -> int:
+        return seed_of(self.args.seed, t, purpose)
+
+    def generator(self, t: int, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed(t, purpose))
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time that passes inside to the seconds of the phase, or of the outermost phase where they nest."""
+        outermost = self.phase is None
+        self.phase = self.phase or phase
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if outermost:
+                self.seconds[phase] += time.perf_counter() - began
+                self.phase = None
+
+    @property
+    def script(self) -> str:
+        """Name of the script that runs, for messages."""
+        return f"{self.record.get('command', 'spin')}.py"
+
+    @property
+    def folder(self) -> Path:
+        """Shards and state of training on the way to the current iterate; removed when the iterate is finished."""
+        return self.out / "resume" / f"iterate-{self.iterate}"
+
+    def _bar(self, name: str, total: int) -> tqdm:
+        """A progress bar in a terminal, nothing elsewhere."""
+        return tqdm(total=total, desc=name, leave=False, disable=None if parallel.is_writer() else True)
+
+    # ------------------------------------------------------------ weights
+
+    def save_iterate(self, player: Any) -> None:
+        """iterate-<t>/: the adapter in PEFT's layout, or a full model where all parameters are trained."""
+        folder = self.out / f"iterate-{self.iterate}"
+        if self.args.rank:
+            lora.save_adapter(player.model, folder, base_model_name_or_path=self.args.model)
+        else:
+            self.save_model(player.model, folder)
+        storage.sync(folder)
+
+    def load_iterate(self, player: Any, iterate: int) -> None:
+        """Turns the player into an iterate that an earlier process finished. Raises: Stopped if it is damaged."""
+        folder = self.out / f"iterate-{iterate}"
+        try:
+            if iterate and self.args.rank:
+                lora.load_adapter(player.model, folder)
+            elif iterate:
+                player.model.load_weights(folder)
+        except ValueError as error:
+            raise Stopped(str(error)) from None
+
+    def save_model(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+        storage.write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+
+    def save_final(self, player: Any) -> None:
+        """final/: the last iterate as one plain model that transformers loads too."""
+        model = player.model
+        if self.args.rank:
+            # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
+            model = type(model).from_pretrained(self.start)
+            lora.load_adapter(model, self.out / f"iterate-{self.rows[-1]['iterate']}")
+            lora.merge(model)
+            lora.remove_lora(model)
+        self.save_model(model, self.out / "final")
+
+    # ------------------------------------------------------------ beginning and end
+
+    def begin(self) -> None:
+        """Under the lock: writes the record of a new run, or says how far the run has come."""
+        record = read_record(self.out)
+        if record is None:
+            storage.write_json(self.out / "run.json", self.record)
+            return
+        if record != self.record:  # the folder held no run, or another one, when `setup` compared options and inputs
+            raise ValueError(f"--out {self.out}: another process was at work in it a moment ago; run the command again")
+        done = max(0, len(storage.read_rows(self.out / "metrics.jsonl")) - 1)
+        print(f"resuming {self.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
+
+    def finish(self, player: Any) -> None:
+        """Writes final/, the plot and the record of a finished run; prints the tables."""
+        self.save_final(player)
+        title = f"{self.args.out}: held-out metrics and training signals"
+        storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
+        print(report.tables(self.rows))
+        metric = self.args.best
+        best = max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
+        record = self.record | {"finished": True, "best": {"iterate": best, "metric": metric}}
+        storage.write_json(self.out / "run.json", record)
+        shutil.rmtree(self.out / "resume", ignore_errors=True)
+        where = f"{self.out}/iterate-{best}" if best else "the start: none is better"
+        print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
+        print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")
+
+
+# ---------------------------------------------------------------- the record of a run
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder of a run and keeps other processes out. Raises: ValueError where one is at work in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process ends, however it ends
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"--out {folder}: another process is at work in it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in `folder`; None where there is no run yet.
+
+    Raises: ValueError where the folder holds something else.
+    """
+    path = folder / "run.json"
+    if not folder.exists() or (folder.is_dir() and not {p.name for p in folder.iterdir()} - {"run.json.tmp"}):
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"command": str, "args": dict, "digests": dict, "shard": int}
+        if all(isinstance(record[name], kind) for name, kind in kinds.items()):
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"--out {folder}: holds other files, or a run of another version; name a new directory or remove it"
+    )
+
+
+def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeable: Sequence[str]) -> None:
+    """Compares a resumed run's options with those it began with.
+
+    Raises: ValueError naming the first that differs and is not `changeable`.
+    """
+    old, new = ({"command": r["command"]} | r["args"] for r in (old, json.loads(json.dumps(new))))
+    for name in (*new, *(old.keys() - new.keys())):
+        if name not in changeable and old.get(name) != new.get(name):
+            was, now = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (old.get(name), new.get(name)))
+            flag = name if name == "command" else f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {now!r}: the run in {folder} began with {was!r}; give the old value or another --out"
+            )
+
+
+def check_same_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    """Raises ValueError where data or weights are not those that the run in `folder` began with."""
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            now, then = (digests.get(name, "none")[:12] for digests in (new, old))
+            raise ValueError(
+                f"--{name}: not the contents that the run in {folder} began with "
+                f"(sha256 {now}, then {then}); restore them or give another --out"
+            )

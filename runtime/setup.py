@@ -1,0 +1,197 @@
+"""Before the first token: everything that a run needs is checked and loaded. Bad input costs seconds, not a night."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+import lora
+from model import GPTNeo, GPTNeoConfig, weight_files
+from runtime import plan, storage
+from runtime.data import Example, as_decoded, digest, encode, fit_context, load_examples, load_tokenizer, split
+from runtime.options import Args, changeable
+from runtime.run import Run, check_same, check_same_inputs, read_record, seed_of
+from runtime.stopping import Finished
+
+SHARD_BATCHES = {"cpu": 16, "cuda": 64}  # batches of responses in a shard
+
+
+def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
+    """Checks and loads everything before the first token is generated. Writes nothing.
+
+    Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
+    Raises: ValueError and OSError; Finished where there is nothing left to do.
+    """
+    flag, source, _ = args.source
+    if not args.model or not source:
+        missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
+        raise ValueError(f"{missing} is missing: expected {expected}")
+    device = choose_device(args)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    out = Path(args.out)
+    record: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args)}
+    record["args"]["precision"] = "bf16" if bf16 else "fp32"
+    earlier = read_record(out)
+    if earlier:
+        check_same(out, earlier, record, changeable(type(args)))
+    path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
+    config = load_config(path, args)
+    tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
+    examples, heldout = load_data(args, tokenizer, config)
+    needs, args = needs_of(config, args, examples + heldout, bf16)
+    digests = {"model": digest_of_model(path, args), flag: digest(examples), "eval-data": digest(heldout)}
+    if args.adapter:
+        digests["adapter"] = storage.digest_of_files(sorted(Path(args.adapter).glob("adapter_*")))
+    digests |= args.digests()
+    if earlier:
+        check_same_inputs(out, earlier["digests"], digests)
+        if earlier.get("finished"):
+            raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
+    plan.check(needs, path, device, out)
+    model = load_model(path, args, device, bf16)
+    shard = SHARD_BATCHES[device.type] * args.gen_batch
+    record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False, "shard": shard}
+    record = earlier or record
+    run = Run(
+        args,
+        tokenizer,
+        config.eos_token_id,
+        device,
+        out,
+        path,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        heldout=heldout,
+        record=record,
+        needs=needs,
+        shard_size=record["shard"],
+    )
+    return model, examples, run
+
+
+def choose_device(args: Args) -> torch.device:
+    """--device as a device of this machine."""
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """(directory, revision) of a model: `name` itself, or the snapshot of a hub id, owner/name or owner/name@revision.
+
+    The revision returned is the hub's commit: a resumed run asks for the very one that it began with.
+    """
+    if Path(name).is_dir():
+        return Path(name), None
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+        raise FileNotFoundError(f"--model {name}: neither a directory nor a hub id of the form owner/name[@revision]")
+    from huggingface_hub import snapshot_download
+
+    repository, _, asked = name.partition("@")
+    common = ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    try:
+        wanted = [*common, "model*.safetensors*"]
+        path = Path(snapshot_download(repository, revision=revision or asked or None, allow_patterns=wanted))
+        revision = path.name  # a snapshot's folder bears the commit's name
+        if not any(path.glob("model*.safetensors")):
+            wanted = [*common, "pytorch_model*.bin*"]
+            path = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub and the network raise many kinds
+        raise ValueError(f"--model {name}: no such directory, and the hub says: {error}") from None
+    return path, revision
+
+
+def load_config(path: Path, args: Args) -> GPTNeoConfig:
+    """The model's config.json, checked against the options."""
+    config = GPTNeoConfig.from_json(path / "config.json")
+    if args.rank > config.hidden_size:
+        raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
+    if config.eos_token_id is None:
+        raise ValueError(f"{path / 'config.json'}: eos_token_id is missing, and responses could not end")
+    return config
+
+
+def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples, encoded and checked against the context."""
+    _, source, layout = args.source
+    train_set = load_examples(source, layout)
+    if args.eval_data:
+        heldout = load_examples(args.eval_data)
+    else:
+        train_set, heldout = split(train_set, args.eval_share)
+        if not train_set or not heldout:
+            raise ValueError(f"{source}: too few records to hold out a share of {args.eval_share}; use --eval-data")
+    heldout = heldout[: args.eval_limit or None]
+    result = []
+    for examples in (train_set, heldout):
+        encode(examples, tokenizer, args.template.replace(r"\n", "\n"), config.eos_token_id)
+        if examples is heldout:
+            as_decoded(examples, tokenizer, config.eos_token_id)
+        # No response is generated to the prompt of a given pair, so it needs no room for one.
+        generated = 0 if layout == "pairs" and examples is train_set else args.max_new_tokens
+        kept, skipped = fit_context(examples, config.max_position_embeddings, generated, args.overlong)
+        if skipped:
+            print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
+        result.append(kept)
+    return result[0], result[1]
+
+
+def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bool) -> tuple[plan.Needs, Args]:
+    """Memory and disk, computed from a model without storage, and the options with --adapter's rank and alpha.
+
+    Raises: ValueError where --lora-targets or --adapter do not fit the model.
+    """
+    with torch.device("meta"):
+        outline = GPTNeo(config)
+        add_adapters(outline, args, None)
+    if args.adapter:
+        _, layer = next(lora.lora_layers(outline))
+        args = dataclasses.replace(args, rank=layer.rank, lora_alpha=layer.alpha, lora_dropout=layer.dropout)
+    prompts = min(args.prompts or len(examples), len(examples))
+    needs = plan.needs(
+        outline,
+        optimizer_slots=2 if args.optimizer == "adamw" else 1,
+        bf16=bf16,
+        cache_tokens=args.gen_tokens,
+        batch_size=min(args.gen_batch, len(examples)),
+        row_tokens=max(len(e.prompt_ids) for e in examples) + args.max_new_tokens,
+        iterations=args.iterations,
+        pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
+        keeps_responses=args.keeps_responses,
+        swaps_weights=args.swaps_weights,
+    )
+    return needs, args
+
+
+def load_model(path: Path, args: Args, device: torch.device, bf16: bool) -> GPTNeo:
+    """The start, with adapters where --rank or --adapter ask for them.
+
+    With LoRA a bf16 run holds the frozen base in bf16 and the adapters in fp32. When all parameters are trained they
+    stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates.
+    """
+    if args.from_scratch:
+        model = GPTNeo(GPTNeoConfig.from_json(path / "config.json"))
+        model.init_weights(torch.Generator().manual_seed(seed_of(args.seed, 0, "weights"))).to(device)
+    else:
+        dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
+        model = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
+    add_adapters(model, args, torch.Generator().manual_seed(seed_of(args.seed, 0, "lora")))
+    model.checkpointing = args.checkpoint
+    return model
+
+
+def add_adapters(model: GPTNeo, args: Args, rng: torch.Generator | None) -> None:
+    if args.adapter:
+        lora.load_adapter(model, args.adapter)
+    elif args.rank:
+        lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, rng)
+
+
+def digest_of_model(path: Path, args: Args) -> str:
+    """sha256 of config, tokenizer and the weights that are read. Random weights depend on --seed, a checked option."""
+    files = [path / name for name in ("config.json", "tokenizer.json", "vocab.json", "merges.txt")]
+    weights = [] if args.from_scratch else weight_files(path)
+    return storage.digest_of_files([*(file for file in files if file.is_file()), *weights])

@@ -1,0 +1,63 @@
+"""What ends a run early: errors that it cannot recover from, and signals.
+
+SIGTERM and Ctrl-C are noted when they arrive and acted on between two steps, when the run is in good order. A handler
+that raised at once, as Python's own does, could throw inside C++ code that is calling Python: that aborts.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on; the message says where and why."""
+
+
+class Finished(Exception):
+    """The run in --out has nothing left to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; `exit_code` is what a shell expects then."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class Signals:
+    """The handler only sets a flag; `check()`, called between steps, raises it. A second signal ends the process."""
+
+    pending = 0  # number of the signal that has arrived; 0: none
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Installs the handlers, and puts the old ones back at the end."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.pending:
+                os.write(2, b"\nstopped at once; what was saved stays\n")
+                os._exit(128 + number)
+            self.pending = number
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to the main thread only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            self.pending = 0
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has arrived."""
+        if self.pending:
+            raise Interrupted(self.pending)
+
+
+SIGNALS = Signals()  # signals belong to the process, so there is one of these

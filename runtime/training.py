@@ -1,0 +1,94 @@
+"""The optimizer steps of one iteration: their batches, checkpoints and log, and the policy on steps that fail."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from runtime import parallel, storage
+from runtime.evaluate import Row, mean
+from runtime.options import value_at
+from runtime.stopping import SIGNALS, Stopped
+
+SKIPS = 3  # consecutive steps with a loss or gradient that is not finite, after which the run stops
+
+
+class Training:
+    """An iterator over the batches of an iteration; `record` takes what each step returned.
+
+        training = run.training(t, items, model, optimizer)
+        for step, batch in training:
+            training.record(take_step(...))
+
+    Every epoch passes over the items in a random order. A resumed run begins at the step after its last checkpoint.
+    """
+
+    def __init__(self, run: Any, t: int, items: list[Any], model: torch.nn.Module, optimizer: Any) -> None:
+        args = run.args
+        self.run, self.t, self.items, self.model, self.optimizer = run, t, items, model, optimizer
+        self.epochs = value_at(args.epochs, t)
+        self.steps = self.epochs * math.ceil(len(items) / args.batch)
+        self.checkpoint = None if run.iterate is None else run.folder / "train.safetensors"
+        self.log_file = run.out / f"steps-{t}.jsonl"
+        self.log: list[Row] = []
+
+    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
+        """Yields (step, items of its batch), step from 0 on."""
+        torch.manual_seed(self.run.seed(self.t, "dropout"))
+        if self.checkpoint and self.checkpoint.exists():
+            self.log = storage.load_training(self.checkpoint, self.model, self.optimizer)
+        left = itertools.islice(enumerate(self._batches()), len(self.log), None)
+        self.saved = time.monotonic()
+        disable = None if parallel.is_writer() else True
+        bar = tqdm(left, total=self.steps, initial=len(self.log), desc=f"train {self.t}", leave=False, disable=disable)
+        with bar, self.run.timed("train"):
+            for step, batch in bar:
+                yield step, [self.items[i] for i in batch.tolist()]
+                bar.set_postfix(loss=self.log[-1]["loss"])
+                self._stop_if_not_finite()
+                self._save_if_due()
+                SIGNALS.check()
+        self._write_log()
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        shuffle = self.run.generator(self.t, "shuffle")
+        for _ in range(self.epochs):
+            yield from torch.randperm(len(self.items), generator=shuffle).split(self.run.args.batch)
+
+    def record(self, row: Row) -> None:
+        """Adds a step's row to the log; row["skipped"] says that its loss or gradient was not finite."""
+        self.log.append({"iteration": self.t, "step": len(self.log) + 1} | row)
+
+    def signals(self) -> Row:
+        """Means over the last tenth of the steps that were taken, and the number of those skipped."""
+        taken = [row for row in self.log if not row["skipped"]]
+        last = taken[-max(1, len(taken) // 10) :]
+        names = [name for name in last[0] if name not in ("iteration", "step")]
+        means = {name: mean([row[name] for row in last]) for name in names}
+        return means | {"skipped": len(self.log) - len(taken)}
+
+    def _stop_if_not_finite(self) -> None:
+        last = self.log[-min(SKIPS, self.steps) :]
+        if len(last) == min(SKIPS, self.steps) and all(row["skipped"] for row in last):
+            self._write_log()
+            raise Stopped(
+                f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}: loss or gradient "
+                f"is not finite; these steps changed nothing; begin another run with a lower --lr or with "
+                f"--precision fp32"
+            )
+
+    def _save_if_due(self) -> None:
+        """Checkpoints after the last step, every --save-minutes, and before a signal ends the process."""
+        due = SIGNALS.pending or time.monotonic() - self.saved >= 60 * self.run.args.save_minutes
+        if self.checkpoint and parallel.is_writer() and (due or len(self.log) == self.steps):
+            self._write_log()
+            storage.save_training(self.checkpoint, self.model, self.optimizer, self.log)
+            self.saved = time.monotonic()
+
+    def _write_log(self) -> None:
+        if parallel.is_writer():
+            storage.write_rows(self.log_file, self.log)

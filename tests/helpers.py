@@ -1,0 +1,93 @@
+"""What several test files need: the project's root, tiny runs, and looks at what they left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import family
+import sampling
+import sft
+import spin
+from model import GPTNeo, GPTNeoConfig
+from player import Player
+from runtime.data import Example
+from runtime.options import Args, parse
+from runtime.run import Run
+from runtime.setup import setup
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"spin": spin, "sft": sft, "family": family}
+
+
+def flags(start, data, out, **options) -> list[str]:
+    """A command line for a run of seconds; `options` override it, None leaves a flag out."""
+    defaults = {
+        "model": start, "data": data, "out": out, "eval_share": 0.2, "iterations": 1, "max_new_tokens": 8, "rank": 4,
+        "lr": 1e-2, "epochs": 1, "batch": 16, "micro_tokens": 800, "beta": 1.0, "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
+    argv = []
+    for name, value in (defaults | options).items():
+        if value is None:
+            continue
+        argv += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return argv
+
+
+def begin(start, data, out, command="spin", **options) -> tuple[Player, list[Example], Run]:
+    """(player, training examples, run) of a tiny run that has not begun: nothing is written."""
+    args_class = family.FamilyArgs if command == "family" else Args
+    args = parse(command, flags(start, data, out, **options), args_class)
+    model, examples, run = setup(args, command)
+    return Player(model, run.eos_token_id, run.args, run.dtype), examples, run
+
+
+def spy(monkeypatch, where, name, look) -> None:
+    """Replaces where.name by itself, after a look at its arguments."""
+    original = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *a, **k: (look(a, k), original(*a, **k))[1])
+
+
+def rows(path) -> list[Any]:
+    """The values of a file of JSON Lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tree(folder) -> dict[str, bytes]:
+    """All files below a folder, by their relative paths."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(argv, out, capsys, script=spin) -> str:
+    """The one line that a refused command prints; checks the exit code and that no file was written."""
+    assert script.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1, error
+    assert not out.exists() or not any(out.iterdir())
+    return error
+
+
+def known_model() -> GPTNeo:
+    """No attention, no MLP, no positions: the next token depends on the current one alone, by a known table."""
+    config = GPTNeoConfig(
+        vocab_size=11, max_position_embeddings=32, hidden_size=8, num_layers=1, num_heads=2,
+        attention_types=((("global",), 1),), bos_token_id=10, eos_token_id=10,
+    )  # fmt: skip
+    model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        model.transformer["wpe"].weight.zero_()
+        for module in (model.transformer["h"][0].attn.attention.out_proj, model.transformer["h"][0].mlp.c_proj):
+            module.weight.zero_()
+    return model
+
+
+def player_of(model: GPTNeo, dtype: torch.dtype = torch.float32, **options) -> Player:
+    """A model as a player outside any run."""
+    return Player(model, model.config.eos_token_id, Args(**options), dtype)
+
+
+def script_responses(monkeypatch, ids: list[list[int]], finished: list[bool]) -> None:
+    """Every model now responds with these ids, whatever it is asked."""
+    responses = sampling.Responses(ids, finished, [[0.0] * len(i) for i in ids])
+    monkeypatch.setattr(sampling, "respond", lambda *a, **k: responses)

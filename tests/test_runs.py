@@ -1,8 +1,10 @@
 """Whole runs as a user starts them: the default run, its recipes, and GSM8K through a model of the 125M shape."""
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,23 +13,21 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, SCRIPTS, rows
 
-import spin
+from family import FamilyArgs
 from model import GPTNeo, GPTNeoConfig
+from runtime.options import Args, flag_of, parse
 
 SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def run(*argv, cwd) -> str:
-    """spin.py as a process of its own; returns what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / "spin.py"), *argv], cwd=cwd, capture_output=True, text=True)
+def run(script, *argv, cwd) -> str:
+    """A script as a process of its own; returns what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *argv], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_default_run_improves_on_its_start(tmp_path):
@@ -35,7 +35,7 @@ def test_default_run_improves_on_its_start(tmp_path):
 
     By more than three standard errors in one metric, and worse by more than one in none.
     """
-    printed = run(cwd=tmp_path)
+    printed = run("spin.py", cwd=tmp_path)
     out = tmp_path / "runs/spin"
     first, *_, last = rows(out / "metrics.jsonl")
     gains = {}
@@ -64,8 +64,8 @@ def test_start_can_be_made_again(tmp_path):
 
 def test_sft_recipe_trains_from_scratch(tmp_path):
     """The command that made the start, cut to 2,000 words: held-out loss falls from about ln V."""
-    argv = ["sft", f"@{ROOT}/recipes/pronounce-sft.args", "--prompts", "2000", "--epochs", "1", "--eval-limit", "200"]
-    run(*argv, "--out", "run", cwd=tmp_path)
+    argv = [f"@{ROOT}/recipes/pronounce-sft.args", "--prompts", "2000", "--epochs", "1", "--eval-limit", "200"]
+    run("sft.py", *argv, "--out", "run", cwd=tmp_path)
     before, after = rows(tmp_path / "run/metrics.jsonl")
     assert after["nll"] < 0.8 * before["nll"]
 
@@ -92,7 +92,8 @@ def gsm8k(tmp_path_factory) -> Path:
 def test_gsm8k_at_the_125m_shape(gsm8k, precision, tmp_path):
     """One short iteration of 16 prompts and 32 new tokens on real text and the real vocabulary."""
     run(
-        "--model", str(gsm8k / "model"), "--data", str(gsm8k / "train.jsonl"), "--eval-data", str(gsm8k / "eval.jsonl"),
+        "spin.py", "--model", str(gsm8k / "model"),
+        "--data", str(gsm8k / "train.jsonl"), "--eval-data", str(gsm8k / "eval.jsonl"),
         "--iterations", "1", "--max-new-tokens", "32", "--epochs", "1", "--batch", "8", "--lr", "1e-3", "--beta", "0.1",
         "--precision", precision, "--out", "run", cwd=tmp_path,
     )  # fmt: skip
@@ -103,20 +104,50 @@ def test_gsm8k_at_the_125m_shape(gsm8k, precision, tmp_path):
     assert steps[1]["loss"] < steps[0]["loss"]
 
 
-def test_readme_commands_exist():
-    """Every `python spin.py` and `make` line of the README parses, and every path it names is there."""
-    text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^(?:python|make) .*$", text, re.MULTILINE)
-    assert len(commands) >= 4
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for command in commands:
-        words = command.split("#")[0].split()
-        if words[0] == "make":
-            assert words[1] in targets, command
-        elif words[1] == "spin.py" and "--help" not in words:
-            options = [w.replace("@recipes", f"@{ROOT}/recipes") for w in words[2:]]
-            spin.parse(options)
-    named = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE) + re.findall(r"`(recipes/[\w.-]+)`", text)
-    assert len(named) > 10
-    for path in [*named, *re.findall(r"\]\((?!http)([^)]+)\)", text)]:
-        assert (ROOT / path).exists(), path
+# ---------------------------------------------------------------- what the documents say
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every `python` and `make` command in a document: lines of code blocks, and code in sentences."""
+    block = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    lines = [line for code in block.findall(text) for line in code.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`]+)`", block.sub("", text))
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|make) ", line)]
+
+
+def paths_of(text: str) -> set[str]:
+    """Every path of this project that a document names: scripts, recipes, and what lies in a folder of it."""
+    folders = ("benchmarks/", "docs/", "kernels/", "pronounce/", "recipes/", "runtime/", "tests/")
+    named = re.findall(r"`([\w./-]+)`", text)
+    return {path for path in named if path.endswith((".py", ".args")) or path.startswith(folders)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_the_documents_parse(document):
+    """Every `python X.py` has its script and options that it accepts, every `make` its target."""
+    commands = commands_of(document.read_text())
+    assert len(commands) >= 4 or document.name != "README.md"
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for program, name, *words in commands:
+        if program == "make":
+            assert name in targets, name
+            continue
+        assert (ROOT / name).is_file(), name
+        script = name.removesuffix(".py")
+        if script in SCRIPTS and "--help" not in words:
+            options = [re.sub("^@recipes/", f"@{ROOT}/recipes/", word) for word in words]
+            parse(script, options, FamilyArgs if script == "family" else Args)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_and_flags_in_the_documents_exist(document):
+    text = document.read_text()
+    named = paths_of(text)
+    assert len(named) > 10 or document.name != "README.md"
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (document.parent / link).exists(), link
+    flags = {flag_of(field.name) for field in dataclasses.fields(FamilyArgs)} | {"--help"}
+    for code in re.findall(r"`(--[^`]+)`", text):
+        assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= flags, code

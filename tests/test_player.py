@@ -1,0 +1,90 @@
+"""player.py: log-probabilities of responses, micro-batches, rows that several responses share, numbers in bf16."""
+
+import pytest
+import torch
+from helpers import begin, known_model, player_of, spy
+
+import player as player_module
+import spin
+
+
+def test_each_response_token_is_predicted_from_the_token_before_it():
+    """The one-token shift, on a model whose next-token table is known: lucidrains' spin.py gathered without it."""
+    model = known_model()
+    wte = model.transformer["wte"].weight.detach()
+    table = (torch.nn.functional.layer_norm(wte, (8,)) @ wte.T).log_softmax(-1)  # (current, next)
+    sequences = [([3, 1, 4], [1, 5, 10]), ([9], [2, 6]), ([5, 3], [10])]
+    expected = [table[4, 1] + table[1, 5] + table[5, 10], table[9, 2] + table[2, 6], table[3, 10]]
+    got = player_of(model, micro_tokens=20).response_logps(sequences)
+    assert got.shape == (1, 3)
+    torch.testing.assert_close(got[0].detach(), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("masked_tokens", [1024, 20])
+def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, masked_tokens):
+    """Both in one row, or, beyond MASKED_TOKENS, a row each: the same log-probabilities and gradients as one by one."""
+    monkeypatch.setattr(player_module, "MASKED_TOKENS", masked_tokens)
+    player, examples, run = begin(start, data, tmp_path / "run", rank=0)
+    pairs, _ = spin.generate(player, examples[:7], 0, run)
+    items = [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs]
+    items[0] = (items[0][0][:1], items[0][1][-1:], items[0][2])  # a prompt of one token, a response of one
+    params = [p for p in player.model.parameters() if p.requires_grad]
+    together = player.response_logps(items)
+    apart = torch.stack([torch.cat([player.response_logps([(i[0], i[n])])[0] for i in items]) for n in (1, 2)])
+    assert together.shape == (2, len(items))
+    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
+    weights = torch.randn(apart.shape, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(*(torch.autograd.grad((logps * weights).sum(), params) for logps in (together, apart))):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert torch.tensor(player.logps(items)).flatten().tolist() == pytest.approx(apart.T.flatten().tolist(), abs=2e-5)
+
+
+def test_logps_do_not_depend_on_batch_or_padding(start, tmp_path, data):
+    player, examples, _ = begin(start, data, tmp_path / "run", rank=0)
+    sequences = [(e.prompt_ids, e.real_ids) for e in examples[:9]]
+    alone = torch.cat([player.response_logps([s]) for s in sequences], dim=1)
+    torch.testing.assert_close(player.response_logps(sequences), alone, atol=2e-5, rtol=0)
+    assert [logp for (logp,) in player.logps(sequences)] == pytest.approx(alone[0].tolist(), abs=2e-5)
+
+
+def test_sums_and_log_ratios_are_fp32_under_bf16():
+    """Under bf16 autocast a response's log-probability is fp32, and 20 equal terms sum without bf16's 8 bits."""
+    player = player_of(known_model(), torch.bfloat16, micro_tokens=20)
+    one = player.response_logps([([7], [7])])
+    total = player.response_logps([([3], [7] * 20)])
+    first = player.response_logps([([3], [7])])
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx((first + 19 * one).item(), rel=1e-5)
+
+
+def test_an_end_token_equal_to_the_padding_id_is_still_scored(start, data, tmp_path, monkeypatch):
+    """Padding is told by length, never by id: a response that holds the id 0 used as filler counts in full."""
+    player, _, run = begin(start, data, tmp_path / "run", rank=0)
+    seen = []
+    spy(monkeypatch, player_module, "linear_logprobs", lambda a, k: seen.append(a[2].tolist()))
+    player.response_logps([([5, 0, 0], [0, 0, run.eos_token_id]), ([7], [0])])
+    assert seen == [[0, 0, run.eos_token_id, 0]]
+
+
+def test_scoring_is_free_of_dropout_and_of_the_global_generator(start, data, tmp_path):
+    player, examples, _ = begin(start, data, tmp_path / "run", lora_dropout=0.5)
+    for parameter in player.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    sequences = [(e.prompt_ids, e.real_ids) for e in examples[:4]]
+    state = torch.random.get_rng_state()
+    scored = []
+    for _ in range(2):
+        player.model.train()
+        scored.append(player.logps(sequences))
+    assert scored[0] == scored[1]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_micro_batches_hold_rows_of_like_length_within_the_budget():
+    tokens = [5, 30, 7, 6, 100, 9, 8, 31]
+    player = player_of(known_model(), micro_tokens=30)
+    chunks = list(player.micro_batches(tokens))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(8))
+    assert [[tokens[i] for i in chunk] for chunk in chunks] == [[5, 6, 7], [8, 9], [30], [31], [100]]
+    assert list(player.micro_batches([])) == []

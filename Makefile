@@ -22,8 +22,8 @@ bench: $(VENV)/dev.stamp
 
 # On a machine with a GPU, with the python3 that is there: its torch was built for it.
 test-gpu:
-	python3 -m pytest tests/test_kernels.py tests/test_sampling.py tests/test_lora.py tests/test_spin.py \
-		tests/test_resume.py tests/test_family.py $(ARGS)
+	python3 -m pytest tests/test_kernels.py tests/test_sampling.py tests/test_lora.py tests/test_model.py \
+		tests/test_spin.py tests/test_player.py tests/test_run.py tests/test_family.py $(ARGS)
 
 bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)
@@ -31,7 +31,7 @@ bench-gpu:
 start: $(VENV)/dev.stamp
 	rm -rf runs/pronounce-sft
 	$(PYTHON) pronounce/make_data.py
-	$(PYTHON) spin.py sft $(ARGS)
+	$(PYTHON) sft.py $(ARGS)
 	cp runs/pronounce-sft/final/model.safetensors pronounce/start/
 
 clean:

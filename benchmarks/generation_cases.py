@@ -15,11 +15,11 @@ import torch
 from bench import Case
 from torch import Tensor
 
-import onednn
 import sampling
-from data import encode, load_examples, load_tokenizer
+from kernels import onednn
 from model import GPTNeo, GPTNeoConfig
-from spin import Args
+from runtime.data import encode, load_examples, load_tokenizer
+from runtime.options import Args
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden size, layers, heads
@@ -69,29 +69,36 @@ def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
 def ours(
     model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, fast: bool = False
 ) -> Callable:
-    """`fast`: with onednn.py, as spin.py does on a CPU unless the model is small."""
+    """`fast`: with onednn.py, as spin.py does on a CPU."""
+
+    def run() -> int:
+        with forced_ends(lengths), onednn.products() if fast else contextlib.nullcontext():
+            responses = sampling.respond(
+                model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch, temperature=1.0
+            )
+        if lengths:
+            assert [len(ids) for ids in responses.ids] == lengths
+        return sum(map(len, responses.ids))
+
+    return run
+
+
+@contextlib.contextmanager
+def forced_ends(lengths: list[int] | None) -> Iterator[None]:
+    """Row i ends after lengths[i] tokens, and no earlier: its random number there falls on the last token, the end."""
     plain = sampling.uniforms
 
     def steered(seed: int, rows: list[int], count: int) -> Tensor:
-        uniform = plain(seed, rows, count) * (1 - 2**-14)  # not the last token, which here has 2^-16
+        uniform = plain(seed, rows, count) * (1 - 2**-14)  # never the last token, whose probability here is 2^-16
         for i, row in enumerate(rows):
             uniform[i, lengths[row] - 1 :] = 1 - 2**-24
         return uniform
 
-    def run() -> int:
-        sampling.uniforms = steered if lengths else plain
-        try:
-            with onednn.products() if fast else contextlib.nullcontext():
-                samples = sampling.generate(
-                    model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch, temperature=1.0
-                )
-        finally:
-            sampling.uniforms = plain
-        if lengths:
-            assert [len(ids) for ids in samples.ids] == lengths
-        return sum(map(len, samples.ids))
-
-    return run
+    sampling.uniforms = steered if lengths else plain
+    try:
+        yield
+    finally:
+        sampling.uniforms = plain
 
 
 def theirs(

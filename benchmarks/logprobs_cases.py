@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from bench import Case
 from torch import Tensor
 
-import onednn
-from kernels import linear_logprobs, token_logprobs
+from kernels import linear_logprobs, onednn, token_logprobs
 
 V_ODD, V_EVEN = 50257, 50304
 

@@ -22,23 +22,25 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS = {"greedy": 1, "sampled": 1, "greedy_error": -1, "sampled_error": -1, "nll": -1}  # sign: which way is better
+sys.path.insert(0, str(ROOT))
+from runtime.evaluate import METRICS  # noqa: E402
+from runtime.report import COLUMNS  # noqa: E402
 
-
-# the best of the settings tried with adapters
+# The best of the settings tried with adapters.
 LORA = ["--rank", "32", "--lora-alpha", "64", "--temperature", "1.15", "--lr", "1.5e-4,1.5e-4,1e-4"]
 METHODS = {
-    "self-play": ["spin"],
-    "self-play, LoRA": ["spin", f"@{ROOT}/recipes/pronounce.args", *LORA],
-    "supervised": ["sft", f"@{ROOT}/recipes/pronounce-continue.args"],
+    "self-play": ["spin.py"],
+    "self-play, LoRA": ["spin.py", f"@{ROOT}/recipes/pronounce.args", *LORA],
+    "supervised": ["sft.py", f"@{ROOT}/recipes/pronounce-continue.args"],
 }
 
 
 def run(method: str, seed: int) -> dict:
-    """First and last row of one run of spin.py, on one thread; gains in standard errors of the start's value."""
+    """All rows of one run, on one thread; gains in standard errors of the start's value."""
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
-        command = [sys.executable, str(ROOT / "spin.py"), *METHODS[method], "--seed", str(seed), "--out", out]
+        script, *flags = METHODS[method]
+        command = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed), "--out", out]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - began
         rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -70,7 +72,7 @@ def table(runs: list[dict], seeds: int) -> str:
     """A Markdown table: a metric's value at the start, then for each method value and gain after the last iteration."""
     lines = ["| metric | start | " + " | ".join(f"{method} | gain" for method in METHODS) + " |"]
     lines += ["|---" * (2 + 2 * len(METHODS)) + "|"]
-    for metric in METRICS:
+    for metric in [name for name in COLUMNS if name in METRICS]:
         scale, unit, digits = (1, "", 4) if metric == "nll" else (100, "%", 2)
         first = runs[0]["rows"][0]
         cells = [f"{scale * first[metric]:.{digits}f}{unit} ± {scale * first[metric + '_se']:.{digits}f}"]

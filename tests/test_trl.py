@@ -1,14 +1,17 @@
-"""spin.train against TRL's DPOTrainer with PEFT: the same losses on the same pairs in their order."""
+"""spin.train and family.train against TRL's DPOTrainer with PEFT: the same losses on the same pairs, in their order."""
 
-import json
 import warnings
 
 import pytest
 import torch
+from helpers import rows
 
+import family
 import lora
 import spin
 from model import GPTNeo, GPTNeoConfig
+from runtime.data import Pair
+from runtime.options import Args
 
 pytest.importorskip("trl")
 from generation_cases import in_transformers
@@ -21,7 +24,7 @@ CONFIG = GPTNeoConfig(
 SETTINGS = dict(batch=4, lr=3e-3)
 
 
-def random_pairs(count: int) -> list[spin.Pair]:
+def random_pairs(count: int) -> list[Pair]:
     """Ragged, and beyond the local window."""
     rng = torch.Generator().manual_seed(1)
 
@@ -29,10 +32,10 @@ def random_pairs(count: int) -> list[spin.Pair]:
         count = int(torch.randint(1, longest, (), generator=rng))
         return torch.randint(96, (count,), generator=rng).tolist()
 
-    return [spin.Pair(ids(20), [*ids(20), 96], [*ids(20), 96], True) for _ in range(count)]
+    return [Pair(ids(20), [*ids(20), 96], [*ids(20), 96], True) for _ in range(count)]
 
 
-def theirs(pairs: list[spin.Pair], **options) -> tuple[GPTNeo, list[float]]:
+def theirs(pairs: list[Pair], **options) -> tuple[GPTNeo, list[float]]:
     """The losses of TRL's trainer, and our model with the adapters that theirs began with."""
     model = GPTNeo(CONFIG).init_weights(torch.Generator().manual_seed(0)).eval()
     with warnings.catch_warnings():
@@ -50,14 +53,15 @@ def theirs(pairs: list[spin.Pair], **options) -> tuple[GPTNeo, list[float]]:
     return model, [loss.item() for loss in trainer.losses]
 
 
-def ours(model: GPTNeo, pairs: list[spin.Pair], monkeypatch, **options) -> list[float]:
-    run = our_run(
-        model, torch.device("cpu"), False, batch=4, lr=(3e-3,), micro_tokens=100, rank=4, lora_alpha=8.0, **options
-    )
+def ours(model: GPTNeo, pairs: list[Pair], monkeypatch, **options) -> list[float]:
+    """The losses of spin.train, or with a `loss` those of family.train."""
+    train, args_class = (family.train, family.FamilyArgs) if "loss" in options else (spin.train, Args)
+    settings = dict(batch=4, lr=(3e-3,), micro_tokens=100, rank=4, lora_alpha=8.0)
+    player, run = our_run(model, False, args_class, **settings, **options)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    spin.score(model, pairs, run)
-    spin.train(model, pairs, 0, run)
-    return [row["loss"] for row in map(json.loads, (run.out / "steps-0.jsonl").read_text().splitlines())]
+    spin.score(player, pairs, run)
+    train(player, pairs, 0, run)
+    return [row["loss"] for row in rows(run.out / "steps-0.jsonl")]
 
 
 def test_the_first_20_losses_equal_trls(monkeypatch):

@@ -1,4 +1,4 @@
-"""Malformed input of every kind, by table and by seeded mutation: never more than one line on stderr and exit code 2.
+"""Malformed input of every kind, by table and by seeded mutation: exactly one line on stderr and exit code 2.
 
 Each table holds what must be refused. A mutation may stay valid; then it must be accepted as quietly.
 """
@@ -23,11 +23,12 @@ from io import BytesIO
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, flags
 from safetensors.torch import load_file, save, save_file
-from test_spin import flags
 
+import family
 import lora
+import sft
 import spin
 from model import GPTNeo
 
@@ -63,7 +64,7 @@ class Hang(BaseException):
 
 @pytest.fixture
 def end(monkeypatch, capfd, tmp_path):
-    """Runs a command line up to its first sample. Returns its one line on stderr, or "" where it was accepted.
+    """Runs a command line up to its first response. Returns its one line on stderr, or "" where it was accepted.
 
     Fails where it takes ten seconds or 2 GiB, warns, prints more, or writes anything.
     """
@@ -77,13 +78,13 @@ def end(monkeypatch, capfd, tmp_path):
     def hang(*_):
         raise Hang
 
-    def run(argv, case=None):
+    def run(argv, case=None, script=spin):
         out = tmp_path / "out"
         signal.setitimer(signal.ITIMER_REAL, 10)
         try:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
-                code = spin.main([str(a) for a in argv])
+                code = script.main([str(a) for a in argv])
         except Accepted:
             code = 0
             shutil.rmtree(out)
@@ -95,10 +96,14 @@ def end(monkeypatch, capfd, tmp_path):
         if code == 0:
             assert error == "", (case, error)
         else:
-            assert error.startswith("spin.py: error: ") and error.index("\n") == len(error) - 1, (case, error)
+            assert error.startswith(f"{script.__name__}.py: error: ") and error.index("\n") == len(error) - 1, (
+                case,
+                error,
+            )
         return error
 
-    monkeypatch.setattr(spin, "play", accepted)
+    for script, method in ((spin, "play"), (family, "play"), (sft, "fine_tune")):
+        monkeypatch.setattr(script, method, accepted)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     before, limit = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
@@ -123,6 +128,13 @@ def argv(model, tmp_path):
     """Flags of a run that would be accepted."""
     (tmp_path / "data.jsonl").write_bytes(DATA)
     return flags(model, tmp_path / "data.jsonl", tmp_path / "out")
+
+
+def with_flags(argv, *words):
+    """The command line with `words` at its end, in place of its own values of their flags: none is given twice."""
+    given = {str(word).partition("=")[0] for word in words}
+    pairs = zip(argv[::2], argv[1::2], strict=True)
+    return [*(word for pair in pairs if pair[0] not in given for word in pair), *words]
 
 
 def mutated(rng, content):
@@ -187,7 +199,9 @@ def fuzz(end, argv, path, contents, least):
 
 def test_what_the_cases_start_from_is_accepted(end, argv, tmp_path):
     """Or every case below would prove nothing. `--data` may be a pipe, such as a shell's <(zcat x)."""
-    assert end(argv) == ""
+    for script in (spin, family):
+        assert end(argv, script=script) == ""
+    assert end(argv[:-6], script=sft) == ""
     reader, writer = os.pipe()
     threading.Thread(target=lambda: (os.write(writer, DATA), os.close(writer))).start()
     argv[argv.index("--data") + 1] = f"/dev/fd/{reader}"
@@ -264,7 +278,7 @@ def test_data_that_is_no_file_of_lines(end, argv, tmp_path, monkeypatch):
     names = ["folder.gz", "loop", "bomb.gz", "empty.gz", "zip.gz", "header.gz", "checksum.gz", "behind.gz", "x" * 5000]
     for name in [tmp_path, *(tmp_path / name for name in names), "/dev/zero", "/dev/null", "a\0b", "-", "data.jsonl/x"]:
         for flag in ("--data", "--eval-data"):
-            assert (str(name) if name != "a\0b" else "b:1: ") in end([*argv, f"{flag}={name}"], name)
+            assert (str(name) if name != "a\0b" else "b:1: ") in end(with_flags(argv, f"{flag}={name}"), name)
 
 
 def test_mutated_data(end, argv, tmp_path):
@@ -696,12 +710,12 @@ NUMBERS = [
 ]  # fmt: skip
 COUNTS = [
     "eval-limit", "iterations", "prompts", "max-new-tokens", "top-k", "gen-batch", "gen-tokens", "rank", "epochs",
-    "batch", "micro-tokens", "seed",
+    "batch", "micro-tokens", "seed", "history",
 ]  # fmt: skip
 NO_NUMBERS = ("", " ", "x", "nan", "-inf", "-1", "1e", "0x1", "--1", "1 2", "\0", "\u00bd")
 NO_COUNTS = ("", "x", "1.5", "nan", "inf", "1e3", "9" * 5000, "1,,2", "\x1b", "\u00b2")
 NO_LISTS = ("1,2,3", ",", "1,", "0", "1;2", "[1]", "1,-1")
-CHOICES = ("overlong", "unfinished", "optimizer", "precision", "loss", "history", "best")
+CHOICES = ("overlong", "unfinished", "optimizer", "precision", "loss", "best")
 NO_DEVICES = ("", "cuda:", "cuda:-1", "cuda:100", "CPU", "cpu:0", "meta", "mps", "cuda:0,1", "cpu\0", " cpu")
 NO_LAYERS = ("", ",", "q_proj,", ".", "*", "wte", "attn", "h", "ln_1", "lora_A", "\0", "q_proj;k_proj")
 NO_FLAGS = ("mix-previous", "checkpoint", "compile", "x", "learning-rate", "modell", "from_scratch")
@@ -725,11 +739,14 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def test_flags(end, argv):
+@pytest.mark.parametrize("script", [spin, family])
+def test_flags(script, end, argv):
+    """The flag is named, or the word that is none. spin.py refuses family.py's own flags whatever their value."""
     for case in FLAGS:
-        error, flag = end([*argv, *case], case), case[0].partition("=")[0]
+        error, flag = end(with_flags(argv, *case), case, script), case[0].partition("=")[0]
+        assert "is given twice" not in error, case
         named = "target" if flag == "--lora-targets" else flag.lstrip("-@")
-        assert error and (named in error or case[-1] in error), (case, error)
+        assert error and (named[:40] in error or case[-1][:40] in error), (case, error)
 
 
 RECIPES = [
@@ -741,15 +758,20 @@ RECIPES = [
 
 
 def test_recipes(end, argv, tmp_path):
+    """The command line has no flag of the recipe, which it would override."""
     path = tmp_path / "r.args"
+
+    def end_of(recipe, case):
+        path.write_bytes(recipe)
+        pairs = zip(argv[::2], argv[1::2], strict=True)
+        return end([f"@{path}", *(word for pair in pairs if pair[0].encode() not in recipe for word in pair)], case)
+
     for case in RECIPES:
-        path.write_bytes(case)
-        assert end([*argv, f"@{path}"], case), case
+        assert end_of(case, case), case
+    good = b"--lr 1e-3 --epochs 1\n--template '# {prompt}\\n' # a comment\n--beta 0.1\n"
+    assert end_of(good, "good") == ""
     rng = random.Random(8)
-    refused = 0
-    for i in range(60):
-        path.write_bytes(mutated(rng, b"--lr 1e-3 --epochs 1\n--template '# {prompt}\\n' # a comment\n--beta 0.1\n"))
-        refused += bool(end([*argv, f"@{path}"], i))
+    refused = sum(bool(end_of(mutated(rng, good), i)) for i in range(60))
     assert refused >= 30, refused
 
 
@@ -763,7 +785,7 @@ def test_recipes(end, argv, tmp_path):
 def test_more_flags(case, end, argv, monkeypatch):
     """Digits of other scripts and leading zeros, bytes that are no text, and a path that looks like a hub id."""
     monkeypatch.chdir(ROOT)
-    error = end([*argv, *case], case)
+    error = end(with_flags(argv, *case), case)
     assert case[0] in error and "hub says" not in error, error
 
 
@@ -785,23 +807,23 @@ def test_names_with_control_characters(name, end, argv, model):
     (model / "model.safetensors").unlink()
     named = [[flag, name] for flag in ("--data", "--model", "--eval-data")]
     for extra in ([], [name], ["--" + name], ["--out", f"/dev/null/{name}"], *named):
-        error = end([*argv, *extra], extra)
+        error = end(with_flags(argv, *extra), extra)
         assert error.strip("\n").isprintable(), extra
 
 
-def test_from_scratch_larger_than_memory(end, argv, model):
+def test_from_scratch_larger_than_memory(end, argv, model, tmp_path):
     """There are no weights to contradict such a config."""
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**24, "hidden_size": 2**14}))
-    assert f"{model}: training needs more than" in end(["sft", *argv[:-6], "--from-scratch", "--rank", "0"])
+    argv = flags(model, tmp_path / "data.jsonl", tmp_path / "out", rank=0, from_scratch=True, beta=None)
+    assert f"{model}: training needs more than" in end(argv, script=sft)
 
 
 # ---------------------------------------------------------------- adapters
 
 
 def test_adapters(start, tmp_path):
-    """lora.load_adapter, which no flag leads to: a ValueError or OSError that names the file or its folder, and the
-    model is left as it was."""
+    """lora.load_adapter: a ValueError or OSError that names the file or its folder, and the model is left as it was."""
     model = GPTNeo.from_pretrained(start)
     before = list(model.state_dict())
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"

@@ -1,12 +1,11 @@
 """Properties over random inputs, each against a slow and obvious reference written here: loops, float64, big integers.
 
-No run draws its own examples (derandomize): they depend on the code alone, of this file and, since Hypothesis looks
-there for telling numbers and texts, of the modules that are loaded. Where rounding could decide, such as between two
-tokens of almost equal probability, the reference says that it is in doubt, and nothing is compared.
+The examples are the same in every run (derandomize): they depend only on the code of this file and, because Hypothesis
+looks there for telling numbers and texts, of the modules that are loaded. Where rounding could decide, such as between
+two tokens of almost equal probability, the reference says that it is in doubt, and nothing is compared.
 """
 
 import copy
-import dataclasses
 import functools
 import gzip
 import hashlib
@@ -26,19 +25,30 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import ROOT, begin, player_of
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from test_spin import begin
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import report
+import player as player_module
 import sampling
 import spin
-from data import Example, as_decoded, decode, encode, fit_context, held_out, load_examples, load_tokenizer, split
 from kernels import linear_logprobs, logprobs, tiles, token_logprobs, torch_rows
 from model import GPTNeo, GPTNeoConfig
+from player import Player
+from runtime import evaluate
+from runtime.data import (
+    Example,
+    as_decoded,
+    decode,
+    encode,
+    fit_context,
+    held_out,
+    load_examples,
+    load_tokenizer,
+    split,
+)
 from sampling import KVCache, filter_logits, uniforms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,7 +56,7 @@ EOS_TEXT = "<|endoftext|>"
 
 
 def examples(count: int) -> settings:
-    """So many; how long they take says nothing on a busy machine."""
+    """This many examples, without a time limit: time says nothing on a busy machine."""
     slow = [HealthCheck.too_slow]
     return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=slow)
 
@@ -266,7 +276,7 @@ def trees(draw) -> list[int]:
 
 @examples(100)
 @given(kinds, windows, st.lists(trees(), min_size=1, max_size=3), booleans, seeds)
-def test_branches_equal_rows_of_their_own(layers, window, rows, left, seed):
+def test_segments_equal_rows_of_their_own(layers, window, rows, left, seed):
     """Prompt and branch as in a row by themselves: no branch sees another or padding, positions and windows count
     along the path. Rows are wider than the context at times, paths never."""
     width = max(1, *map(len, rows))
@@ -306,7 +316,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(layers, window, seed, rounds
         nonlocal seed
         seed += 1
         tokens = some_ids(seed, len(texts))
-        cache.reach = min(room, max(map(len, texts)) + 1 + slack)
+        cache.read_length = min(room, max(map(len, texts)) + 1 + slack)
         hidden = model.decode(torch.tensor(tokens), cache.lengths, cache.masks(), cache.append)
         for slot, text in enumerate(texts):
             if text:  # slots never filled idle
@@ -325,14 +335,14 @@ def test_decoding_with_a_cache_equals_the_full_pass(layers, window, seed, rounds
             texts[slot] = some_ids(seed, length)
         slots, lengths, width = list(prompts), torch.tensor(list(prompts.values())), max(prompts.values())
         padded = torch.tensor([texts[slot] + [0] * (width - len(texts[slot])) for slot in slots])
-        hidden = model(padded, remember=partial(cache.fill, torch.tensor(slots), lengths))
+        hidden = model(padded, update_cache=partial(cache.fill, torch.tensor(slots), lengths))
         cache.lengths[slots] = lengths
         for row, slot in enumerate(slots):
             seen[slot] = [*hidden[row, : lengths[row]]]
         for _ in range(steps):
             step(slack)
     if kept is not None:
-        cache.keep(torch.tensor(kept))
+        cache.keep_rows(torch.tensor(kept))
         texts, seen = ([side[slot] for slot in kept] for side in (texts, seen))
         step(0)
     for slot in range(len(texts)):
@@ -343,14 +353,14 @@ def test_decoding_with_a_cache_equals_the_full_pass(layers, window, seed, rounds
 
 
 @pytest.fixture(scope="module")
-def scorer(start, data, tmp_path_factory) -> tuple[GPTNeo, GPTNeo, spin.Run]:
-    """A player whose biases and norms are random too, its float64 copy, and a run."""
-    player, _, _, run = begin(start, data, tmp_path_factory.mktemp("properties") / "run", rank=0)
+def scorer(start, data, tmp_path_factory) -> tuple[Player, GPTNeo]:
+    """A player whose biases and norms are random too, and a float64 copy of its model."""
+    player, _, _ = begin(start, data, tmp_path_factory.mktemp("properties") / "run", rank=0)
     with torch.no_grad():
-        for i, parameter in enumerate(player.parameters()):
+        for i, parameter in enumerate(player.model.parameters()):
             if parameter.dim() == 1:
                 parameter += 0.2 * normal(i, len(parameter))
-    return player, copy.deepcopy(player).double(), run
+    return player, copy.deepcopy(player.model).double()
 
 
 def slow_logp(exact: GPTNeo, prompt: list[int], response: list[int]) -> Tensor:
@@ -362,9 +372,9 @@ def slow_logp(exact: GPTNeo, prompt: list[int], response: list[int]) -> Tensor:
     return total
 
 
-def slow_logps(exact: GPTNeo, items: list[tuple[list[int], ...]]) -> list[Tensor]:
-    """The first responses of all items, then the second ones, ..."""
-    return [slow_logp(exact, item[0], item[n]) for n in range(1, len(items[0])) for item in items]
+def slow_logps(exact: GPTNeo, items: list[tuple[list[int], ...]]) -> Tensor:
+    """(R, B): the first responses of all items, then the second ones, ..."""
+    return torch.stack([torch.stack([slow_logp(exact, i[0], i[n]) for i in items]) for n in range(1, len(items[0]))])
 
 
 # ids 0 and 393 are padding and the end-of-sequence token of the run: anywhere in a text they are tokens like others
@@ -379,7 +389,7 @@ masked_tokens = st.sampled_from([1024, 40, 0])  # rows beyond it compute a promp
 @contextmanager
 def masks_up_to(tokens: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spin, "MASKED_TOKENS", tokens)
+        patch.setattr(player_module, "MASKED_TOKENS", tokens)
         yield
 
 
@@ -387,24 +397,24 @@ def masks_up_to(tokens: int):
 @given(batches, masked_tokens)
 @torch.no_grad()
 def test_response_logps_equal_a_loop_over_tokens(scorer, items, masked):
-    player, exact, run = scorer
+    player, exact = scorer
     with masks_up_to(masked):
-        actual = spin.response_logps(player, items, run)
+        actual = player.response_logps(items)
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), torch.stack(slow_logps(exact, items)), atol=5e-5, rtol=1e-6)
+    torch.testing.assert_close(actual.double(), slow_logps(exact, items), atol=5e-5, rtol=1e-6)
 
 
 @examples(20)
 @given(batches, masked_tokens)
 def test_gradients_of_response_logps_equal_those_of_the_loop(scorer, items, masked):
-    player, exact, run = scorer
+    player, exact = scorer
     with masks_up_to(masked):
-        actual = spin.response_logps(player, items, run)
-    expected = torch.stack(slow_logps(exact, items))
-    upstream = normal(0, len(expected))
-    grads = torch.autograd.grad(actual, list(player.parameters()), upstream)
+        actual = player.response_logps(items)
+    expected = slow_logps(exact, items)
+    upstream = normal(0, *expected.shape)
+    grads = torch.autograd.grad(actual, list(player.model.parameters()), upstream)
     expected_grads = torch.autograd.grad(expected, list(exact.parameters()), upstream.double())
-    for (name, _), a, b in zip(player.named_parameters(), grads, expected_grads):
+    for (name, _), a, b in zip(player.model.named_parameters(), grads, expected_grads):
         assert (a - b).norm() <= 1e-4 * (b.norm() + 1e-2), name
 
 
@@ -412,27 +422,29 @@ def test_gradients_of_response_logps_equal_those_of_the_loop(scorer, items, mask
 @given(batches, masked_tokens, st.sampled_from([1000, 100, 40, 1]), st.data())
 def test_logps_do_not_depend_on_the_batch(scorer, items, masked, micro_tokens, choose):
     """Items in any order, some twice, at any size of micro-batches: each has the log-probabilities it has alone."""
-    player, _, run = scorer
-    run = run._replace(args=dataclasses.replace(run.args, micro_tokens=micro_tokens))
+    player = player_of(scorer[0].model, micro_tokens=micro_tokens)
     order = choose.draw(st.lists(st.integers(0, len(items) - 1), min_size=2, max_size=6))
-    alone = [spin.sequence_logps(player, [item], run) for item in items]
-    expected = [alone[i][n] for n in range(len(items[0]) - 1) for i in order]
+    alone = [player.logps([item])[0] for item in items]
     with masks_up_to(masked):
-        assert spin.sequence_logps(player, [items[i] for i in order], run) == pytest.approx(expected, abs=5e-5)
+        together = player.logps([items[i] for i in order])
+    assert [len(logps) for logps in together] == [len(items[0]) - 1] * len(order)
+    for i, logps in zip(order, together):
+        assert logps == pytest.approx(alone[i], abs=5e-5)
 
 
 @examples(200)
 @given(st.lists(st.integers(1, 60), max_size=25), st.integers(1, 150))
 def test_micro_batches_partition_within_the_budget(tokens, budget):
-    """Every item once; chunks fit, padded to their longest, or hold one item; from short to long; none ends early."""
-    chunks = list(spin.micro_batches(tokens, budget))
-    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(tokens)))
-    lengths = [[tokens[i] for i in chunk] for chunk in chunks]
+    """Every item once; groups fit, padded to their longest, or hold one item; from short to long; none ends early."""
+    player = player_of(tiny_model(("global",), 4, 24), micro_tokens=budget)
+    groups = list(player.micro_batches(tokens))
+    assert sorted(i for group in groups for i in group) == list(range(len(tokens)))
+    lengths = [[tokens[i] for i in group] for group in groups]
     assert [*itertools.chain(*lengths)] == sorted(tokens)
-    for chunk in lengths:
-        assert len(chunk) == 1 or len(chunk) * max(chunk) <= budget
-    for chunk, following in itertools.pairwise(lengths):
-        assert (len(chunk) + 1) * following[0] > budget
+    for group in lengths:
+        assert len(group) == 1 or len(group) * max(group) <= budget
+    for group, following in itertools.pairwise(lengths):
+        assert (len(group) + 1) * following[0] > budget
 
 
 @examples(200)
@@ -532,15 +544,15 @@ def test_filters_keep_the_right_tokens(logits, temperature, top_k, top_p):
 
 @examples(300)
 @given(rough_logits, st.data(), st.integers(1, 8))
-def test_samples_invert_the_cumulative_sum(logits, choose, searched):
+def test_draws_invert_the_cumulative_sum(logits, choose, block):
     """For blocks of any size; what is excluded is never drawn, not even by the first and last number of the range."""
     kept = choose.draw(st.sets(st.integers(0, len(logits) - 1), min_size=1))
     numbers = st.sampled_from([0.0, 1 - 2**-24]) | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24)
     numbers = choose.draw(st.lists(numbers, min_size=1, max_size=8))
     masked = torch.tensor([[z if token in kept else -math.inf for token, z in enumerate(logits)]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "SEARCHED", searched)
-        tokens = sampling.sample(masked.expand(len(numbers), -1), torch.tensor(numbers)).tolist()
+        patch.setattr(sampling, "DRAW_BLOCK", block)
+        tokens = sampling.draw(masked.expand(len(numbers), -1), torch.tensor(numbers)).tolist()
     for token, uniform in zip(tokens, numbers):
         expected = slow_draw(logits, kept, 1.0, uniform, 1e-6)
         assert token in kept and token == (token if expected is None else expected)
@@ -578,7 +590,7 @@ def twins() -> tuple[GPTNeo, GPTNeo]:
     st.integers(1, 30), st.integers(1, 10), booleans, st.data(),
 )  # fmt: skip
 @torch.no_grad()
-def test_generation_equals_a_loop_row_by_row(lengths, options, prefill, reach, numbered, choose):
+def test_generation_equals_a_loop_row_by_row(lengths, options, prefill, multiple, numbered, choose):
     """Ids, log-probabilities and ends of every row are those that it gets by itself, in float64, a full pass for each
     token: so neither batch mates nor the sizes of batch, cache and prefill matter."""
     model, exact = twins()
@@ -587,12 +599,12 @@ def test_generation_equals_a_loop_row_by_row(lengths, options, prefill, reach, n
     rows = choose.draw(numbers) if numbered else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "PREFILL_TOKENS", prefill)
-        patch.setattr(sampling, "REACH", reach)
-        patch.setattr(sampling, "SEARCHED", 5)
-        samples = sampling.generate(model, prompts, rows=rows, **options)
-    assert len(samples.ids) == len(samples.finished) == len(samples.logps) == len(prompts)
+        patch.setattr(sampling, "READ_MULTIPLE", multiple)
+        patch.setattr(sampling, "DRAW_BLOCK", 5)
+        responses = sampling.respond(model, prompts, rows=rows, **options)
+    assert len(responses.ids) == len(responses.finished) == len(responses.logps) == len(prompts)
     eos, most = options["eos_token_id"], options["max_new_tokens"]
-    for i, (prompt, ids, finished, logps) in enumerate(zip(prompts, *samples)):
+    for i, (prompt, ids, finished, logps) in enumerate(zip(prompts, *responses)):
         assert 1 <= len(ids) == len(logps) <= most and eos not in ids[:-1]
         assert finished == (ids[-1] == eos) and (finished or len(ids) == most)
         for n, (token, logp) in enumerate(zip(ids, logps)):
@@ -664,8 +676,8 @@ def test_encoding_equals_the_loop_and_decoding_undoes_it(prompt, response, ends,
     """Prompt and response apart, whatever could merge across; one end-of-sequence token however many the text had."""
     tokenizer, eos, _ = shipped()
     assume("{prompt}" not in before + after)
-    one = Example("x:1", prompt, response + ends * EOS_TEXT, [response, "other", response + EOS_TEXT])
-    encode([one, Example("x:2", "P", "R", ["R"])], tokenizer, before + "{prompt}" + after, eos)
+    one = Example("x", 1, prompt, response + ends * EOS_TEXT, [response, "other", response + EOS_TEXT])
+    encode([one, Example("x", 2, "P", "R", ["R"])], tokenizer, before + "{prompt}" + after, eos)
     assert one.prompt_ids == slow_ids(before + prompt + after)
     assert one.real_ids == [*slow_ids(response), eos] and one.real_ids.count(eos) == 1
     assert one.tokens == len(one.prompt_ids) + len(one.real_ids)
@@ -679,7 +691,7 @@ def test_encoding_equals_the_loop_and_decoding_undoes_it(prompt, response, ends,
 def test_an_end_inside_a_response_is_refused(before, after):
     tokenizer, eos, _ = shipped()
     with pytest.raises(ValueError, match=r"^x:1: .*end-of-sequence token inside"):
-        encode([Example("x:1", "P", before + EOS_TEXT + after, ["R"])], tokenizer, "{prompt}", eos)
+        encode([Example("x", 1, "P", before + EOS_TEXT + after, ["R"])], tokenizer, "{prompt}", eos)
 
 
 @st.composite
@@ -711,7 +723,7 @@ def test_gpt2_style_files_make_a_byte_level_tokenizer(folder, pairs, words, resp
     tokenizer = load_tokenizer(folder, eos, len(vocabulary))
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
     spaced = [words[0], *(f" {word}" for word in words[1:])]
-    one, other = (Example("x:1", "".join(spaced), text, [text]) for text in ("".join(spaced), response))
+    one, other = (Example("x", 1, "".join(spaced), text, [text]) for text in ("".join(spaced), response))
     encode([one, other], tokenizer, "{prompt}", eos)
     assert one.prompt_ids == [i for word in spaced for i in slow_bpe(word, vocabulary, ranks)]
     assert one.real_ids == [*one.prompt_ids, eos]
@@ -731,8 +743,9 @@ def test_loading_gives_what_was_written(folder, records, zipped):
         expected.append((len(lines) - 1, prompt, response, [response]))
     path = folder / ("data.jsonl.gz" if zipped else "data.jsonl")
     path.write_bytes((gzip.compress if zipped else bytes)("\n".join(lines).encode()))
-    expected = [(f"{path}:{number}", *rest) for number, *rest in expected]
-    assert [(e.where, e.prompt, e.response, e.references) for e in load_examples(path)] == expected
+    expected = [(str(path), number, f"{path}:{number}", *rest) for number, *rest in expected]
+    loaded = load_examples(path)
+    assert [(e.path, e.line, e.where, e.prompt, e.response, e.references) for e in loaded] == expected
 
 
 digits = st.integers(1, 9)
@@ -743,7 +756,7 @@ shares = st.floats(0, 1) | st.sampled_from([0.05, 0.5])
 @given(st.lists(st.tuples(unicode_text, unicode_text), max_size=12), shares, shares)
 def test_held_out_depends_on_the_prompt_alone(records, share, other):
     """A prompt is held out where its hash, as a fraction of 1, is below the share; both parts keep their order."""
-    made = [Example(f"x:{i}", prompt, response, []) for i, (prompt, response) in enumerate(records)]
+    made = [Example("x", i, prompt, response, []) for i, (prompt, response) in enumerate(records)]
     chosen = [e for e in made if Fraction(int(hashlib.sha256(e.prompt.encode()).hexdigest()[:16], 16), 2**64) < share]
     train, heldout = split(made, share)
     assert heldout == chosen and train == [e for e in made if e not in chosen]
@@ -756,7 +769,7 @@ def test_held_out_depends_on_the_prompt_alone(records, share, other):
 @given(st.lists(st.tuples(digits, digits), min_size=1, max_size=8), st.integers(2, 18), digits)
 def test_fit_context_keeps_what_fits(lengths, context, new):
     """Prompt and real response fit, and prompt and longest generated response; what does not is named or counted."""
-    made = [Example(f"x:{i}", "p", "r", [], prompt_ids=[1] * p, real_ids=[1] * r) for i, (p, r) in enumerate(lengths)]
+    made = [Example("x", i, "p", "r", [], prompt_ids=[1] * p, real_ids=[1] * r) for i, (p, r) in enumerate(lengths)]
     fits = [e for e, (p, r) in zip(made, lengths) if p + r <= context and p + new <= context]
     if not fits:
         with pytest.raises(ValueError, match=r"^x: no example fits"):
@@ -788,7 +801,7 @@ words = st.lists(st.sampled_from(["A", "B", "CC"]), max_size=5)
 @examples(150)
 @given(words, words)
 def test_distance_is_levenshteins(a, b):
-    assert report.distance(a, b) == report.distance(b, a) == slow_distance(a, b)
+    assert evaluate.edit_distance(a, b) == evaluate.edit_distance(b, a) == slow_distance(a, b)
 
 
 @examples(100)
@@ -796,7 +809,7 @@ def test_distance_is_levenshteins(a, b):
 @example(["A"], [["B"], ["A", "B", "B"]], " ")  # fewer edits, but a higher rate
 def test_the_nearest_reference_has_the_lowest_error_rate(text, references, space):
     """Edits over the reference's length, one at least; the first of equals; white space does not matter."""
-    edits, length = report.nearest_edits(space.join(text), [" ".join(reference) for reference in references])
+    edits, length = evaluate.nearest_edits(space.join(text), [" ".join(reference) for reference in references])
     rates = [Fraction(slow_distance(text, reference), max(len(reference), 1)) for reference in references]
     best = references[rates.index(min(rates))]
     assert (edits, length) == (slow_distance(text, best), max(len(best), 1))
@@ -811,8 +824,8 @@ def test_standard_errors_in_exact_numbers(pairs, weighted):
     total = sum(w for _, w in exact)
     ratio = sum(v for v, _ in exact) / total
     variance = sum((v - ratio * w) ** 2 for v, w in exact) / total**2
-    row = report.with_se("x", values, weights if weighted else None)
+    row = evaluate.with_se("x", values, weights if weighted else None)
     assert row["x"] == pytest.approx(float(ratio), abs=1e-9)
     assert row["x_se"] == pytest.approx(math.sqrt(variance), abs=1e-9)
-    again = report.with_se("x", values * 4, weights * 4 if weighted else None)
+    again = evaluate.with_se("x", values * 4, weights * 4 if weighted else None)
     assert again["x"] == pytest.approx(row["x"], abs=1e-9) and again["x_se"] == pytest.approx(row["x_se"] / 2, abs=1e-9)

@@ -17,6 +17,7 @@ a mixture, or the start. The table of methods with their sources is in README.md
 import contextlib
 import functools
 import hashlib
+import numbers
 import re
 import shutil
 import sys
@@ -34,10 +35,11 @@ from player import Player
 from runtime import cli, storage
 from runtime.data import Example, Pair
 from runtime.evaluate import Row
-from runtime.options import Args, at_least, option, valid, value_at
+from runtime.options import Args, at_least, option, shown, valid, value_at
 from runtime.run import Run
-from runtime.stopping import Stopped
+from runtime.stopping import SIGNALS, Stopped
 
+OUR_NAMES = {path.stem for path in Path(__file__).resolve().parent.iterdir()}  # of modules and packages
 SCORER_SHARD = 1024  # pairs that the scorer is asked about before its answers are written
 
 # ---------------------------------------------------------------- losses
@@ -142,6 +144,7 @@ def base_policy(player: Player, run: Run) -> Iterator[None]:
             yield
         return
     folder = run.out / "resume" / "player"
+    run.check_start("adapter" if run.args.adapter else "model")
     if run.args.adapter:
         lora.save_adapter(player.model, folder)
         lora.load_adapter(player.model, run.args.adapter)
@@ -202,7 +205,7 @@ def draw_from_history(
     lines = [[example.line, *response] for example, response in zip(examples, responses)]
     storage.write_rows(run.out / f"responses-{t}.jsonl", lines)
     oldest = max(0, t + 1 - run.args.history) if run.args.history else 0
-    written = [storage.read_rows(run.out / f"responses-{k}.jsonl", required=True) for k in range(oldest, t + 1)]
+    written = [run.read_rows(f"responses-{k}.jsonl") for k in range(oldest, t)] + [lines]
     by_line = [{line: (ids, finished) for line, ids, finished in rows} for rows in written]
     rng = run.generator(t, "history")
     drawn = []
@@ -242,16 +245,23 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
         for i in items:
             texts = [run.text(pairs[i].real_ids), run.text(pairs[i].generated_ids)]
             try:
-                real, generated = map(float, scorer(examples[i].prompt, texts))
-            except Exception as error:  # the user's code may raise or return anything
+                answer = scorer(examples[i].prompt, texts)
+            except BaseException as error:  # the user's code may raise anything, SystemExit too
                 raise Stopped(f"--scorer {name}: {type(error).__name__}: {error}") from None
-            if not (0 <= real <= 1 and 0 <= generated <= 1):
-                raise Stopped(f"--scorer {name}: returned {real, generated}, expected two probabilities")
-            wins.append([real, generated])
+            wins.append(probabilities(answer, name))
+            SIGNALS.check()  # a scorer may take long
         return wins
 
     for pair, (real, generated) in zip(pairs, run.shards("wins", len(pairs), SCORER_SHARD, work)):
         pair.wins = (real, generated)
+
+
+def probabilities(answer: object, name: str) -> list[float]:
+    """A scorer's answer, checked: a list or tuple of two probabilities. Raises: Stopped."""
+    two = isinstance(answer, list | tuple) and len(answer) == 2
+    if two and all(isinstance(p, numbers.Real) and 0 <= p <= 1 for p in answer):
+        return [float(p) for p in answer]
+    raise Stopped(f"--scorer {name}: returned {shown(repr(answer))}, expected a list of two probabilities")
 
 
 def load_scorer(name: str) -> Callable[[str, list[str]], Sequence[float]]:
@@ -263,8 +273,8 @@ def load_scorer(name: str) -> Callable[[str, list[str]], Sequence[float]]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--scorer {name}: no such file, expected FILE.py:NAME")
     try:
-        function = getattr(_module(str(Path(file).resolve()), Path(file).read_bytes()), attribute)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        function = getattr(_module(Path(file).resolve(), Path(file).read_bytes()), attribute)
+    except BaseException as error:  # the user's code may raise anything, SystemExit too
         raise ValueError(f"--scorer {name}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ValueError(f"--scorer {name}: {type(function).__name__}, expected a function")
@@ -272,12 +282,22 @@ def load_scorer(name: str) -> Callable[[str, list[str]], Sequence[float]]:
 
 
 @functools.cache
-def _module(file: str, source: bytes) -> types.ModuleType:
-    """Runs the file once in a process, so that a scorer keeps what it has loaded."""
+def _module(file: Path, source: bytes) -> types.ModuleType:
+    """Runs the file once in a process, so that a scorer keeps what it has loaded.
+
+    It may import modules that lie beside it, even if one is called like one of ours: `model`, say.
+    """
     module = types.ModuleType("scorer")
-    module.__file__ = file
+    module.__file__ = str(file)
+    beside = {path.stem for path in file.parent.iterdir()}
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in beside & OUR_NAMES}
     sys.modules["scorer"] = module  # dataclasses in the file look their module up here
-    exec(compile(source, file, "exec"), module.__dict__)
+    sys.path.insert(0, str(file.parent))
+    try:
+        exec(compile(source, file, "exec"), module.__dict__)
+    finally:
+        sys.path.remove(str(file.parent))
+        sys.modules.update(ours)
     return module
 
 

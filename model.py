@@ -1,6 +1,6 @@
 """GPT-Neo from scratch: the model and its weights on disk.
 
-Needs torch and safetensors only (safetensors needs numpy to save); copy this file alone into another code base.
+Needs torch and safetensors only (safetensors needs numpy); copy this file alone into another code base.
 
 Where GPT-Neo differs from GPT-2, and mistakes are easy:
 - attention scores are NOT divided by sqrt(head size);
@@ -16,11 +16,15 @@ Shapes: B rows, T tokens, D hidden size, H heads, K head size, V vocabulary.
 Source: github.com/EleutherAI/gpt-neo (Black et al., 2021); checked against transformers' GPTNeoForCausalLM.
 """
 
+import contextlib
 import json
+import math
 import os
+import re
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -33,14 +37,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 HEAD = "transformer.wte.weight"  # the language-model head is tied to the token embedding
 HEAD_MULTIPLE = 64  # rows of the padded head; products with GPT-Neo's 50257 rows may be slow on a GPU
+HEAD_BLOCK = 4096  # rows of a 16-bit head that a CPU casts to fp32 at a time; all at once is up to 5 times slower
+JSON_BYTES, JSON_DEPTH = 2**24, 50  # the largest JSON file and the deepest nesting that are accepted
 # Keys of hub checkpoints that hold no parameter: causal-mask buffers and the tied head.
 IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "lm_head.weight")
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit and integer weights need scales
@@ -72,36 +73,30 @@ class GPTNeoConfig:
     eos_token_id: int | None = 50256
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size")
-        for name in sizes:
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"config field {name} = {getattr(self, name)!r:.200}: expected {expected}")
+
+        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads", "window_size"):
+            value = getattr(self, name)
             limit = 1024 if name == "num_layers" else 2**24  # Sanity bound: a huge value would stall the parser.
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= limit:
-                raise ValueError(
-                    f"config field {name} = {getattr(self, name)!r}: expected an integer from 1 to {limit}"
-                )
+            check(name, type(value) is int and 1 <= value <= limit, f"an integer from 1 to {limit}")
         for name in ("embed_dropout", "attention_dropout", "resid_dropout"):
-            if type(getattr(self, name)) not in (int, float) or not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in [0, 1)")
+            value = getattr(self, name)
+            check(name, type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)")
         for name in ("layer_norm_epsilon", "initializer_range"):
-            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < 1:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: expected a number in (0, 1)")
+            value = getattr(self, name)
+            check(name, type(value) in (int, float) and 0 < value < 1, "a number in (0, 1)")
         for name, only in (("activation_function", "gelu_new"), ("tie_word_embeddings", True)):
-            if getattr(self, name) != only:
-                raise ValueError(f"config field {name} = {getattr(self, name)!r}: only {only!r} is supported")
-        if self.intermediate_size is not None and (
-            type(self.intermediate_size) is not int or not 1 <= self.intermediate_size < 2**31
-        ):
-            raise ValueError(f"config field intermediate_size = {self.intermediate_size!r}: expected null or >= 1")
-        if self.eos_token_id is not None and (type(self.eos_token_id) is not int or not 0 <= self.eos_token_id < 2**31):
-            raise ValueError(f"config field eos_token_id = {self.eos_token_id!r}: expected null or one token id")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"config field num_heads = {self.num_heads}: must divide hidden_size = {self.hidden_size}")
+            check(name, getattr(self, name) == only, f"{only!r}, as nothing else is supported")
+        inner, end = self.intermediate_size, self.eos_token_id
+        check("intermediate_size", inner is None or (type(inner) is int and 1 <= inner < 2**31), "null or >= 1")
+        check("eos_token_id", end is None or (type(end) is int and 0 <= end < 2**31), "null or one token id")
+        check("num_heads", not self.hidden_size % self.num_heads, f"a divisor of hidden_size = {self.hidden_size}")
         kinds = self.attention_layers
-        if len(kinds) != self.num_layers or not all(kind in ("global", "local") for kind in kinds):
-            raise ValueError(
-                f"config field attention_types = {self.attention_types!r}: expected [[kinds, repeats], ...] of "
-                f"'global' and 'local' that name num_layers = {self.num_layers} layers"
-            )
+        good = len(kinds) == self.num_layers and all(kind in ("global", "local") for kind in kinds)
+        expected = "[[kinds, repeats], ...] of 'global' and 'local' that name num_layers"
+        check("attention_types", good, f"{expected} = {self.num_layers} layers")
 
     @property
     def attention_layers(self) -> list[str]:
@@ -115,9 +110,13 @@ class GPTNeoConfig:
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "GPTNeoConfig":
         """Reads a config.json. Raises: FileNotFoundError; ValueError naming the file and the unsupported field."""
-        raw = _read_json(Path(path))
+        path = Path(path)
+        if not path.exists() and path.with_name("adapter_config.json").is_file():
+            problem = "an adapter's directory; load the base model and put the adapter on top"
+            raise FileNotFoundError(f"{path.parent}: {problem}")
+        raw = _read_json(path)
         if raw.get("model_type") != "gpt_neo":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'gpt_neo'")
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r:.200}, expected 'gpt_neo'")
         known = {f.name for f in fields(cls)}
         try:
             return cls(**{name: value for name, value in raw.items() if name in known})
@@ -180,7 +179,8 @@ class GPTNeoSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, update_cache: CacheUpdate | None) -> Tensor:
-        q, k, v = (self._split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, K)
+        projections = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in projections)  # (B, H, T, K)
         if update_cache is not None:
             k, v = update_cache(self.layer, k, v)
         dropout = self.dropout * self.training
@@ -191,9 +191,6 @@ class GPTNeoSelfAttention(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=1.0
             )
         return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class GPTNeoAttention(nn.Module):
@@ -292,11 +289,10 @@ class GPTNeo(nn.Module):
     ) -> Tensor:
         wte, wpe, drop, h, ln_f = self.transformer.values()
         x = drop(wte(input_ids) + wpe(positions))
+        saving = self.checkpointing and torch.is_grad_enabled()
         for block in h:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, masks[block.kind], update_cache, use_reentrant=False)
-            else:
-                x = block(x, masks[block.kind], update_cache)
+            inputs = x, masks[block.kind], update_cache
+            x = checkpoint(block, *inputs, use_reentrant=False) if saving else block(*inputs)
         return ln_f(x)
 
     @property
@@ -331,8 +327,18 @@ class GPTNeo(nn.Module):
         return super().__getstate__() | {"_padded_head": None}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return F.linear(hidden, self.head_weight)
+        """(..., D) -> (..., V), fp32 for a 16-bit model and under autocast: near logits would tie in 16 bits."""
+        weight, kind = self.head_weight, hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            return F.linear(hidden, weight)
+        with torch.autocast(kind, enabled=False):
+            if hidden.is_cuda and not torch.is_grad_enabled():  # this product has no derivative in torch 2.13
+                rows = hidden.reshape(-1, hidden.shape[-1])
+                return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], len(weight))
+            return torch.cat([F.linear(hidden.float(), block.float()) for block in weight.split(HEAD_BLOCK)], -1)
 
     def _positions_and_masks(self, segments: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Positions (B, T), and for each kind of layer a mask (B, 1, T, T), True where attention is allowed."""
@@ -360,31 +366,33 @@ class GPTNeo(nn.Module):
     ) -> "GPTNeo":
         """Loads a model from a directory in the hub's layout, in evaluation mode.
 
-        Reads config.json and the first of WEIGHT_FILES that exists. Each tensor is moved to `device` and `dtype` when
-        it is read, so there is never a second copy of the model. Pickles run no code (`weights_only=True`).
+        Reads config.json and the first of WEIGHT_FILES that exists. Each tensor is copied to `device` and `dtype` when
+        it is read: there is never a second copy of the model, and later changes of a file do not reach the model.
+        Pickles run no code (`weights_only=True`).
 
         Raises: FileNotFoundError if the config or the weights are missing; ValueError naming the file if the config is
-        not supported, a file is damaged, or keys and shapes do not match the config.
+        not supported, a file is damaged, or keys and shapes do not match the config; MemoryError or RuntimeError if
+        the memory does not suffice.
         """
         path = Path(path)
         config = GPTNeoConfig.from_json(path / "config.json")
+        check_weights(path, config)
         with torch.device("meta"):
             model = cls(config)
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         state: dict[str, Tensor] = {}
         for file in weight_files(path):
             for key, tensor in _read_tensors(file, device):
-                if key.endswith(IGNORED_KEYS):
-                    continue
                 if key in state:
-                    raise ValueError(f"{file}: holds {key}, and so does a file before it")
+                    raise ValueError(f"{file}: holds {key!r:.200}, and so does a file before it")
                 if tensor.dtype not in WEIGHT_DTYPES:
-                    raise ValueError(f"{file}: {key} is {tensor.dtype}, expected one of {WEIGHT_DTYPES}")
-                # A tensor of a wrong shape may be huge: it is not converted, and _check_fit names it below.
-                state[key] = tensor.to(device, dtype) if tensor.shape == shapes.get(key) else tensor
-        _check_fit(path, state, model)
+                    raise ValueError(f"{file}: {key!r:.200} is {tensor.dtype}, expected one of {WEIGHT_DTYPES}")
+                # A copy, since what was read is a view of the mapped file. One of a wrong shape may be huge: it is not
+                # copied, and _check_fit names it below.
+                state[key] = tensor.to(device, dtype, copy=True) if tensor.shape == shapes.get(key) else tensor
+        _check_fit(path, {key: tensor.shape for key, tensor in state.items()}, model)
         if config.vocab_size % HEAD_MULTIPLE:
-            model._padded_head = _with_padding(state[HEAD])
+            model._padded_head = F.pad(state[HEAD], (0, 0, 0, -config.vocab_size % HEAD_MULTIPLE))
             state[HEAD] = model._padded_head[: config.vocab_size]
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()
@@ -409,30 +417,29 @@ class GPTNeo(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors. transformers loads them with no missing or unexpected key.
 
-        Each file is written under a temporary name, synced and renamed.
+        Both are written into a new directory .tmp-* inside `path`, synced, and moved out of it one after the other.
 
         Raises: ValueError if the module has parameters that GPT-Neo does not have (merge and remove adapters first);
         OSError if a file cannot be written.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
             expected = GPTNeo(self.config)
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
-        _check_fit(path, state, expected)
-        config = path / "config.json.tmp"
-        weights = path / "model.safetensors.tmp"
+        _check_fit(path, {key: tensor.shape for key, tensor in state.items()}, expected)
         try:
-            config.write_text(self.config.to_json())
-            save_file(state, weights, metadata={"format": "pt"})
-            weights.chmod(config.stat().st_mode)  # safetensors ignores the umask and lets only the owner read
-            for temporary in (weights, config):
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, temporary.with_suffix(""))
+            Path(path).mkdir(parents=True, exist_ok=True)
+            # Only this process can write there: no link that somebody planted is followed.
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path, ignore_cleanup_errors=True) as folder:
+                files = weights, config = Path(folder, "model.safetensors"), Path(folder, "config.json")
+                config.write_text(self.config.to_json())
+                save_file(state, weights, metadata={"format": "pt"})
+                weights.chmod(config.stat().st_mode)  # safetensors ignores the umask and lets only the owner read
+                for file in files:
+                    with open(file, "rb") as stream:
+                        os.fsync(stream.fileno())
+                for file in files:
+                    os.replace(file, Path(path, file.name))
         except (OSError, SafetensorError) as error:
-            for temporary in (weights, config):  # free the space again: the disk may be full
-                temporary.unlink(missing_ok=True)
             raise OSError(f"{path}: the model cannot be written ({error})") from None
 
 
@@ -440,13 +447,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises: FileNotFoundError; ValueError naming the file."""
     if not path.is_file():  # a pipe is not accepted: reading it might never end
         raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {JSON_BYTES}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number or nesting beyond Python's limits
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if _nested_deeper(value, JSON_DEPTH):  # saving it would exceed Python's limit
+        raise ValueError(f"{path}: values are nested more than {JSON_DEPTH} deep")
     return value
+
+
+def _nested_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than `levels` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_nested_deeper(item, levels - 1) for item in inner))
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -465,34 +482,68 @@ def weight_files(path: Path) -> list[Path]:
     shards = sorted(set(names.values()))
     for name in shards:
         if Path(name).name != name:  # an untrusted index must not read outside its directory
-            raise ValueError(f"{found}: shard name {name!r} is not a plain file name")
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{found}: shard {name!r} is missing")
+            raise ValueError(f"{found}: shard name {name!r:.200} is not a plain file name")
+        if not os.path.isfile(path / name):  # Path.is_file would raise for a name that is too long
+            raise FileNotFoundError(f"{found}: shard {name!r:.200} is missing")
     return [path / name for name in shards]
+
+
+def check_weights(path: str | os.PathLike, config: GPTNeoConfig) -> None:
+    """Compares the safetensors files of directory `path` with `config`, by the names and shapes in their headers.
+
+    Takes milliseconds, however large the files are, since no weight is read. Files of other kinds are not opened.
+
+    Raises: as GPTNeo.from_pretrained.
+    """
+    files = weight_files(Path(path))
+    if any(file.suffix != ".safetensors" for file in files):
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        # "np" because "pt" would reserve memory for the whole file.
+        with _errors_naming(file), safe_open(file, framework="np") as reader:
+            shapes |= {key: tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
+    ignored = sum(math.prod(shapes.pop(key)) for key in list(shapes) if key.endswith(IGNORED_KEYS))
+    with torch.device("meta"):
+        _check_fit(path, shapes, GPTNeo(config))
+    largest = max(config.vocab_size * config.hidden_size, config.max_position_embeddings**2)  # the tied head, or a mask
+    if ignored > (config.num_layers + 1) * largest:
+        raise ValueError(f"{path}: causal masks and a tied head of {ignored} numbers are too large for its config.json")
+
+
+@contextlib.contextmanager
+def _errors_naming(file: Path) -> Iterator[None]:
+    """Turns errors in reading a weight file into a ValueError that names it, except those for lack of memory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        if re.search("allocate memory|not enough memory", str(error)):  # torch has no class of its own for a CPU's
+            raise
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: damaged or not a weight file ({first_line:.200})") from None
+    except Exception as error:  # torch.load raises UnpicklingError, EOFError, KeyError and others
+        raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
 
 
 def _read_tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
     """Yields the (name, tensor) pairs of one weight file, each read on demand. Raises: ValueError naming the file."""
-    try:
+    with _errors_naming(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt", device=str(device)) as reader:
                 for key in reader.keys():  # noqa: SIM118 - a safetensors reader, not a dict
-                    yield key, reader.get_tensor(key)
-        else:
-            # mmap avoids a copy in memory; only the zip format (torch >= 1.6) can be mapped.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Silence warnings about files that are rejected below.
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            if not isinstance(state, dict) or not all(_is_stored_in_full(key, tensor) for key, tensor in state.items()):
-                raise ValueError("no state dict of tensors")
-            yield from state.items()
-    except torch.OutOfMemoryError:
-        raise
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: damaged or not a weight file ({first_line})") from None
-    except Exception as error:  # torch.load raises UnpicklingError, EOFError, KeyError and others
-        raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
+                    if not key.endswith(IGNORED_KEYS):
+                        yield key, reader.get_tensor(key)
+            return
+        # mmap avoids a copy in memory; only the zip format (torch >= 1.6) can be mapped.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Silence warnings about files that are rejected below.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if not isinstance(state, dict) or not all(_is_stored_in_full(key, tensor) for key, tensor in state.items()):
+            raise ValueError("no state dict of tensors")
+        for key in [key for key in state if not key.endswith(IGNORED_KEYS)]:
+            yield key, state.pop(key)  # the caller alone decides how long it lives
 
 
 def _is_stored_in_full(key: Any, tensor: Any) -> bool:
@@ -508,23 +559,15 @@ def _is_stored_in_full(key: Any, tensor: Any) -> bool:
     )
 
 
-def _with_padding(weight: Tensor) -> Tensor:
-    """(V, D) -> a copy with rows of zeros behind it, up to a multiple of HEAD_MULTIPLE rows."""
-    V, D = weight.shape
-    padded = weight.new_zeros(-(-V // HEAD_MULTIPLE) * HEAD_MULTIPLE, D)
-    padded[:V] = weight
-    return padded
-
-
-def _check_fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
-    """Raises ValueError naming the first three keys or shapes in which `state` differs from `model`."""
+def _check_fit(path: str | os.PathLike, shapes: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raises ValueError naming the first three keys or shapes in which a file differs from `model`."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems = [f"missing {key}" for key in expected if key not in shapes]
+    problems += [f"unexpected {key!r:.200}" for key in shapes if key not in expected]
     problems += [
-        f"{key} has shape {tuple(state[key].shape)}, expected {shape}"
+        f"{key} has shape {tuple(shapes[key])!r:.200}, expected {shape}"
         for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
+        if key in shapes and tuple(shapes[key]) != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

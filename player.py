@@ -80,7 +80,8 @@ class Player:
     def _weights_in_dtype(self) -> Iterator[None]:
         """Casts the weights for a while. Under autocast they would be cast anew in every step of generation.
 
-        In bf16 this rounds the residual stream too, which training and scoring keep in fp32.
+        In bf16 this rounds the residual stream too. Training and scoring keep it in fp32 when all parameters are
+        trained; with LoRA the frozen embedding is bf16 already, and so is the stream.
         """
         originals = [(p, p.data) for p in self.model.parameters() if p.dtype != self.dtype]
         for parameter, data in originals:

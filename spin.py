@@ -149,7 +149,7 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) ->
     return {
         "loss": loss(real_ratios, generated_ratios, beta),
         "margin": margins,
-        "accuracy": (margins > 0).float(),
+        "accuracy": (margins > 0).float(),  # a margin of 0, as at the first step, counts as wrong
         "real_logp": logps[0].detach() / column([len(p.real_ids) for p in batch]),  # nats a token
         "generated_logp": logps[1].detach() / column([len(p.generated_ids) for p in batch]),
     }

@@ -7,17 +7,27 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-LONGEST_LINE = 2**24  # bytes; a device or a compressed file may hold a line without end
+from runtime.options import check_file, shown
+
+LONGEST_LINE = 2**24  # bytes; a compressed file may hold a line without end
+LARGEST_FILE = 2**26  # bytes of a tokenizer's file
+LAYOUTS = '{"prompt", "response"}, {"real": [{"role", "content"}, ...]} or {"prompt", "chosen", "rejected"}'
+BEGINNINGS = {  # of files that hold no JSON Lines
+    b"PAR1": "Parquet", b"\x1f\x8b": "gzip without .gz in its name", b"PK\3\4": "a zip archive",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"[": "a JSON array", b"{\n": "indented JSON",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -80,9 +90,9 @@ def load_examples(path: str | Path, layout: str = "responses") -> list[Example]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # RecursionError: nesting too deep to read
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
+            raise ValueError(f"{where}: not valid JSON ({error}){_looks_like(path)}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}{_looks_like(path)}")
         examples.append(_example(str(path), number, record, layout))
     if not examples:
         raise ValueError(f"{path}: holds no records, expected JSON Lines with 'prompt' and 'response'")
@@ -101,7 +111,9 @@ def _example(path: str, line: int, record: dict[str, Any], layout: str) -> Examp
     example = Example(path, line, prompt, response, _references(where, record, response))
     if layout == "pairs":
         if "real" in record:
-            _, example.generated = _turns(where, record, "generated")
+            other, example.generated = _turns(where, record, "generated")
+            if other != prompt:
+                raise ValueError(f"{where}: the prompts of 'real' and 'generated' differ, expected the same")
         else:
             example.generated = _text(where, record, "rejected" if "chosen" in record else "generated")
         example.wins = _wins(where, record)
@@ -110,6 +122,7 @@ def _example(path: str, line: int, record: dict[str, Any], layout: str) -> Examp
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number, text) of the lines that are not blank."""
+    check_file(path)
     opener = gzip.open if path.suffix == ".gz" else open
     number = 1
     try:
@@ -121,7 +134,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line.decode()
                 number += 1
     except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error})") from None
+        raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error}){_looks_like(path)}") from None
+
+
+def _looks_like(path: str | Path) -> str:
+    """What a file seems to hold in place of JSON Lines, for the end of a message; "" where there is no guess."""
+    suffix = Path(path).suffix
+    with open(path, "rb") as file:
+        head = b"{" if suffix == ".gz" else file.read(4096).lstrip().replace(b"\r", b"")
+    csv = head[:1] != b"{" and (suffix in (".csv", ".tsv") or re.match(rb"[\w ]+[,\t][\w ,\t]+\n", head))
+    kind = next((kind for start, kind in BEGINNINGS.items() if head.startswith(start)), "CSV" if csv else "")
+    return kind and f"; the file looks like {kind}: expected JSON Lines, one object a line"
 
 
 def _references(where: str, record: dict[str, Any], response: str) -> list[str]:
@@ -140,7 +163,7 @@ def _turns(where: str, record: dict[str, Any], name: str) -> tuple[str, str]:
         raise ValueError(f"{where}: field {name!r} must be a list of {{'role', 'content'}}")
     roles = [turn.get("role") for turn in turns]
     if roles != ["user", "assistant"]:
-        raise ValueError(f"{where}: field {name!r} has the roles {roles}, expected ['user', 'assistant']")
+        raise ValueError(f"{where}: field {name!r} has the roles {shown(roles)}, expected ['user', 'assistant']")
     prompt, response = (_text(where, turn, "content") for turn in turns)
     return prompt, response
 
@@ -156,8 +179,10 @@ def _wins(where: str, record: dict[str, Any]) -> tuple[float, float]:
 def _text(where: str, record: dict[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
-        found = "is missing" if name not in record else f"is {type(value).__name__}"
-        raise ValueError(f"{where}: field {name!r} {found}, expected text")
+        if name not in record:
+            found = shown(", ".join(map(repr, record))) or "none"
+            raise ValueError(f"{where}: field {name!r} is missing; the fields are {found}; expected {LAYOUTS}")
+        raise ValueError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
     if not value.strip():
         raise ValueError(f"{where}: field {name!r} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -170,45 +195,61 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
 
     Raises: FileNotFoundError, or ValueError naming the file and what does not fit the model.
     """
-    path = Path(directory)
-    source = path / "tokenizer.json"
-    if source.is_file():
-        with _one_error(f"{source}: not a readable tokenizer"):
-            tokenizer = Tokenizer.from_file(str(source))
-    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        source = path / "vocab.json"
-        with _one_error(f"{source} and merges.txt: not a readable tokenizer"):
-            tokenizer = Tokenizer(models.BPE.from_file(str(source), str(path / "merges.txt")))
-            if tokenizer.get_vocab_size() < len(json.loads(source.read_bytes())):  # tokenizers drops them silently
-                raise ValueError("a token's id is no integer from 0 to 2^32")
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        if eos := tokenizer.id_to_token(eos_token_id):
-            tokenizer.add_special_tokens([AddedToken(eos, special=True)])
-    else:
-        raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
+    tokenizer, source = read_tokenizer(directory)
+    eos = tokenizer.id_to_token(eos_token_id)
+    if source.name == "vocab.json" and eos:
+        tokenizer.add_special_tokens([AddedToken(eos, special=True)])
+    if getattr(tokenizer.model, "dropout", None):
+        print(f"{source}: its dropout of {tokenizer.model.dropout} is switched off: it encodes at random", flush=True)
+        tokenizer.model.dropout = None
     tokenizer.no_truncation()  # the file may carry settings of its last user; `fit_context` checks lengths
     tokenizer.no_padding()
-    ids = tokenizer.get_vocab().values()
-    if len(set(ids)) < len(ids):
+    vocabulary = tokenizer.get_vocab()
+    if len(set(vocabulary.values())) < len(vocabulary):
         raise ValueError(f"{source}: has two tokens of one id")
-    largest = max(ids, default=-1)
-    if largest >= vocab_size or tokenizer.id_to_token(eos_token_id) is None:
+    last, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if largest >= vocab_size or eos is None:
         raise ValueError(
-            f"{source}: does not fit the model: its largest id is {largest}, the model has vocab_size {vocab_size} "
-            f"and eos_token_id {eos_token_id}"
+            f"{source}: does not fit the model: its largest id is {largest} (token '{shown(last)}'), the model has "
+            f"vocab_size {vocab_size} and eos_token_id {eos_token_id}; every token needs a row of the model's embedding"
         )
     return tokenizer
 
 
-def encode(examples: list[Example], tokenizer: Tokenizer, template: str, eos_token_id: int) -> None:
+def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
+    """A model's tokenizer as it is on disk, not checked against the model, and its file. Raises: as load_tokenizer."""
+    path = Path(directory)
+    source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
+    if source.is_file():
+        check_file(source, LARGEST_FILE)
+        with _one_error(f"{source}: not a readable tokenizer"):
+            return Tokenizer.from_file(str(source)), source
+    for file in (vocab, merges):
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
+        check_file(file, LARGEST_FILE)
+    with _one_error(f"{vocab} and merges.txt: not a readable tokenizer"):
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        if tokenizer.get_vocab_size() < len(json.loads(vocab.read_bytes())):  # tokenizers drops them silently
+            raise ValueError("a token's id is no integer from 0 to 2^32")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, vocab
+
+
+def encode(
+    examples: list[Example], tokenizer: Tokenizer, template: str, eos_token_id: int, special_tokens: bool = False
+) -> None:
     """Fills in prompt_ids, real_ids and, for given pairs, generated_ids.
+
+    Special tokens in the text of a prompt are plain text unless `special_tokens` allows them, so that nobody can forge
+    them; those of the template and of responses count.
 
     Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
     response ends with exactly one end-of-sequence token, whether or not its text has one.
     """
     with _one_error(f"{examples[0].path}: the tokenizer cannot encode the data"):
-        prompts = _ids([template.replace("{prompt}", e.prompt) for e in examples], tokenizer)
+        prompts = _prompt_ids([e.prompt for e in examples], tokenizer, template, special_tokens)
         responses = _ids([e.response for e in examples], tokenizer)
         others = _ids([e.generated for e in examples], tokenizer)
     for example, prompt_ids, ids, other in zip(examples, prompts, responses, others):
@@ -233,7 +274,22 @@ def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int)
             example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
 
 
-def _ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+def _prompt_ids(prompts: list[str], tokenizer: Tokenizer, template: str, special_tokens: bool) -> list[list[int]]:
+    """The template is cut at its special tokens, where the tokenizer cuts it too: other text has the same tokens."""
+    tokens = [] if special_tokens else [t for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    tokens.sort(key=lambda token: len(token.content), reverse=True)  # the tokenizer prefers the longest, too
+    patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens]
+    result: list[list[int]] = [[] for _ in prompts]
+    for part in re.split(f"({'|'.join(patterns)})", template) if patterns else [template]:
+        plain = "{prompt}" in part and not special_tokens
+        texts = [part.replace("{prompt}", prompt) for prompt in prompts] if "{prompt}" in part else [part]
+        result = [ids + more for ids, more in zip(result, cycle(_ids(texts, tokenizer, plain)))]
+    return result
+
+
+def _ids(texts: list[str], tokenizer: Tokenizer, plain: bool = False) -> list[list[int]]:
+    """`plain`: special tokens in the texts are encoded like other text."""
+    tokenizer.encode_special_tokens = plain
     return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
@@ -251,7 +307,7 @@ def _one_error(message: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # an interrupt
-        raise ValueError(f"{message} ({str(error).partition(chr(10))[0]})") from None
+        raise ValueError(f"{message} ({shown(str(error).partition(chr(10))[0])})") from None
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -301,6 +357,16 @@ def held_out(prompt: str, share: float) -> bool:
     """
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def draw(examples: list[Example], count: int) -> list[Example]:
+    """The `count` examples with the smallest hashes of their prompts, in the order of the file; 0: all.
+
+    The hash does not depend on that of `held_out`, and the choice not on the order of the records.
+    """
+    ranks = [(hashlib.sha256(f"draw {e.prompt}".encode()).digest(), e.response) for e in examples]
+    chosen = sorted(range(len(examples)), key=ranks.__getitem__)[: count or None]
+    return [examples[i] for i in sorted(chosen)]
 
 
 def split(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:

@@ -92,6 +92,8 @@ class Args:
                         group="model")
     from_scratch: bool = option(False, "Start from random weights; --model needs config.json and a tokenizer only.",
                                 scripts=("sft",))
+    eos: str = option("", "End token of responses, as text or id; default: eos_token_id in config.json.",
+                      **valid(lambda text: is_utf8(text), "text in UTF-8, or an id"))
     adapter: str = option("", "Initial LoRA adapter on top of --model, in PEFT's layout.", changeable=True)
     rank: int = option(16, "Rank of the LoRA adapters; 0: train all parameters.", **at_least(0))
     lora_alpha: float = option(32.0, "The output of an adapter is scaled by lora_alpha / rank.", **POSITIVE)
@@ -107,6 +109,7 @@ class Args:
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
     template: str = option(r"### Instruction: {prompt}\n\n### Response: ", r"Prompt template; \n is a line break.",
                            **valid(lambda text: "{prompt}" in text and is_utf8(text), "text in UTF-8 with {prompt}"))
+    special_tokens: bool = option(False, "Special tokens in the text of prompts count; otherwise they are plain text.")
     overlong: str = option("error", "Examples longer than the context: stop with an error, or leave them out.",
                            choices=("error", "skip"))
 
@@ -137,6 +140,7 @@ class Args:
                                      **valid(lambda n: 1 <= n <= MAX_EPOCHS, f"1 to {MAX_EPOCHS:,}"))
     warmup: float = option(0.1, "Share of steps with a rising learning rate; then it falls linearly to 0.",
                            **valid(lambda share: 0 <= share <= 1, "in [0, 1]"))
+    dropout: bool = option(False, "Keep the dropout of the model's config.json in training: margins then begin noisy.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.", **at_least(0))
     clip: float = option(1.0, "Largest norm of the gradient; inf: no limit.", **valid(lambda x: x > 0, "above 0"))
     batch: int = option(64, "Pairs or examples per step.", **at_least(1))
@@ -146,7 +150,8 @@ class Args:
                               changeable=True)
 
     out: str = option("runs/spin", "Folder for all files of the run; a stopped run in it is resumed.", changeable=True,
-                      **valid(lambda path: is_utf8(path) and "\0" not in path, "a path in UTF-8"), group="run")
+                      **valid(lambda path: is_utf8(path) and path.isprintable(), "a printable path in UTF-8"),
+                      group="run")
     seed: int = option(0, "Seed of all random numbers.")
     device: str = option("auto", "cpu, cuda, cuda:N or auto; auto: a GPU if there is one.", changeable=True, **valid(
         lambda name: re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", name), "auto, cpu, cuda or cuda:N"))
@@ -218,6 +223,22 @@ def shown(value: object) -> str:
     """A value for a message: control characters are escaped, and the middle of a long text is left out."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}...{text[3 - MAX_SHOWN // 2 :]}"
+
+
+def check_file(path: str | Path, most: int = 0) -> None:
+    """Called before a file is opened, since opening a FIFO waits for a writer.
+
+    Raises: ValueError unless it is a regular file, of at most `most` bytes where that is not 0; OSError.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a null character
+        raise ValueError(f"{path}: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a FIFO or a device"
+        raise ValueError(f"{path}: {kind}, expected a regular file")
+    if most and status.st_size > most:
+        raise ValueError(f"{path}: {status.st_size:,} bytes, expected at most {most:,}")
 
 
 def flag_of(name: str) -> str:

@@ -7,10 +7,7 @@ purpose) alone, so a run that died ends bit for bit like one that did not.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import json
-import os
 import shutil
 import sys
 import time
@@ -25,9 +22,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lora
-from runtime import parallel, report, storage
+from runtime import parallel, record, report, storage
 from runtime.data import Example, Pair, decode
 from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
+from runtime.export import export
 from runtime.options import Args
 from runtime.stopping import SIGNALS, Stopped
 from runtime.training import Training
@@ -56,6 +54,7 @@ class Run:
     needs: Any = None  # plan.Needs
     shard_size: int = 1024  # responses a shard, fixed for the run: shard file names depend on it
     rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
+    checksums: list[dict[str, str]] = field(default_factory=list)  # of the files of each of them, by name
     iterate: int | None = None  # number of the iterate that is being made; None: outside `iterations`
     start_samples: StartSamples | None = None
     phase: str | None = None  # generate, score, train or evaluate, while one of them is at work
@@ -68,8 +67,8 @@ class Run:
 
         A new run evaluates theta_0 first. A resumed one loads the last finished iterate into the player.
         """
-        self.rows = storage.read_rows(self.out / "metrics.jsonl")
-        self.iterate = 0
+        self.rows, self.checksums = record.read_finished(self.out)
+        self.enter(0)
         with self.timed("evaluate"):
             self.start_samples = sample_start(player, self)
         if self.rows:
@@ -77,8 +76,14 @@ class Run:
         else:
             self.finish_iterate(player, self.evaluate(player))
         for t in range(len(self.rows) - 1, self.args.iterations):
-            self.iterate = t + 1
+            self.enter(t + 1)
             yield t
+
+    def enter(self, iterate: int) -> None:
+        """Begins or resumes work on an iterate."""
+        self.iterate = iterate
+        for folder in (self.folder.parent, self.folder):  # not their parents: a run that was removed stays removed
+            folder.mkdir(exist_ok=True)
 
     def prompts(self, examples: list[Example], t: int) -> list[Example]:
         """The examples of iteration t: all of them in random order, or a fresh random subset of --prompts."""
@@ -91,8 +96,12 @@ class Run:
         if not self.args.mix_previous or t == 0:
             return []
         names = [field.name for field in dataclasses.fields(Pair)]
-        lines = storage.read_rows(self.out / f"pairs-{t - 1}.jsonl", required=True)
-        return [Pair(*(line[name] for name in names)) for line in lines]
+        return [Pair(*(line[name] for name in names)) for line in self.read_rows(f"pairs-{t - 1}.jsonl")]
+
+    def read_rows(self, name: str) -> list[Any]:
+        """The rows of a file of an earlier iteration. Raises: Stopped where it is damaged or missing."""
+        record.check_files(self.out, self.checksums, [name])
+        return storage.read_rows(self.out / name)
 
     def evaluate(self, player: Any) -> Row:
         """Held-out metrics of the player as the next iterate."""
@@ -107,7 +116,7 @@ class Run:
                 self.write_pairs(pairs)
             if self.iterate:
                 self.save_iterate(player)
-            storage.write_rows(self.out / "metrics.jsonl", self.rows)
+            record.write_finished(self.out, self.iterate, self.rows, self.checksums)
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
         seconds = "".join(f", {phase} {time:.0f} s" for phase, time in self.seconds.items())
@@ -117,8 +126,9 @@ class Run:
         self.seconds.clear()
 
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
-        lines = [{"generated": self.text(p.generated_ids)} | dataclasses.asdict(p) for p in pairs]
-        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", lines)
+        names = [field.name for field in dataclasses.fields(Pair)]
+        rows = ({"generated": self.text(p.generated_ids)} | {name: getattr(p, name) for name in names} for p in pairs)
+        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", rows)
 
     # ------------------------------------------------------------ what a player is asked for
 
@@ -184,6 +194,8 @@ class Run:
 
     def training(self, t: int, items: list[Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Training:
         """The optimizer steps of iteration t over `items`, as an iterator that resumes."""
+        if self.iterate is None:
+            self.out.mkdir(parents=True, exist_ok=True)
         return Training(self, t, items, model, optimizer)
 
     def text(self, ids: list[int]) -> str:
@@ -230,6 +242,7 @@ class Run:
     def save_iterate(self, player: Any) -> None:
         """iterate-<t>/: the adapter in PEFT's layout, or a full model where all parameters are trained."""
         folder = self.out / f"iterate-{self.iterate}"
+        folder.mkdir(exist_ok=True)
         if self.args.rank:
             lora.save_adapter(player.model, folder, base_model_name_or_path=self.args.model)
         else:
@@ -237,25 +250,35 @@ class Run:
         storage.sync(folder)
 
     def load_iterate(self, player: Any, iterate: int) -> None:
-        """Turns the player into an iterate that an earlier process finished. Raises: Stopped if it is damaged."""
+        """Turns the player into an iterate that an earlier process finished; `begin` has checked its files."""
+        if not iterate:
+            return
         folder = self.out / f"iterate-{iterate}"
-        try:
-            if iterate and self.args.rank:
-                lora.load_adapter(player.model, folder)
-            elif iterate:
-                player.model.load_weights(folder)
-        except ValueError as error:
-            raise Stopped(str(error)) from None
+        if self.args.rank:
+            lora.load_adapter(player.model, folder)
+        else:
+            player.model.load_weights(folder)
+
+    def check_start(self, name: str = "model") -> None:
+        """Compares the start, or its "adapter", with what it was when the run began. Raises: Stopped."""
+        path = self.start if name == "model" else Path(self.args.adapter)
+        digest = storage.digest_of_model if name == "model" else storage.digest_of_adapter
+        if digest(path) != self.record["digests"][name]:
+            raise Stopped(
+                f"--{name} {path}: has changed since the run began; restore it, then the same command resumes"
+            )
 
     def save_model(self, model: Any, folder: Path) -> None:
-        model.save_pretrained(folder)
-        storage.write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        """A directory that transformers loads, with the start's tokenizer and what else came with it."""
+        folder.mkdir(exist_ok=True)
+        export(model, folder, self.start, self.tokenizer, self.eos_token_id)
 
     def save_final(self, player: Any) -> None:
         """final/: the last iterate as one plain model that transformers loads too."""
         model = player.model
         if self.args.rank:
             # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
+            self.check_start()
             model = type(model).from_pretrained(self.start)
             lora.load_adapter(model, self.out / f"iterate-{self.rows[-1]['iterate']}")
             lora.merge(model)
@@ -266,13 +289,19 @@ class Run:
 
     def begin(self) -> None:
         """Under the lock: writes the record of a new run, or says how far the run has come."""
-        record = read_record(self.out)
-        if record is None:
-            storage.write_json(self.out / "run.json", self.record)
+        storage.remove_leftovers(self.out)
+        found = record.read(self.out)
+        if found is None:
+            record.write(self.out, self.record)
             return
-        if record != self.record:  # the folder held no run, or another one, when `setup` compared options and inputs
+        if found != self.record:  # the folder held no run, or another one, when `setup` compared options and inputs
             raise ValueError(f"--out {self.out}: another process was at work in it a moment ago; run the command again")
-        done = max(0, len(storage.read_rows(self.out / "metrics.jsonl")) - 1)
+        if found["torch"] != torch.__version__:
+            text = f"the run began with torch {found['torch']}, this is {torch.__version__}: results differ by rounding"
+            print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
+        rows, checksums = record.read_finished(self.out)
+        record.check_files(self.out, checksums)
+        done = max(0, len(rows) - 1)
         print(f"resuming {self.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
 
     def finish(self, player: Any) -> None:
@@ -283,76 +312,10 @@ class Run:
         print(report.tables(self.rows))
         metric = self.args.best
         best = max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
-        record = self.record | {"finished": True, "best": {"iterate": best, "metric": metric}}
-        storage.write_json(self.out / "run.json", record)
+        files = record.digests(self.out, ["metrics.svg", "final"])
+        best_of_all = {"iterate": best, "metric": metric}
+        record.write(self.out, self.record | {"finished": True, "best": best_of_all, "files": files})
         shutil.rmtree(self.out / "resume", ignore_errors=True)
         where = f"{self.out}/iterate-{best}" if best else "the start: none is better"
         print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")
-
-
-# ---------------------------------------------------------------- the record of a run
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder of a run and keeps other processes out. Raises: ValueError where one is at work in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process ends, however it ends
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"--out {folder}: another process is at work in it") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run in `folder`; None where there is no run yet.
-
-    Raises: ValueError where the folder holds something else.
-    """
-    path = folder / "run.json"
-    if not folder.exists() or (folder.is_dir() and not {p.name for p in folder.iterdir()} - {"run.json.tmp"}):
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"command": str, "args": dict, "digests": dict, "shard": int}
-        if all(isinstance(record[name], kind) for name, kind in kinds.items()):
-            return record
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"--out {folder}: holds other files, or a run of another version; name a new directory or remove it"
-    )
-
-
-def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeable: Sequence[str]) -> None:
-    """Compares a resumed run's options with those it began with.
-
-    Raises: ValueError naming the first that differs and is not `changeable`.
-    """
-    old, new = ({"command": r["command"]} | r["args"] for r in (old, json.loads(json.dumps(new))))
-    for name in (*new, *(old.keys() - new.keys())):
-        if name not in changeable and old.get(name) != new.get(name):
-            was, now = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (old.get(name), new.get(name)))
-            flag = name if name == "command" else f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{flag} {now!r}: the run in {folder} began with {was!r}; give the old value or another --out"
-            )
-
-
-def check_same_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Raises ValueError where data or weights are not those that the run in `folder` began with."""
-    for name in old | new:
-        if old.get(name) != new.get(name):
-            now, then = (digests.get(name, "none")[:12] for digests in (new, old))
-            raise ValueError(
-                f"--{name}: not the contents that the run in {folder} began with "
-                f"(sha256 {now}, then {then}); restore them or give another --out"
-            )

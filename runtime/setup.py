@@ -1,6 +1,7 @@
 """Before the first token: everything that a run needs is checked and loaded. Bad input costs seconds, not a night."""
 
 import dataclasses
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,23 @@ import torch
 from tokenizers import Tokenizer
 
 import lora
-from model import GPTNeo, GPTNeoConfig, weight_files
-from runtime import plan, storage
-from runtime.data import Example, as_decoded, digest, encode, fit_context, load_examples, load_tokenizer, split
-from runtime.options import Args, changeable
-from runtime.run import Run, check_same, check_same_inputs, read_record, seed_of
+from model import GPTNeo, GPTNeoConfig, GPTNeoSelfAttention, check_weights
+from runtime import plan, record, storage
+from runtime.data import (
+    Example,
+    as_decoded,
+    digest,
+    draw,
+    encode,
+    fit_context,
+    load_examples,
+    load_tokenizer,
+    read_tokenizer,
+    split,
+)
+from runtime.export import read_object, side_files, token_text
+from runtime.options import Args, changeable, shown
+from runtime.run import Run, seed_of
 from runtime.stopping import Finished
 
 SHARD_BATCHES = {"cpu": 16, "cuda": 64}  # batches of responses in a shard
@@ -32,29 +45,36 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
     device = choose_device(args)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     out = Path(args.out)
-    record: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args)}
-    record["args"]["precision"] = "bf16" if bf16 else "fp32"
-    earlier = read_record(out)
+    new: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args)}
+    new["args"]["precision"] = "bf16" if bf16 else "fp32"
+    earlier = record.read(out)
     if earlier:
-        check_same(out, earlier, record, changeable(type(args)))
+        record.check_same(out, earlier, new, changeable(type(args)))
     path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
     config = load_config(path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
+    side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step
     examples, heldout = load_data(args, tokenizer, config)
     needs, args = needs_of(config, args, examples + heldout, bf16)
-    digests = {"model": digest_of_model(path, args), flag: digest(examples), "eval-data": digest(heldout)}
+    if earlier and (args.dropout or args.lora_dropout):  # which numbers dropout draws depends on how a batch is cut
+        fixed = {"micro_tokens", "device"}
+        record.check_same(out, earlier, new, [name for name in changeable(type(args)) if name not in fixed])
+    if not args.from_scratch:
+        check_weights(path, config)  # headers before contents: a sparse file of a terabyte would be hashed whole
+    digests = {"model": storage.digest_of_model(path, with_weights=not args.from_scratch)}
+    digests |= {flag: digest(examples), "eval-data": digest(heldout)}
     if args.adapter:
-        digests["adapter"] = storage.digest_of_files(sorted(Path(args.adapter).glob("adapter_*")))
+        digests["adapter"] = storage.digest_of_adapter(Path(args.adapter))
     digests |= args.digests()
     if earlier:
-        check_same_inputs(out, earlier["digests"], digests)
+        record.check_same_inputs(out, earlier["digests"], digests)
         if earlier.get("finished"):
+            record.check_finished(out, earlier)
             raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
     plan.check(needs, path, device, out)
     model = load_model(path, args, device, bf16)
     shard = SHARD_BATCHES[device.type] * args.gen_batch
-    record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False, "shard": shard}
-    record = earlier or record
+    new |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False, "shard": shard}
     run = Run(
         args,
         tokenizer,
@@ -64,9 +84,9 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
         path,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         heldout=heldout,
-        record=record,
+        record=earlier or new,
         needs=needs,
-        shard_size=record["shard"],
+        shard_size=(earlier or new)["shard"],
     )
     return model, examples, run
 
@@ -85,13 +105,17 @@ def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | N
     The revision returned is the hub's commit: a resumed run asks for the very one that it began with.
     """
     if Path(name).is_dir():
+        if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+            raise ValueError(f"--model {name}: this is an adapter: give it as --adapter and its base as --model")
         return Path(name), None
+    near = nearest_directory(Path(name))
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
-        raise FileNotFoundError(f"--model {name}: neither a directory nor a hub id of the form owner/name[@revision]")
+        expected = "neither a directory nor a hub id of the form owner/name[@revision]"
+        raise FileNotFoundError(f"--model {shown(name)}: {expected}{near}")
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
-    common = ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    common = list(storage.MODEL_FILES)
     try:
         wanted = [*common, "model*.safetensors*"]
         path = Path(snapshot_download(repository, revision=revision or asked or None, allow_patterns=wanted))
@@ -100,8 +124,18 @@ def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | N
             wanted = [*common, "pytorch_model*.bin*"]
             path = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub and the network raise many kinds
-        raise ValueError(f"--model {name}: no such directory, and the hub says: {error}") from None
+        raise ValueError(f"--model {name}: no such directory{near}, and the hub says: {error}") from None
     return path, revision
+
+
+def nearest_directory(path: Path) -> str:
+    """A remark on the directory beside `path` whose name is nearest; "" where there is none."""
+    try:
+        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def load_config(path: Path, args: Args) -> GPTNeoConfig:
@@ -109,9 +143,33 @@ def load_config(path: Path, args: Args) -> GPTNeoConfig:
     config = GPTNeoConfig.from_json(path / "config.json")
     if args.rank > config.hidden_size:
         raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
-    if config.eos_token_id is None:
-        raise ValueError(f"{path / 'config.json'}: eos_token_id is missing, and responses could not end")
-    return config
+    return dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos))
+
+
+def end_token(path: Path, eos_token_id: int | None, wanted: str) -> int:
+    """Id of the token that ends responses: --eos, otherwise that of config.json.
+
+    Prints a line where tokenizer_config.json names another one, as those of chat models do.
+    """
+    if re.fullmatch("[0-9]{1,9}", wanted):
+        return int(wanted)
+    if wanted:
+        tokenizer, source = read_tokenizer(path)
+        if tokenizer.token_to_id(wanted) is None:
+            raise ValueError(f"--eos {shown(wanted)}: {source} has no such token")
+        return tokenizer.token_to_id(wanted)
+    if eos_token_id is None:
+        missing = "eos_token_id is missing, and responses could not end"
+        raise ValueError(f"{path / 'config.json'}: {missing}; --eos names the end token")
+    other = token_text(read_object(path / "tokenizer_config.json").get("eos_token"))
+    used = other and read_tokenizer(path)[0].id_to_token(eos_token_id)
+    if other != used:
+        print(
+            f"{path}: tokenizer_config.json ends responses with {shown(other)}, config.json with {shown(used)}, "
+            "which is used; --eos chooses another",
+            flush=True,
+        )
+    return eos_token_id
 
 
 def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
@@ -124,10 +182,13 @@ def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[l
         train_set, heldout = split(train_set, args.eval_share)
         if not train_set or not heldout:
             raise ValueError(f"{source}: too few records to hold out a share of {args.eval_share}; use --eval-data")
-    heldout = heldout[: args.eval_limit or None]
+    heldout = draw(heldout, args.eval_limit)
+    if common := len({e.prompt for e in train_set} & {e.prompt for e in heldout}):
+        print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
     result = []
     for examples in (train_set, heldout):
-        encode(examples, tokenizer, args.template.replace(r"\n", "\n"), config.eos_token_id)
+        template = args.template.replace(r"\n", "\n")
+        encode(examples, tokenizer, template, config.eos_token_id, args.special_tokens)
         if examples is heldout:
             as_decoded(examples, tokenizer, config.eos_token_id)
         # No response is generated to the prompt of a given pair, so it needs no room for one.
@@ -178,9 +239,20 @@ def load_model(path: Path, args: Args, device: torch.device, bf16: bool) -> GPTN
     else:
         dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
         model = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
+    if not args.dropout:
+        switch_off_dropout(model)
     add_adapters(model, args, torch.Generator().manual_seed(seed_of(args.seed, 0, "lora")))
     model.checkpointing = args.checkpoint
     return model
+
+
+def switch_off_dropout(model: GPTNeo) -> None:
+    """The opponent's log-probabilities are computed without dropout; with it, the player would not begin as p_t."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, GPTNeoSelfAttention):
+            module.dropout = 0.0
 
 
 def add_adapters(model: GPTNeo, args: Args, rng: torch.Generator | None) -> None:
@@ -188,10 +260,3 @@ def add_adapters(model: GPTNeo, args: Args, rng: torch.Generator | None) -> None
         lora.load_adapter(model, args.adapter)
     elif args.rank:
         lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, rng)
-
-
-def digest_of_model(path: Path, args: Args) -> str:
-    """sha256 of config, tokenizer and the weights that are read. Random weights depend on --seed, a checked option."""
-    files = [path / name for name in ("config.json", "tokenizer.json", "vocab.json", "merges.txt")]
-    weights = [] if args.from_scratch else weight_files(path)
-    return storage.digest_of_files([*(file for file in files if file.is_file()), *weights])

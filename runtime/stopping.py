@@ -1,7 +1,7 @@
 """What ends a run early: errors that it cannot recover from, and signals.
 
-SIGTERM and Ctrl-C are noted when they arrive and acted on between two steps, when the run is in good order. A handler
-that raised at once, as Python's own does, could throw inside C++ code that is calling Python: that aborts.
+SIGTERM, SIGHUP and Ctrl-C are noted when they arrive and acted on between two steps, when the run is in good order. A
+handler that raised at once, as Python's own does, could throw inside C++ code that is calling Python: that aborts.
 """
 
 import contextlib
@@ -45,8 +45,9 @@ class Signals:
 
         before = {}
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to the main thread only
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or `&` in a script: whoever did so meant it
+                    before[number] = signal.signal(number, note)
         try:
             yield
         finally:

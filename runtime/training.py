@@ -1,6 +1,9 @@
 """The optimizer steps of one iteration: their batches, checkpoints and log, and the policy on steps that fail."""
 
+import contextlib
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -35,12 +38,13 @@ class Training:
         self.checkpoint = None if run.iterate is None else run.folder / "train.safetensors"
         self.log_file = run.out / f"steps-{t}.jsonl"
         self.log: list[Row] = []
+        self.log_digest = hashlib.sha256()  # of the lines in the file
+        self.logged = 0  # rows in the file
 
     def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
         """Yields (step, items of its batch), step from 0 on."""
         torch.manual_seed(self.run.seed(self.t, "dropout"))
-        if self.checkpoint and self.checkpoint.exists():
-            self.log = storage.load_training(self.checkpoint, self.model, self.optimizer)
+        self._resume()
         left = itertools.islice(enumerate(self._batches()), len(self.log), None)
         self.saved = time.monotonic()
         disable = None if parallel.is_writer() else True
@@ -52,7 +56,27 @@ class Training:
                 self._stop_if_not_finite()
                 self._save_if_due()
                 SIGNALS.check()
-        self._write_log()
+
+    def _resume(self) -> None:
+        """Restores the last checkpoint with the log up to it; without one, or if either is damaged, begins afresh."""
+        lines: list[str] = []
+        if self.checkpoint and self.checkpoint.exists():
+            found = storage.read_training(self.checkpoint)
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                lines = self.log_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = lines[: int(found[0]["steps"])] if found else []
+            if found and storage.digest_of_text("".join(lines)) == found[0]["log"]:
+                storage.restore_training(found[1], self.model, self.optimizer)
+            else:
+                damaged = self.log_file if found else self.checkpoint
+                remedy = f"training iteration {self.t} again from its first step"
+                storage.report_damage(damaged, "its checksum does not fit", remedy)
+                lines = []
+        self.log = [json.loads(line) for line in lines]
+        self.log_digest = hashlib.sha256("".join(lines).encode())
+        self.logged = len(lines)
+        if parallel.is_writer():
+            storage.write_text(self.log_file, "".join(lines))  # without what was appended after the checkpoint
 
     def _batches(self) -> Iterator[torch.Tensor]:
         shuffle = self.run.generator(self.t, "shuffle")
@@ -74,7 +98,7 @@ class Training:
     def _stop_if_not_finite(self) -> None:
         last = self.log[-min(SKIPS, self.steps) :]
         if len(last) == min(SKIPS, self.steps) and all(row["skipped"] for row in last):
-            self._write_log()
+            self._append_log()
             raise Stopped(
                 f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}: loss or gradient "
                 f"is not finite; these steps changed nothing; begin another run with a lower --lr or with "
@@ -84,11 +108,18 @@ class Training:
     def _save_if_due(self) -> None:
         """Checkpoints after the last step, every --save-minutes, and before a signal ends the process."""
         due = SIGNALS.pending or time.monotonic() - self.saved >= 60 * self.run.args.save_minutes
-        if self.checkpoint and parallel.is_writer() and (due or len(self.log) == self.steps):
-            self._write_log()
-            storage.save_training(self.checkpoint, self.model, self.optimizer, self.log)
+        if not (due or len(self.log) == self.steps):
+            return
+        self._append_log()
+        if self.checkpoint and parallel.is_writer():
+            progress = {"steps": str(len(self.log)), "log": self.log_digest.hexdigest()}
+            storage.save_training(self.checkpoint, self.model, self.optimizer, progress)
             self.saved = time.monotonic()
 
-    def _write_log(self) -> None:
+    def _append_log(self) -> None:
+        """Brings steps-<t>.jsonl up to date. It is appended to, since an iteration may have many steps."""
+        text = storage.as_lines(self.log[self.logged :])
+        self.log_digest.update(text.encode())
         if parallel.is_writer():
-            storage.write_rows(self.log_file, self.log)
+            storage.append(self.log_file, text)
+        self.logged = len(self.log)

@@ -35,3 +35,10 @@ def data(tmp_path_factory) -> Path:
         lines = [line for line in file if json.loads(line)["prompt"].isalpha()][:80]
     path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, for runs in ./run."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import family
@@ -19,6 +20,8 @@ from runtime.setup import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"spin": spin, "sft": sft, "family": family}
+# A world of five responses: their probabilities in the data and under the opponent.
+TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)
 
 
 def flags(start, data, out, **options) -> list[str]:
@@ -35,6 +38,17 @@ def flags(start, data, out, **options) -> list[str]:
     return argv
 
 
+def small(start, data, **options) -> list[str]:
+    """A command line for a run in ./run, of two iterations, with dropout, previous pairs and many checkpoints."""
+    defaults = dict(iterations=2, lora_dropout=0.1, mix_previous=True, save_minutes=0, gen_batch=2)
+    return flags(start, data, "run", **(defaults | options))
+
+
+def small_sft(start, data, **options) -> list[str]:
+    """The same for sft.py, which has no self-play options."""
+    return small(start, data, **(dict(beta=None, mix_previous=None) | options))
+
+
 def begin(start, data, out, command="spin", **options) -> tuple[Player, list[Example], Run]:
     """(player, training examples, run) of a tiny run that has not begun: nothing is written."""
     args_class = family.FamilyArgs if command == "family" else Args
@@ -47,6 +61,24 @@ def spy(monkeypatch, where, name, look) -> None:
     """Replaces where.name by itself, after a look at its arguments."""
     original = getattr(where, name)
     monkeypatch.setattr(where, name, lambda *a, **k: (look(a, k), original(*a, **k))[1])
+
+
+class Died(Exception):
+    """What ends a run in a test: an error that no code expects."""
+
+
+def die_at(where, name, argv, fatal=lambda *args: True, script=spin) -> None:
+    """Runs the script until it calls where.name(*args) such that fatal(*args): it dies there, before the call."""
+    original = getattr(where, name)
+
+    def call(*args, **kwargs):
+        if fatal(*args):
+            raise Died
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        patch.setattr(where, name, call)
+        script.main(argv)
 
 
 def rows(path) -> list[Any]:

@@ -1,10 +1,12 @@
 """family.py: the losses and the mixture against closed forms, the pairs and references of the methods in whole runs."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import sampling
 import sft
 import spin
 from model import GPTNeo
+from runtime import record
 from runtime.data import Example, digest
 from runtime.evaluate import mean
 from runtime.run import Run
@@ -271,8 +274,16 @@ def test_history_of_prompts_met_by_some_opponents_only(start, data, tmp_path):
     """With fresh prompts each iteration, --history 0 draws from those opponents that met the prompt."""
     _, examples, run = begin(start, data, tmp_path / "run", "family", history=0)
     a, b, c = examples[:3]
-    assert family.draw_from_history([a, b], [([1], True), ([2], True)], 0, run) == [([1], True), ([2], True)]
-    drawn = [family.draw_from_history([b, c], [([3], True), ([4], False)], t, run) for t in range(1, 20)]
+    run.out.mkdir()
+
+    def draw(examples, responses, t):
+        """As in iteration t of a run, which afterwards knows the checksum of the responses."""
+        drawn = family.draw_from_history(examples, responses, t, run)
+        run.checksums.append(record.digests(run.out, [f"responses-{t}.jsonl"]))
+        return drawn
+
+    assert draw([a, b], [([1], True), ([2], True)], 0) == [([1], True), ([2], True)]
+    drawn = [draw([b, c], [([3], True), ([4], False)], t) for t in range(1, 20)]
     assert {tuple(ids) for (ids, _), _ in drawn} == {(2,), (3,)}
     assert {(tuple(ids), end) for _, (ids, end) in drawn} == {((4,), False)}
 
@@ -390,18 +401,49 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
 @pytest.mark.parametrize(
     "body, says",
     [
-        ("return [2, 0]", "expected two probabilities"),
-        ("return [float('nan'), 0]", "expected two probabilities"),
-        ("return [1]", "ValueError: not enough values"),
-        ("return None", "TypeError: "),
+        ("return [2, 0]", "returned [2, 0], expected a list of two probabilities"),
+        ("return [float('nan'), 0]", "returned [nan, 0], expected"),
+        ("return [1]", "returned [1], expected"),
+        ("return None", "returned None, expected"),
+        ("return {1: 0, 0: 1}", "returned {1: 0, 0: 1}, expected"),
+        ("return {0, 1}", "returned {0, 1}, expected"),
+        ("return '01'", "returned '01', expected"),
+        ("return ['0', '1']", "returned ['0', '1'], expected"),
+        ("return 'x' * 10**6", "expected"),
         ("raise KeyError('judge')", "KeyError: 'judge'"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("raise GeneratorExit", "GeneratorExit"),
     ],
 )
 def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, capsys, body, says):
     (tmp_path / "judge.py").write_text(f"def judge(prompt, responses):\n    {body}\n")
     assert family.main(flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge")) == 1
     error = capsys.readouterr().err
-    assert "judge.py:judge: " in error and says in error and error.count("\n") == 1
+    assert "judge.py:judge: " in error and says in error and error.count("\n") == 1 and len(error) < 700
+
+
+def test_a_scorer_may_import_modules_beside_it(start, data, tmp_path):
+    """Also one that is called like one of ours, which neither meets the other."""
+    (tmp_path / "model.py").write_text("def opinion():\n    return [0.75, 0.25]\n")
+    (tmp_path / "judge.py").write_text("import model\n\ndef judge(prompt, responses):\n    return model.opinion()\n")
+    ours = sys.modules["model"]
+    argv = flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge", loss="sppo")
+    assert family.main(argv) == 0
+    assert sys.modules["model"] is ours and str(tmp_path) not in sys.path
+    assert {tuple(pair["wins"]) for pair in rows(tmp_path / "run/pairs-0.jsonl")} == {(0.75, 0.25)}
+
+
+def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
+    """Between two questions, not after the thousand of a shard."""
+    (tmp_path / "judge.py").write_text(
+        "import signal\nASKED = []\n\ndef judge(prompt, responses):\n    ASKED.append(prompt)\n"
+        "    open('asked', 'a').write('.')\n    if len(ASKED) == 3:\n        signal.raise_signal(signal.SIGTERM)\n"
+        "    return [1, 0]\n"
+    )
+    with contextlib.chdir(tmp_path):
+        assert family.main(flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge")) == 143
+    assert (tmp_path / "asked").read_text() == "..."
+    assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
 def test_a_run_is_not_resumed_with_another_scorer(start, data, tmp_path, monkeypatch, capsys):

@@ -205,6 +205,16 @@ def test_infinite_logits(device: str) -> None:
     assert_close(grad[:2].cpu(), torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]) - p, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [range(6), range(6, 12), range(12, 17)])
+def test_a_tile_of_infinite_logits(device: str, columns: range, small_tiles: None) -> None:
+    """A whole tile without any token, be it the first one: exp(-inf - -inf) would be nan."""
+    weight = normal(17, D, device=device)
+    weight[list(columns)] = -float("inf")
+    hidden, targets = normal(4, D, device=device).abs(), torch.tensor([0, 6, 12, 16], device=device)
+    expected = reference(hidden.double() @ weight.double().T, targets)
+    assert_close(linear_logprobs(hidden, weight, targets), expected, rtol=0.0, atol=VALUE_ATOL)
+
+
 def test_least_fp32_logits(device: str) -> None:
     """Masking with finfo.min, even a whole row, acts as -inf does or, for the whole row, as equal logits do."""
     logits = torch.full((2, 3), torch.finfo(torch.float32).min, device=device)
@@ -290,6 +300,31 @@ def test_ignored_rows_are_zero_whatever_they_hold(device: str, all_ignored: bool
         (grad,) = gradients(logp, torch.ones_like(logp), hidden)
         assert logp[ignored].eq(0).all() and grad[ignored].eq(0).all()
         assert grad[~ignored].ne(0).all()
+    broken = hidden.detach().masked_fill(ignored.to(device).unsqueeze(1), float("nan")).requires_grad_()
+    logp = linear_logprobs(broken, weight.detach(), targets)
+    (broken_grad,) = gradients(logp, torch.ones_like(logp), broken)
+    assert torch.equal(broken_grad, grad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_ignored_rows_have_gradient_zero_whatever_comes_from_above(
+    device: str, value: float, small_tiles: None
+) -> None:
+    """As in a mean over the tokens of a sequence that are all ignored: 0 / 0."""
+    targets = some_targets(9, 17, device)
+    ignored = targets == IGNORED
+    upstream = normal(9, device=device)
+    plain, upstream = upstream, upstream.masked_fill(ignored, value)
+    logits, hidden, weight = (leaf(normal(*shape, device=device)) for shape in ((9, 17), (9, D), (17, D)))
+    for logp, inputs in (
+        (token_logprobs(logits, targets), [logits]),
+        (linear_logprobs(hidden, weight.detach(), targets), [hidden]),
+        (linear_logprobs(hidden, weight, targets), [hidden, weight]),
+    ):
+        expected = torch.autograd.grad(logp, inputs, plain, retain_graph=True)
+        for actual, other in zip(torch.autograd.grad(logp, inputs, upstream), expected, strict=True):
+            assert actual.isfinite().all() and torch.equal(actual, other)
+            assert len(actual) == 17 or actual[ignored].eq(0).all()
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 1, 3, 10**6])
@@ -326,7 +361,7 @@ def test_without_gradient_nothing_is_saved(device: str) -> None:
 def test_a_frozen_head_saves_one_row_of_hidden_width_per_token(device: str) -> None:
     hidden, weight = (normal(n, D, device=device, dtype=torch.bfloat16) for n in (5, 1023))
     _, saved = saved_by(lambda: linear_logprobs(leaf(hidden), weight, some_targets(5, 1023, device)))
-    assert [(t.shape, t.dtype) for t in saved] == [(hidden.shape, torch.float32)]
+    assert [(t.shape, t.dtype) for t in saved] == [(hidden.shape, torch.float32), (hidden.shape[:1], torch.bool)]
     _, saved = saved_by(lambda: linear_logprobs(leaf(hidden), leaf(weight), some_targets(5, 1023, device)))
     assert max(t.numel() for t in saved) == weight.numel()  # the weight itself, not logits
 
@@ -480,8 +515,18 @@ def test_cuda_tiles_fit_the_cap(monkeypatch: pytest.MonkeyPatch, N: int, width: 
     assert logit * R * C <= tiles.CUDA_BUFFER_BYTES
     assert R == max(1, N) or R % 128 == 0
     assert C == V or C % tiles.COLUMN_MULTIPLE == 0
-    if C < V:  # the second product's blocks of 128 x 256, and how many run at once
-        assert width and (R + 127) // 128 * ((width + 255) // 256) <= 132
+    blocks = [(rows + 127) // 128 * ((width + 255) // 256) for rows in (R, N)]  # of 128 x 256, of the second product
+    if C < V:
+        assert width and blocks[0] <= 132
+    assert blocks[0] >= min(132, blocks[1]) / 2  # they keep half of the processors busy, or there are no more
+
+
+def test_cpu_tiles_have_one_size_whatever_the_number_of_rows() -> None:
+    cpu, cells = torch.device("cpu"), tiles.CPU_ROWS * tiles.CPU_COLUMNS
+    shapes = [tiles.tile_shape(cpu, N, 10**8, 768, 4) for N in (0, 1, 64, 512, 10**6)]
+    assert all(0.9 * cells < R * C <= cells for R, C in shapes) and max(R for R, _ in shapes) == tiles.CPU_ROWS
+    assert tiles.tile_shape(cpu, 64, 1000, 768, 4) == (64, 1000)
+    assert [tiles.scratch_rows(V) for V in (1, 50257, 10**8)] == [cells, cells // 50257, 1]
 
 
 # ---- errors ----

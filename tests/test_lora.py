@@ -5,15 +5,17 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -574,19 +576,162 @@ def test_a_bf16_file_loads_into_the_fp32_parameters_that_an_optimizer_may_hold(t
     assert all(map(torch.equal, parameters, expected)) and {p.dtype for p in parameters} == {torch.float32}
 
 
-def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}  # a directory would be an error
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_interrupted_save_leaves_the_old_files(
+    place: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At that moment all that is new lies in a directory .tmp-*, which is what a killed process leaves."""
     model = adapted(gpt_neo())
     lora.save_adapter(model, tmp_path)
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    before, seen = contents(tmp_path), []
 
-    def interrupted(_: int) -> None:
-        raise OSError("disk full")
+    def interrupted(*_: object) -> None:
+        seen.extend(os.listdir(tmp_path))
+        raise error
 
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, place, interrupted)
+    with pytest.raises(type(error), match="cannot be written .disk full" if isinstance(error, OSError) else None):
         lora.save_adapter(randomize(model, 2.0), tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
-    lora.load_adapter(gpt_neo(), tmp_path)
+    (new,) = set(seen) - before.keys()
+    assert new.startswith(".tmp-") and len(new) > 10
+    assert contents(tmp_path) == before
+
+
+def test_files_are_synced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (sizes.append(os.fstat(handle).st_size), fsync(handle)))
+    lora.save_adapter(adapted(perceptron(), ("0",)), tmp_path)
+    assert sorted(sizes) == sorted(len(content) for content in contents(tmp_path).values())
+
+
+def test_planted_links_are_not_followed_and_modes_are_the_umasks(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "adapter"
+    victim.write_text("precious")
+    folder.mkdir()
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    for name in [*names, *(f"{name}.tmp" for name in names)]:
+        (folder / name).symlink_to(victim)
+    umask = os.umask(0o027)
+    try:
+        lora.save_adapter(adapted(gpt_neo()), folder)
+    finally:
+        os.umask(umask)
+    assert victim.read_text() == "precious"
+    for name in names:
+        assert not (folder / name).is_symlink() and (folder / name).stat().st_mode & 0o777 == 0o640
+    lora.load_adapter(gpt_neo(), folder)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_loaded_adapter_outlives_its_file(present: bool, tmp_path: Path) -> None:
+    original, model = adapted(gpt_neo()), gpt_neo()
+    if present:
+        lora.add_lora(model, RANK, ALPHA)
+    lora.save_adapter(original, tmp_path)
+    lora.load_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with open(file, "r+b") as stream:
+        stream.write(b"\x55" * file.stat().st_size)
+    assert torch.equal(logits(model), logits(original))
+    os.truncate(file, 0)
+    assert torch.equal(logits(model), logits(original))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_only_regular_files_are_opened(name: str, tmp_path: Path) -> None:
+    """Not a device, a directory or a pipe, to which opening it would wait for a writer."""
+    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    file = tmp_path / name
+    file.unlink()
+    for make in (lambda path: path.symlink_to("/dev/null"), Path.mkdir, os.mkfifo):
+        make(file)
+        with pytest.raises(ValueError, match=f"{name}: not a regular file"):
+            lora.load_adapter(gpt_neo(), tmp_path)
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+def test_files_of_absurd_size_are_refused_unread(tmp_path: Path) -> None:
+    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    whole = config.read_bytes()
+    os.truncate(config, 2**20 + 1)
+    with pytest.raises(ValueError, match=r"adapter_config.json: 1048577 bytes, expected at most 1048576"):
+        lora.load_adapter(gpt_neo(), tmp_path)
+    config.write_bytes(whole)
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(file, 8 + len(header) + 2**40)  # 1 TB of holes
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: missing .* unexpected \[\('x', \(274877906944,"):
+        lora.load_adapter(gpt_neo(), tmp_path)
+
+
+def test_messages_quote_little_of_what_files_hold(tmp_path: Path) -> None:
+    """Values, names and keys of half a megabyte; nothing breaks the line, and no value takes long to refuse."""
+    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    fields, tensors, long = json.loads(config.read_text()), load_file(file), "x\n" * 150_000
+    nested = "[" * 800 + "]" * 800
+    messages = []
+
+    def refuse(model: nn.Module) -> None:
+        with pytest.raises(ValueError) as error:
+            lora.load_adapter(model, tmp_path)
+        messages.append(str(error.value))
+
+    changes = [{name: [long]} for name in ("r", "lora_alpha", "lora_dropout", "bias", "peft_type", "unknown")]
+    changes += [{"target_modules": long}, {long: 1}, {"r": 10**4000}]
+    start = time.perf_counter()
+    for change in changes:
+        config.write_text(json.dumps(fields | change))
+        refuse(gpt_neo())
+        refuse(adapted(gpt_neo()))
+    for names in ([long], [f"{i}" for i in range(100_000)]):
+        config.write_text(json.dumps(fields | {"target_modules": names}))
+        refuse(gpt_neo())
+    config.write_text(json.dumps(fields)[:-1] + f', "unknown": {nested}}}')
+    refuse(gpt_neo())
+    config.write_text(json.dumps(fields))
+    for other in (tensors | {long: torch.ones(1)}, {"x": torch.ones(1)}):
+        save_file(other, file)
+        refuse(gpt_neo())
+    file.write_bytes(save({"x": torch.ones(1)}).replace(b'"F32"', json.dumps(long).encode()))
+    refuse(gpt_neo())
+    header = json.dumps({long: long}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    refuse(gpt_neo())
+    assert time.perf_counter() - start < 30
+    for message in messages:
+        assert len(message) < 700 + len(str(tmp_path)) and "\n" not in message
+
+
+def test_lack_of_memory_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    for error in (MemoryError("Cannot allocate memory (os error 12)"), RuntimeError("can't allocate memory")):
+        for name in ("safe_open", "load_file"):
+
+            def fail(*_: object, error: Exception = error, **__: object) -> None:
+                raise error
+
+            with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
+                patch.setattr(lora, name, fail)
+                lora.load_adapter(gpt_neo(), tmp_path)
+            assert raised.value is error
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_only_floats_of_16_bits_or_more_are_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(iter(tensors))] = tensors[next(iter(tensors))].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="holds other numbers than floating-point ones"):
+        lora.load_adapter(gpt_neo(), tmp_path)
 
 
 def test_save_adapter_refuses_a_model_without_or_with_uneven_lora(tmp_path: Path) -> None:
@@ -622,7 +767,15 @@ def test_save_adapter_refuses_a_model_without_or_with_uneven_lora(tmp_path: Path
         ("target_modules", None),
         ("r", None),
         ("r", "8"),
+        ("r", 0),
+        ("r", 2**31),
         ("lora_alpha", None),
+        ("lora_alpha", 2**31),
+        ("lora_alpha", -math.inf),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", False),
+        ("target_modules", ["q_proj", 3]),
     ],
 )
 def test_config_that_cannot_be_honoured_is_refused(field: str, value: object, tmp_path: Path) -> None:
@@ -632,7 +785,7 @@ def test_config_that_cannot_be_honoured_is_refused(field: str, value: object, tm
     model = gpt_neo()
     with pytest.raises(ValueError) as error:
         lora.load_adapter(model, tmp_path)
-    assert str(error.value) == f"{file}: {field} = {value!r} is not supported"
+    assert str(error.value) == f"{file}: {field!r} = {value!r} is not supported"
     assert_untouched(model, gpt_neo())
 
 
@@ -641,7 +794,7 @@ def test_config_without_a_needed_field_is_refused(field: str, tmp_path: Path) ->
     lora.save_adapter(adapted(gpt_neo()), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != field}))
-    with pytest.raises(ValueError, match=f"adapter_config.json: {field} = None is not supported"):
+    with pytest.raises(ValueError, match=f"adapter_config.json: '{field}' = None is not supported"):
         lora.load_adapter(gpt_neo(), tmp_path)
 
 
@@ -687,7 +840,7 @@ def test_tensors_that_do_not_fit_are_named(present: bool, tmp_path: Path) -> Non
 
 def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
     lora.save_adapter(adapted(gpt_neo(), ("q_proj",)), tmp_path)
-    with pytest.raises(ValueError, match="matches no module of LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: target .* matches no module of LlamaForCausalLM"):
         lora.load_adapter(llama(), tmp_path)
     with pytest.raises(ValueError, match=r"missing .*v_proj"):
         lora.load_adapter(adapted(gpt_neo(), ("q_proj", "v_proj")), tmp_path)

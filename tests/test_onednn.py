@@ -77,6 +77,16 @@ def test_the_kernels_products_go_there(calls, monkeypatch, trained):
         close(a, b)
 
 
+def test_the_kernels_products_go_there_under_autocast_too(calls):
+    """They are fp32 products of bf16 factors, which autocast must not stop."""
+    hidden, weight, targets = normal(20, 32).requires_grad_(), normal(97, 32, seed=1), torch.arange(20)
+    expected = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)
+    with onednn.products(), torch.autocast("cpu", torch.bfloat16):
+        actual = linear_logprobs(hidden, weight, targets)
+    assert len(calls) == 2
+    close(actual.detach(), expected.detach())
+
+
 def test_a_model_within(calls):
     config = GPTNeoConfig(
         vocab_size=97, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
@@ -153,6 +163,38 @@ def test_products_into_buffers_and_sums(calls):
     assert len(calls) == 4
     close(room[:, :4], 2 * (a @ b))
     assert not room[:, 4:].any()
+
+
+GROW = """
+import os, sys, torch
+import torch.nn.functional as F
+from kernels import onednn
+
+def resident():  # MB
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+torch.set_num_threads(1)
+weight = torch.ones(256, 64)
+with onednn.products():
+    before = resident()
+    for rows in range(1, 501):
+        F.linear(torch.ones(rows, 64), weight)
+    print(resident() - before, *(os.environ[name] for name in onednn.CACHE_BOUNDS))
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes():
+    """By some 100 MB where the caches have the 1024 entries that they have otherwise; what a user sets is kept."""
+
+    def grown(**environment):
+        inherited = {name: value for name, value in os.environ.items() if name not in onednn.CACHE_BOUNDS}
+        command, root = [sys.executable, "-c", GROW], Path(__file__).resolve().parents[1]
+        result = subprocess.run(command, cwd=root, env=inherited | environment, capture_output=True, check=True)
+        return result.stdout.split()
+
+    bounded, unbounded = grown(), grown(**dict.fromkeys(onednn.CACHE_BOUNDS, "1024"))
+    assert unbounded[1:] == [b"1024", b"1024"]
+    assert float(bounded[0]) < 0.6 * float(unbounded[0])
 
 
 def test_without_onednn_it_does_nothing(calls, monkeypatch):

@@ -1,10 +1,13 @@
 """player.py: log-probabilities of responses, micro-batches, rows that several responses share, numbers in bf16."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import begin, known_model, player_of, spy
 
 import player as player_module
+import sampling
 import spin
 
 
@@ -88,3 +91,40 @@ def test_micro_batches_hold_rows_of_like_length_within_the_budget():
     assert sorted(i for chunk in chunks for i in chunk) == list(range(8))
     assert [[tokens[i] for i in chunk] for chunk in chunks] == [[5, 6, 7], [8, 9], [30], [31], [100]]
     assert list(player.micro_batches([])) == []
+
+
+def test_bf16_means_bf16_products_in_scoring(monkeypatch):
+    """Under autocast the head multiplies bf16 factors, though the weights are fp32; a player in fp32 has fp32 ones."""
+    dtypes = []
+    real = player_module.linear_logprobs
+
+    def spied(hidden, weight, targets, **options):
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        dtypes.append(autocast or hidden.dtype)
+        return real(hidden, weight, targets, **options)
+
+    monkeypatch.setattr(player_module, "linear_logprobs", spied)
+    for dtype in (torch.bfloat16, torch.float32):
+        player_of(known_model(), dtype).logps([([3], [1, 10])])
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_cast_while_a_player_responds_and_are_put_back(monkeypatch, fails):
+    """In bf16 every weight is bf16 while responses are sampled; afterwards, also after an error, they are the same."""
+    player = player_of(known_model(), torch.bfloat16)
+    before = {name: (p.data_ptr(), p.dtype) for name, p in player.model.named_parameters()}
+    seen = set()
+    real = sampling.respond
+
+    def spied(model, *args, **options):
+        seen.update(p.dtype for p in model.parameters())
+        if fails:
+            raise FloatingPointError
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(sampling, "respond", spied)
+    with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext():
+        player.respond([[1], [2, 3]], 0, max_new_tokens=3)
+    assert seen == {torch.bfloat16}
+    assert {name: (p.data_ptr(), p.dtype) for name, p in player.model.named_parameters()} == before

@@ -1,16 +1,23 @@
-"""runtime/setup.py: models from the hub, numbers in bf16, which examples are held out, what counts as right."""
+"""runtime/setup.py: models and their end token, numbers in bf16, which examples are held out, what counts as right."""
 
 import json
+import os
 import shutil
 
 import huggingface_hub
 import pytest
 import torch
-from helpers import begin, flags, rows
+from helpers import ROOT, begin, flags, player_of, refused, rows
+from safetensors.torch import load_file, save_file
 
 import spin
-from runtime.data import decode
+from model import GPTNeo
+from runtime.data import as_decoded, decode, draw, encode, load_examples, load_tokenizer, split
+from runtime.evaluate import with_se
+from runtime.export import CHANGED, COPIED
+from runtime.options import Args
 from runtime.run import Run
+from runtime.storage import digest_of_model
 
 
 def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
@@ -57,6 +64,7 @@ def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
 
     def snapshot(name, revision, allow_patterns):
         asked.append((name, revision, [p for p in allow_patterns if "model" in p]))
+        assert {"config.json", "tokenizer.json", *COPIED, *CHANGED} <= {*allow_patterns}
         return str(tmp_path / commit)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
@@ -84,3 +92,156 @@ def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
     assert "--model owner/name" in error
     assert "no network" in error
     assert error.count("\n") == 1
+
+
+def test_the_digest_of_a_model_is_that_of_the_weights_that_are_read(start, tmp_path):
+    """Beside other files in safetensors: an adapter in the model's folder."""
+    tensors = load_file(start / "model.safetensors")
+    (tmp_path / "config.json").write_text((start / "config.json").read_text())
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    digests = set()
+    for _ in range(2):
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        digests.add(digest_of_model(tmp_path))
+        tensors["transformer.ln_f.bias"][0] += 1
+    assert len(digests) == 2
+
+
+# ---------------------------------------------------------------- held-out data
+
+
+def test_a_thousand_drawn_examples_say_what_all_of_them_say():
+    """On the shipped start; all of them: every third. The first, words from A to C, are harder by many errors."""
+    start = ROOT / "pronounce/start"
+    tokenizer = load_tokenizer(start, 393, 396)
+    _, heldout = split(load_examples(ROOT / "pronounce/cmudict.jsonl.gz"), 0.1)
+    encode(heldout, tokenizer, Args().template.replace(r"\n", "\n"), 393)
+    as_decoded(heldout, tokenizer, 393)
+    player = player_of(GPTNeo.from_pretrained(start).eval(), max_new_tokens=32, gen_batch=1024)
+
+    def metrics(examples):
+        real = player.logps([(e.prompt_ids, e.real_ids) for e in examples], lambda count: None)
+        nll = with_se("nll", [-logp for (logp,) in real], [float(len(e.real_ids)) for e in examples])
+        responses = player.respond([e.prompt_ids for e in examples], 0, temperature=0.0)
+        right = [float(decode(ids, tokenizer, 393) in e.references) for e, (ids, _) in zip(examples, responses)]
+        return nll | with_se("greedy", right)
+
+    third, drawn, first = (metrics(part) for part in (heldout[::3], draw(heldout, 1000), heldout[:1000]))
+    for name in ("nll", "greedy"):
+        assert abs(drawn[name] - third[name]) < 2 * drawn[f"{name}_se"]
+        assert abs(first[name] - third[name]) > 5 * first[f"{name}_se"]
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_the_limit_draws_held_out_examples(own_file, start, data, tmp_path):
+    options = dict(eval_data=data) if own_file else dict(eval_share=0.5)
+    _, _, whole = begin(start, data, tmp_path / "a", eval_limit=0, **options)
+    _, _, run = begin(start, data, tmp_path / "b", eval_limit=8, **options)
+    assert [e.line for e in run.heldout] == [e.line for e in draw(whole.heldout, 8)]
+    assert run.heldout != whole.heldout[:8]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(start, data, tmp_path, capsys):
+    lines = data.read_text().splitlines()
+    (tmp_path / "eval.jsonl").write_text("\n".join([*lines[:3], *lines[:2], '{"prompt": "new", "response": "N"}']))
+    begin(start, data, tmp_path / "run", eval_data=tmp_path / "eval.jsonl", eval_limit=0)
+    line = "held-out data: 3 of its prompts are training prompts, too; metrics may flatter\n"
+    assert capsys.readouterr().out == line
+    (tmp_path / "data.jsonl").write_text("\n".join(lines * 2))
+    begin(start, tmp_path / "data.jsonl", tmp_path / "run")
+    assert capsys.readouterr().out == "", "records of one prompt are on one side"
+
+
+def test_special_tokens_in_prompts_count_where_the_option_says_so(start, data, tmp_path):
+    record = {"prompt": "a<|endoftext|>b", "response": "HH"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    for asked in (None, True):
+        _, (example,), _ = begin(start, tmp_path / "x.jsonl", tmp_path / "run", eval_data=data, special_tokens=asked)
+        assert (393 in example.prompt_ids) == bool(asked)
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.fixture
+def chat(start, tmp_path):
+    """A start whose tokenizer_config.json says that "### Instruction: ", id 394, ends responses."""
+    path = shutil.copytree(start, tmp_path / "chat")
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "### Instruction: "}}))
+    return path
+
+
+def test_the_end_token_is_chosen_and_a_contradiction_is_said(chat, data, tmp_path, capsys):
+    _, examples, run = begin(chat, data, tmp_path / "run")
+    assert (run.eos_token_id, examples[0].real_ids[-1]) == (393, 393)
+    assert capsys.readouterr().out == (
+        f"{chat}: tokenizer_config.json ends responses with ### Instruction: , config.json with <|endoftext|>, "
+        "which is used; --eos chooses another\n"
+    )
+    for eos in ("### Instruction: ", "394"):
+        player, examples, run = begin(chat, data, tmp_path / "run", eos=eos, template="{prompt}")
+        assert (run.eos_token_id, player.eos_token_id, examples[0].real_ids[-1]) == (394, 394, 394)
+    (chat / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    begin(chat, data, tmp_path / "run")
+    (chat / "tokenizer_config.json").write_text("{}")
+    begin(chat, data, tmp_path / "run")
+    assert capsys.readouterr().out == "", "no contradiction, or one that --eos has settled"
+
+
+def test_a_model_without_an_end_token_needs_the_option(chat, data, tmp_path, capsys):
+    config = json.loads((chat / "config.json").read_text())
+    (chat / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    out = tmp_path / "run"
+    error = refused(flags(chat, data, out), out, capsys)
+    assert "config.json: eos_token_id is missing, and responses could not end; --eos names the end token" in error
+    _, _, run = begin(chat, data, out, eos="393")
+    assert run.eos_token_id == 393
+
+
+@pytest.mark.parametrize("eos", ["nope", "396", "9" * 9, "9" * 5000, "-1", "\u0661"])
+def test_an_end_token_that_is_none(eos, start, data, tmp_path, capsys):
+    error = refused(flags(start, data, tmp_path / "run", eos=eos), tmp_path / "run", capsys)
+    assert "tokenizer.json has no such token" in error or f"and eos_token_id {eos};" in error
+    assert len(error) < 500
+
+
+def test_an_adapter_given_as_the_model(start, data, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    error = refused(flags(adapter, data, tmp_path / "run"), tmp_path / "run", capsys)
+    assert f"--model {adapter}: this is an adapter: give it as --adapter and its base as --model" in error
+    shutil.copytree(start, adapter, dirs_exist_ok=True)
+    begin(adapter, data, tmp_path / "run")
+
+
+def test_a_model_that_is_missing_names_the_nearest_directory(start, data, here, monkeypatch, capsys):
+    def offline(name, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    (here / "models/start").mkdir(parents=True)
+    (here / "models/strat_").write_text("a file")
+    out = here / "run"
+    assert "; did you mean models/start?" in refused(flags("models/strat", data, out), out, capsys)
+    assert "did you mean" not in refused(flags("models/other", data, out), out, capsys)
+    assert f"; did you mean {here}/models?" in refused(flags(here / "model", data, out), out, capsys)
+    assert "did you mean" not in refused(flags("x" * 5000, data, out), out, capsys)
+    assert "did you mean" not in refused(flags("none/x", data, out), out, capsys)
+
+
+def test_damaged_files_beside_the_weights_are_found_before_the_run(chat, data, tmp_path, capsys):
+    (chat / "generation_config.json").write_text("{")
+    error = refused(flags(chat, data, tmp_path / "run"), tmp_path / "run", capsys)
+    assert "generation_config.json: not valid JSON" in error
+
+
+def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
+    (chat / "tokenizer_config.json").unlink()
+    os.mkfifo(chat / "merges.txt")  # read by nothing
+    digests = {digest_of_model(chat)}
+    names = {*COPIED, *CHANGED} - {"merges.txt"}
+    for name in names:
+        (chat / name).write_text("{}")
+        digests.add(digest_of_model(chat))
+    assert len(digests) == len(names) + 1

@@ -171,6 +171,14 @@ def test_previous_pairs_are_mixed_in_on_request(start, data, tmp_path):
         assert (first, second) == (1, steps)
 
 
+def test_pairs_of_the_last_iteration_alone_are_mixed_in(start, data, tmp_path):
+    """In the third iteration as many steps as in the second: older pairs are not kept."""
+    out = tmp_path / "run"
+    argv = flags(start, data, out, iterations=3, mix_previous=True, batch=30, prompts=30, lr=1e-4)
+    assert spin.main(argv) == 0
+    assert [len(rows(out / f"steps-{t}.jsonl")) for t in range(3)] == [1, 2, 2]
+
+
 def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     """Sampling options the opponent's sampling and no other; beta, clip, fresh prompts and noise each iteration."""
     sampled, betas, clips, chosen = [], [], [], []

@@ -1,0 +1,38 @@
+"""Runs that are killed with SIGKILL, which no process can prepare for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import rows, small, tree
+
+PROGRAM = Path(__file__).with_name("kill_and_resume.py")
+
+
+@pytest.mark.parametrize(
+    "seed, script, options",
+    [
+        (0, "spin", {}),
+        (1, "spin", {"rank": 0, "lr": 1e-3, "save_minutes": 0.0005, "optimizer": "rmsprop", "unfinished": "cut"}),
+        # whose weights wait on disk in scoring, and whose responses are drawn from several files
+        (2, "family", {"rank": 0, "lr": 1e-3, "alpha": 0.5, "history": 0}),
+    ],
+)
+def test_killed_at_random_moments_ends_bit_identical(start, data, tmp_path, seed, script, options):
+    """SIGKILL once or twice in every phase; all files at the end are those of a run that was never stopped."""
+    argv = small(start, data, micro_tokens=200, epochs=2, **options)
+    del argv[argv.index("--out") : argv.index("--out") + 2]
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(seed), script, *argv], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    killed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(killed) >= 17, "three phases of the start, six of each iteration, two of the end"
+    phases = {name for _, name in killed}
+    assert {"generate", "score", "train", "evaluate", "finish_iterate", "finish"} <= phases, killed
+    whole = tree(tmp_path / "whole")
+    assert tree(tmp_path / "killed") == whole
+    assert len(rows(tmp_path / "killed/run/metrics.jsonl")) == 3
+    assert not any("resume" in name or ".tmp" in name for name in whole)

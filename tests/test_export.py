@@ -1,0 +1,201 @@
+"""runtime/export.py: transformers reads an exported model as the run did, and nothing of the start is lost."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import ROOT, flags, player_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spin
+from model import GPTNeo, GPTNeoConfig
+from runtime.data import Example, decode, encode, load_examples, load_tokenizer
+from runtime.export import export, side_files
+from runtime.options import Args
+
+TEMPLATE = Args().template.replace(r"\n", "\n")
+CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\r\n{% endfor %}"
+
+
+def gpt2_start(path):
+    """A start with GPT-2's kind of tokenizer files, of the shipped vocabulary, and random weights."""
+    model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
+    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+    merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
+    eos = vocab["<|endoftext|>"]
+    config = GPTNeoConfig(
+        vocab_size=len(vocab), max_position_embeddings=128, hidden_size=16, num_layers=2, num_heads=2,
+        attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
+        bos_token_id=eos, eos_token_id=eos,
+    )  # fmt: skip
+    GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(path)
+    (path / "vocab.json").write_text(json.dumps(vocab))
+    (path / "merges.txt").write_text("\n".join(merges) + "\n")
+    return path
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "GPT2Tokenizer"])
+def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
+    """The embedded task's start, also where it names the class that replaces its pre-tokenizer; GPT-2's files."""
+    start = gpt2_start(tmp_path) if kind == "vocab.json" else shutil.copytree(ROOT / "pronounce/start", tmp_path / "s")
+    if kind == "GPT2Tokenizer":
+        (start / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    model = GPTNeo.from_pretrained(start).eval()
+    eos = model.config.eos_token_id
+    tokenizer = load_tokenizer(start, eos, model.config.vocab_size)
+    export(model, tmp_path / "final", start, tokenizer, eos)
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    files |= {"vocab.json", "merges.txt"} if kind == "vocab.json" else set()
+    assert {path.name for path in (tmp_path / "final").iterdir()} == files
+    assert (
+        read(tmp_path / "final/tokenizer_config.json")["clean_up_tokenization_spaces"] is False
+    )  # older versions: True
+    ours = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[5000:100_000:8000]
+    encode(ours, tokenizer, TEMPLATE, eos)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "final")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert (theirs.eos_token, theirs.eos_token_id, theirs.model_max_length) == ("<|endoftext|>", eos, 128)
+    assert other.dtype == torch.float32
+    player = player_of(model, max_new_tokens=24)
+    responses = player.respond([e.prompt_ids for e in ours], 0, temperature=0.0)
+    for example, (ids, _) in zip(ours, responses):
+        prompt = theirs(TEMPLATE.replace("{prompt}", example.prompt))["input_ids"]
+        real = [*theirs(example.response)["input_ids"], theirs.eos_token_id]
+        assert (prompt, real) == (example.prompt_ids, example.real_ids)
+        labels = torch.tensor([[-100] * len(prompt) + real])
+        with torch.no_grad():
+            nll = other(torch.tensor([prompt + real]), labels=labels).loss.item()
+            logp = player.response_logps([(example.prompt_ids, example.real_ids)]).item()
+        assert nll == pytest.approx(-logp / len(real), abs=1e-4)
+        mask = torch.ones(1, len(prompt))
+        settings = dict(attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=eos)
+        written = other.generate(torch.tensor([prompt]), **settings)
+        text = theirs.decode(written[0, len(prompt) :], skip_special_tokens=True).strip()
+        assert text == decode(ids, tokenizer, eos)
+
+
+@pytest.fixture
+def chat(start, tmp_path):
+    """A start with all files that a chat model comes with, whose tokenizer ends with <|im_end|>, config.json not."""
+    path = shutil.copytree(start, tmp_path / "chat")
+    tokenizer = read(path / "tokenizer.json")
+    tokenizer["added_tokens"][1] |= {"content": "<|im_start|>"}
+    tokenizer["added_tokens"][2] |= {"content": "<|im_end|>"}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "GPT2Tokenizer", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_start|>",
+            "model_max_length": 10**30, "padding_side": "left", "auto_map": {"AutoTokenizer": ["code.X", None]},
+        },
+        "special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": "<|im_start|>"},
+        "generation_config.json": {"eos_token_id": 395, "pad_token_id": 394, "temperature": 0.6},
+        "added_tokens.json": {"<|im_end|>": 395},
+        "config.json": read(path / "config.json") | {
+            "pad_token_id": 394, "use_cache": True, "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "code.X"},
+        },
+    }  # fmt: skip
+    for name, value in files.items():
+        (path / name).write_text(json.dumps(value))
+    (path / "chat_template.jinja").write_bytes(CHAT.encode())
+    return path
+
+
+def exported(path, folder, eos):
+    model = GPTNeo.from_pretrained(path).eval()
+    export(model, folder, path, load_tokenizer(path, eos, model.config.vocab_size), eos)
+    return folder
+
+
+def test_what_came_with_the_start_is_in_the_export(chat, tmp_path):
+    final = exported(chat, tmp_path / "final", 393)
+    assert (final / "chat_template.jinja").read_bytes() == CHAT.encode()
+    assert read(final / "added_tokens.json") == {"<|im_end|>": 395}
+    config = read(final / "config.json")
+    assert (config["pad_token_id"], config["use_cache"], config["eos_token_id"]) == (394, True, 393)
+    assert not {"torch_dtype", "dtype", "auto_map"} & config.keys()
+    assert read(final / "generation_config.json") == {"eos_token_id": 393, "pad_token_id": 394, "temperature": 0.6}
+    assert read(final / "special_tokens_map.json") == {"eos_token": "<|endoftext|>", "pad_token": "<|im_start|>"}
+    tokens = read(final / "tokenizer_config.json")
+    assert tokens["model_max_length"] == 10**30 and "auto_map" not in tokens
+    theirs = AutoTokenizer.from_pretrained(final)
+    assert (theirs.eos_token, theirs.pad_token, theirs.padding_side) == ("<|endoftext|>", "<|im_start|>", "left")
+    assert "<|im_start|>hi<|im_end|>" in theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert (model.config.pad_token_id, model.generation_config.temperature) == (394, 0.6)
+    assert model.dtype == torch.float32
+
+
+def test_a_chosen_end_token_is_in_every_file(chat, tmp_path):
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [393, 395]}))
+    before = read(chat / "tokenizer_config.json")
+    final = exported(chat, tmp_path / "final", 395)
+    assert read(final / "config.json")["eos_token_id"] == 395
+    assert read(final / "generation_config.json")["eos_token_id"] == [393, 395], "ends at both, as the start did"
+    assert read(final / "tokenizer_config.json")["eos_token"] == before["eos_token"]
+    assert AutoTokenizer.from_pretrained(final).eos_token_id == 395
+    assert AutoModelForCausalLM.from_pretrained(final).generation_config.eos_token_id == [393, 395]
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_final_of_a_run_has_what_came_with_the_start_and_the_chosen_end(rank, chat, data, tmp_path):
+    assert spin.main(flags(chat, data, tmp_path / "run", rank=rank, eos="<|im_end|>", template="{prompt}")) == 0
+    for folder in ("final",) if rank else ("final", "iterate-1"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
+        assert (tokenizer.eos_token_id, tokenizer.pad_token) == (395, "<|im_start|>")
+        assert tokenizer.chat_template == CHAT.replace("\r\n", "\n")
+        config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder).config
+        assert (config.eos_token_id, config.pad_token_id) == (395, 394)
+
+
+def test_an_export_of_an_export_is_the_same(chat, tmp_path):
+    first = exported(chat, tmp_path / "first", 393)
+    second = exported(first, tmp_path / "second", 393)
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"{", "not valid JSON"), (b"\xff", "not readable as UTF-8"), (b"[1]", "expected a JSON object, found list"),
+        (b"[" * 10**5, "not valid JSON"), (b'{"x": ' + b"[" * 50 + b"]" * 50 + b"}", "nested more than 50 deep"),
+        (b'{"x": "\\ud800"}', "half a surrogate pair"), (b'{"x": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
+def test_damaged_side_files_are_named(name, content, says, chat):
+    model = GPTNeo.from_pretrained(chat)
+    (chat / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: .*{says}"):
+        side_files(chat, model.config, load_tokenizer(chat, 393, 396), 393)
+
+
+def test_a_side_file_that_is_too_large_or_no_file(chat):
+    model = GPTNeo.from_pretrained(chat)
+    (chat / "added_tokens.json").unlink()
+    os.mkfifo(chat / "added_tokens.json")  # opening it would never return
+    tokenizer = load_tokenizer(chat, 393, 396)
+    assert "added_tokens.json" not in side_files(chat, model.config, tokenizer, 393)
+    with open(chat / "chat_template.jinja", "wb") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(ValueError, match=r"chat_template.jinja: 67,108,865 bytes, expected at most 67,108,864"):
+        side_files(chat, model.config, tokenizer, 393)
+
+
+def test_the_exported_tokenizer_is_the_one_of_the_run(start, tmp_path):
+    """Its dropout is off, so that it encodes in one way."""
+    path = shutil.copytree(start, tmp_path / "start")
+    tokens = read(path / "tokenizer.json")
+    tokens["model"]["dropout"] = 0.5
+    (path / "tokenizer.json").write_text(json.dumps(tokens))
+    final = exported(path, tmp_path / "final", 393)
+    assert read(final / "tokenizer.json")["model"]["dropout"] is None
+    example = Example("x", 1, "HELLO", "HH AH0 L OW1", [])
+    encode([example], load_tokenizer(start, 393, 396), "{prompt}", 393)
+    theirs = AutoTokenizer.from_pretrained(final)
+    assert [*theirs("HH AH0 L OW1")["input_ids"], 393] == example.real_ids

@@ -1,0 +1,50 @@
+"""runtime/report.py: warnings of degeneration, the tables, and the plot."""
+
+from xml.etree import ElementTree
+
+from runtime import report
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_signs_of_degeneration_are_warned_of():
+    """Real responses that lose more than 0.1 nats a token; cut responses that become 5% more; both only by more."""
+    before = {"iterate": 1, "nll": 1.0, "truncated": 0.02, "skipped": 0}
+    assert report.warnings_of([before]) == []
+    assert report.warnings_of([before, {"iterate": 2, "nll": 1.09, "truncated": 0.06, "skipped": 0}]) == []
+    (lost,) = report.warnings_of([before, {"iterate": 2, "nll": 1.2, "truncated": 0.02, "skipped": 0}])
+    assert lost.startswith("iterate 2: ") and "0.20 nats a token" in lost and "--lr" in lost
+    (cut,) = report.warnings_of([before, {"iterate": 2, "nll": 1.0, "truncated": 0.2, "skipped": 0}])
+    assert "from 2% to 20%" in cut and "--unfinished" in cut
+    (skipped,) = report.warnings_of([before, {"iterate": 2, "nll": 1.0, "truncated": 0.02, "skipped": 3}])
+    assert skipped.startswith("iterate 2: steps skipped") and ": 3; " in skipped
+    start = {"iterate": 0, "nll": 1.0}  # without a rate that another could be compared with
+    assert report.warnings_of([start, {"iterate": 1, "nll": 1.0, "truncated": 1, "skipped": 0}]) == []
+
+
+def test_tables_are_aligned_text_with_standard_errors():
+    """A value that is missing is a dash, and a column that no row has is left out."""
+    rows = [{"iterate": 0, "nll": 1.5, "nll_se": 0.25}, {"iterate": 10, "nll": None, "kl": 2.0, "loss": 0.5}]
+    columns = {"iterate": "d", "nll": ".1f", "kl": ".2f", "sampled": ".1%"}
+    assert report.table(rows, columns).splitlines() == [
+        "iterate        nll    kl",
+        "      0  1.5 \u00b1 0.2     -",
+        "     10          -  2.00",
+    ]
+    assert report.line(rows[0], columns) == "iterate 0, nll 1.5 \u00b1 0.2"
+    held_out, signals = report.tables(rows).split("\nTraining signals")
+    assert "nll" in held_out and "loss" not in held_out, "metrics of all iterates"
+    assert "0.5000" in signals and len(signals.splitlines()) == 3, "signals of all but the start"
+
+
+def test_the_plot_is_well_formed_and_has_a_panel_for_each_metric_with_a_point_for_each_value():
+    rows = [
+        {"iterate": 0, "nll": 1.5, "nll_se": 0.1},
+        {"iterate": 1, "nll": 1.0, "loss": 0.5, "accuracy": None, "pairs": 3},
+        {"iterate": 2, "nll": 1.0, "loss": 0.5, "accuracy": None, "pairs": 3},
+    ]
+    root = ElementTree.fromstring(report.plot_of(rows, "a <title> & more"))
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert "a <title> & more" in texts and {"nll", "loss"} <= set(texts)
+    assert "pairs" not in texts and "accuracy" not in texts
+    assert len(list(root.iter(f"{SVG}polyline"))) == 2 and len(list(root.iter(f"{SVG}circle"))) == 3 + 2

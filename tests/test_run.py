@@ -1,0 +1,395 @@
+"""runtime/run.py: iterations that resume, the record and the lock of a run, its random numbers, best and final."""
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from helpers import SCRIPTS, begin, die_at, flags, rows, small, small_sft, spy, tree
+
+import family
+import lora
+import sft
+import spin
+from model import GPTNeo, GPTNeoConfig
+from player import Player
+from runtime import cli, record
+from runtime.record import locked
+from runtime.run import Run, seed_of
+
+
+@pytest.fixture(scope="module")
+def died(start, data, tmp_path_factory):
+    """A folder with a run that has died after its first iteration."""
+    folder = tmp_path_factory.mktemp("died")
+    with contextlib.chdir(folder):
+        die_at(Run, "prompts", small(start, data), lambda run, examples, t: t == 1)
+    return folder
+
+
+@pytest.fixture
+def begun(died, here):
+    """A working directory with a copy of that run."""
+    shutil.copytree(died / "run", here / "run")
+    return here
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_generators_are_private_to_seed_iteration_and_purpose(start, data, tmp_path):
+    """Seeds differ in every one of the three, and a run's generators begin with them."""
+    draws = set()
+    for seed in (0, 1):
+        _, _, run = begin(start, data, tmp_path / "run", seed=seed)
+        for t in (0, 1):
+            for purpose in ("generate", "shuffle"):
+                draws.add(torch.rand((), generator=run.generator(t, purpose)).item())
+                assert run.seed(t, purpose) == run.generator(t, purpose).initial_seed() == seed_of(seed, t, purpose)
+    assert len(draws) == 8
+    assert torch.rand((), generator=run.generator(1, "x")) == torch.rand((), generator=run.generator(1, "x"))
+
+
+# ---------------------------------------------------------------- a run that died
+
+
+def test_a_run_resumes_at_the_step_and_the_shard_it_had_reached(start, data, here, monkeypatch):
+    """What is finished is not computed again: neither responses nor steps."""
+    steps, prompts = [], []
+    take = spin.take_step
+
+    def step(*args):
+        steps.append(1)
+        if len(steps) == 7:  # of 5 steps in the first iteration and 9 in the second
+            raise OSError(errno.EIO, "the disk has gone")
+        return take(*args)
+
+    monkeypatch.setattr(spin, "take_step", step)
+    spy(monkeypatch, Player, "respond", lambda args, _: prompts.append(len(args[1])))
+    assert spin.main(small(start, data)) == 1
+    assert spin.main(small(start, data)) == 0
+    _, examples, run = begin(start, data, here / "again")
+    assert len(steps) == 5 + 9 + 1
+    assert sum(prompts) == 2 * len(examples) + (1 + 2 * 3) * len(run.heldout)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_run_on_cuda_resumes(start, data, here, rank):
+    """Not bit-identical there, but with nothing lost or doubled, and with the random numbers of dropout in place."""
+    argv = small(start, data, device="cuda", rank=rank, lr=1e-3, alpha=0.5, history=0)
+    steps = itertools.count(1)
+    die_at(spin, "take_step", argv, lambda *args: next(steps) == 8, script=family)
+    assert family.main(argv) == 0
+    first = {name: rows(here / f"run/{name}") for name in ("metrics.jsonl", "steps-1.jsonl")}
+    shutil.rmtree(here / "run")
+    assert family.main(argv) == 0
+    for name, lines in first.items():
+        again = rows(here / f"run/{name}")
+        assert [line.get("step") for line in lines] == [line.get("step") for line in again]
+        assert lines[-1]["loss"] == pytest.approx(again[-1]["loss"], rel=0.05)
+
+
+def test_sft_resumes_and_ends_as_if_it_had_never_died(start, data, here, monkeypatch):
+    argv, steps = small_sft(start, data), []
+    spy(monkeypatch, spin, "take_step", lambda *args: steps.append(1))
+    die_at(spin, "take_step", argv, lambda *args: len(steps) == 6, script=sft)
+    assert len(steps) == 6
+    assert sft.main(argv) == 0
+    stopped = tree(here)
+    shutil.rmtree(here / "run")
+    assert sft.main(argv) == 0
+    assert tree(here) == stopped and len(steps) == 2 * 10
+
+
+def test_responses_are_never_sampled_again_for_scores_that_exist(start, data, here, monkeypatch):
+    """Died in training, resumed with another --gen-batch: sampling again might give other responses than those scored.
+
+    The shards keep the size that the run began with.
+    """
+    die_at(spin, "take_step", small(start, data))
+    sampled = []
+    spy(monkeypatch, Player, "respond", lambda args, _: sampled.append(len(args[1])))
+    assert spin.main(small(start, data, gen_batch=3)) == 0
+    assert sum(sampled) == 68 + 2 * 2 * 12  # those of the second iteration, and both evaluations
+
+
+def test_previous_pairs_that_are_gone_are_an_error(begun, start, data, capsys):
+    """--mix-previous trains on the pairs of the previous iteration again: never silently without them."""
+    (begun / "run/pairs-0.jsonl").unlink()
+    assert spin.main(small(start, data)) == 2
+    assert "run/pairs-0.jsonl: missing; restore it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "pairs-0.jsonl", "iterate-1/adapter_model.safetensors", "run.json"])
+def test_a_damaged_file_is_named(begun, start, data, capsys, name):
+    """Disks fail, too: one line with the file's name, or, for the record, that this is no run."""
+    path = begun / "run" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert spin.main(small(start, data)) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and (name in error or "--out run" in error), error
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_weights_that_were_being_saved_when_the_process_was_killed_leave_nothing(start, data, here, rank):
+    """save_pretrained and save_adapter write into a new directory beside the files, which SIGKILL leaves behind."""
+    argv = small(start, data, rank=rank, lr=1e-3)
+    die_at(Run, "finish_iterate", argv, lambda run, *rest: run.iterate == 2)
+    for name in ("iterate-2", "final"):
+        (here / "run" / name / ".tmp-abc").mkdir(parents=True)
+        (here / "run" / name / ".tmp-abc/model.safetensors").write_text("half of it")
+    assert spin.main(argv) == 0
+    assert not [name for name in tree(here) if ".tmp" in name]
+
+
+@pytest.mark.parametrize("command, options", [("spin", {}), ("family", {"rank": 0, "alpha": 0.5, "lr": 1e-3})])
+def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsys, command, options):
+    """It is read again: with LoRA for final/, with --alpha and full parameters as the base policy."""
+    model = shutil.copytree(start, here / "model")
+
+    def change(*args) -> bool:
+        GPTNeo(GPTNeoConfig.from_json(start / "config.json")).init_weights().save_pretrained(model)
+        return False
+
+    argv = flags(model, data, "run", **options)
+    original, script = spin.score, SCRIPTS[command]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spin, "score", lambda *args: (change(), original(*args))[1])
+        assert script.main(argv) == 1
+    error = capsys.readouterr().err
+    assert f"--model {model}: has changed since the run began" in error and error.count("\n") == 1
+    for path in start.iterdir():
+        shutil.copy(path, model)
+    assert script.main(argv) == 0
+
+
+def test_dropout_of_the_config_is_off_unless_asked_for(start, data, tmp_path):
+    """The opponent is scored without it: the first loss is ln 2 and every margin 0. --dropout keeps it."""
+    model = shutil.copytree(start, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"embed_dropout": 0.3, "attention_dropout": 0.3, "resid_dropout": 0.3}
+    (model / "config.json").write_text(json.dumps(config))
+    for dropout in (None, True):
+        out = tmp_path / str(dropout)
+        assert spin.main(flags(model, data, out, rank=0, lr=1e-3, dropout=dropout)) == 0
+        first = rows(out / "steps-0.jsonl")[0]
+        assert (abs(first["loss"] - math.log(2)) < 1e-6) == (dropout is None)
+        assert json.loads((out / "final/config.json").read_text())["embed_dropout"] == 0.3, "final/ is as the start"
+
+
+def test_another_torch_is_warned_of(begun, start, data, capsys):
+    found = record.read(begun / "run") | {"torch": "1.0"}
+    record.write(begun / "run", found)
+    assert spin.main(small(start, data)) == 0
+    assert "warning: the run began with torch 1.0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the same run, or another
+
+
+@pytest.mark.parametrize(
+    "name, value, old",
+    [
+        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 3, "2"), ("rank", 8, "4"),
+        ("optimizer", "rmsprop", "adamw"), ("temperature", 0.5, "1.0"), ("template", "{prompt}", "Instruction"),
+        ("precision", "bf16", "fp32"), ("mix_previous", None, "True"), ("max_new_tokens", 9, "8"), ("batch", 8, "16"),
+    ],
+)  # fmt: skip
+def test_options_that_would_change_the_outcome_are_refused(begun, start, data, capsys, name, value, old):
+    before = tree(begun)
+    assert spin.main(small(start, data, **{name: value})) == 2
+    error = capsys.readouterr().err
+    assert f"--{name.replace('_', '-')} " in error and old in error and error.count("\n") == 1, error
+    assert tree(begun) == before
+
+
+def test_options_of_memory_and_speed_may_change(begun, start, data, capsys):
+    """Another cache and saving interval; the outcome differs by rounding alone, so the run resumes."""
+    changes = dict(gen_batch=4, gen_tokens=500, checkpoint=True, save_minutes=5, best="sampled")
+    assert spin.main(small(start, data, precision="auto", **changes)) == 0, "fp32 on a CPU, as it was"
+    assert "resuming run: 1 of 2 iterations are finished" in capsys.readouterr().out
+    assert json.loads((begun / "run/run.json").read_text())["best"]["metric"] == "sampled"
+
+
+def test_micro_batches_may_change_unless_there_is_dropout(begun, start, data, here, capsys):
+    """Which numbers dropout draws depends on how a batch is cut, so the outcome would change."""
+    assert spin.main(small(start, data, micro_tokens=100)) == 2
+    assert "--micro-tokens 100: the run in run began with 800" in capsys.readouterr().err
+    shutil.rmtree(here / "run")
+    die_at(Run, "finish_iterate", small(start, data, lora_dropout=0), lambda run, *rest: run.iterate == 2)
+    assert spin.main(small(start, data, lora_dropout=0, micro_tokens=100)) == 0
+
+
+def test_data_and_weights_must_be_the_same_wherever_they_are(begun, start, data, capsys):
+    moved = shutil.copytree(start, begun / "moved")
+    (begun / "words.jsonl").write_text(data.read_text())
+    assert spin.main(small(start, data, eval_data=data)) == 2
+    assert "--data: not the contents" in capsys.readouterr().err, "none of them is held out then"
+    changed = data.read_text().splitlines(keepends=True)
+    (begun / "changed.jsonl").write_text("".join([changed[1], changed[0], *changed[2:]]))
+    assert spin.main(small(start, begun / "changed.jsonl")) == 2
+    assert "--data: not the contents that the run in run began with (sha256" in capsys.readouterr().err
+    other = shutil.copytree(start, begun / "other")
+    GPTNeo(GPTNeoConfig.from_json(start / "config.json")).init_weights().save_pretrained(other)
+    assert spin.main(small(other, data)) == 2
+    assert "--model: not the contents" in capsys.readouterr().err
+    tokens = json.loads((start / "tokenizer.json").read_text())
+    (other / "model.safetensors").write_bytes((start / "model.safetensors").read_bytes())
+    (other / "tokenizer.json").write_text(json.dumps(tokens | {"decoder": None}))
+    assert spin.main(small(other, data)) == 2
+    assert "--model: not the contents" in capsys.readouterr().err
+    assert spin.main(small(moved, begun / "words.jsonl")) == 0
+    assert spin.main(small(start, begun / "changed.jsonl")) == 2, "a finished run, but not of these data"
+    assert "--data: not the contents" in capsys.readouterr().err
+
+
+def test_a_scorer_must_be_the_same_wherever_it_is(start, data, here, capsys):
+    """Neither may one be added to a run, nor may its file change; the file may move."""
+    source = "def judge(prompt, responses):\n    return [1, 0]\n"
+    for name, text in (("judge", source), ("moved", source), ("other", source.replace("1, 0", "0, 1"))):
+        (here / f"{name}.py").write_text(text)
+    die_at(spin, "take_step", small(start, data), script=family)
+    assert family.main(small(start, data, scorer="judge.py:judge")) == 2
+    assert "--scorer: not the contents" in capsys.readouterr().err, "the run began without a scorer"
+    shutil.rmtree(here / "run")
+    die_at(spin, "take_step", small(start, data, scorer="judge.py:judge"), script=family)
+    for scorer in ("other.py:judge", None):
+        assert family.main(small(start, data, scorer=scorer)) == 2
+        assert "--scorer: not the contents" in capsys.readouterr().err
+    assert family.main(small(start, data, scorer="moved.py:judge")) == 0
+
+
+def test_given_pairs_must_be_the_same(start, data, here, capsys):
+    """The message names the flag that was given."""
+    lines = [json.dumps({"prompt": prompt, "chosen": "B", "rejected": "D"}) for prompt in "ab"]
+    (here / "pairs.jsonl").write_text("\n".join(lines))
+    argv = flags(start, None, "run", pairs="pairs.jsonl", eval_data=data)
+    die_at(spin, "take_step", argv, script=family)
+    (here / "pairs.jsonl").write_text("\n".join(reversed(lines)))
+    assert family.main(argv) == 2
+    assert "--pairs: not the contents" in capsys.readouterr().err
+
+
+def test_a_run_of_one_script_is_not_resumed_by_another(begun, start, data, capsys):
+    before = tree(begun)
+    assert sft.main(small_sft(start, data, gen_batch=None)) == 2
+    assert "command 'sft': the run in run began with 'spin'" in capsys.readouterr().err
+    assert family.main(small(start, data)) == 2
+    assert "command 'family': the run in run began with 'spin'" in capsys.readouterr().err
+    assert tree(begun) == before
+
+
+def test_an_option_of_another_version_is_refused(begun, start, data, capsys):
+    found = record.read(begun / "run")
+    found["args"]["gone"] = 1
+    record.write(begun / "run", found)
+    assert spin.main(small(start, data)) == 2
+    assert "--gone None: the run in run began with 1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the record and the lock
+
+
+def test_two_processes_do_not_share_a_directory(begun, start, data, capsys):
+    with locked(begun / "run"):
+        assert spin.main(small(start, data)) == 2
+    assert "--out run: another process is at work in it" in capsys.readouterr().err
+
+
+def test_a_run_that_died_in_its_first_write_begins_again(start, data, here):
+    (here / "run/.tmp-abc").mkdir(parents=True)
+    (here / "run/.tmp-abc/run.json").write_text("{")
+    assert spin.main(small(start, data, iterations=1)) == 0
+    assert not (here / "run/.tmp-abc").exists()
+
+
+def test_files_of_a_process_that_ran_while_this_one_loaded_are_not_taken_over(start, data, here, monkeypatch, capsys):
+    """It ran with other options in the same folder, and ended before this process took the lock."""
+    original = cli.setup
+
+    def setup(*args):
+        loaded = original(*args)
+        monkeypatch.setattr(cli, "setup", original)
+        assert spin.main(small(start, data, seed=1, iterations=1)) == 0
+        return loaded
+
+    monkeypatch.setattr(cli, "setup", setup)
+    assert spin.main(small(start, data)) == 2
+    assert "another process was at work in it a moment ago" in capsys.readouterr().err
+    assert json.loads((here / "run/run.json").read_text())["args"]["seed"] == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"args": {}, "digests": {}}', "not JSON"])
+def test_a_folder_with_another_run_json_is_refused(start, data, here, capsys, text):
+    (here / "run").mkdir()
+    (here / "run/run.json").write_text(text)
+    assert spin.main(small(start, data)) == 2
+    assert "run/run.json: damaged, or of another version" in capsys.readouterr().err
+    assert tree(here) == {"run/run.json": text.encode()}
+
+
+# ---------------------------------------------------------------- the end of a run
+
+
+def test_a_finished_run_says_so(start, data, here, capsys):
+    """The same command changes nothing (uclaml #10: duplicate rows), a command with other options is refused."""
+    assert spin.main(small(start, data, iterations=1)) == 0
+    before = tree(here)
+    assert not [path for path in before if path.endswith(".tmp")]
+    assert len(rows(here / "run/metrics.jsonl")) == 2
+    capsys.readouterr()
+    assert spin.main(small(start, data, iterations=1)) == 0
+    assert "run: this run is finished" in capsys.readouterr().out
+    assert tree(here) == before
+    (here / "run/resume").mkdir()  # of a run that died in its last line
+    assert spin.main(small(start, data, iterations=1)) == 0
+    assert tree(here) == before and not (here / "run/resume").exists()
+    assert spin.main(small(start, data, iterations=1, seed=7)) == 2
+    assert "--seed 7" in capsys.readouterr().err
+    assert tree(here) == before
+
+
+def test_the_best_iterate_is_kept_and_named(start, data, here, capsys):
+    """A learning rate that spoils the player in the second iteration: the first iterate is the best by NLL."""
+    assert spin.main(small(start, data, lr="1e-2,1")) == 0
+    captured = capsys.readouterr()
+    nll = [row["nll"] for row in rows(here / "run/metrics.jsonl")]
+    best = nll.index(min(nll))
+    assert best == 1, nll
+    assert "Best by nll: iterate 1 (run/iterate-1)." in captured.out and (here / "run/iterate-1").is_dir()
+    assert json.loads((here / "run/run.json").read_text())["best"] == {"iterate": 1, "metric": "nll"}
+    assert "spin.py: warning: iterate 2: held-out real responses lost" in captured.err
+
+
+def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):
+    """final/ loads without adapters, here and in transformers, and scores as the last iterate does."""
+    from transformers import GPTNeoForCausalLM
+
+    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    player, _, run = begin(start, data, tmp_path / "again")
+    lora.load_adapter(player.model, tmp_path / "run/iterate-1")
+    final = GPTNeo.from_pretrained(tmp_path / "run/final")
+    ids = torch.tensor([run.heldout[0].prompt_ids])
+    expected = player.model.logits(player.model(ids))
+    torch.testing.assert_close(final.logits(final(ids)), expected, atol=1e-4, rtol=0)
+    theirs = GPTNeoForCausalLM.from_pretrained(tmp_path / "run/final")
+    torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_final_model_of_a_bf16_run_keeps_the_fp32_base(start, data, tmp_path):
+    """The adapter is merged into the base as it is on disk, not into the bf16 copy that was trained on."""
+    assert spin.main(flags(start, data, tmp_path / "run", precision="bf16", lr=1e-4)) == 0
+    expected = GPTNeo.from_pretrained(start)
+    lora.load_adapter(expected, tmp_path / "run/iterate-1")
+    lora.merge(expected)
+    lora.remove_lora(expected)
+    final = GPTNeo.from_pretrained(tmp_path / "run/final")
+    for name, parameter in final.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+    wte = final.transformer["wte"].weight
+    assert not torch.equal(wte, wte.bfloat16().float()), "nothing would be lost in bf16: the test would prove nothing"

@@ -1,0 +1,98 @@
+"""runtime/training.py: checkpoints of training, and steps whose loss or gradient is not finite."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from helpers import SCRIPTS, begin, die_at, flags, rows, small, spy, tree
+
+import spin
+from runtime import storage
+from runtime.data import Pair
+from runtime.run import Run
+
+
+def test_a_trained_player_is_not_trained_again(start, data, here, monkeypatch):
+    """A checkpoint follows the last step, however long --save-minutes is; a finished iterate's are removed."""
+    argv = small(start, data, save_minutes=1000)
+    die_at(Run, "evaluate", argv, lambda run, player: run.iterate == 2)
+    assert [p.name for p in sorted((here / "run/resume").iterdir())] == ["iterate-0", "iterate-2"]
+    monkeypatch.setattr(spin, "take_step", None)
+    assert spin.main(argv) == 0
+
+
+@pytest.mark.parametrize("save_minutes, checkpoints", [(0, 5), (1000, 1)])
+def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, monkeypatch, save_minutes, checkpoints):
+    """--save-minutes 0: after each of five steps. The log on disk is never behind the checkpoint."""
+    logs = []
+
+    def look(args, _):
+        path, _, _, progress = args
+        log = rows(path.parents[2] / "steps-0.jsonl")
+        assert len(log) == int(progress["steps"])
+        logs.append(len(log))
+
+    spy(monkeypatch, storage, "save_training", look)
+    assert spin.main(flags(start, data, tmp_path / "run", save_minutes=save_minutes)) == 0
+    assert logs == [1, 2, 3, 4, 5][-checkpoints:]
+
+
+@pytest.mark.parametrize("command", ["spin", "sft"])
+def test_three_steps_that_are_not_finite_stop_the_run(command, start, data, tmp_path, capsys):
+    """A first step that makes all weights huge makes the second step's loss NaN: exit code 1, the steps named.
+
+    What was written before stays, and no iterate 1 is written.
+    """
+    diverge = dict(rank=0, lr=1e3, weight_decay=1e30, warmup=0, beta=1.0 if command == "spin" else None)
+    assert SCRIPTS[command].main(flags(start, data, tmp_path / "out", **diverge)) == 1
+    error = capsys.readouterr().err
+    assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error and error.count("\n") == 1
+    assert error.startswith(f"{command}.py: error: ")
+    assert not (tmp_path / "out/iterate-1").exists()
+    steps = rows(tmp_path / "out/steps-0.jsonl")
+    assert [step["skipped"] for step in steps] == [False, True, True, True], "the way there is logged"
+    assert steps[-1]["loss"] is None, "NaN is not JSON"
+    assert len(rows(tmp_path / "out/metrics.jsonl")) == 1
+
+
+def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_path, capsys, monkeypatch):
+    """The weights stay as they were, the next step starts from there, and a warning counts it."""
+    weights, players, real = [], [], spin.spin_loss
+
+    def spoiled(*args):
+        weights.append(next(p for p in players[0].model.parameters() if p.requires_grad).detach().clone())
+        return real(*args) * (math.nan if len(weights) == 2 else 1)
+
+    spy(monkeypatch, spin, "train", lambda args, _: players.append(args[0]))
+    monkeypatch.setattr(spin, "spin_loss", spoiled)
+    assert spin.main(flags(start, data, tmp_path / "out", micro_tokens=10**6)) == 0
+    steps = rows(tmp_path / "out/steps-0.jsonl")
+    assert [step["skipped"] for step in steps] == [False, True, False, False, False]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+    assert "steps skipped, since their loss or gradient was not finite: 1" in capsys.readouterr().err
+    row = rows(tmp_path / "out/metrics.jsonl")[-1]
+    assert row["skipped"] == 1 and row["loss"] == steps[-1]["loss"]
+
+
+def test_lines_that_were_logged_after_the_last_checkpoint_are_not_doubled(start, data, here):
+    """The log is appended to before the checkpoint replaces the last one: a death in between leaves lines too many."""
+    argv = small(start, data)
+    die_at(storage, "save_training", argv, lambda path, model, optimizer, progress: progress["steps"] == "3")
+    assert len(rows(here / "run/steps-0.jsonl")) == 3, "one more than the checkpoint knows of"
+    assert spin.main(argv) == 0
+    resumed = tree(here / "run")
+    shutil.rmtree(here / "run")
+    assert spin.main(argv) == 0
+    assert tree(here / "run") == resumed
+
+
+def test_a_tie_counts_as_wrong(start, data, tmp_path):
+    """accuracy is the share of margins above 0; at the first step all are 0, and so is it."""
+    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    first = rows(tmp_path / "run/steps-0.jsonl")[0]
+    assert first["margin"] == pytest.approx(0, abs=1e-5)
+    assert first["accuracy"] < 1
+    player, examples, run = begin(start, data, tmp_path / "again")
+    pair = Pair(examples[0].prompt_ids, examples[0].real_ids, examples[0].real_ids, True, -1.0, -1.0)
+    assert spin.pair_loss(player, [pair], 1.0, spin.spin_loss)["accuracy"].tolist() == [0.0]

@@ -242,9 +242,7 @@ def encode(
 ) -> None:
     """Fills in prompt_ids, real_ids and, for given pairs, generated_ids.
 
-    Special tokens in the text of a prompt are plain text unless `special_tokens` allows them, so that nobody can forge
-    them; those of the template and of responses count.
-
+    Special tokens in the text of a prompt are plain text unless `special_tokens` is set: nobody can forge them.
     Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
     response ends with exactly one end-of-sequence token, whether or not its text has one.
     """
@@ -360,10 +358,7 @@ def held_out(prompt: str, share: float) -> bool:
 
 
 def draw(examples: list[Example], count: int) -> list[Example]:
-    """The `count` examples with the smallest hashes of their prompts, in the order of the file; 0: all.
-
-    The hash does not depend on that of `held_out`, and the choice not on the order of the records.
-    """
+    """The `count` examples whose prompts have the smallest hashes, others than `held_out`'s, in their order; 0: all."""
     ranks = [(hashlib.sha256(f"draw {e.prompt}".encode()).digest(), e.response) for e in examples]
     chosen = sorted(range(len(examples)), key=ranks.__getitem__)[: count or None]
     return [examples[i] for i in sorted(chosen)]

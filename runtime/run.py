@@ -261,9 +261,11 @@ class Run:
 
     def check_start(self, name: str = "model") -> None:
         """Compares the start, or its "adapter", with what it was when the run began. Raises: Stopped."""
-        path = self.start if name == "model" else Path(self.args.adapter)
-        digest = storage.digest_of_model if name == "model" else storage.digest_of_adapter
-        if digest(path) != self.record["digests"][name]:
+        if name == "model":
+            path, digest = self.start, storage.digest_of_model(self.start, with_weights=not self.args.from_scratch)
+        else:
+            path, digest = Path(self.args.adapter), storage.digest_of_adapter(Path(self.args.adapter))
+        if digest != self.record["digests"][name]:
             raise Stopped(
                 f"--{name} {path}: has changed since the run began; restore it, then the same command resumes"
             )
@@ -275,10 +277,10 @@ class Run:
 
     def save_final(self, player: Any) -> None:
         """final/: the last iterate as one plain model that transformers loads too."""
+        self.check_start()  # its tokenizer and, with LoRA, its weights are read again
         model = player.model
         if self.args.rank:
             # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
-            self.check_start()
             model = type(model).from_pretrained(self.start)
             lora.load_adapter(model, self.out / f"iterate-{self.rows[-1]['iterate']}")
             lora.merge(model)

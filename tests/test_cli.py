@@ -135,7 +135,8 @@ def test_unknown_flags_and_missing_recipes_are_one_line_in_every_script(start, d
 
 def test_out_must_be_a_path_that_the_plot_can_name(start, data, tmp_path, capsys):
     """A path that is not UTF-8 would end the run in its last line."""
-    assert "--out '\\udcff': expected a path in UTF-8" in refused(flags(start, data, "\udcff"), tmp_path / "x", capsys)
+    error = refused(flags(start, data, "\udcff"), tmp_path / "x", capsys)
+    assert "--out '\\udcff': expected a printable path in UTF-8" in error
 
 
 def test_an_output_directory_with_something_in_it_is_left_alone(start, data, tmp_path, capsys):

@@ -457,6 +457,20 @@ def test_weights_that_would_need_scales_are_refused(dtype, tmp_path):
         GPTNeo.from_pretrained(tmp_path)
 
 
+class Greedy:
+    """Unpickling it asks for 10 TB, which torch's safe unpickler allows."""
+
+    def __reduce__(self):
+        return bytearray, (10**13,)
+
+
+def test_a_pickle_that_asks_for_any_amount_of_memory_is_damaged(tmp_path):
+    (file,) = store(GPTNeo(GPTNeoConfig(**TINY)), tmp_path, "zip")
+    torch.save({"x": Greedy()}, file)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: not a weight file .*MemoryError"):
+        GPTNeo.from_pretrained(tmp_path)
+
+
 def test_load_weights_refuses_what_does_not_fit(tmp_path):
     model = GPTNeo(GPTNeoConfig(**TINY))
     model.save_pretrained(tmp_path)
@@ -488,6 +502,10 @@ def test_lack_of_memory_is_not_called_damage(reads, error, tmp_path, monkeypatch
     with pytest.raises(type(error)) as raised:
         GPTNeo.from_pretrained(tmp_path)
     assert raised.value is error
+    if reads == "safe_open":
+        error = MemoryError()
+        with pytest.raises(MemoryError):
+            GPTNeo.from_pretrained(tmp_path)
 
 
 # ---- input of any kind and size ----

@@ -162,7 +162,7 @@ WRONG = [
     *(("device", text, "auto, cpu, cuda or cuda:N")
       for text in ("", "tpu", "cuda:", "cuda:100", "cuda:00", "cuda:\u0663", "cuda:999999", "CPU", "cpu\0", " cpu")),
     *(("template", text, "{prompt}") for text in ("", "no slot", "{prompt", "\udcff{prompt}")),
-    *(("out", text, "a path in UTF-8") for text in ("\udcff", "a\0b")), ("lora_targets", "c_fc,", "names"),
+    *(("out", text, "a printable path in UTF-8") for text in ("\udcff", "a\0b")), ("lora_targets", "c_fc,", "names"),
 ]  # fmt: skip
 
 

@@ -93,6 +93,6 @@ def test_a_tie_counts_as_wrong(start, data, tmp_path):
     first = rows(tmp_path / "run/steps-0.jsonl")[0]
     assert first["margin"] == pytest.approx(0, abs=1e-5)
     assert first["accuracy"] < 1
-    player, examples, run = begin(start, data, tmp_path / "again")
+    player, examples, _ = begin(start, data, tmp_path / "again")
     pair = Pair(examples[0].prompt_ids, examples[0].real_ids, examples[0].real_ids, True, -1.0, -1.0)
     assert spin.pair_loss(player, [pair], 1.0, spin.spin_loss)["accuracy"].tolist() == [0.0]

@@ -1,0 +1,178 @@
+"""benchmarks/: errors and time limits cost no other case its figures, results are written at once, kernels do not spill."""
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import bench
+import pytest
+import torch
+from bench import PARTS, Case, Results, Ways
+
+CPU = torch.device("cpu")
+
+
+def broken() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+def case(name: str, estimate: float = 0.0, **calls: Callable) -> Case:
+    calls = calls or {"ours": lambda: torch.ones(1000)}
+    return Case(name, lambda: Ways(calls, rates={"ours": (2, "pairs")}), estimate=estimate)
+
+
+@pytest.fixture
+def results(tmp_path) -> Results:
+    return Results(tmp_path, CPU)
+
+
+def stored(results: Results) -> dict[str, dict]:
+    return json.loads(results.path.read_text())["cases"]
+
+
+def test_a_case_that_cannot_be_built_ends_no_other(results, capsys):
+    planned = [Case("broken", broken), case("whole")]
+    assert bench.run_part("kernel", planned, results, CPU, 0.0, float("inf")) is None
+    assert stored(results)["broken"]["failed"] == "failed: OutOfMemoryError: CUDA out of memory."
+    assert stored(results)["whole"]["ways"]["ours"]["runs"] == 5
+    assert "failed: OutOfMemoryError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("good_calls", [0, 2, 4])
+def test_a_way_that_raises_ends_no_other(results, good_calls):
+    """In its first call, while its memory is measured, and between two timed rounds."""
+    calls = []
+
+    def fails_later() -> None:
+        calls.append(None)
+        if len(calls) > good_calls:
+            broken()
+
+    bench.run_part("kernel", [case("mixed", ours=fails_later, peer=torch.empty)], results, CPU, 0.0, float("inf"))
+    bench.run_part("kernel", [case("mixed", ours=fails_later, peer=lambda: torch.ones(9))], results, CPU, 0.0, 1e9)
+    ways = stored(results)["mixed"]["ways"]
+    assert ways["ours"]["failed"].startswith("OutOfMemoryError") and "median_ms" not in ways["ours"]
+    assert ways["peer"]["runs"] == 5
+    assert "OutOfMemoryError" in "\n".join(bench.lines_of(ways))
+
+
+def test_results_are_written_after_each_case_and_keep_those_of_others(results):
+    results.put("of another run", ways={})
+    seen = []
+    planned = [
+        case("first"),
+        Case("second", lambda: (seen.append(list(stored(results))), Ways({"ours": torch.get_num_threads}))[1]),
+    ]
+    bench.run_part("training", planned, Results(results.path.parent, CPU), CPU, 0.0, float("inf"))
+    assert seen == [["of another run", "first"]]
+    assert list(stored(results)) == ["of another run", "first", "second"]
+    assert [path.name for path in results.path.parent.iterdir()] == [results.path.name]
+
+
+def test_a_run_that_is_killed_keeps_the_ways_measured_so_far(results):
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_part("kernel", [case("cut", ours=lambda: torch.ones(9), peer=killed)], results, CPU, 0.0, 1e9)
+    assert stored(results)["cut"]["ways"]["ours"]["peak_mib"] > 0
+
+
+def test_cases_beyond_the_limit_are_skipped_and_named(results, capsys):
+    bench.run_part("kernel", [case("late")], results, CPU, 0.0, 0.0)
+    assert not results.path.exists()
+    assert "1 cases skipped at the limit of 0.0 min:\nlate" in capsys.readouterr().out
+
+
+def test_a_case_is_cut_off_at_the_deadline(monkeypatch):
+    """Rounds end, also before the minimum; a way that was never timed says so, and figures so far stay."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock.now)
+
+    def slow() -> None:
+        clock.now += 10
+
+    ways = Ways({"ours": slow, "peer": slow, "late": slow}, rounds=1)
+    rows = bench.measure(ways, CPU, 0.0, deadline=15)
+    assert [row.get("failed") for row in rows.values()] == [*["not run: the time limit has passed"] * 3]
+    clock.now = 0.0
+    rows = bench.measure(Ways({"ours": slow}, rounds=3), CPU, 0.0, deadline=25)
+    assert rows["ours"]["runs"] == 2 and rows["ours"]["median_ms"] == 10_000
+
+
+def test_a_dead_gpu_ends_the_process_and_the_rest_resumes_in_another(monkeypatch, results):
+    monkeypatch.setattr(bench, "alive", lambda device: False)
+    assert bench.run_part("kernel", [case("first"), case("second")], results, CPU, 0.0, float("inf")) == 1
+    assert list(stored(results)) == ["first"]
+    commands = []
+    planned = SimpleNamespace(cases=lambda device: [case("first"), case("second")])
+    monkeypatch.setattr(bench.importlib, "import_module", lambda name: planned)
+
+    def restart(path: str, command: list[str]) -> None:
+        commands.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(bench.os, "execv", restart)
+    with pytest.raises(SystemExit):
+        bench.main(["kernel", "training", "--results", str(results.path.parent), "--skip", "1", "--minutes", "5"])
+    assert commands[0][2:4] == ["kernel", "training"]
+    for option, value in (("--skip", "2"), ("--spent", "0.00"), ("--minutes", "5.0")):
+        assert commands[0][commands[0].index(option) + 1] == value
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(bench.subprocess, "run", missing)
+    assert bench.current_commit() == "unknown"
+
+
+def test_missing_peers_are_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    bench.main(["kernel", "--device", "cuda", "--list"])
+    assert "pip install trl liger-kernel cut-cross-entropy\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_part_has_cases_with_names_of_their_own(kind):
+    """Naming them allocates nothing. On a GPU each part ends within the limit, by its estimates."""
+    names = []
+    for part in PARTS:
+        cases = bench.importlib.import_module(f"{part}_cases").cases(torch.device(kind))
+        names += [case.name for case in cases]
+        if kind == "cuda":
+            assert 0 < sum(case.estimate for case in cases) <= 60 * bench.GPU_MINUTES
+    assert len(names) == len(set(names)) > 8
+
+
+def test_tables_of_results_with_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    (tmp_path / "README.md").write_text("head\n<!-- results -->\nold\n<!-- end of results -->\ntail\n")
+    results = Results(tmp_path / "results", CPU)
+    bench.run_part("kernel", [Case("broken", broken), case("whole")], results, CPU, 0.0, float("inf"))
+    bench.renew_tables()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
+    assert "failed: OutOfMemoryError" in text and "| ours | " in text
+
+
+# ---- compiled kernels ----
+
+
+def test_kernels_do_not_spill_on_hopper_and_load_16_bytes_at_once():
+    """Every variant that 8192 rows at D = 2560, V = 50257 in bf16 launch."""
+    pytest.importorskip("triton.compiler")
+    import compile_kernels
+
+    variants = compile_kernels.default_variants(90)
+    assert {variant.kernel for variant in variants} == {
+        "_logprobs_kernel", "_gradient_kernel", "_hidden_gradient_kernel"
+    }  # fmt: skip
+    try:
+        codes = {str(variant): compile_kernels.compiled(variant, 90) for variant in variants}
+    except OSError as error:
+        pytest.skip(f"no tools of triton: {error}")
+    for name, code in codes.items():
+        assert (code.spills, code.stack) == (0, 0), name
+        assert max(code.loads) == 128, name

@@ -167,20 +167,22 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     count = len(examples)
     prompts = min(args.prompts or count, count)
     prompt = sum(len(e.prompt_ids) for e in examples) / count
-    real = sum(len(e.real_ids) for e in examples) / count or args.max_new_tokens  # prompts may have no answers
+    limit = args.max_new_tokens
+    real = sum(len(e.real_ids) for e in examples) / count or limit  # prompts may have no answers
+    written = sum(min(len(e.real_ids), limit) for e in examples) / count or limit  # of a generated response
     epochs = [value_at(args.epochs, t) for t in range(args.iterations)]
     items = [prompts * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
     steps = [epoch * -(-n // args.batch) for epoch, n in zip(epochs, items)]
-    tokens = (prompt + real * (1 if supervised else 2)) / args.iterations  # of an item, for the mean over iterations
+    tokens = (prompt + real + (0 if supervised else written)) / args.iterations  # of an item, for the mean over these
     times = {
-        "generate": prompts * args.responses_per_prompt * real * seconds["generate"],
+        "generate": prompts * args.responses_per_prompt * written * seconds["generate"],
         "score": tokens * sum(items) * args.scoring_passes * seconds["score"],
         "train": tokens * sum(epoch * n for epoch, n in zip(epochs, items)) * seconds["train"],
-        "evaluate": 2 * len(run.heldout) * (real * seconds["generate"] + (prompt + real) * seconds["score"]),
+        "evaluate": 2 * len(run.heldout) * (written * seconds["generate"] + (prompt + real) * seconds["score"]),
     }
     if supervised:
         times = {phase: times[phase] for phase in ("train", "evaluate")}
-    longer = sum(len(e.real_ids) > args.max_new_tokens for e in examples)
+    longer = sum(len(e.real_ids) > limit for e in examples)
     trained = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items())
     lines = {
@@ -188,7 +190,7 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",
         "data": f"{args.source[1]}: {count:,} examples to train on, {len(run.heldout):,} held out",
         "lengths": f"prompts {prompt:.0f} tokens, the longest {max(len(e.prompt_ids) for e in examples)}; "
-        f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {args.max_new_tokens}",
+        f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {limit}",
         "iterations": f"{args.iterations}, each of {prompts:,} prompts; steps: {', '.join(map(str, steps))}",
         "memory": f"about {gib(max(peak, needs.generation))} of {gib(memory_of(run.device))}",
         "disk": f"up to {gib(needs.disk)} of {gib(disk_left_for(run.out))} in {run.out}",

@@ -112,18 +112,23 @@ def test_rehearsal_measures_every_phase_and_leaves_the_weights_as_they_are(start
 
 
 def test_times_of_the_plan_add_up(start, data, tmp_path):
-    """Token by token: each prompt generated once, scored twice with --alpha, trained on once and then three times."""
-    options = dict(rank=0, alpha=0.5, epochs="1,3", iterations=2, mix_previous=True, eval_limit=4)
+    """Token by token: each prompt generated once, scored twice with --alpha, trained on once and then three times.
+
+    No generated response is longer than --max-new-tokens, as some real ones are.
+    """
+    options = dict(rank=0, alpha=0.5, epochs="1,3", iterations=2, mix_previous=True, eval_limit=4, max_new_tokens=5)
     _, examples, run = begin(start, data, tmp_path / "run", command="family", **options)
     text = plan.describe(examples, run, {"generate": 0.1, "score": 0.01, "train": 0.02}, peak=2**31)
     real = sum(len(e.real_ids) for e in examples)
     prompts = sum(len(e.prompt_ids) for e in examples)
-    pair = prompts + 2 * real
+    written = sum(min(len(e.real_ids), 5) for e in examples)
+    assert written < 0.9 * real
+    pair = prompts + real + written
     expected = {
-        "generate": 0.1 * real,
+        "generate": 0.1 * written,
         "score": 2 * 0.01 * (pair + 2 * pair) / 2,  # pairs of the previous iteration from the second on
         "train": 0.02 * (pair + 3 * 2 * pair) / 2,
-        "evaluate": 2 * 4 * (0.1 * real + 0.01 * (prompts + real)) / len(examples),
+        "evaluate": 2 * 4 * (0.1 * written + 0.01 * (prompts + real)) / len(examples),
     }
     for phase, seconds in expected.items():
         assert f"{phase} {duration(seconds)}" in text

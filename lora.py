@@ -5,7 +5,7 @@
     save_adapter(model, "adapter")           # PeftModel.from_pretrained(base_model, "adapter") can load it
     merge(model); remove_lora(model)         # a plain model again, with the update in its weights
 
-Needs torch and safetensors only; copy this file alone into another code base.
+Needs torch and safetensors only (safetensors needs numpy); copy this file alone into another code base.
 
 Shapes: in, out = features of the linear layer, r = rank, ... = any leading dimensions.
 """
@@ -13,6 +13,8 @@ Shapes: in, out = features of the linear layer, r = rank, ... = any leading dime
 import json
 import math
 import os
+import stat
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +22,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")  # all linear layers of a GPT-Neo block
 
+CONFIG_BYTES = 2**20  # the largest adapter_config.json that is read
+
 # The fields of adapter_config.json. A field in none of these tables must be null, false, {} or []: load_adapter rejects
 # an option that is not implemented here and never ignores one.
 IMPLEMENTED_FIELDS = {  # field: whether a value is valid
-    "r": lambda r: type(r) is int and r >= 1,
+    "r": lambda r: type(r) is int and 1 <= r < 2**31,
     "lora_alpha": lambda alpha: type(alpha) in (int, float) and abs(alpha) < 2**31,
     "lora_dropout": lambda dropout: type(dropout) in (int, float) and 0 <= dropout < 1,
     "target_modules": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
@@ -193,10 +197,11 @@ def unmerge(model: nn.Module) -> None:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, in PEFT's format, into folder `path`.
 
-    Each file is replaced atomically, but not the two together: give every adapter its own folder.
+    Both are written into a new directory .tmp-* inside `path`, synced, and moved out of it one after the other: give
+    every adapter its own folder.
 
-    Raises: ValueError if there are no LoRA layers or they differ in rank, alpha or dropout; OSError naming the file if
-    it cannot be written.
+    Raises: ValueError if there are no LoRA layers or they differ in rank, alpha or dropout; OSError naming the folder
+    if it cannot be written.
     """
     layers = dict(lora_layers(model))
     options = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
@@ -206,9 +211,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name
     config |= zip(("r", "lora_alpha", "lora_dropout"), options.pop(), strict=True)
     tensors = {_tensor_key(name, "lora_A"): layer.lora_A.detach().cpu().contiguous() for name, layer in layers.items()}
     tensors |= {_tensor_key(name, "lora_B"): layer.lora_B.detach().cpu().contiguous() for name, layer in layers.items()}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    _write_atomically(Path(path, "adapter_model.safetensors"), save(tensors, metadata={"format": "pt"}))
-    _write_atomically(Path(path, "adapter_config.json"), json.dumps(config, indent=2).encode())
+    _write_files(
+        Path(path),
+        {
+            "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+            "adapter_config.json": json.dumps(config, indent=2).encode(),
+        },
+    )
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -220,11 +229,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     file if it is damaged, sets an option that is not implemented here, or does not match the model.
     """
     config = _read_config(Path(path, "adapter_config.json"))
-    file = Path(path, "adapter_model.safetensors")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged, or not a safetensors file ({error})") from error
     rank, alpha, dropout, targets = (config[field] for field in IMPLEMENTED_FIELDS)
     existing = dict(lora_layers(model))
     for name, layer in existing.items():
@@ -240,13 +244,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         expected[_tensor_key(name, "lora_A")] = (rank, layer.in_features)
         expected[_tensor_key(name, "lora_B")] = (layer.out_features, rank)
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != expected:  # a tensor of a wrong shape is both missing and unexpected
-        missing = expected.items() - found.items()
-        unexpected = found.items() - expected.items()
-        raise ValueError(f"{file}: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
-    if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in tensors.values()):
-        raise ValueError(f"{file}: holds other numbers than floating-point ones of 16 bits or more")
+    tensors = _read_tensors(Path(path, "adapter_model.safetensors"), expected)
     if not existing:
         add_lora(model, rank, alpha, dropout, targets)
     with torch.no_grad():
@@ -260,15 +258,16 @@ def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Li
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets = {targets!r}: must be a list of module names, not empty")
     modules = dict(model.named_modules())
-    matches = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
-    for target, names in matches.items():
+    found = set()
+    for target in dict.fromkeys(targets):
+        names = [name for name in modules if f".{name}".endswith(f".{target}")]
         if not names:
-            raise ValueError(f"target {target!r} matches no module of {type(model).__name__}")
+            raise ValueError(f"target {target!r:.200} matches no module of {type(model).__name__}")
         for name in names:
             # A subclass is rejected: nn.MultiheadAttention reads the weight of its out_proj without calling it.
             if type(modules[name]) not in (nn.Linear, LoRALinear):
                 raise ValueError(f"target {name!r} is a {type(modules[name]).__name__}, not a plain nn.Linear")
-    found = {name for names in matches.values() for name in names}
+        found.update(names)
     return {name: module for name, module in modules.items() if name in found}
 
 
@@ -285,22 +284,55 @@ def _tensor_key(name: str, part: str) -> str:
     return f"base_model.model.{name}.{part}.weight"
 
 
-def _write_atomically(file: Path, content: bytes) -> None:
-    """Writes under a temporary name, syncs and renames. Raises: OSError naming the file."""
-    temporary = file.with_name(file.name + ".tmp")
+def _write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes files into a new directory in `folder`, syncs them and moves them out. Raises: OSError naming `folder`."""
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:  # the error of a full disk does not name the file
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{file}: cannot be written ({error})") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        # Only this process can write there: no link that somebody planted is followed.
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder, ignore_cleanup_errors=True) as temporary:
+            for name, content in contents.items():
+                with open(Path(temporary, name), "wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            for name in contents:
+                os.replace(Path(temporary, name), folder / name)
+    except OSError as error:
+        raise OSError(f"{folder}: the adapter cannot be written ({error})") from None
+
+
+def _check_file(file: Path, limit: float = math.inf) -> None:
+    """Raises: FileNotFoundError; ValueError unless a regular file (a pipe might never end) of at most `limit` bytes."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file}: not a regular file")
+    if status.st_size > limit:
+        raise ValueError(f"{file}: {status.st_size} bytes, expected at most {limit}")
+
+
+def _read_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Reads the tensors of the `expected` names and shapes. Raises: FileNotFoundError; ValueError naming the file."""
+    _check_file(file)
+    try:
+        with safe_open(file, framework="np") as reader:  # for the header: "pt" would reserve memory for the whole file
+            entries = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118 - not a dict
+            found = {key: tuple(entry.get_shape()) for key, entry in entries.items()}
+            dtypes = {entry.get_dtype() for entry in entries.values()}
+        if found == expected and dtypes <= {"F16", "BF16", "F32", "F64"}:
+            return load_file(file)
+    except SafetensorError as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: damaged, or not a safetensors file ({first_line:.200})") from error
+    if found == expected:
+        raise ValueError(f"{file}: holds other numbers than floating-point ones of 16 bits or more")
+    missing = sorted(expected.items() - found.items())  # a tensor of a wrong shape is both missing and unexpected
+    unexpected = sorted(found.items() - expected.items())
+    raise ValueError(f"{file}: missing {missing!r:.200}, unexpected {unexpected!r:.200}")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     """Reads adapter_config.json. Raises: FileNotFoundError; ValueError naming the file and the unsupported field."""
+    _check_file(file, CONFIG_BYTES)
     try:
         config = dict.fromkeys((*IMPLEMENTED_FIELDS, "peft_type")) | json.loads(file.read_bytes())
     except (ValueError, TypeError, RecursionError) as error:
@@ -311,5 +343,5 @@ def _read_config(file: Path) -> dict[str, Any]:
         else:
             supported = field in IRRELEVANT_FIELDS or value in RESTRICTED_FIELDS.get(field, [None, False, {}, []])
         if not supported:
-            raise ValueError(f"{file}: {field} = {value!r} is not supported")
+            raise ValueError(f"{file}: {field!r:.200} = {value!r:.200} is not supported")
     return config

@@ -516,15 +516,20 @@ def _errors_naming(file: Path) -> Iterator[None]:
     """Turns errors in reading a weight file into a ValueError that names it, except those for lack of memory."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        if re.search("allocate memory|not enough memory", str(error)):  # torch has no class of its own for a CPU's
-            raise
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: damaged or not a weight file ({first_line:.200})") from None
     except Exception as error:  # torch.load raises UnpicklingError, EOFError, KeyError and others
-        raise ValueError(f"{file}: not a weight file that can be read safely ({type(error).__name__})") from None
+        # torch has no class of its own for lack of memory on a CPU. A damaged pickle may ask Python for any amount, and
+        # that MemoryError has no text.
+        pickled = file.suffix != ".safetensors"
+        if re.search("allocate memory|not enough memory", str(error)) or (type(error) is MemoryError and not pickled):
+            raise
+        if not isinstance(error, (SafetensorError, RuntimeError, ValueError, OSError)):
+            problem = f"not a weight file that can be read safely ({type(error).__name__})"
+        else:
+            first_line = str(error).partition("\n")[0]
+            problem = f"damaged or not a weight file ({first_line:.200})"
+        raise ValueError(f"{file}: {problem}") from None
 
 
 def _read_tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:

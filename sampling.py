@@ -2,7 +2,7 @@
 
 Needs torch only; copy this file alone into another code base. Works with any model that has the interface of
 model.GPTNeo: `model(input_ids, update_cache=...)`, `model.decode(tokens, positions, masks, update_cache)`,
-`model.logits(hidden)`, `model.head_weight` and `model.config`.
+`model.logits(hidden)` (in fp32: in 16 bits near logits tie), `model.head_weight` and `model.config`.
 
 Every active row has a slot of a preallocated cache. When a row finishes, the next prompt takes its slot immediately, so
 the batch stays full until no prompt is waiting; then it shrinks. All tensors of a step stay at fixed addresses. On CUDA

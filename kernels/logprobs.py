@@ -42,7 +42,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
     Args:
         logits: (N, V), float16, bfloat16 or float32, any strides. The arithmetic is fp32 for every dtype.
         targets: (N,), any integer dtype.
-        ignore_index: rows with this target return 0 and get a zero gradient.
+        ignore_index: rows with this target return 0 and get a zero gradient, whatever their upstream gradient is.
 
     Returns:
         (N,) fp32, in nats. Differentiable once with respect to logits; saves logits and three numbers per row.
@@ -72,7 +72,7 @@ def linear_logprobs(
         hidden: (N, D), float16, bfloat16 or float32, any strides.
         weight: (V, D), same dtype as hidden, any strides. Inside torch.autocast both are first cast to its dtype.
         targets: (N,), any integer dtype.
-        ignore_index: rows with this target return 0 and get a zero gradient.
+        ignore_index: rows with this target return 0 and get a zero gradient, whatever their upstream gradient is.
         padding_rows: P, the number of rows of D finite numbers, best zeros, that the caller guarantees to lie directly
             behind a contiguous weight in the same storage. The matrix products include them, for aligned shapes; they
             do not change the result. Best is a P that makes V + P a multiple of 64. The rows are left out where they
@@ -80,8 +80,8 @@ def linear_logprobs(
             torch.compile). With the default, 0, no memory outside of weight is read.
 
     Returns:
-        (N,) fp32, in nats. Differentiable once with respect to hidden and weight. Saves N x D fp32 numbers if the
-        weight is frozen, and the inputs if it is trained.
+        (N,) fp32, in nats. Differentiable once with respect to hidden and weight. Saves N x D fp32 numbers and N bools
+        if the weight is frozen, and the inputs if it is trained.
 
     Raises:
         TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside of autocast.
@@ -258,14 +258,15 @@ class _FrozenHeadLogprobs(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int) -> Tensor:
         logp, _, _, d_hidden = _linear_forward(hidden, padded, V, targets, ignore_index, True)
-        ctx.save_for_backward(d_hidden)
+        ctx.save_for_backward(d_hidden, targets == ignore_index)
         ctx.dtype = hidden.dtype
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (d_hidden,) = ctx.saved_tensors
+        d_hidden, ignored = ctx.saved_tensors
+        upstream = upstream.masked_fill(ignored, 0.0)  # it may be inf or nan: 0 * nan is nan
         grad = torch.empty_like(d_hidden, dtype=ctx.dtype)
         # `*` would return fp32 and need another pass to round it. Not in place, since backward may run again.
         torch.mul(d_hidden, upstream.unsqueeze(1), out=grad)

@@ -15,6 +15,7 @@ Needs torch only; copy this file alone into another code base.
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+# oneDNN compiles code for every new shape. It caches the last 1024 pieces, and ideep, torch's wrapper, as many of its
+# own; where shapes vary, both fill up. 150 training steps of a small model grew the process by 960 MB, by 280 MB with
+# these bounds, no slower. With 128 pieces, generation at 40 batch sizes compiled in every step and was 10 times slower.
+CACHE_BOUNDS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
+
 
 def available() -> bool:
     """Whether this build of torch can multiply fp32 matrices with oneDNN."""
@@ -32,7 +38,13 @@ def available() -> bool:
 
 @contextlib.contextmanager
 def products() -> Iterator[None]:
-    """Context manager: inside it, oneDNN computes the fp32 products on the CPU, if it is available."""
+    """Context manager: inside it, oneDNN computes the fp32 products on the CPU, if it is available.
+
+    Bounds oneDNN's caches, for the whole process, by environment variables; those that are set already stay as they
+    are. oneDNN reads them once: if the process has used oneDNN before, they have no effect.
+    """
+    for name, value in CACHE_BOUNDS.items():
+        os.environ.setdefault(name, value)
     patches = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
     originals = [getattr(module, name) for module, name, _ in patches]
     for (module, name, ours), original in zip(patches, originals, strict=True):

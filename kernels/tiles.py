@@ -121,10 +121,10 @@ def _as_factor(matrix: Tensor) -> Tensor:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """total += a @ b, or total = a @ b if `fresh`. total is fp32 and is summed in fp32, whatever dtype a and b have."""
-    with torch.autocast(total.device.type, enabled=False):  # autocast would round fp32 factors to 16 bits
+    with torch.autocast(total.device.type, enabled=False):  # onednn.py replaces no product inside autocast
         if a.dtype == torch.float32:
             torch.mm(a, b, out=total) if fresh else torch.addmm(total, a, b, out=total)
         elif fresh:
-            torch.mm(a, b, out_dtype=torch.float32, out=total)  # requires torch 2.8
-        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:  # requires torch 2.10: before, addmm took no fp32 sum with 16-bit factors
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

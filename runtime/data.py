@@ -285,10 +285,23 @@ def _prompt_ids(prompts: list[str], tokenizer: Tokenizer, template: str, special
     return result
 
 
+def shared(value: Any) -> Any:
+    """A list of token ids with the same numbers as objects that all lists share: a fourth of the memory.
+
+    Anything else is returned as it is.
+    """
+    if not (isinstance(value, list) and value and type(value[0]) is int):
+        return value
+    return [_NUMBERS.setdefault(number, number) for number in value]
+
+
+_NUMBERS: dict[int, int] = {}
+
+
 def _ids(texts: list[str], tokenizer: Tokenizer, plain: bool = False) -> list[list[int]]:
     """`plain`: special tokens in the texts are encoded like other text."""
     tokenizer.encode_special_tokens = plain
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [shared(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import lora
 from runtime import parallel, record, report, storage
-from runtime.data import Example, Pair, decode
+from runtime.data import Example, Pair, decode, shared
 from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
 from runtime.export import export
 from runtime.options import Args
@@ -96,9 +96,9 @@ class Run:
         if not self.args.mix_previous or t == 0:
             return []
         names = [field.name for field in dataclasses.fields(Pair)]
-        return [Pair(*(line[name] for name in names)) for line in self.read_rows(f"pairs-{t - 1}.jsonl")]
+        return [Pair(*(shared(row[name]) for name in names)) for row in self.read_rows(f"pairs-{t - 1}.jsonl")]
 
-    def read_rows(self, name: str) -> list[Any]:
+    def read_rows(self, name: str) -> Iterator[Any]:
         """The rows of a file of an earlier iteration. Raises: Stopped where it is damaged or missing."""
         record.check_files(self.out, self.checksums, [name])
         return storage.read_rows(self.out / name)

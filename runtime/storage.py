@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,12 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     write(path, fill)
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Reads what `write_rows` wrote. Raises: OSError naming a damaged or missing file."""
+def read_rows(path: Path) -> Iterator[Any]:
+    """Yields what `write_rows` wrote, a row at a time. Raises: OSError naming a damaged or missing file."""
     try:
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            for line in file:
+                yield json.loads(line)
     except (ValueError, RecursionError) as error:
         raise OSError(errno.EIO, f"damaged ({error})", str(path)) from None
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from runtime.data import Example, decode, draw, encode, fit_context, held_out, load_examples, load_tokenizer
+from runtime.data import Example, decode, draw, encode, fit_context, held_out, load_examples, load_tokenizer, shared
 from runtime.options import Args
 
 EOS_TEXT = "<|endoftext|>"
@@ -325,3 +325,16 @@ def test_tokenizer_files_are_regular_and_not_too_large(names, tmp_path):
     os.mkfifo(tmp_path / names[0])  # opening it would never return
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         load_tokenizer(tmp_path, 0, 10)
+
+
+def test_equal_ids_are_one_object_in_all_lists(start):
+    """Otherwise every id beyond 256 takes 28 bytes in every list that holds it."""
+    tokenizer, eos = tokenizer_of(start)
+    examples = [Example("x", line, "a", "HH", ["HH"]) for line in (1, 2)]
+    encode(examples, tokenizer, "{prompt}", eos)
+    large = [i for i, number in enumerate(examples[0].prompt_ids) if number > 256]
+    assert examples[0].prompt_ids == examples[1].prompt_ids and examples[0].prompt_ids is not examples[1].prompt_ids
+    assert all(examples[0].prompt_ids[i] is examples[1].prompt_ids[i] for i in large)
+    far = [int("100000"), int("100000")]
+    assert shared(far) == far and shared(far)[0] is shared([int("100000")])[0]
+    assert shared("text") == "text" and shared([]) == [] and shared([1.5]) == [1.5]

@@ -76,10 +76,10 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     storage.write_rows(path, values)
     assert list(map(repr, storage.read_rows(path))) == list(map(repr, values))
     with pytest.raises(FileNotFoundError, match="none"):
-        storage.read_rows(tmp_path / "none")
+        list(storage.read_rows(tmp_path / "none"))
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(OSError, match=r"damaged .*x\.jsonl"):
-        storage.read_rows(path)
+        list(storage.read_rows(path))
 
 
 # ---------------------------------------------------------------- shards

@@ -465,3 +465,7 @@ class Batch:
             for name in ("tokens", "active", "counts", "ids", "logps", "uniform"):
                 setattr(self, name, getattr(self, name)[rows])
             self.graphs.clear()  # they refer to the old tensors
+            if self.tokens.is_cuda:
+                # Before torch 2.12 a capture into the old pool would fail an assertion: no graph uses it now, but
+                # cuBLAS's workspace keeps a block of it alive (pytorch #175276).
+                self.pool = torch.cuda.graph_pool_handle()

@@ -3,7 +3,7 @@
 
 def refuse(*args: object, **kwargs: object) -> str:
     raise SystemExit(
-        "SPIN is not installed as a package: its modules have names such as `model` and `kernels` that others use, too. "
+        "SPIN is not installed as a package: its modules have names such as `model` that others use, too. "
         "Run it from a checkout after `pip install -r requirements.txt`, or copy single files."
     )
 

@@ -1,15 +1,18 @@
 """Times and memory of the parts that cost time, in one process, each interleaved with its peers.
 
-    python benchmarks/bench.py [logprobs ...] [--device cuda] [--seconds 60]
+    python benchmarks/bench.py [kernel|generation|training|iteration ...] [--device cuda]
 
-Prints a table, keeps the figures in benchmarks/results/<device>.json and renews the tables in benchmarks/README.md.
-A part's cases are in the file of its name. Peers that are not installed are named and left out.
+Prints a table per case, stores the figures in benchmarks/results/bench-<device>.json and renews the tables in
+benchmarks/README.md. The cases of a part are in <part>_cases.py, the most informative first. Results are written after
+each case, so a run that is cut off keeps what it had; an error ends only the way or the case that raised it, and is
+stored in place of the figures. Peers that are not installed are named and left out.
 """
 
 import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -21,61 +24,183 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
-PARTS = ["logprobs", "generation", "training"]
+PARTS = ["kernel", "generation", "training", "iteration"]
+GPU_MINUTES = 7.5  # default limit of a part on a GPU: a borrowed one may grant 10 minutes per command
+WARM_UP_ROUNDS = 4  # cases with fewer rounds take so long that what a first call sets up does not matter
+WHEELS = {  # module -> name on PyPI
+    "transformers": "transformers",
+    "peft": "peft",
+    "trl": "trl",
+    "datasets": "datasets",
+    "liger_kernel": "liger-kernel",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "ctranslate2": "ctranslate2",
+}
+PEERS = {  # modules of peers, by part and device
+    ("kernel", "cpu"): ["trl"],
+    ("kernel", "cuda"): ["trl", "liger_kernel", "cut_cross_entropy"],
+    ("generation", "cpu"): ["transformers", "ctranslate2"],
+    ("generation", "cuda"): ["transformers"],
+    ("training", "cpu"): ["transformers", "peft", "trl", "datasets"],
+    ("training", "cuda"): ["transformers", "peft", "trl", "datasets"],
+    ("iteration", "cpu"): ["transformers", "peft", "trl", "datasets"],
+    ("iteration", "cuda"): ["transformers", "peft", "trl", "datasets"],
+}
+
+
+@dataclass
+class Ways:
+    """Functions that all do one thing, the first of them ours."""
+
+    calls: dict[str, Callable[[], Any]]
+    notes: dict[str, str] = field(default_factory=dict)  # by way: printed beside the figures
+    rates: dict[str, tuple[float, str]] = field(default_factory=dict)  # by way: amount and unit of work in one call
+    rounds: int = 5  # minimum
+    check: Callable[[Any], str] | None = None  # turns the result of a first call into a note
 
 
 @dataclass
 class Case:
-    """Ways to do one thing, the first of them ours."""
+    """A row of ways under a name. `build` allocates their inputs, and may raise."""
 
     name: str
-    ways: dict[str, Callable[[], object]]
-    notes: dict[str, str] = field(default_factory=dict)  # of ways: printed beside the figures
-    rounds: int = 5  # at least
-    rates: dict[str, tuple[float, str]] = field(default_factory=dict)  # of ways: amount and unit, to be had per second
+    build: Callable[[], Ways]
+    seconds: float | None = None  # of timing; None: 1 on a GPU, 20 on a CPU
+    estimate: float = 0.0  # expected seconds in total on an H100, to be skipped where fewer remain
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
-    """Runs the ways in turn until `seconds` have passed, `case.rounds` times at least, in alternating order."""
-    rows: dict[str, dict[str, float]] = {}
-    ways = dict(case.ways)
-    for name, function in case.ways.items():
-        try:
-            if case.rounds > 3:  # else a call takes so long that what is to be warmed up does not matter
-                function()
-            rows[name] = {"peak_mib": peak_bytes(function, device) / 2**20}
-        except Exception as error:  # a peer that cannot run here must not cost the others their figures
-            gc.collect()
-            ways.pop(name)
-            rows[name] = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    began = time.perf_counter()
-    for turn in itertools.count():
-        if turn >= case.rounds and time.perf_counter() - began > seconds:
-            break
-        for name in list(ways) if turn % 2 else list(ways)[::-1]:
-            times[name].append(timed(ways[name], device))
-    for name, samples in times.items():
-        low, median, high = (sorted(samples)[int(q * (len(samples) - 1))] for q in (0.2, 0.5, 0.8))
-        rows[name] |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "runs": len(samples)}
-        if name in case.rates:
-            amount, unit = case.rates[name]
-            rows[name] |= {"rate": amount / median * 1e3, "unit": f"{unit}/s"}
-    for name, note in case.notes.items():
+class OutOfTime(Exception):
+    """The time limit of a part has passed."""
+
+
+def measure(
+    ways: Ways,
+    device: torch.device,
+    seconds: float,
+    deadline: float = float("inf"),
+    save: Callable[[dict[str, dict]], None] = lambda rows: None,
+) -> dict[str, dict]:
+    """Runs the ways in turn, in alternating order, until `seconds` have passed, `ways.rounds` times at least.
+
+    Args:
+        deadline: value of time.perf_counter() after which no further call begins.
+        save: is given the figures so far, every few seconds.
+
+    Returns: way -> its figures, or "failed" with the reason.
+    """
+    rows: dict[str, dict] = {name: {} for name in ways.calls}
+    calls = dict(ways.calls)
+    times: dict[str, list[float]] = {}
+    for name, note in ways.notes.items():
         rows.setdefault(name, {})["note"] = note
+
+    def attempt(name: str, function: Callable[[], Any]) -> Any:
+        """function(), or None where it raises: then the way is out, and the others keep their figures."""
+        try:
+            if time.perf_counter() > deadline and not times.get(name):
+                raise OutOfTime("not run: the time limit has passed")
+            return function()
+        except Exception as error:
+            rows[name]["failed"] = str(error) if isinstance(error, OutOfTime) else reason(error)
+            calls.pop(name)
+            times.pop(name, None)
+        release(device)  # after the except clause, whose traceback holds the tensors of the failed call
+        return None
+
+    for name, call in ways.calls.items():
+
+        def first_call(call: Callable[[], Any] = call, row: dict[str, Any] = rows[name]) -> None:
+            if ways.rounds >= WARM_UP_ROUNDS:
+                result = call()
+                if ways.check:
+                    notes = [note for note in (row.get("note"), ways.check(result)) if note]
+                    row |= {"note": ", ".join(notes)} if notes else {}
+                del result
+            row["peak_mib"] = peak_bytes(call, device) / 2**20
+
+        attempt(name, first_call)
+        save(rows)
+    times |= {name: [] for name in calls}
+    began = saved = time.perf_counter()
+    for turn in itertools.count():
+        now = time.perf_counter()
+        if not calls or (turn and (now > deadline or (turn >= ways.rounds and now - began > seconds))):
+            break
+        for name in list(calls) if turn % 2 else list(calls)[::-1]:
+            elapsed = attempt(name, lambda name=name: timed(calls[name], device))
+            if elapsed is not None:
+                times[name].append(elapsed)
+        if time.perf_counter() - saved > 5:
+            add_times(rows, times, ways.rates)
+            save(rows)
+            saved = time.perf_counter()
+    add_times(rows, times, ways.rates)
     return rows
 
 
+def add_times(rows: dict[str, dict], times: dict[str, list[float]], rates: dict[str, tuple[float, str]]) -> None:
+    """Adds to each way's row the median, the 20th and 80th percentile and the rate."""
+    for name, samples in times.items():
+        if not samples:
+            continue
+        low, median, high = (sorted(samples)[int(q * (len(samples) - 1))] for q in (0.2, 0.5, 0.8))
+        rows[name] |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "runs": len(samples)}
+        if name in rates:
+            amount, unit = rates[name]
+            rows[name] |= {"rate": amount / median * 1e3, "unit": f"{unit}/s"}
+
+
+def reason(error: Exception) -> str:
+    """One line of an exception."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+
+
+@contextlib.contextmanager
+def optional(notes: dict[str, str], name: str) -> Iterator[None]:
+    """Around the import and setup of a peer: notes why it is left out, if it is."""
+    try:
+        yield
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in WHEELS
+        notes[name] = "not installed" if missing else reason(error)
+    except Exception as error:
+        notes[name] = reason(error)
+
+
+def release(device: torch.device) -> None:
+    """Frees what is no longer referenced."""
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # of a GPU that an error has made unusable: see `alive`
+            torch.cuda.empty_cache()
+
+
+def alive(device: torch.device) -> bool:
+    """False after an error like an illegal memory access: this process can then no longer use the GPU."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return False
+    return True
+
+
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """ms of one call: by events on the GPU's own clock where there is one."""
+    """Milliseconds of one call: on a GPU by events on its own clock, otherwise wall time.
+
+    The GPU first sleeps for about a millisecond, so that launches are queued by the time it starts: a short call is
+    timed by its kernels and not by Python, as in training, where the CPU runs ahead.
+    """
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000)
         start.record()
         function()
         stop.record()
@@ -126,24 +251,34 @@ def device_name(device: torch.device) -> str:
 
 
 def current_commit() -> str:
-    """Marked where code differs from it; results and tables may."""
+    """The commit, marked if any Python file differs from it; "unknown" without git or outside a repository."""
 
     def git(*args: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *args], cwd=FOLDER.parent, capture_output=True, text=True)
 
-    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    except OSError:
+        return "unknown"
+    return commit + ("-dirty" if changed else "") if commit else "unknown"
+
+
+def missing_wheels(parts: list[str], device: torch.device) -> list[str]:
+    """PyPI names of peers of these parts that are not installed."""
+    modules = dict.fromkeys(itertools.chain.from_iterable(PEERS[part, device.type] for part in parts))
+    return [WHEELS[name] for name in modules if importlib.util.find_spec(name) is None]
 
 
 def lines_of(rows: dict[str, dict]) -> Iterator[str]:
     """A Markdown table of one case; times are also given as multiples of the first way's."""
-    ours = next(iter(rows.values())).get("median_ms")
+    ours = next(iter(rows.values()), {}).get("median_ms")
     rated = any("rate" in row for row in rows.values())
     yield f"| | median ms | p20 to p80 | times ours | peak MiB |{' rate |' if rated else ''}"
     yield f"|---|---|---|---|---|{'---|' if rated else ''}"
     for name, row in rows.items():
         note = f" ({row['note']})" if "note" in row else ""
-        if "median_ms" not in row:
+        if "failed" in row or "median_ms" not in row:
             yield f"| {name}{note} | {row.get('failed', 'not run')} | | | |{' |' if rated else ''}"
             continue
         times = f"{row['median_ms'] / ours:.2f}" if ours else ""
@@ -159,49 +294,158 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def renew_tables() -> None:
-    """Writes all results into benchmarks/README.md, between its two marks."""
+def renew_section(name: str, lines: list[str]) -> None:
+    """Replaces what stands in benchmarks/README.md between the two marks of this name."""
     readme = FOLDER / "README.md"
-    head, begin, rest = readme.read_text().partition("<!-- results -->\n")
-    _, end, tail = rest.partition("<!-- end of results -->\n")
+    head, begin, rest = readme.read_text().partition(f"<!-- {name} -->\n")
+    _, end, tail = rest.partition(f"<!-- end of {name} -->\n")
+    if not end:
+        raise ValueError(f"benchmarks/README.md has no section between <!-- {name} --> and <!-- end of {name} -->")
+    write_whole(readme, head + begin + "\n".join(["", *lines, ""]) + end + tail)
+
+
+def renew_tables() -> None:
+    """Writes all stored results into benchmarks/README.md."""
     lines = []
     for path in sorted((FOLDER / "results").glob("bench-*.json")):
         results = json.loads(path.read_text())
         lines += [f"### {results['device']}", ""]
         for name, case in results["cases"].items():
-            lines += [f"**{name}** (torch {case['torch']}, commit {case['commit']})", "", *lines_of(case["ways"]), ""]
-    readme.write_text(head + begin + "\n".join(["", *lines, ""]) + end + tail)
+            table = [case["failed"]] if "failed" in case else lines_of(case["ways"])
+            lines += [f"**{name}** (torch {case['torch']}, commit {case['commit']})", "", *table, ""]
+    renew_section("results", lines)
 
 
-def main() -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Replaces the file at once, so that a run that is killed never leaves half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+class Results:
+    """The stored figures of one device. A run replaces the cases that it measures and keeps the others."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        name = device_name(device)
+        file = f"bench-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+        self.path = folder / file
+        self.stored: dict[str, Any] = {"device": name, "cases": {}}
+        self.versions = {"torch": torch.__version__, "commit": current_commit()}
+        for path in (self.path, FOLDER / "results" / file):
+            if path.exists():
+                self.stored = json.loads(path.read_text())
+                break
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, case: str, **figures: Any) -> None:
+        """Stores ways={way: row} or failed="reason" under the name of a case, and writes the file."""
+        self.stored["cases"][case] = self.versions | figures
+        write_whole(self.path, json.dumps(self.stored, indent=1) + "\n")
+
+
+def run_case(case: Case, results: Results, device: torch.device, seconds: float, deadline: float) -> None:
+    """Builds and measures one case, and stores and prints its figures, or the reason why there are none."""
+    began = time.perf_counter()
+    try:
+        rows = measure(case.build(), device, seconds, deadline, lambda rows: results.put(case.name, ways=rows))
+        results.put(case.name, ways=rows)
+        lines = list(lines_of(rows))
+    except Exception as error:
+        results.put(case.name, failed=f"failed: {reason(error)}")
+        lines = [f"failed: {reason(error)}"]
+    print("\n".join(["", f"{case.name}  [{time.perf_counter() - began:.0f} s]", *lines]), flush=True)
+
+
+def run_part(
+    part: str, cases: list[Case], results: Results, device: torch.device, seconds: float | None, minutes: float
+) -> int | None:
+    """Runs the cases in turn; one that would not end within `minutes`, by its estimate, is skipped and named.
+
+    Returns: None; or, where an error has made the GPU unusable to this process, the number of cases done.
+    """
+    began = time.perf_counter()
+    deadline = began + 60 * minutes
+    skipped = []
+    estimate = sum(case.estimate for case in cases)
+    limit = f", limit {minutes:.1f} min" if minutes < float("inf") else ""
+    expected = f", about {estimate / 60:.1f} min on an H100" if device.type == "cuda" else ""
+    print(f"\n== {part}: {len(cases)} cases{expected}{limit}", flush=True)
+    for done, case in enumerate(cases, 1):
+        left = deadline - time.perf_counter()
+        if left <= 0 or (device.type == "cuda" and case.estimate > left):
+            skipped.append(case.name)
+            continue
+        if (case_seconds := seconds if seconds is not None else case.seconds) is None:
+            case_seconds = 1 if device.type == "cuda" else 20
+        run_case(case, results, device, case_seconds, deadline)
+        release(device)
+        print(f"[{part}: {done} of {len(cases)}, {(time.perf_counter() - began) / 60:.1f} min]", flush=True)
+        if not alive(device):
+            return done
+    if skipped:
+        print("\n".join([f"\n{part}: {len(skipped)} cases skipped at the limit of {minutes:.1f} min:", *skipped]))
+    return None
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, help="of timing for each case (1 on a GPU, 20 on a CPU)")
+    parser.add_argument(
+        "--seconds", type=float, help="of timing for each case (by default 1 to 6 on a GPU, 20 on a CPU)"
+    )
+    parser.add_argument("--minutes", type=float, help=f"limit of each part ({GPU_MINUTES} on a GPU, none on a CPU)")
     parser.add_argument("--match", default="", metavar="TEXT", help="only cases with this in their name")
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=FOLDER / "results", metavar="FOLDER", help="to write to")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--tables", action="store_true", help="only renew the tables of benchmarks/README.md")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out N cases of the first part")
+    parser.add_argument("--spent", type=float, default=0.0, metavar="MINUTES", help="used up of the first part's limit")
+    args = parser.parse_args(argv)
+    if args.tables:
+        return renew_tables()
     if wrong := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.list:
+        parser.error(f"torch {torch.__version__} finds no CUDA device")
     device = torch.device(args.device)
-    name = device_name(device)
-    commit = current_commit()
-    path = FOLDER / "results" / f"bench-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"device": name, "cases": {}}
-    print(f"{name}, torch {torch.__version__}, commit {commit}")
-    for part in args.parts or PARTS:
-        for case in importlib.import_module(f"{part}_cases").cases(device):
-            if args.match not in case.name:
-                continue
-            began = time.perf_counter()
-            rows = measure(case, device, args.seconds or (1 if device.type == "cuda" else 20))
-            results["cases"][case.name] = {"torch": torch.__version__, "commit": commit, "ways": rows}
-            path.write_text(json.dumps(results, indent=1) + "\n")  # at once: a lease may end
-            print("\n".join(["", f"{case.name}  [{time.perf_counter() - began:.0f} s]", *lines_of(rows)]), flush=True)
-            del case
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    renew_tables()
+    parts = args.parts or PARTS
+    minutes = args.minutes if args.minutes is not None else (GPU_MINUTES if device.type == "cuda" else float("inf"))
+    if missing := missing_wheels(parts, device):
+        print(f"Peers that are not installed and will be missing: pip install {' '.join(missing)}")
+    results = None if args.list else Results(args.results, device)
+    if results:
+        print(f"{results.stored['device']}, torch {torch.__version__}, commit {results.versions['commit']}")
+    for i, part in enumerate(parts):
+        try:
+            cases = [case for case in importlib.import_module(f"{part}_cases").cases(device) if args.match in case.name]
+        except Exception as error:
+            print(f"\n== {part}: failed: {reason(error)}", flush=True)
+            continue
+        cases = cases[args.skip :] if i == 0 else cases
+        if results is None:
+            print("\n".join([f"\n== {part}", *(case.name for case in cases)]))
+            continue
+        began = time.perf_counter() - 60 * (args.spent if i == 0 else 0)
+        done = run_part(part, cases, results, device, args.seconds, minutes - (time.perf_counter() - began) / 60)
+        if done is not None:
+            print("That error made the GPU unusable to this process: the rest runs in a new one.", flush=True)
+            done += args.skip if i == 0 else 0
+            spent = (time.perf_counter() - began) / 60
+            os.execv(sys.executable, restart_command(args, parts[i:], done, spent))
+    if results and args.results == FOLDER / "results":
+        renew_tables()
+
+
+def restart_command(args: argparse.Namespace, parts: list[str], skip: int, spent: float) -> list[str]:
+    """The command that resumes at case `skip` of parts[0], which began `spent` minutes ago."""
+    command = [sys.executable, str(Path(__file__).resolve()), *parts, "--device", args.device, "--match", args.match]
+    command += ["--results", str(args.results), "--skip", str(skip), "--spent", f"{spent:.2f}"]
+    for name in ("seconds", "minutes"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    return command
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from bench import Case
+import torch.nn.functional as F
+from bench import Case, Ways, optional
 from torch import Tensor
 
 import sampling
 from kernels import onednn
-from model import GPTNeo, GPTNeoConfig
+from model import HEAD_MULTIPLE, GPTNeo, GPTNeoConfig
 from runtime.data import encode, load_examples, load_tokenizer
 from runtime.options import Args
 
@@ -38,9 +40,13 @@ def neo_config(shape: str) -> GPTNeoConfig:
 
 
 def random_model(config: GPTNeoConfig, dtype: torch.dtype, device: torch.device) -> GPTNeo:
+    """With rows of zeros behind the head, as from_pretrained creates them."""
     with torch.device(device):
         model = GPTNeo(config)
-    return model.init_weights(torch.Generator(device).manual_seed(0)).to(dtype).eval()
+    model = model.init_weights(torch.Generator(device).manual_seed(0)).to(dtype).eval()
+    model._padded_head = F.pad(model.head_weight.detach(), (0, 0, 0, -config.vocab_size % HEAD_MULTIPLE))
+    model.transformer["wte"].weight = torch.nn.Parameter(model._padded_head[: config.vocab_size])
+    return model
 
 
 def in_transformers(model: GPTNeo) -> object:
@@ -136,41 +142,55 @@ def theirs(
     return run
 
 
-def peers(model: GPTNeo, *rest: object) -> dict[str, Callable]:
-    try:
+def peers(notes: dict[str, str], model: GPTNeo, *rest: object) -> dict[str, Callable]:
+    with optional(notes, "transformers"):
         other = in_transformers(model)
-    except ImportError:
-        return {}
-    return {
-        "transformers, default cache": theirs(other, *rest),
-        "transformers, static cache": theirs(other, *rest, cache_implementation="static"),
-    }
+        return {
+            "transformers, default cache": theirs(other, *rest),
+            "transformers, static cache": theirs(other, *rest, cache_implementation="static"),
+        }
+    return {}
 
 
 def case(
-    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, M: int, ragged: bool, alone: bool
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    count: int,
+    batch: int,
+    M: int,
+    ragged: bool,
+    alone: bool,
+    estimate: float = 0.0,
 ) -> Case:
     """`alone`: without peers, which take long."""
+    kind = "lengths of GSM8K's responses" if ragged else "no early end"
+    return Case(
+        f"generation: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} prompts, batch {batch}, "
+        f"{M} new tokens at most, {kind}",
+        partial(build, shape, dtype, device, count, batch, M, ragged, alone),
+        estimate=estimate,
+    )
+
+
+def build(
+    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, M: int, ragged: bool, alone: bool
+) -> Ways:
     config = neo_config(shape)
     model = random_model(config, dtype, device)
     prompts, lengths = gsm8k_like(count, M)
     lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
     written = sum(lengths) if ragged else count * M
+    notes: dict[str, str] = {}
     ways = {"ours": ours(model, prompts, lengths, batch, M, eos, fast=device.type == "cpu")}
     if device.type == "cpu":
         ways["ours without onednn.py"] = ours(model, prompts, lengths, batch, M, eos)
     if not alone:
-        ways |= peers(model, prompts, lengths, batch, M, eos, device)
+        ways |= peers(notes, model, prompts, lengths, batch, M, eos, device)
     if device.type == "cuda":
         ways["floor: weights and cache once a step"] = floor(model, prompts, written, batch)
-    kind = "lengths of GSM8K's responses" if ragged else "no early end"
-    return Case(
-        f"generation: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} prompts, batch {batch}, "
-        f"{M} new tokens at most, {kind}",
-        ways,
-        rates=dict.fromkeys(ways, (written, "tokens")),
-        rounds=3 if device.type == "cpu" else 1,
-    )
+    rates = dict.fromkeys(ways, (written, "tokens"))
+    return Ways(ways, notes, rates, rounds=3 if device.type == "cpu" else 1)
 
 
 def floor(model: GPTNeo, prompts: list, written: int, batch: int) -> Callable:
@@ -192,6 +212,11 @@ def floor(model: GPTNeo, prompts: list, written: int, batch: int) -> Callable:
 
 def default_model(count: int, batch: int) -> Case:
     """The start of the default run and its held-out prompts, as it ends its responses itself."""
+    name = f"generation: the default run's model, float32, {count} prompts, batch {batch}, 32 new tokens at most"
+    return Case(name, partial(build_default_model, count, batch))
+
+
+def build_default_model(count: int, batch: int) -> Ways:
     folder = ROOT / "pronounce/start"
     model = GPTNeo.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, model.config.eos_token_id, model.config.vocab_size)
@@ -199,14 +224,11 @@ def default_model(count: int, batch: int) -> Case:
     encode(examples, tokenizer, Args().template.replace(r"\n", "\n"), model.config.eos_token_id)
     prompts = [example.prompt_ids for example in examples]
     eos, device = model.config.eos_token_id, torch.device("cpu")
+    notes: dict[str, str] = {}
     ways = {"ours": ours(model, prompts, None, batch, 32, eos)}
     written = ways["ours"]()
-    ways |= peers(model, prompts, None, batch, 32, eos, device)
-    return Case(
-        f"generation: the default run's model, float32, {count} prompts, batch {batch}, 32 new tokens at most",
-        ways,
-        rates=dict.fromkeys(ways, (written, "tokens")),
-    )
+    ways |= peers(notes, model, prompts, None, batch, 32, eos, device)
+    return Ways(ways, notes, dict.fromkeys(ways, (written, "tokens")))
 
 
 def beside_ctranslate2(count: int, batch: int, M: int) -> Case:
@@ -214,25 +236,23 @@ def beside_ctranslate2(count: int, batch: int, M: int) -> Case:
 
     Its batches are static and no length can be forced, so all responses run to the limit: no early end.
     """
-    device = torch.device("cpu")
-    model = random_model(neo_config("125M"), torch.float32, device)
+    return Case(
+        f"generation: 125M shape, float32, {count} prompts, batch {batch}, {M} new tokens, no early end, CTranslate2",
+        partial(build_beside_ctranslate2, count, batch, M),
+    )
+
+
+def build_beside_ctranslate2(count: int, batch: int, M: int) -> Ways:
+    model = random_model(neo_config("125M"), torch.float32, torch.device("cpu"))
     prompts, _ = gsm8k_like(count, M)
     ways = {
         "ours": ours(model, prompts, None, batch, M, None, fast=True),
         "ours without onednn.py": ours(model, prompts, None, batch, M, None),
     }
-    notes = {}
-    try:
+    notes: dict[str, str] = {}
+    with optional(notes, "CTranslate2"):
         ways["CTranslate2, GPT-2 124M"] = ctranslate2_gpt2(prompts, batch, M)
-    except ImportError:
-        notes["CTranslate2"] = "not installed"
-    return Case(
-        f"generation: 125M shape, float32, {count} prompts, batch {batch}, {M} new tokens, no early end, CTranslate2",
-        ways,
-        notes,
-        rates=dict.fromkeys(ways, (count * M, "tokens")),
-        rounds=3,
-    )
+    return Ways(ways, notes, dict.fromkeys(ways, (count * M, "tokens")), rounds=3)
 
 
 def ctranslate2_gpt2(prompts: list, batch: int, M: int) -> Callable:
@@ -262,18 +282,27 @@ def ctranslate2_gpt2(prompts: list, batch: int, M: int) -> Callable:
     return run
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        yield default_model(4000, 1024)
-        yield default_model(2000, 64)
-        for dtype in (torch.float32, torch.bfloat16):
-            yield case("125M", dtype, device, 32, 16, 256, ragged=True, alone=False)
-        yield beside_ctranslate2(32, 16, 96)
-        return
-    for shape in SHAPES:
-        yield case(shape, torch.bfloat16, device, 64, 64, 256, ragged=False, alone=False)
-    yield case("1.3B", torch.bfloat16, device, 256, 64, 256, ragged=True, alone=False)
-    for batch in (1, 16, 256):
-        yield case("1.3B", torch.bfloat16, device, batch, batch, 256, ragged=False, alone=True)
-    for shape in ("125M", "2.7B"):
-        yield case(shape, torch.bfloat16, device, 512, 256, 256, ragged=True, alone=True)
+        return [
+            default_model(4000, 1024),
+            default_model(2000, 64),
+            case("125M", torch.float32, device, 32, 16, 256, ragged=True, alone=False),
+            case("125M", torch.bfloat16, device, 32, 16, 256, ragged=True, alone=False),
+            beside_ctranslate2(32, 16, 96),
+        ]
+
+    def even(shape: str, batch: int, alone: bool, estimate: float) -> Case:
+        return case(shape, torch.bfloat16, device, batch, batch, 256, ragged=False, alone=alone, estimate=estimate)
+
+    def ragged(shape: str, count: int, batch: int, alone: bool, estimate: float) -> Case:
+        return case(shape, torch.bfloat16, device, count, batch, 256, ragged=True, alone=alone, estimate=estimate)
+
+    return [
+        even("1.3B", 64, False, 75),
+        ragged("1.3B", 128, 64, False, 110),
+        *(even("1.3B", batch, True, 10) for batch in (1, 16, 256)),
+        even("2.7B", 64, False, 100),
+        even("125M", 64, False, 50),
+        *(ragged(shape, 512, 256, True, 20) for shape in ("125M", "2.7B")),
+    ]

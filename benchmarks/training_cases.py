@@ -1,17 +1,16 @@
-"""Training and a whole iteration: spin.py beside transformers + PEFT + TRL, on the same weights, pairs and settings."""
+"""Training and scoring: spin.py beside TRL and PEFT on the same weights, pairs and settings."""
 
 import contextlib
-import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Case
-from generation_cases import forced_ends, gsm8k_like, in_transformers, neo_config, random_model, theirs
+from bench import Case, Ways, optional
+from generation_cases import gsm8k_like, in_transformers, neo_config, random_model
 
 import lora
 import spin
@@ -50,8 +49,11 @@ def our_run(model: GPTNeo, bf16: bool, args_class: type[Args] = Args, **options:
 
 def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: float, precompute: bool,
                 rank: int, alpha: float, targets: list[str], bf16: bool = False,
-                loss: str = "sigmoid") -> Any:  # fmt: skip
-    """TRL's DPOTrainer over the pairs in their order, with new PEFT adapters, constant data and no logging."""
+                loss: str = "sigmoid", micro: int | None = None) -> Any:  # fmt: skip
+    """TRL's DPOTrainer over the pairs in their order, with new PEFT adapters, constant data and no logging.
+
+    `micro`: pairs computed at once, all of a batch by default.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from datasets import Dataset
     from peft import LoraConfig
@@ -80,7 +82,8 @@ def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: f
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<pad>")), pad_token="<pad>", eos_token="<eos>"
     )
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="bench-"), per_device_train_batch_size=batch, num_train_epochs=1,
+        output_dir=tempfile.mkdtemp(prefix="bench-"), per_device_train_batch_size=micro or batch, num_train_epochs=1,
+        gradient_accumulation_steps=batch // (micro or batch),
         beta=beta, loss_type=[loss],
         learning_rate=lr, lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=1.0, optim="adamw_torch",
         precompute_ref_log_probs=precompute, max_length=None, bf16=bf16, gradient_checkpointing=False,
@@ -107,17 +110,36 @@ def needed(model: GPTNeo, pairs: list[Pair]) -> float:
 
 
 def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, **options: Any) -> Any:
-    """(our player, transformers' model on the same weights, pairs, our run)."""
+    """(our player, transformers' model on the same weights or None, pairs, our run, notes with the reason for None)."""
     model = random_model(neo_config(shape), dtype, device)
-    other = in_transformers(model)
+    other, notes = None, {}
+    with optional(notes, "transformers"):
+        other = in_transformers(model)
     lora.add_lora(model, RANK, ALPHA)
     player, run = our_run(model, dtype == torch.bfloat16, batch=batch, beta=(BETA,), lr=(LR,), **options)
-    return player, other, random_pairs(count, 256), run
+    return player, other, random_pairs(count, 256), run, notes
 
 
-def step_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
+def peer_settings(dtype: torch.dtype, device: torch.device, batch: int) -> dict[str, Any]:
+    """For trl_trainer, as `parts` sets ours. On a GPU 32 pairs at once would need more than 80 GB at the 1.3B shape."""
+    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
+    return settings | dict(bf16=dtype == torch.bfloat16, micro=min(batch, 8) if device.type == "cuda" else None)
+
+
+def step_case(
+    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, estimate: float = 0.0
+) -> Case:
     """One pass of LoRA training over `count` pairs, without and with the opponent's log-probabilities."""
-    player, other, pairs, run = parts(shape, dtype, device, count, batch)
+    return Case(
+        f"training: LoRA on the {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's "
+        f"lengths, {batch} a step",
+        partial(step_ways, shape, dtype, device, count, batch),
+        estimate=estimate,
+    )
+
+
+def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
+    player, other, pairs, run, notes = parts(shape, dtype, device, count, batch)
 
     def train(fast: bool, with_scores: bool) -> Callable:
         def call() -> None:
@@ -133,32 +155,30 @@ def step_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
     ways = {"ours": train(cpu, False)}
     if cpu:
         ways["ours without onednn.py"] = train(False, False)
-    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
-    settings["bf16"] = dtype == torch.bfloat16
-    notes = {"ours": f"{needed(player.model, pairs):.2f} TFLOP"}
-    try:
+    settings = peer_settings(dtype, device, batch)
+    notes["ours"] = f"{needed(player.model, pairs):.2f} TFLOP"
+    with optional(notes, "TRL, reference precomputed before"):
         first = trl_trainer(other, pairs, precompute=True, **settings)
         ways["TRL, reference precomputed before"] = first.train
-        ways["ours, opponent scored too"] = train(cpu, True)
-        second = trl_trainer(
-            in_transformers(random_model(neo_config(shape), dtype, device)), pairs, precompute=False, **settings
-        )
+    ways["ours, opponent scored too"] = train(cpu, True)
+    with optional(notes, "TRL, reference in each step"):
+        another = in_transformers(random_model(neo_config(shape), dtype, device))
+        second = trl_trainer(another, pairs, precompute=False, **settings)
         ways["TRL, reference in each step"] = second.train
-    except ImportError:
-        notes["TRL"] = "not installed"
+    return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
+
+
+def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, estimate: float = 0.0) -> Case:
+    """spin.score beside the blocks and the head's one product alone, on the same micro-batches without their masks."""
     return Case(
-        f"training: LoRA on the {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's "
-        f"lengths, {batch} a step",
-        ways,
-        notes,
-        rates=dict.fromkeys(ways, (count, "pairs")),
-        rounds=3,
+        f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths",
+        partial(scoring_ways, shape, dtype, device, count),
+        estimate=estimate,
     )
 
 
-def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Case:
-    """spin.score beside the blocks and the head's one product alone, on the same micro-batches without their masks."""
-    player, _, pairs, run = parts(shape, dtype, device, count, count)
+def scoring_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Ways:
+    player, _, pairs, run, _ = parts(shape, dtype, device, count, count)
     model, tokens = player.model, [pair.tokens for pair in pairs]
     shapes = [(len(group), max(tokens[i] for i in group) - 2) for group in player.micro_batches(tokens)]
     predicted = sum(len(p.real_ids) + len(p.generated_ids) for p in pairs) // len(shapes)
@@ -173,72 +193,16 @@ def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: in
                 hidden = model(torch.zeros(rows, width, dtype=torch.long, device=device)).flatten(0, 1)
                 model.logits(hidden[:predicted])
 
-    return Case(
-        f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths",
-        {"ours": partial(call, True), "the forward alone": partial(call, False)},
-        rates=dict.fromkeys(["ours", "the forward alone"], (count, "pairs")),
-        rounds=3,
-    )
+    ways = {"ours": partial(call, True), "the forward alone": partial(call, False)}
+    return Ways(ways, rates=dict.fromkeys(ways, (count, "pairs")), rounds=3)
 
 
-def iteration_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
-    """Generation of `count` responses, scoring, training on the pairs; generation takes `count` rows at a time."""
-    limit = 256
-    player, other, pairs, run = parts(shape, dtype, device, count, batch, gen_batch=count, max_new_tokens=limit)
-    eos = player.eos_token_id
-    prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids) for p in pairs]
-    cpu = device.type == "cpu"
-
-    def iteration(fast: bool) -> Callable:
-        def call() -> None:
-            with onednn.products() if fast else contextlib.nullcontext():
-                with forced_ends(lengths):
-                    responses = player.respond(prompts, seed=0)
-                assert [len(ids) for ids, _ in responses] == lengths
-                spin.score(player, pairs, run)
-                spin.train(player, pairs, 0, run)
-
-        return call
-
-    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
-    settings["bf16"] = dtype == torch.bfloat16
-    turn = itertools.count()
-
-    def stack(precompute: bool) -> Callable:
-        def call() -> None:
-            theirs(other, prompts, lengths, count, limit, eos, device)()
-            start = next(turn) % count  # else the second call would find the reference's figures in a cache on disk
-            trainer = trl_trainer(other, pairs[start:] + pairs[:start], precompute=precompute, **settings)
-            trainer.train()
-            trainer.model.unload()  # takes the adapters off again
-
-        return call
-
-    ways = {"ours": iteration(cpu)}
-    if cpu:
-        ways["ours without onednn.py"] = iteration(False)
-    try:
-        import trl  # noqa: F401
-
-        ways["transformers + TRL, reference precomputed"] = stack(True)
-        ways["transformers + TRL, reference in each step"] = stack(False)
-    except ImportError:
-        pass
-    return Case(
-        f"iteration: {shape} shape, {str(dtype).removeprefix('torch.')}, LoRA, {count} prompts with GSM8K's lengths, "
-        f"{batch} pairs a step",
-        ways,
-        rates=dict.fromkeys(ways, (count, "pairs")),
-        rounds=3,
-    )
-
-
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        yield step_case("125M", torch.float32, device, 8, 4)
-        yield iteration_case("125M", torch.float32, device, 8, 4)
-        yield scoring_case("125M", torch.float32, device, 8)
-        return
-    yield step_case("1.3B", torch.bfloat16, device, 64, 32)
-    yield iteration_case("1.3B", torch.bfloat16, device, 64, 32)
-    yield scoring_case("1.3B", torch.bfloat16, device, 64)
+        return [step_case("125M", torch.float32, device, 8, 4), scoring_case("125M", torch.float32, device, 8)]
+    return [
+        step_case("1.3B", torch.bfloat16, device, 64, 32, estimate=90),
+        scoring_case("1.3B", torch.bfloat16, device, 64, estimate=20),
+        step_case("125M", torch.bfloat16, device, 64, 32, estimate=40),
+        step_case("2.7B", torch.bfloat16, device, 64, 32, estimate=150),
+    ]

@@ -1,11 +1,13 @@
 """sampling.py: against transformers' generate and logit warpers, and against a full scoring pass."""
 
+import contextlib
 import copy
 import hashlib
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,54 @@ def test_progress_counts_every_row_and_token(model):
     )
     rows, tokens = map(sum, zip(*seen))
     assert (rows, tokens) == (20, sum(map(len, responses.ids))) and len(seen) > 6
+
+
+def test_no_graph_is_captured_into_a_pool_whose_graphs_have_died(model, monkeypatch):
+    """With stand-ins for torch.cuda that run steps on the CPU: before torch 2.12 such a capture fails."""
+    settings = dict(max_new_tokens=40, eos_token_id=EOS, seed=3, batch_size=40)
+    expected = respond(model, prompts(40), **settings)
+    pools: dict[int, list[weakref.ref]] = {}  # handle -> graphs captured into this pool
+    capturing, shrinks, step, shrink = [], [], Batch._step, Batch.shrink
+
+    class Graph:
+        def replay(self):
+            step(self.batch)
+
+    def new_pool():
+        pools[len(pools)] = []
+        return len(pools) - 1
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream):
+        assert not pools[pool] or any(captured() for captured in pools[pool]), "the pool is dead"
+        pools[pool].append(weakref.ref(graph))
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
+    def step_or_record(self):
+        if capturing:
+            capturing[0].batch = self
+        else:
+            step(self)
+
+    def shrink_and_count(self):
+        before = self.size
+        shrink(self)
+        shrinks.append(self.size < before)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", new_pool)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(Batch, "_step", step_or_record)
+    monkeypatch.setattr(Batch, "shrink", shrink_and_count)
+    monkeypatch.setattr("sampling.READ_MULTIPLE", 4)
+    monkeypatch.setattr("sampling.STEPS_PER_CHECK", 2)
+    assert respond(model, prompts(40), **settings).ids == expected.ids
+    assert len(pools) == 1 + sum(shrinks) > 1
+    assert any(len(captured) > 1 for captured in pools.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

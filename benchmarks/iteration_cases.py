@@ -1,0 +1,80 @@
+"""A whole iteration, generation, scoring and training: spin.py beside transformers + PEFT + TRL on the same weights."""
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from bench import Case, Ways, optional
+from generation_cases import forced_ends, theirs
+from training_cases import parts, peer_settings, trl_trainer
+
+import spin
+from kernels import onednn
+
+LIMIT = 256  # new tokens
+
+
+def iteration_case(
+    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, estimate: float = 0.0
+) -> Case:
+    """Generation of `count` responses, scoring, training on the pairs; generation takes `count` rows at a time."""
+    return Case(
+        f"iteration: {shape} shape, {str(dtype).removeprefix('torch.')}, LoRA, {count} prompts with GSM8K's lengths, "
+        f"{batch} pairs a step",
+        partial(iteration_ways, shape, dtype, device, count, batch),
+        estimate=estimate,
+    )
+
+
+def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
+    options = dict(batch=batch, gen_batch=count, max_new_tokens=LIMIT)
+    player, other, pairs, run, notes = parts(shape, dtype, device, count, **options)
+    eos = player.eos_token_id
+    prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids) for p in pairs]
+    cpu = device.type == "cpu"
+
+    def iteration(fast: bool) -> Callable:
+        def call() -> None:
+            with onednn.products() if fast else contextlib.nullcontext():
+                with forced_ends(lengths):
+                    responses = player.respond(prompts, seed=0)
+                assert [len(ids) for ids, _ in responses] == lengths
+                spin.score(player, pairs, run)
+                spin.train(player, pairs, 0, run)
+
+        return call
+
+    settings = peer_settings(dtype, device, batch)
+    turn = itertools.count()
+
+    def stack(precompute: bool) -> Callable:
+        def call() -> None:
+            theirs(other, prompts, lengths, count, LIMIT, eos, device)()
+            start = next(turn) % count  # else the second call would find the reference's figures in a cache on disk
+            trainer = trl_trainer(other, pairs[start:] + pairs[:start], precompute=precompute, **settings)
+            trainer.train()
+            trainer.model.unload()  # takes the adapters off again
+
+        return call
+
+    ways = {"ours": iteration(cpu)}
+    if cpu:
+        ways["ours without onednn.py"] = iteration(False)
+    with optional(notes, "transformers + TRL"):
+        import trl  # noqa: F401
+
+        if other is not None:
+            ways["transformers + TRL, reference precomputed"] = stack(True)
+            ways["transformers + TRL, reference in each step"] = stack(False)
+    return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
+
+
+def cases(device: torch.device) -> list[Case]:
+    if device.type == "cpu":
+        return [iteration_case("125M", torch.float32, device, 8, 4)]
+    return [
+        iteration_case("1.3B", torch.bfloat16, device, 64, 32, estimate=180),
+        iteration_case("125M", torch.bfloat16, device, 64, 32, estimate=120),
+    ]

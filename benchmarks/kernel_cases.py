@@ -1,0 +1,249 @@
+"""Log-probabilities of given tokens: kernels/ and its peers, as the README of this folder explains.
+
+Ours gives each token's log-probability and takes a gradient for each. Peers that give less are marked.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from bench import Case, Ways, optional
+from torch import Tensor
+
+from kernels import linear_logprobs, onednn, token_logprobs
+from model import HEAD_MULTIPLE
+
+V_ODD, V_EVEN = 50257, 50304
+TRL_TOKENS = 512  # of a sequence
+CHECKED = 64  # rows whose log-probabilities are compared with float64
+PRODUCTS = {"scoring": "one product", "frozen head": "two products", "trained head": "three products"}
+Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The textbook way: all logits at once."""
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def with_onednn(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    with onednn.products():
+        return linear_logprobs(hidden, weight, targets)
+
+
+def with_padding(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As the model calls it on a GPU: rows of zeros follow the head in its storage."""
+    return linear_logprobs(hidden, weight, targets, padding_rows=-len(weight) % HEAD_MULTIPLE)
+
+
+def ours(V: int, device: torch.device) -> dict[str, Logps]:
+    if device.type == "cpu":
+        return {"ours": with_onednn, "ours without onednn.py": linear_logprobs}
+    if V % HEAD_MULTIPLE:
+        return {"ours": with_padding, "ours without padding rows": linear_logprobs}
+    return {"ours": linear_logprobs}
+
+
+def peers(device: torch.device) -> tuple[dict[str, Logps], dict[str, str]]:
+    """({name: function of hidden, weight and targets giving logps or their sum}, {name: what to know of it})."""
+    torch._dynamo.reset()  # else, after eight shapes, torch.compile would run eager code without a word
+    ways: dict[str, Logps] = {"eager": eager, "torch.compile of eager": torch.compile(eager, dynamic=False)}
+    notes: dict[str, str] = {}
+    with optional(notes, "TRL selective_log_softmax"):
+        trl = trl_function()
+        ways["TRL selective_log_softmax"] = lambda h, w, t: trl(F.linear(h, w), t)
+    if hasattr(F, "linear_cross_entropy"):
+        for name, options in (("whole", None), ("chunked", torch.nn.LinearCrossEntropyOptions())):
+            ways[f"torch linear_cross_entropy, {name}"] = lambda h, w, t, options=options: (
+                -F.linear_cross_entropy(h, w, t, reduction="none", options=options)
+            )
+    else:
+        notes["torch linear_cross_entropy"] = "not in this torch"
+    if device.type != "cuda":
+        return ways, notes
+    with optional(notes, "Liger"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        for reduction in ("none", "sum"):
+            loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction)
+            ways[f"Liger, {reduction}"] = lambda h, w, t, loss=loss: -loss(w, h, t)
+        notes["Liger, sum"] = "one gradient for all tokens"
+    with optional(notes, "CCE"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        for impl, name in (("cce", "CCE, default"), ("cce_exact", "CCE, exact")):
+            ways[name] = lambda h, w, t, impl=impl: -linear_cross_entropy(h, w, t, reduction="none", impl=impl)
+        notes["CCE, default"] = "leaves out small gradients"
+    return ways, notes
+
+
+def trl_function() -> Callable[[Tensor, Tensor], Tensor]:
+    """TRL's log-probabilities from logits (N, V): in 16 bits in sequences of TRL_TOKENS tokens, as its trainers do.
+
+    It loops over the first dimension, which takes the least memory in fp32, but thousands of launches in 16 bits.
+    """
+    from trl.trainer.utils import selective_log_softmax
+
+    def call(logits: Tensor, targets: Tensor) -> Tensor:
+        N, V = logits.shape
+        if logits.dtype == torch.float32:
+            return selective_log_softmax(logits, targets)
+        rows = N // TRL_TOKENS if N % TRL_TOKENS == 0 else 1
+        return selective_log_softmax(logits.view(rows, -1, V), targets.view(rows, -1)).flatten()
+
+    return call
+
+
+def inputs(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """hidden, weight as model.py keeps it, targets, and a signed gradient for each token."""
+    rng = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, D, generator=rng, device=device).to(dtype)
+    storage = torch.zeros((V + HEAD_MULTIPLE - 1) // HEAD_MULTIPLE * HEAD_MULTIPLE, D, device=device, dtype=dtype)
+    storage[:V] = torch.randn(V, D, generator=rng, device=device) * D**-0.5
+    targets = torch.randint(V, (N,), generator=rng, device=device)
+    return hidden, storage[:V], targets, torch.randn(N, generator=rng, device=device)
+
+
+def error_of(exact: Callable[[], Tensor]) -> Callable[[Tensor], str]:
+    """A check for Ways: the largest error of the first log-probabilities against float64 on the same inputs."""
+    exact = cache(exact)
+
+    def check(logp: Tensor) -> str:
+        if logp.dim() == 0:
+            return ""
+        return f"error {(logp.detach()[:CHECKED].double() - exact()).abs().max():.0e}"
+
+    return check
+
+
+def logps_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Ways:
+    hidden, weight, targets, upstream = inputs(N, D, V, dtype, device)
+    hidden.requires_grad_(kind != "scoring")
+    weight.requires_grad_(kind == "trained head")
+    aligned = torch.randn(V_EVEN, D, device=device).to(dtype)
+    room = torch.empty(N, V_EVEN, dtype=dtype, device=device)
+
+    def run(way: Logps) -> Tensor:
+        with torch.set_grad_enabled(kind != "scoring"):
+            logp = way(hidden, weight, targets)
+        if kind != "scoring":
+            with onednn.products() if way is with_onednn else contextlib.nullcontext():
+                (logp if logp.dim() == 0 else (logp * upstream).sum()).backward()
+        hidden.grad = weight.grad = None  # freed here, or the next call would free it and seem to need less memory
+        return logp
+
+    def floor() -> None:
+        with torch.no_grad():
+            torch.mm(hidden, aligned.T, out=room)
+            if kind != "scoring":
+                torch.mm(room, aligned)
+            if kind == "trained head":
+                torch.mm(room.T, hidden)
+
+    others, notes = peers(device)
+    ways = ours(V, device) | others
+    check = error_of(
+        lambda: logps_of(hidden.detach()[:CHECKED].double() @ weight.detach().double().T, targets[:CHECKED])
+    )
+    calls = {name: partial(run, way) for name, way in ways.items()}
+    calls[f"floor: {PRODUCTS[kind]}, V {V_EVEN}"] = floor
+    return Ways(calls, notes, check=lambda logp: "" if logp is None else check(logp))
+
+
+def linear_case(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device, **budget: float) -> Case:
+    name = f"log-probabilities: {kind}, N {N}, D {D}, V {V}, {str(dtype).removeprefix('torch.')}"
+    return Case(name, partial(linear_ways, kind, N, D, V, dtype, device), **budget)
+
+
+def row_ways(backward: bool, N: int, V: int, dtype: torch.dtype, device: torch.device) -> Ways:
+    """token_logprobs against a copy of the logits: it reads them once; with the gradient, twice, and writes it."""
+    rng = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(N, V, generator=rng, device=device).to(dtype).requires_grad_(backward)
+    targets = torch.randint(V, (N,), generator=rng, device=device)
+    upstream = torch.randn(N, generator=rng, device=device)
+    copy = torch.empty_like(logits)
+    size = N * V * dtype.itemsize / 1e9
+    notes: dict[str, str] = {}
+    ways: dict[str, Callable] = {"ours": token_logprobs, "eager": lambda z, t: logps_of(z.float(), t)}
+    with optional(notes, "TRL selective_log_softmax"):
+        ways["TRL selective_log_softmax"] = trl_function()
+
+    def run(way: Callable) -> Tensor:
+        logp = way(logits, targets)
+        if backward:
+            (logp * upstream).sum().backward()
+            logits.grad = None
+        return logp
+
+    def duplicate() -> None:
+        with torch.no_grad():
+            copy.copy_(logits)
+
+    check = error_of(lambda: logps_of(logits.detach()[:CHECKED].double(), targets[:CHECKED]))
+    return Ways(
+        {name: partial(run, way) for name, way in ways.items()} | {"a copy of the logits": duplicate},
+        notes,
+        rates={"ours": ((3 if backward else 1) * size, "GB"), "a copy of the logits": (2 * size, "GB")},
+        check=lambda logp: "" if logp is None else check(logp),
+    )
+
+
+def row_cases(N: int, V: int, dtype: torch.dtype, device: torch.device, **budget: float) -> Iterator[Case]:
+    for kind, backward in (("forward", False), ("forward + backward", True)):
+        name = f"log-probabilities from logits: {kind}, N {N}, V {V}, {str(dtype).removeprefix('torch.')}"
+        yield Case(name, partial(row_ways, backward, N, V, dtype, device), **budget)
+
+
+def cases(device: torch.device) -> list[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if device.type == "cpu":
+        kinds = ("frozen head", "scoring", "trained head")
+        planned = [linear_case(kind, 512, 768, V_ODD, fp32, device) for kind in kinds]
+        planned.append(linear_case("frozen head", 512, 768, V_ODD, bf16, device))
+        return planned + list(row_cases(512, V_ODD, fp32, device))
+    planned = []
+
+    def add(
+        kind: str, N: int, D: int, V: int, dtype: torch.dtype = bf16, seconds: float = 2, estimate: float = 8
+    ) -> None:
+        planned.append(linear_case(kind, N, D, V, dtype, device, seconds=seconds, estimate=estimate))
+
+    def add_rows(N: int, V: int, dtype: torch.dtype = bf16) -> None:
+        planned.extend(row_cases(N, V, dtype, device, seconds=1, estimate=3))
+
+    # The cases with a target and the most time come first.
+    for D in (2560, 768):
+        for kind in ("frozen head", "scoring"):
+            add(kind, 8192, D, V_ODD, seconds=6, estimate=14)
+    add_rows(8192, V_ODD)
+    add("trained head", 8192, 2560, V_ODD, seconds=6, estimate=14)
+    for kind in ("frozen head", "scoring"):
+        add(kind, 8192, 2048, V_ODD)
+    add("frozen head", 8192, 2560, V_EVEN)
+    add("frozen head", 8192, 768, V_EVEN)
+    add_rows(8192, V_EVEN)
+    for D in (2560, 768, 2048):
+        for kind in ("frozen head", "scoring"):
+            add(kind, 2048, D, V_ODD)
+    add("trained head", 8192, 768, V_ODD)
+    add("trained head", 8192, 2048, V_ODD)
+    rest = [
+        (kind, N, D, V) for V in (V_ODD, V_EVEN) for N in (8192, 2048) for D in (2560, 768, 2048) for kind in PRODUCTS
+    ]
+    names = {case.name for case in planned}
+    for kind, N, D, V in rest:
+        if linear_case(kind, N, D, V, bf16, device).name not in names:
+            add(kind, N, D, V, seconds=1, estimate=7)
+    add_rows(2048, V_ODD)
+    add_rows(2048, V_EVEN)
+    # Beyond the table of sizes: few rows, many rows, fp32.
+    add("frozen head", 128, 2560, V_ODD)
+    add("frozen head", 16384, 768, V_ODD)
+    add("frozen head", 2048, 2560, V_ODD, fp32)
+    add_rows(8192, V_ODD, fp32)
+    return planned

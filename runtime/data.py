@@ -6,6 +6,7 @@
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -23,6 +24,7 @@ from runtime.options import check_file, shown
 
 LONGEST_LINE = 2**24  # bytes; a compressed file may hold a line without end
 LARGEST_FILE = 2**26  # bytes of a tokenizer's file
+MOST_GROWTH = 4096  # of a text by a tokenizer's replacements; those of real ones have a few characters
 LAYOUTS = '{"prompt", "response"}, {"real": [{"role", "content"}, ...]} or {"prompt", "chosen", "rejected"}'
 BEGINNINGS = {  # of files that hold no JSON Lines
     b"PAR1": "Parquet", b"\x1f\x8b": "gzip without .gz in its name", b"PK\3\4": "a zip archive",
@@ -223,6 +225,7 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
     if source.is_file():
         check_file(source, LARGEST_FILE)
         with _one_error(f"{source}: not a readable tokenizer"):
+            _check_growth(json.loads(source.read_bytes()))
             return Tokenizer.from_file(str(source)), source
     for file in (vocab, merges):
         if not file.is_file():
@@ -235,6 +238,20 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, vocab
+
+
+def _check_growth(settings: dict[str, Any]) -> None:
+    """Raises ValueError where a chain of replacements could make text longer without bound, and exhaust the memory."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth, nodes = 1, [settings.get(part)]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, dict):
+                added = (node.get("content"), node.get("prepend"), node.get("replacement"))
+                growth *= math.prod(max(1, len(text)) for text in added if isinstance(text, str))
+            nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+            if growth > MOST_GROWTH:
+                raise ValueError(f"its {part} may make text more than {MOST_GROWTH} times as long")
 
 
 def encode(

@@ -9,7 +9,18 @@ import pytest
 from helpers import ROOT
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from runtime.data import Example, decode, draw, encode, fit_context, held_out, load_examples, load_tokenizer, shared
+from runtime.data import (
+    Example,
+    decode,
+    draw,
+    encode,
+    fit_context,
+    held_out,
+    load_examples,
+    load_tokenizer,
+    read_tokenizer,
+    shared,
+)
 from runtime.options import Args
 
 EOS_TEXT = "<|endoftext|>"
@@ -338,3 +349,18 @@ def test_equal_ids_are_one_object_in_all_lists(start):
     far = [int("100000"), int("100000")]
     assert shared(far) == far and shared(far)[0] is shared([int("100000")])[0]
     assert shared("text") == "text" and shared([]) == [] and shared([1.5]) == [1.5]
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_a_tokenizer_that_doubles_text_again_and_again_is_refused(start, tmp_path, part):
+    """Thirty replacements of "A" by "AA" would make a gigabyte of a letter, and end the process without a word."""
+    settings = json.loads((start / "tokenizer.json").read_text())
+    double = {"type": "Replace", "pattern": {"String": "A"}, "content": "AA"}
+    for count, refused in ((5, False), (30, True)):
+        settings[part] = {"type": "Sequence", f"{part}s": [double] * count}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+        if not refused:
+            read_tokenizer(tmp_path)
+            continue
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: .*its {part} may make text more than 4096 times"):
+            read_tokenizer(tmp_path)

@@ -211,7 +211,7 @@ def refusal(path, **options) -> str:
         ("x.jsonl", b'[{"prompt": "a", "response": "b"}]\n', "a JSON array"),
         ("x.json", b'\n[\n{"prompt": "a", "response": "b"}]\n', "a JSON array"),
         ("x.json", b'{\n  "prompt": "a"\n}\n', "indented JSON"),
-        ("x.jsonl", gzip.compress(GOOD.encode()), "gzip without .gz in its name"),
+        ("x.jsonl", gzip.compress(GOOD.encode(), mtime=0), "gzip without .gz in its name"),
         ("x.jsonl", b"PK\3\4\0\0", "a zip archive"),
         ("x.jsonl", GOOD.encode("utf-16"), "UTF-16"),
     ],

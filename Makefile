@@ -12,9 +12,9 @@ ARGS ?=
 run: $(VENV)/run.stamp
 	$(PYTHON) spin.py $(ARGS)
 
-# Two processes, each with one thread; a file of tests stays in one process, with its fixtures.
+# Two processes, each with one thread; a file of tests stays in one process, with its fixtures. The longest comes first.
 test: $(VENV)/dev.stamp
-	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(if $(ARGS),$(ARGS),tests/test_runs.py tests)
 
 lint: $(VENV)/dev.stamp
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

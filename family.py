@@ -32,7 +32,7 @@ from torch import Tensor
 import lora
 import spin
 from player import Player
-from runtime import cli, storage
+from runtime import cli, parallel
 from runtime.data import Example, Pair
 from runtime.evaluate import Row
 from runtime.options import Args, at_least, option, shown, valid, value_at
@@ -40,7 +40,7 @@ from runtime.run import Run
 from runtime.stopping import SIGNALS, Stopped
 
 OUR_NAMES = {path.stem for path in Path(__file__).resolve().parent.iterdir()}  # of modules and packages
-SCORER_SHARD = 1024  # pairs that the scorer is asked about before its answers are written
+SCORER_SHARD = 1, 1024  # fewest and most pairs that the scorer is asked about before its answers are written
 
 # ---------------------------------------------------------------- losses
 
@@ -143,7 +143,7 @@ def base_policy(player: Player, run: Run) -> Iterator[None]:
         with lora.lora_disabled(player.model):
             yield
         return
-    folder = run.out / "resume" / "player"
+    folder = run.out / "resume" / f"player-{parallel.rank()}"
     run.check_start("adapter" if run.args.adapter else "model")
     if run.args.adapter:
         lora.save_adapter(player.model, folder)
@@ -203,7 +203,7 @@ def draw_from_history(
 ) -> list[tuple[list[int], bool]]:
     """Writes the newest responses to responses-<t>.jsonl and draws one of the last --history for each prompt."""
     lines = [[example.line, *response] for example, response in zip(examples, responses)]
-    storage.write_rows(run.out / f"responses-{t}.jsonl", lines)
+    run.write_rows(f"responses-{t}.jsonl", lines)
     oldest = max(0, t + 1 - run.args.history) if run.args.history else 0
     written = [run.read_rows(f"responses-{k}.jsonl") for k in range(oldest, t)] + [lines]
     by_line = [{line: (ids, finished) for line, ids, finished in rows} for rows in written]
@@ -252,7 +252,7 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
             SIGNALS.check()  # a scorer may take long
         return wins
 
-    for pair, (real, generated) in zip(pairs, run.shards("wins", len(pairs), SCORER_SHARD, work)):
+    for pair, (real, generated) in zip(pairs, run.shards("wins", len(pairs), *SCORER_SHARD, work)):
         pair.wins = (real, generated)
 
 

@@ -165,13 +165,14 @@ def optimize(player: Player, items: list[Any], loss_of: Callable, t: int, run: R
     """
     args = run.args
     peak = value_at(args.lr, t)
-    optimizer = make_optimizer([p for p in player.model.parameters() if p.requires_grad], args)
-    training = run.training(t, items, player.model, optimizer)
-    player.model.train()
-    for step, batch in training:
-        optimizer.param_groups[0]["lr"] = peak * schedule(step, training.steps, args.warmup)
-        training.record(take_step(player, optimizer, batch, loss_of, args.clip))
-    player.model.eval()
+    with run.weights_to_train(player):
+        optimizer = make_optimizer([p for p in player.model.parameters() if p.requires_grad], args)
+        training = run.training(t, items, player.model, optimizer)
+        player.model.train()
+        for step, batch in training:
+            optimizer.param_groups[0]["lr"] = peak * schedule(step, training.steps, args.warmup)
+            training.record(take_step(player, optimizer, batch, loss_of, args.clip))
+        player.model.eval()
     return training.signals()
 
 
@@ -184,13 +185,13 @@ def take_step(
     they are, "skipped" is true, and values that are not finite are None, since JSON has no NaN.
     """
     sums: dict[str, Tensor] = {}
-    for micro_batch in player.micro_batches([item.tokens for item in batch]):
+    for micro_batch, weight in parallel.micro_batches([item.tokens for item in batch], player.micro_batches):
         values = loss_of([batch[i] for i in micro_batch])
-        (values["loss"].sum() / len(batch)).backward()
-        sums = {name: sums.get(name, 0) + value.detach().sum() for name, value in values.items()}
+        (weight * values["loss"].sum() / len(batch)).backward()
+        sums = {name: sums.get(name, 0) + weight * value.detach().sum() for name, value in values.items()}
     group = optimizer.param_groups[0]
-    parallel.sum_gradients(group["params"])
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    sums = parallel.sum_gradients(group["params"], sums)  # over all ranks, of which each had a part of the batch
+    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(group["params"], clip))
     means = torch.stack([*(total / len(batch) for total in sums.values()), norm]).tolist()  # waits for the GPU once
     row = {name: value if math.isfinite(value) else None for name, value in zip([*sums, "grad_norm"], means)}
     skipped = None in row.values()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kernels import onednn
-from runtime import plan
+from runtime import parallel, plan
 from runtime.options import Args, parse
 from runtime.record import locked
 from runtime.setup import setup
@@ -41,21 +41,26 @@ def main(
         stack.enter_context(onednn.products())
         try:
             argv = sys.argv[1:] if argv is None else argv
+            parallel.silence()
             args = parse(command, argv, args_class, (about or "").partition("\n\n")[0])  # python -OO has no docstrings
+            parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
             model, examples, run = setup(args, command)
             player = player_class(model, run.eos_token_id, run.args, run.dtype)
             SIGNALS.check()
             if args.dry_run:
                 print(plan.describe(examples, run, *plan.rehearse(player, examples, run)))
+                parallel.leave()
                 return 0
-            stack.enter_context(locked(run.out))
+            stack.enter_context(locked(run.out) if parallel.is_writer() else contextlib.nullcontext())
             run.begin()
             began = True
             method(player, examples, run)
             run.finish(player)
+            parallel.leave()
         except Finished as finished:
             shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # the run may have died just before doing so
             print(finished)
+            parallel.leave()
         except (ValueError, OSError, Stopped, MemoryError, RuntimeError, Interrupted) as error:
             if not began:
                 return fail(script, as_text(error), getattr(error, "exit_code", 2))
@@ -76,6 +81,8 @@ def as_text(error: BaseException) -> str:
         isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
     ):
         return f"out of memory; {LESS_MEMORY} ({str(error).strip().partition(chr(10))[0][:200]})"
+    if parallel.ended_elsewhere(error):
+        return f"rank {parallel.rank()} lost its connection: another rank has ended"
     if isinstance(error, RuntimeError) and not isinstance(error, Stopped):
         raise error
     return str(error)
@@ -83,6 +90,8 @@ def as_text(error: BaseException) -> str:
 
 def fail(script: str, error: object, code: int) -> int:
     """Prints the error as one line, whatever characters it holds, and returns the exit code."""
+    if not parallel.is_first_to_report():
+        return code
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).replace("\n", " "))
     if len(text) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2

@@ -155,6 +155,10 @@ class Args:
     seed: int = option(0, "Seed of all random numbers.")
     device: str = option("auto", "cpu, cuda, cuda:N or auto; auto: a GPU if there is one.", changeable=True, **valid(
         lambda name: re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", name), "auto, cpu, cuda or cuda:N"))
+    fsdp: bool = option(False, "Cut weights, gradients and optimizer state over the ranks of torchrun while training, "
+                        "for models that outgrow a device; with --rank 0.", changeable=True)
+    shard: int = option(0, "Prompts that a rank takes at a time, the most that a killed run repeats; 0: 1/32 of them, "
+                        "but 4 to 64 batches.", **at_least(0))
     precision: str = option("auto", "bf16, fp32 or auto; auto: bf16 on a GPU, else fp32.",
                             choices=("auto", "bf16", "fp32"))
     best: str = option("nll", "Held-out metric that selects the best iterate.", choices=tuple(METRICS), changeable=True)
@@ -176,6 +180,7 @@ class Args:
             self.require(name, fits, f"1 value, or one for each of {self.iterations} iterations")
         scratch = self.from_scratch
         self.require("adapter", not self.adapter or (self.rank and not scratch), "no --rank 0 or --from-scratch")
+        self.require("fsdp", not (self.fsdp and self.rank), "--rank 0 with it; adapters need no cut")
         self.require(
             "rank", not (scratch and self.rank), "0 with --from-scratch; adapters on random weights learn little"
         )

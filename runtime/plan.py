@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from runtime import parallel
 from runtime.data import Example
 from runtime.options import value_at
 
@@ -44,8 +45,11 @@ def needs(
     pair_tokens: int,
     keeps_responses: bool = False,
     swaps_weights: bool = False,
+    cut: int = 0,
 ) -> Needs:
-    """The needs of a run that trains the parameters of `model` that require a gradient. It may be on the meta device.
+    """The needs of each rank of a run that trains the parameters of `model` that require a gradient.
+
+    The model may be on the meta device.
 
     Args:
         optimizer_slots: numbers that the optimizer keeps for each trained one: 2 for AdamW, 1 for RMSProp.
@@ -54,6 +58,7 @@ def needs(
         pair_tokens: upper bound of the tokens in all pairs of one iteration.
         keeps_responses: responses are written a second time, for later iterations.
         swaps_weights: the player's weights wait on disk while others take their place.
+        cut: number of ranks over which --fsdp cuts what is trained; 0: every rank holds all of it.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, train in sizes if train)
@@ -64,28 +69,36 @@ def needs(
     rows = min(batch_size, max(1, cache_tokens // row_tokens))
     places = [min(row_tokens, config.window_size) if k == "local" else row_tokens for k in config.attention_layers]
     cache = rows * sum(places) * 2 * config.hidden_size * itemsize
+    training = weights + trained * (1 + optimizer_slots) * FP32
+    generation = weights + (trained * itemsize if bf16 else 0)
+    if cut:
+        block = sum(p.numel() for p in model.transformer["h"][0].parameters())
+        outside = total - config.num_layers * block  # embeddings, which stay whole with their gradient during a step
+        own = -(-trained * FP32 // cut)
+        training = own * (2 + optimizer_slots) + outside * 2 * FP32 + block * 2 * (itemsize + FP32)
+        generation = own + (total - outside) * itemsize + outside * FP32
     state = trained * (1 + optimizer_slots) * FP32  # a checkpoint of training; two exist while one replaces the other
     return Needs(
         parameters=total,
         trained=trained,
-        training=weights + trained * (1 + optimizer_slots) * FP32,
-        generation=weights + (trained * itemsize if bf16 else 0) + cache,
+        training=training,
+        generation=generation + cache,
         disk=iterations * (trained * FP32 + pair_tokens * TOKEN * (2 if keeps_responses else 1))
         + (2 if swaps_weights else 1) * total * FP32
         + 2 * state
         + pair_tokens * TOKEN,
-        optimizer=trained * optimizer_slots * FP32,
+        optimizer=trained * optimizer_slots * FP32 // max(cut, 1),
     )
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has in all."""
+    """Bytes of memory that the device has for a rank."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     text = limit.read_text().strip() if limit.exists() else ""
-    return min(total, int(text)) if text.isdigit() else total
+    return (min(total, int(text)) if text.isdigit() else total) // parallel.local_world_size()
 
 
 def disk_left_for(folder: Path) -> int:
@@ -146,12 +159,13 @@ def rehearse(player: Any, examples: list[Example], run: Any) -> tuple[dict[str, 
         began = time.perf_counter()
         player.logps(items)
         seconds["score"] = (time.perf_counter() - began) / tokens
-        began = time.perf_counter()
-        player.model.train()
-        player.response_logps(items).sum().backward()
-        peak = _peak_memory(run.device) + run.needs.optimizer
-        player.model.zero_grad()
-        seconds["train"] = (time.perf_counter() - began) / tokens
+        with run.weights_to_train(player):
+            began = time.perf_counter()
+            player.model.train()
+            player.response_logps(items).sum().backward()
+            peak = _peak_memory(run.device) + run.needs.optimizer
+            player.model.zero_grad()
+            seconds["train"] = (time.perf_counter() - began) / tokens
     return seconds, peak
 
 
@@ -182,9 +196,12 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     }
     if supervised:
         times = {phase: times[phase] for phase in ("train", "evaluate")}
+    ranks = parallel.world_size()
+    times = {phase: seconds / ranks for phase, seconds in times.items()}
     longer = sum(len(e.real_ids) > limit for e in examples)
     trained = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items())
+    each = " for each rank" if ranks > 1 else ""
     lines = {
         "model": f"{args.model}: {needs.parameters:,} parameters, {needs.trained:,} trained ({trained}), "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",
@@ -192,9 +209,13 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
         "lengths": f"prompts {prompt:.0f} tokens, the longest {max(len(e.prompt_ids) for e in examples)}; "
         f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {limit}",
         "iterations": f"{args.iterations}, each of {prompts:,} prompts; steps: {', '.join(map(str, steps))}",
-        "memory": f"about {gib(max(peak, needs.generation))} of {gib(memory_of(run.device))}",
+        "memory": f"about {gib(max(peak, needs.generation))} of {gib(memory_of(run.device))}{each}",
         "disk": f"up to {gib(needs.disk)} of {gib(disk_left_for(run.out))} in {run.out}",
         "time": f"about {duration(sum(times.values()))} an iteration if responses are as long as the real ones "
         f"({phases})",
     }
+    if ranks > 1:
+        cut = "weights, gradients and optimizer state are cut over them" if args.fsdp else "each holds the whole model"
+        shards = -(-prompts // run.shard_size(prompts, *run.shard_limits))
+        lines["ranks"] = f"{ranks}, which share {shards} shards of prompts (--shard) and the batch of every step; {cut}"
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())

@@ -76,15 +76,23 @@ def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeabl
             )
 
 
-def check_same_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Raises ValueError where data or weights are not those that the run in `folder` began with."""
+def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> None:
+    """Raises ValueError where data or weights differ. `whose` says whose contents were expected."""
     for name in old | new:
         if old.get(name) != new.get(name):
             now, then = (digests.get(name, "none")[:12] for digests in (new, old))
             raise ValueError(
-                f"--{name}: not the contents that the run in {folder} began with "
-                f"(sha256 {now}, then {then}); restore them or give another --out"
+                f"--{name}: not the contents {whose} (sha256 {now}, then {then}); restore them or give another --out"
             )
+
+
+def check_ranks(folder: Path, old: dict[str, Any], ranks: int) -> None:
+    """Raises ValueError where the run in `folder` began with another number of ranks."""
+    if old["ranks"] != ranks:
+        raise ValueError(
+            f"{ranks} ranks: the run in {folder} began with {old['ranks']}, on which dropout's random numbers depend; "
+            "start as many, or give another --out"
+        )
 
 
 # ---------------------------------------------------------------- what it has finished

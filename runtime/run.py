@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lora
-from runtime import parallel, record, report, storage
+from runtime import fsdp, parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
 from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
 from runtime.export import export
@@ -30,7 +30,9 @@ from runtime.options import Args
 from runtime.stopping import SIGNALS, Stopped
 from runtime.training import Training
 
-SCORE_SHARD = 1024  # items whose log-probabilities are written together: the most that a killed run loses
+SHARDS = 32  # in a phase of generation or scoring, unless their limits, in batches or items, say otherwise
+SHARD_BATCHES = 4, 64  # fewest and most batches of responses in a shard
+SCORE_SHARD = 256, 1024  # fewest and most items in a shard of log-probabilities
 
 
 def seed_of(seed: int, t: int, purpose: str) -> int:
@@ -52,7 +54,7 @@ class Run:
     heldout: list[Example] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # what run.json says
     needs: Any = None  # plan.Needs
-    shard_size: int = 1024  # responses a shard, fixed for the run: shard file names depend on it
+    sharded: fsdp.Sharded | None = None  # the player's weights, where --fsdp cuts them over the ranks
     rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
     checksums: list[dict[str, str]] = field(default_factory=list)  # of the files of each of them, by name
     iterate: int | None = None  # number of the iterate that is being made; None: outside `iterations`
@@ -67,7 +69,7 @@ class Run:
 
         A new run evaluates theta_0 first. A resumed one loads the last finished iterate into the player.
         """
-        self.rows, self.checksums = record.read_finished(self.out)
+        self.rows, self.checksums = parallel.on_writer(lambda: record.read_finished(self.out))
         self.enter(0)
         with self.timed("evaluate"):
             self.start_samples = sample_start(player, self)
@@ -100,8 +102,16 @@ class Run:
 
     def read_rows(self, name: str) -> Iterator[Any]:
         """The rows of a file of an earlier iteration. Raises: Stopped where it is damaged or missing."""
+        if parallel.world_size() > 1:
+            return iter(parallel.on_writer(lambda: list(self._read_rows(name))))
+        return self._read_rows(name)
+
+    def _read_rows(self, name: str) -> Iterator[Any]:
         record.check_files(self.out, self.checksums, [name])
         return storage.read_rows(self.out / name)
+
+    def write_rows(self, name: str, rows: Iterable[Any]) -> None:
+        parallel.on_writer(lambda: storage.write_rows(self.out / name, rows))
 
     def evaluate(self, player: Any) -> Row:
         """Held-out metrics of the player as the next iterate."""
@@ -111,18 +121,22 @@ class Run:
     def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Pair] = ()) -> None:
         """Writes pairs, weights and, last, the row of metrics that makes the iterate finished; prints that row."""
         self.rows.append(row)
-        if parallel.is_writer():
+        model = self.model_to_save(player)
+
+        def write() -> None:
             if pairs:
                 self.write_pairs(pairs)
             if self.iterate:
-                self.save_iterate(player)
+                self.save_iterate(model)
             record.write_finished(self.out, self.iterate, self.rows, self.checksums)
+
+        parallel.on_writer(write)
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
         seconds = "".join(f", {phase} {time:.0f} s" for phase, time in self.seconds.items())
         print(report.line(row, report.COLUMNS) + seconds, flush=True)
         for text in report.warnings_of(self.rows):
-            print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
+            self.warn(text)
         self.seconds.clear()
 
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
@@ -165,7 +179,7 @@ class Run:
 
         try:
             with bar, self.timed(name):
-                return self.shards(name, len(examples), self.shard_size, work)
+                return self.shards(name, len(examples), *self.shard_limits, work)
         except FloatingPointError as error:
             raise Stopped(f"responses for '{name}': {error}") from None
 
@@ -185,12 +199,37 @@ class Run:
             return player.logps(items[part.start : part.stop], progress)
 
         with bar, self.timed(name):
-            return self.shards(name, len(items), SCORE_SHARD, work)
+            return self.shards(name, len(items), *SCORE_SHARD, work)
 
-    def shards(self, name: str, count: int, size: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
-        """work(items) for items 0 to count - 1, `size` at a time; what an earlier process finished is read instead."""
+    def shards(self, name: str, count: int, least: int, most: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
+        """work(items) for items 0 to count - 1, in shards that the ranks share; what was finished before is read.
+
+        The size of a shard is --shard, or a multiple of `least` up to `most`. It does not depend on the number of
+        ranks, so neither do the results.
+        """
         folder = None if self.iterate is None else self.folder
-        return storage.in_shards(folder, name, count, size, work)
+        return storage.in_shards(folder, name, count, self.shard_size(count, least, most), work)
+
+    def shard_size(self, count: int, least: int, most: int) -> int:
+        return self.args.shard or min(most, -(-count // (SHARDS * least)) * least)
+
+    @property
+    def shard_limits(self) -> tuple[int, int]:
+        """Fewest and most responses of a shard."""
+        batch = self.record.get("shard_batch", self.args.gen_batch)  # --gen-batch as the run began
+        return SHARD_BATCHES[0] * batch, SHARD_BATCHES[1] * batch
+
+    @contextlib.contextmanager
+    def weights_to_train(self, player: Any) -> Iterator[None]:
+        """The player's weights cut over the ranks while it trains, where --fsdp asks for it."""
+        if self.sharded is None:
+            yield
+            return
+        player.model = self.sharded.master
+        self.sharded.release()
+        yield
+        player.model = self.sharded.whole
+        self.sharded.gather()
 
     def training(self, t: int, items: list[Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Training:
         """The optimizer steps of iteration t over `items`, as an iterator that resumes."""
@@ -233,20 +272,28 @@ class Run:
         """Shards and state of training on the way to the current iterate; removed when the iterate is finished."""
         return self.out / "resume" / f"iterate-{self.iterate}"
 
+    def warn(self, text: str) -> None:
+        if parallel.is_writer():
+            print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
+
     def _bar(self, name: str, total: int) -> tqdm:
         """A progress bar in a terminal, nothing elsewhere."""
         return tqdm(total=total, desc=name, leave=False, disable=None if parallel.is_writer() else True)
 
     # ------------------------------------------------------------ weights
 
-    def save_iterate(self, player: Any) -> None:
+    def model_to_save(self, player: Any) -> Any:
+        """The player's model in full precision; None on ranks that do not write. All ranks must call it."""
+        return player.model if self.sharded is None else self.sharded.to_save()
+
+    def save_iterate(self, model: Any) -> None:
         """iterate-<t>/: the adapter in PEFT's layout, or a full model where all parameters are trained."""
         folder = self.out / f"iterate-{self.iterate}"
         folder.mkdir(exist_ok=True)
         if self.args.rank:
-            lora.save_adapter(player.model, folder, base_model_name_or_path=self.args.model)
+            lora.save_adapter(model, folder, base_model_name_or_path=self.args.model)
         else:
-            self.save_model(player.model, folder)
+            self.save_model(model, folder)
         storage.sync(folder)
 
     def load_iterate(self, player: Any, iterate: int) -> None:
@@ -254,10 +301,14 @@ class Run:
         if not iterate:
             return
         folder = self.out / f"iterate-{iterate}"
+        if self.sharded is not None:
+            self.sharded.load(folder)
+            return
         if self.args.rank:
-            lora.load_adapter(player.model, folder)
+            parallel.on_writer(lambda: lora.load_adapter(player.model, folder))
         else:
-            player.model.load_weights(folder)
+            parallel.on_writer(lambda: player.model.load_weights(folder))
+        parallel.send_weights(player.model)
 
     def check_start(self, name: str = "model") -> None:
         """Compares the start, or its "adapter", with what it was when the run began. Raises: Stopped."""
@@ -275,10 +326,9 @@ class Run:
         folder.mkdir(exist_ok=True)
         export(model, folder, self.start, self.tokenizer, self.eos_token_id)
 
-    def save_final(self, player: Any) -> None:
-        """final/: the last iterate as one plain model that transformers loads too."""
+    def save_final(self, model: Any) -> None:
+        """final/: the last iterate, whose weights or adapter `model` holds, as one plain model for transformers too."""
         self.check_start()  # its tokenizer and, with LoRA, its weights are read again
-        model = player.model
         if self.args.rank:
             # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
             model = type(model).from_pretrained(self.start)
@@ -291,7 +341,17 @@ class Run:
 
     def begin(self) -> None:
         """Under the lock: writes the record of a new run, or says how far the run has come."""
-        storage.remove_leftovers(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)  # on hosts of other ranks than the writer
+        if parallel.local_rank() == 0:
+            storage.remove_leftovers(self.out)
+        parallel.barrier()
+        parallel.on_writer(self._begin)
+        if parallel.local_rank() == 0 and record.read(self.out) != self.record:  # this host has a disk of its own
+            shutil.rmtree(self.out / "resume", ignore_errors=True)  # shards of a run that is gone
+            record.write(self.out, self.record)
+        parallel.barrier()
+
+    def _begin(self) -> None:
         found = record.read(self.out)
         if found is None:
             record.write(self.out, self.record)
@@ -299,8 +359,8 @@ class Run:
         if found != self.record:  # the folder held no run, or another one, when `setup` compared options and inputs
             raise ValueError(f"--out {self.out}: another process was at work in it a moment ago; run the command again")
         if found["torch"] != torch.__version__:
-            text = f"the run began with torch {found['torch']}, this is {torch.__version__}: results differ by rounding"
-            print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
+            began, now = found["torch"], torch.__version__
+            self.warn(f"the run began with torch {began}, this is {now}: results differ by rounding")
         rows, checksums = record.read_finished(self.out)
         record.check_files(self.out, checksums)
         done = max(0, len(rows) - 1)
@@ -308,7 +368,12 @@ class Run:
 
     def finish(self, player: Any) -> None:
         """Writes final/, the plot and the record of a finished run; prints the tables."""
-        self.save_final(player)
+        model = self.model_to_save(player)
+        parallel.on_writer(lambda: self._finish(model))
+        shutil.rmtree(self.out / "resume", ignore_errors=True)
+
+    def _finish(self, model: Any) -> None:
+        self.save_final(model)
         title = f"{self.args.out}: held-out metrics and training signals"
         storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
         print(report.tables(self.rows))
@@ -317,7 +382,6 @@ class Run:
         files = record.digests(self.out, ["metrics.svg", "final"])
         best_of_all = {"iterate": best, "metric": metric}
         record.write(self.out, self.record | {"finished": True, "best": best_of_all, "files": files})
-        shutil.rmtree(self.out / "resume", ignore_errors=True)
         where = f"{self.out}/iterate-{best}" if best else "the start: none is better"
         print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 import lora
 from model import GPTNeo, GPTNeoConfig, GPTNeoSelfAttention, check_weights
-from runtime import plan, record, storage
+from runtime import fsdp, parallel, plan, record, storage
 from runtime.data import (
     Example,
     as_decoded,
@@ -29,25 +29,38 @@ from runtime.options import Args, changeable, shown
 from runtime.run import Run, seed_of
 from runtime.stopping import Finished
 
-SHARD_BATCHES = {"cpu": 16, "cuda": 64}  # batches of responses in a shard
-
 
 def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
     """Checks and loads everything before the first token is generated. Writes nothing.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
-    Raises: ValueError and OSError; Finished where there is nothing left to do.
+    Raises: ValueError and OSError; Finished where there is nothing left to do. All ranks raise the same.
     """
+    device = parallel.on_all(lambda: choose_device(args))
+    earlier = parallel.on_writer(lambda: record.read(Path(args.out)))
+    examples, run = parallel.on_all(lambda: prepare(args, command, device, earlier))
+    parallel.on_writer(lambda: check_unfinished(run, earlier))
+    digests = parallel.on_writer(lambda: run.record["digests"])
+    parallel.on_all(lambda: record.check_same_inputs("on rank 0", digests, run.record["digests"]))
+    parallel.on_all(lambda: plan.check(run.needs, run.start, device, run.out))
+    model = parallel.on_all(lambda: load_model(run.start, run.args, device, run.dtype))
+    if args.fsdp:
+        run.sharded = fsdp.Sharded(model, device, run.dtype)
+    return model, examples, run
+
+
+def prepare(
+    args: Args, command: str, device: torch.device, earlier: dict[str, Any] | None
+) -> tuple[list[Example], Run]:
+    """All of `setup` but the weights, on one rank. `earlier` is the record of the run to resume."""
     flag, source, _ = args.source
     if not args.model or not source:
         missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
         raise ValueError(f"{missing} is missing: expected {expected}")
-    device = choose_device(args)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     out = Path(args.out)
     new: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args)}
     new["args"]["precision"] = "bf16" if bf16 else "fp32"
-    earlier = record.read(out)
     if earlier:
         record.check_same(out, earlier, new, changeable(type(args)))
     path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
@@ -59,6 +72,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
     if earlier and (args.dropout or args.lora_dropout):  # which numbers dropout draws depends on how a batch is cut
         fixed = {"micro_tokens", "device"}
         record.check_same(out, earlier, new, [name for name in changeable(type(args)) if name not in fixed])
+        record.check_ranks(out, earlier, parallel.world_size())
     if not args.from_scratch:
         check_weights(path, config)  # headers before contents: a sparse file of a terabyte would be hashed whole
     digests = {"model": storage.digest_of_model(path, with_weights=not args.from_scratch)}
@@ -67,35 +81,35 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
         digests["adapter"] = storage.digest_of_adapter(Path(args.adapter))
     digests |= args.digests()
     if earlier:
-        record.check_same_inputs(out, earlier["digests"], digests)
-        if earlier.get("finished"):
-            record.check_finished(out, earlier)
-            raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
-    plan.check(needs, path, device, out)
-    model = load_model(path, args, device, bf16)
-    shard = SHARD_BATCHES[device.type] * args.gen_batch
-    new |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False, "shard": shard}
-    run = Run(
-        args,
-        tokenizer,
-        config.eos_token_id,
-        device,
-        out,
-        path,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        heldout=heldout,
-        record=earlier or new,
-        needs=needs,
-        shard_size=(earlier or new)["shard"],
-    )
-    return model, examples, run
+        record.check_same_inputs(f"that the run in {out} began with", earlier["digests"], digests)
+    new |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
+    new |= {"shard_batch": args.gen_batch, "ranks": parallel.world_size()}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    run = Run(args, tokenizer, config.eos_token_id, device, out, path, dtype, heldout, earlier or new, needs)
+    return examples, run
+
+
+def check_unfinished(run: Run, earlier: dict[str, Any] | None) -> None:
+    """Raises: Finished where the run has ended; Stopped where one of its files is damaged."""
+    if earlier and earlier.get("finished"):
+        record.check_finished(run.out, earlier)
+        raise Finished(f"{run.out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
 
 
 def choose_device(args: Args) -> torch.device:
-    """--device as a device of this machine."""
+    """--device as a device of this machine. With several ranks on a host, each has a GPU of its own."""
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        count, several = torch.cuda.device_count(), parallel.world_size() > 1
+        if several and device.index is not None:
+            raise ValueError(f"--device {args.device}: expected cuda, of which every rank takes one")
+        number = parallel.local_rank() if several else device.index or 0
+        if number >= count:
+            ranks = f" for {number + 1} ranks or more" if several else ""
+            raise ValueError(f"--device {args.device}: this machine has {count} CUDA devices{ranks}")
+        if several:
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)
     return device
 
 
@@ -223,22 +237,28 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
         pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
         keeps_responses=args.keeps_responses,
         swaps_weights=args.swaps_weights,
+        cut=parallel.world_size() if args.fsdp else 0,
     )
     return needs, args
 
 
-def load_model(path: Path, args: Args, device: torch.device, bf16: bool) -> GPTNeo:
+def load_model(path: Path, args: Args, device: torch.device, dtype: torch.dtype) -> GPTNeo:
     """The start, with adapters where --rank or --adapter ask for them.
 
     With LoRA a bf16 run holds the frozen base in bf16 and the adapters in fp32. When all parameters are trained they
-    stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates.
+    stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates. With --fsdp, rank 0
+    holds the model on its CPU and the others an outline without storage.
     """
-    if args.from_scratch:
+    if args.fsdp:
+        device = torch.device("cpu" if parallel.is_writer() else "meta")
+    if device.type == "meta":
+        with device:
+            model = GPTNeo(GPTNeoConfig.from_json(path / "config.json")).eval()
+    elif args.from_scratch:
         model = GPTNeo(GPTNeoConfig.from_json(path / "config.json"))
         model.init_weights(torch.Generator().manual_seed(seed_of(args.seed, 0, "weights"))).to(device)
     else:
-        dtype = torch.bfloat16 if bf16 and args.rank else torch.float32
-        model = GPTNeo.from_pretrained(path, dtype=dtype, device=device)
+        model = GPTNeo.from_pretrained(path, dtype=dtype if args.rank else torch.float32, device=device)
     if not args.dropout:
         switch_off_dropout(model)
     add_adapters(model, args, torch.Generator().manual_seed(seed_of(args.seed, 0, "lora")))

@@ -31,7 +31,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """The handler only sets a flag; `check()`, called between steps, raises it. A second signal ends the process."""
 
+    DEFAULT = signal.SIGTERM  # what a rank has received if another one says so
     pending = 0  # number of the signal that has arrived; 0: none
+    agreed = 0  # of the signal that all ranks know of, after the same step of training
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -51,7 +53,7 @@ class Signals:
         try:
             yield
         finally:
-            self.pending = 0
+            self.pending = self.agreed = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -59,6 +61,11 @@ class Signals:
         """Raises Interrupted if a signal has arrived."""
         if self.pending:
             raise Interrupted(self.pending)
+
+    def check_agreed(self) -> None:
+        """Raises Interrupted, on all ranks after the same step, if a signal has arrived at one of them."""
+        if self.agreed:
+            raise Interrupted(self.agreed)
 
 
 SIGNALS = Signals()  # signals belong to the process, so there is one of these

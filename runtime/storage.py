@@ -32,6 +32,7 @@ MODEL_FILES = (  # of a model's directory, beside the weights
     "config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
     "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
 )  # fmt: skip
+CHECKPOINT = "train.safetensors"  # the state of training, in an iterate's folder
 UMASK = os.umask(0)  # there is no way to read it without setting it
 os.umask(UMASK)
 
@@ -179,6 +180,9 @@ def in_shards(
 ) -> list[Any]:
     """The results of work(items) for items 0 to count - 1, computed `size` items at a time.
 
+    Ranks share the shards: each takes the next one when it has finished its last, writes it on its own host, and gets
+    the results of all. A shard has the same content whoever computes it.
+
     Args:
         folder: where finished shards are written and found again; None: nothing is written. The cut is the same
             either way, since rounding may depend on which items are computed together.
@@ -187,16 +191,19 @@ def in_shards(
     Raises: OSError naming a shard that is damaged.
     """
     shards = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    results: list[Any] = []
-    for items in parallel.share(shards):
-        path = folder / f"{name}-{items.start}-{items.stop}.jsonl" if folder else None
-        done = read_shard(path, len(items)) if path and path.exists() else None
-        if done is None:
-            done = list(work(items))
-            if path:
-                write_shard(path, done)
-        results += done
-    return parallel.gather(results)
+    paths = [folder / f"{name}-{items.start}-{items.stop}.jsonl" if folder else None for items in shards]
+    done: dict[int, Sequence[Any]] = {}  # what this rank has, by the shard's number
+    for n in parallel.dealt([n for n, path in enumerate(paths) if path and path.exists()]):
+        rows = read_shard(paths[n], len(shards[n]))
+        if rows is not None:
+            done[n] = rows
+    found = parallel.gather(dict.fromkeys(done))
+    for n in parallel.claimed([n for n in range(len(shards)) if n not in found]):
+        done[n] = list(work(shards[n]))
+        if paths[n]:
+            write_shard(paths[n], done[n])
+    everything = parallel.gather(done)
+    return [row for n in range(len(shards)) for row in everything[n]]
 
 
 def write_shard(path: Path, rows: Sequence[Any]) -> None:
@@ -225,17 +232,16 @@ def _digest_of_shard(path: Path, text: str) -> str:
 
 
 def save_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, str]) -> None:
-    """Writes all that the next step depends on: trained weights, optimizer state, dropout's random state.
+    """Writes trained weights and the optimizer's state, on which the next step depends; the writer alone does so.
 
-    `progress` is stored with it.
+    `progress` is stored with them.
     """
+    if not parallel.is_writer():
+        return
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     for i, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             tensors[f"optimizer.{i}.{name}"] = value.contiguous()
-    tensors["random"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
-        tensors["random.cuda"] = torch.cuda.get_rng_state(_device(model))
     metadata = progress | {"sha256": _digest_of_state(path, tensors, progress)}
     write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
@@ -253,8 +259,9 @@ def read_training(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None
 
 
 @torch.no_grad()
-def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Sets model, optimizer and random state to those of a checkpoint."""
+def restore_training(tensors: dict[str, Tensor] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Sets model and optimizer of all ranks to those of a checkpoint, which rank 0 has read."""
+    tensors = dict(parallel.sent(tensors))
     states: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
@@ -264,9 +271,6 @@ def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: to
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(tensors[f"model.{name}"])
-    torch.set_rng_state(tensors["random"])
-    if "random.cuda" in tensors and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(tensors["random.cuda"], _device(model))
 
 
 def _digest_of_state(path: Path, tensors: dict[str, Tensor], progress: dict[str, str]) -> str:
@@ -276,7 +280,3 @@ def _digest_of_state(path: Path, tensors: dict[str, Tensor], progress: dict[str,
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from runtime import parallel, storage
+from runtime import fsdp, parallel, storage
 from runtime.evaluate import Row, mean
 from runtime.options import value_at
 from runtime.stopping import SIGNALS, Stopped
@@ -35,7 +35,8 @@ class Training:
         self.run, self.t, self.items, self.model, self.optimizer = run, t, items, model, optimizer
         self.epochs = value_at(args.epochs, t)
         self.steps = self.epochs * math.ceil(len(items) / args.batch)
-        self.checkpoint = None if run.iterate is None else run.folder / "train.safetensors"
+        self.files = fsdp if run.args.fsdp else storage  # how a checkpoint is written and read
+        self.checkpoint = None if run.iterate is None else run.folder / self.files.CHECKPOINT
         self.log_file = run.out / f"steps-{t}.jsonl"
         self.log: list[Row] = []
         self.log_digest = hashlib.sha256()  # of the lines in the file
@@ -43,7 +44,6 @@ class Training:
 
     def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
         """Yields (step, items of its batch), step from 0 on."""
-        torch.manual_seed(self.run.seed(self.t, "dropout"))
         self._resume()
         left = itertools.islice(enumerate(self._batches()), len(self.log), None)
         self.saved = time.monotonic()
@@ -51,32 +51,46 @@ class Training:
         bar = tqdm(left, total=self.steps, initial=len(self.log), desc=f"train {self.t}", leave=False, disable=disable)
         with bar, self.run.timed("train"):
             for step, batch in bar:
+                # Dropout's numbers depend on step and rank alone, so a checkpoint need not hold the generator's state.
+                torch.manual_seed(self.run.seed(self.t, f"dropout {step} {parallel.rank()}"))
                 yield step, [self.items[i] for i in batch.tolist()]
                 bar.set_postfix(loss=self.log[-1]["loss"])
                 self._stop_if_not_finite()
                 self._save_if_due()
-                SIGNALS.check()
+                SIGNALS.check_agreed()
 
     def _resume(self) -> None:
         """Restores the last checkpoint with the log up to it; without one, or if either is damaged, begins afresh."""
-        lines: list[str] = []
-        if self.checkpoint and self.checkpoint.exists():
-            found = storage.read_training(self.checkpoint)
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                lines = self.log_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            lines = lines[: int(found[0]["steps"])] if found else []
-            if found and storage.digest_of_text("".join(lines)) == found[0]["log"]:
-                storage.restore_training(found[1], self.model, self.optimizer)
-            else:
-                damaged = self.log_file if found else self.checkpoint
-                remedy = f"training iteration {self.t} again from its first step"
-                storage.report_damage(damaged, "its checksum does not fit", remedy)
-                lines = []
+        state: Any = None  # what the checkpoint holds; rank 0 reads it
+
+        def read() -> list[str]:
+            nonlocal state
+            lines, state = self._read()
+            storage.write_text(self.log_file, "".join(lines))  # without what was appended after the checkpoint
+            return lines
+
+        lines = parallel.on_writer(read)
+        if lines:
+            self.files.restore_training(state, self.model, self.optimizer)
         self.log = [json.loads(line) for line in lines]
         self.log_digest = hashlib.sha256("".join(lines).encode())
         self.logged = len(lines)
-        if parallel.is_writer():
-            storage.write_text(self.log_file, "".join(lines))  # without what was appended after the checkpoint
+
+    def _read(self) -> tuple[list[str], Any]:
+        """(lines of the log, state of training) at the last checkpoint; ([], None) where there is none to use."""
+        if not self.checkpoint or not self.checkpoint.exists():
+            return [], None
+        found = self.files.read_training(self.checkpoint)
+        lines: list[str] = []
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            lines = self.log_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = lines[: int(found[0]["steps"])] if found else []
+        if found and storage.digest_of_text("".join(lines)) == found[0]["log"]:
+            return lines, found[1]
+        damaged = self.log_file if found else self.checkpoint
+        remedy = f"training iteration {self.t} again from its first step"
+        storage.report_damage(damaged, "its checksum does not fit", remedy)
+        return [], None
 
     def _batches(self) -> Iterator[torch.Tensor]:
         shuffle = self.run.generator(self.t, "shuffle")
@@ -107,14 +121,18 @@ class Training:
 
     def _save_if_due(self) -> None:
         """Checkpoints after the last step, every --save-minutes, and before a signal ends the process."""
-        due = SIGNALS.pending or time.monotonic() - self.saved >= 60 * self.run.args.save_minutes
-        if not (due or len(self.log) == self.steps):
+        due = time.monotonic() - self.saved >= 60 * self.run.args.save_minutes
+        if self.files is fsdp:  # all ranks write a part, so all must know
+            due = parallel.on_writer(lambda: due)
+        if not (due or SIGNALS.agreed or len(self.log) == self.steps):
             return
         self._append_log()
-        if self.checkpoint and parallel.is_writer():
+        if self.checkpoint:
             progress = {"steps": str(len(self.log)), "log": self.log_digest.hexdigest()}
-            storage.save_training(self.checkpoint, self.model, self.optimizer, progress)
+            self.files.save_training(self.checkpoint, self.model, self.optimizer, progress)
             self.saved = time.monotonic()
+        if SIGNALS.agreed:
+            parallel.barrier()  # a rank that ends makes torchrun end the others, which may still be writing
 
     def _append_log(self) -> None:
         """Brings steps-<t>.jsonl up to date. It is appended to, since an iteration may have many steps."""

@@ -538,7 +538,7 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     enabled = []
     look = lambda args, _: enabled.append(next(lora.lora_layers(args[0]))[1].enabled)  # noqa: E731
     spy(monkeypatch, sampling, "respond", look)
-    options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, iterations=1)
+    options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, iterations=1, shard=100)
     assert family.main(flags(start, prompts, tmp_path / "run", **options)) == 0
     assert enabled == [True] * 3 + [True, False] + [True] * 2  # start, greedy, sampled; tuned, untuned; greedy, sampled
     record = json.loads((tmp_path / "run/run.json").read_text())
@@ -672,7 +672,7 @@ def test_a_run_that_dies_while_the_player_is_the_base_policy_resumes(start, data
         spy(patch, Run, "logps", die)
         with pytest.raises(ZeroDivisionError):
             family.main(argv)
-    assert (tmp_path / "run/resume/player").exists()
+    assert (tmp_path / "run/resume/player-0").exists()
     assert family.main(argv) == 0
     stopped = tree(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small products,
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch._dynamo  # noqa: F401 - takes a second, and every optimizer needs it
 from helpers import SCRIPTS
 
 import family

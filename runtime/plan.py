@@ -44,6 +44,7 @@ def needs(
     pair_tokens: int,
     keeps_responses: bool = False,
     swaps_weights: bool = False,
+    models: int = 1,
 ) -> Needs:
     """The needs of a run that trains the parameters of `model` that require a gradient. It may be on the meta device.
 
@@ -54,6 +55,7 @@ def needs(
         pair_tokens: upper bound of the tokens in all pairs of one iteration.
         keeps_responses: responses are written a second time, for later iterations.
         swaps_weights: the player's weights wait on disk while others take their place.
+        models: of this size in memory together while responses are generated.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, train in sizes if train)
@@ -69,7 +71,7 @@ def needs(
         parameters=total,
         trained=trained,
         training=weights + trained * (1 + optimizer_slots) * FP32,
-        generation=weights + (trained * itemsize if bf16 else 0) + cache,
+        generation=models * weights + (trained * itemsize if bf16 else 0) + cache,
         disk=iterations * (trained * FP32 + pair_tokens * TOKEN * (2 if keeps_responses else 1))
         + (2 if swaps_weights else 1) * total * FP32
         + 2 * state
@@ -171,7 +173,7 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     real = sum(len(e.real_ids) for e in examples) / count or limit  # prompts may have no answers
     written = sum(min(len(e.real_ids), limit) for e in examples) / count or limit  # of a generated response
     epochs = [value_at(args.epochs, t) for t in range(args.iterations)]
-    items = [prompts * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
+    items = [prompts * args.items_per_prompt * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
     steps = [epoch * -(-n // args.batch) for epoch, n in zip(epochs, items)]
     tokens = (prompt + real + (0 if supervised else written)) / args.iterations  # of an item, for the mean over these
     times = {
@@ -184,7 +186,7 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
         times = {phase: times[phase] for phase in ("train", "evaluate")}
     longer = sum(len(e.real_ids) > limit for e in examples)
     trained = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
-    phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items())
+    phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items() if time)
     lines = {
         "model": f"{args.model}: {needs.parameters:,} parameters, {needs.trained:,} trained ({trained}), "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",

@@ -88,6 +88,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
         needs=needs,
         shard_size=(earlier or new)["shard"],
     )
+    args.prepare(model, examples, run)
     return model, examples, run
 
 
@@ -223,6 +224,7 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
         pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
         keeps_responses=args.keeps_responses,
         swaps_weights=args.swaps_weights,
+        models=args.models,
     )
     return needs, args
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """SEFT: Self-Evolution Fine-Tuning (Chen et al., 2024, arXiv 2406.10813): a reviser teaches the policy.
 
-    python seft.py --out runs/reviser                            trains a reviser for the embedded task
-    python seft.py --reviser runs/reviser --out runs/seft        evolves the policy by its revisions
+    python seft.py --out runs/reviser                               trains a reviser for the embedded task
+    python seft.py --reviser runs/reviser --out runs/seft --lr 1e-4   evolves the policy by its revisions
     python seft.py --pairs F.jsonl --model DIR --out runs/reviser   trains the reviser on given pairs
     python seft.py --help                                        every option
 

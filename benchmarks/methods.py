@@ -67,19 +67,19 @@ class Method:
     first: str = ""  # flags of a run of the same script before it, whose folder is {first} in `flags`
 
 
-RATES = ("--lr 1e-4", "--lr 3e-4", "--lr 1e-3")
-PAIRS = ("--lr 3e-4 --beta 2", "--lr 1e-3 --beta 2", "--lr 1e-3 --beta 5")
+RATES = ("--lr 3e-5", "--lr 1e-4", "--lr 3e-4")
+PAIRS = ("--lr 3e-5 --beta 2", "--lr 1e-4 --beta 2", "--lr 1e-4 --beta 5")
 METHODS = {
     "SPIN": Method("spin", "", PAIRS),
-    "SPIN, previous pairs mixed in": Method("spin", "--mix-previous", PAIRS, share=0.6),
+    "SPIN with previous pairs": Method("spin", "--mix-previous", PAIRS, share=0.6),
     "alpha-SPIN": Method("family", "--alpha 0.3", PAIRS),
     "fictitious play": Method("family", "--history 0", PAIRS),
     "hinge": Method("family", "--loss hinge", PAIRS),
     "IPO": Method("family", "--loss ipo", PAIRS),
     "SPPO": Method("family", "--loss sppo", PAIRS),
     "SEFT": Method("seft", "--reviser {first}", RATES, first="--iterations 1 --lr 3e-3"),
-    "supervised, equal steps": Method("sft", "", RATES),
-    "supervised, equal time": Method("sft", "--epochs 2", RATES),
+    "supervised (equal steps)": Method("sft", "", RATES),
+    "supervised (equal time)": Method("sft", "--epochs 2", RATES),
 }
 COMMON = "--max-new-tokens 32 --gen-batch 1024 --eval-limit 50 --rank 0 --batch 64 --epochs 1"
 OF_SCRIPT = {"seft": r"--revise-template '{prompt}{response}\n\n### Response: '"}
@@ -108,7 +108,7 @@ class Size:
     model: str = str(ROOT / "pronounce/start")
     data: str = str(ROOT / "pronounce/cmudict.jsonl.gz")
     iterations: int = 3
-    prompts: int = 6000  # an iteration
+    prompts: int = 8000  # an iteration
     words: int = 40_000  # that prompts are drawn from: fewer are read faster
     tuning: int = 2000  # held-out words to choose settings by
     test: int = 5000  # and to report

@@ -6,7 +6,8 @@
 Every method trains the shipped start on as many prompts, in as many iterations, with batches of one size. First each of
 its settings is tried with one seed, and the one with the lowest NLL on the tuning words is kept. Then it runs with
 every seed and is measured on the test words, which no choice has seen. Both kinds of words are held out from training,
-also from that of the start. NLL is the criterion because a model cannot gain in it by writing with less entropy.
+also from that of the start. NLL is the criterion because it does not reward low entropy for itself, as sampled accuracy
+does.
 
 Beside the methods stand continued supervised training, and the start, sampled at the temperature at which its responses
 have as much entropy as the method's: what a method gains over that is more than a change of temperature.

@@ -184,9 +184,11 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     }
     if supervised:
         times = {phase: times[phase] for phase in ("train", "evaluate")}
+    elif not args.scoring_passes:
+        del times["score"]
     longer = sum(len(e.real_ids) > limit for e in examples)
     trained = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
-    phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items() if time)
+    phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items())
     lines = {
         "model": f"{args.model}: {needs.parameters:,} parameters, {needs.trained:,} trained ({trained}), "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",

@@ -1,7 +1,7 @@
 """All methods on the embedded task, at equal cost and with the same small budget of tuning each.
 
     python benchmarks/methods.py                                       the whole table
-    python benchmarks/methods.py --methods SPIN,IPO --seeds 2 --prompts 600 --test 500 --out /tmp/m.json    a look
+    python benchmarks/methods.py --methods SPIN,IPO --seeds 2 --prompts 600 --test 500 --out m.json    a look
 
 Every method trains the shipped start on as many prompts, in as many iterations, with batches of one size. First each of
 its settings is tried with one seed, and the one with the lowest NLL on the tuning words is kept. Then it runs with

@@ -7,6 +7,7 @@ python sft.py --help                       every option
 """
 
 import sys
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -21,6 +22,14 @@ from spin import optimize
 
 def fine_tune(player: Player, examples: list[Example], run: Run) -> None:
     """Minimises the negative log-probability of the real responses, for --iterations rounds of --epochs each."""
+    loss_of = token_loss(player, examples)
+    for t in run.iterations(player):
+        signals = optimize(player, run.prompts(examples, t), loss_of, t, run)
+        run.finish_iterate(player, run.evaluate(player) | signals)
+
+
+def token_loss(player: Player, examples: list[Example]) -> Callable[[list[Example]], dict[str, Tensor]]:
+    """The loss for `optimize`: the negative log-probability of a batch's real responses, (B,), in nats a token."""
     length = mean([len(e.real_ids) for e in examples])
 
     def loss_of(batch: list[Example]) -> dict[str, Tensor]:
@@ -28,9 +37,7 @@ def fine_tune(player: Player, examples: list[Example], run: Run) -> None:
         # Dividing by the mean length, a constant, gives nats a token in which every token has the same weight.
         return {"loss": -logps / length}
 
-    for t in run.iterations(player):
-        signals = optimize(player, run.prompts(examples, t), loss_of, t, run)
-        run.finish_iterate(player, run.evaluate(player) | signals)
+    return loss_of
 
 
 def main(argv: list[str] | None = None) -> int:

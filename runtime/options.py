@@ -21,9 +21,14 @@ import lora
 from runtime.evaluate import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]  # $SPIN in recipes
-DEFAULT_RECIPES = {"spin": "pronounce.args", "family": "pronounce.args", "sft": "pronounce-sft.args"}
+DEFAULT_RECIPES = {
+    "spin": "pronounce.args", "family": "pronounce.args", "sft": "pronounce-sft.args", "seft": "pronounce-seft.args",
+}  # fmt: skip
+SCRIPTS = ("spin", "sft", "family", "seft")
 SELF_PLAY = ("spin", "family")
+GENERATING = (*SELF_PLAY, "seft")  # train on generated responses
 FAMILY_FLAGS = ("--pairs", "--loss", "--alpha", "--history", "--scorer", "--min-win", "--reinforce")
+SEFT_FLAGS = ("--reviser", "--revise-template")
 # Options that --adapter brings with its files, and what a message calls them.
 ADAPTER_SETS = {"rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_targets": "target layers"}
 
@@ -52,7 +57,7 @@ def option(
     check: Callable[[Any], object] | None = None,
     expected: str = "",
     choices: Sequence[str] | None = None,
-    scripts: tuple[str, ...] = ("spin", "sft", "family"),
+    scripts: tuple[str, ...] = SCRIPTS,
     changeable: bool = False,
     group: str = "",
 ) -> Any:
@@ -120,12 +125,12 @@ class Args:
     beta: tuple[float, ...] = option((0.1,), "Beta in Eq. 4.7, the paper's lambda; one value, or one per iteration.",
                                      scripts=SELF_PLAY, **POSITIVE)
     max_new_tokens: int = option(256, "Length limit of generated responses, in tokens.", **at_least(1))
-    temperature: float = option(1.0, "Temperature of the opponent's sampling; 0: greedy.", scripts=SELF_PLAY,
+    temperature: float = option(1.0, "Temperature of responses to train on; 0: greedy.", scripts=GENERATING,
                                 **valid(lambda x: x == 0 or 1e-3 <= x < math.inf, "0 or at least 0.001"))
-    top_k: int = option(0, "The opponent samples from the k likeliest tokens; 0: all.", scripts=SELF_PLAY,
+    top_k: int = option(0, "Sample them from the k likeliest tokens; 0: all.", scripts=GENERATING,
                         **at_least(0))
-    top_p: float = option(1.0, "The opponent samples from the likeliest tokens with this total probability; 1: all.",
-                          scripts=SELF_PLAY, **valid(lambda p: 0 < p <= 1, "in (0, 1]"))
+    top_p: float = option(1.0, "Sample them from the likeliest tokens with this total probability; 1: all.",
+                          scripts=GENERATING, **valid(lambda p: 0 < p <= 1, "in (0, 1]"))
     unfinished: str = option("keep", "Generated responses at the length limit; cut shortens the real response too.",
                              choices=("keep", "drop", "cut"), scripts=SELF_PLAY)
     gen_batch: int = option(64, "Responses to generate together.", changeable=True, **at_least(1))
@@ -192,9 +197,11 @@ class Args:
     # What the runtime has to know about a method. A subclass overrides it.
 
     responses_per_prompt = 1  # generated in an iteration
+    items_per_prompt = 1  # to train on
     scoring_passes = 1  # over the pairs of an iteration, for the log-probabilities of its reference
     keeps_responses = False  # on disk, for later iterations
     swaps_weights = False  # the player's weights wait on disk while others take their place
+    models = 1  # in memory together while responses are generated
 
     @property
     def source(self) -> tuple[str, str, str]:
@@ -204,6 +211,9 @@ class Args:
     def digests(self) -> dict[str, str]:
         """sha256 of further input files, by option."""
         return {}
+
+    def prepare(self, model: Any, examples: list[Any], run: Any) -> None:
+        """Further checks, before anything is written; may leave out examples. Raises: ValueError."""
 
 
 AnyArgs = TypeVar("AnyArgs", bound=Args)
@@ -284,7 +294,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
 
 
 def parse(script: str, argv: Sequence[str], args_class: type[AnyArgs] = Args, about: str = "") -> AnyArgs:
-    """The options on a command line. `script` is "spin", "sft" or "family", `about` the first lines of --help.
+    """The options on a command line. `script` is one of SCRIPTS, `about` the first lines of --help.
 
     A flag on the command line overrides those of recipes, a later recipe an earlier one, and a recipe's own flag those
     of the recipes that it names. Without --model, --data, --pairs and @RECIPE, the script's default recipe is read.
@@ -391,6 +401,8 @@ class CommandLine:
             return f"word '{shown(word)}': expected flags that begin with --, or @RECIPE"
         if flag in FAMILY_FLAGS:
             return f"{flag}: an option of family.py"
+        if flag in SEFT_FLAGS:
+            return f"{flag}: an option of seft.py"
         if field and field.metadata["scripts"] == SELF_PLAY:
             return f"{flag}: an option of self-play only (spin.py, family.py)"
         if field:

@@ -46,6 +46,7 @@ def needs(
     keeps_responses: bool = False,
     swaps_weights: bool = False,
     cut: int = 0,
+    models: int = 1,
 ) -> Needs:
     """The needs of each rank of a run that trains the parameters of `model` that require a gradient.
 
@@ -59,6 +60,7 @@ def needs(
         keeps_responses: responses are written a second time, for later iterations.
         swaps_weights: the player's weights wait on disk while others take their place.
         cut: number of ranks over which --fsdp cuts what is trained; 0: every rank holds all of it.
+        models: of this size in memory together while responses are generated.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, train in sizes if train)
@@ -82,7 +84,7 @@ def needs(
         parameters=total,
         trained=trained,
         training=training,
-        generation=generation + cache,
+        generation=generation + (models - 1) * weights + cache,
         disk=iterations * (trained * FP32 + pair_tokens * TOKEN * (2 if keeps_responses else 1))
         + (2 if swaps_weights else 1) * total * FP32
         + 2 * state
@@ -185,7 +187,7 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     real = sum(len(e.real_ids) for e in examples) / count or limit  # prompts may have no answers
     written = sum(min(len(e.real_ids), limit) for e in examples) / count or limit  # of a generated response
     epochs = [value_at(args.epochs, t) for t in range(args.iterations)]
-    items = [prompts * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
+    items = [prompts * args.items_per_prompt * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
     steps = [epoch * -(-n // args.batch) for epoch, n in zip(epochs, items)]
     tokens = (prompt + real + (0 if supervised else written)) / args.iterations  # of an item, for the mean over these
     times = {
@@ -196,6 +198,8 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     }
     if supervised:
         times = {phase: times[phase] for phase in ("train", "evaluate")}
+    elif not args.scoring_passes:
+        del times["score"]
     ranks = parallel.world_size()
     times = {phase: seconds / ranks for phase, seconds in times.items()}
     longer = sum(len(e.real_ids) > limit for e in examples)

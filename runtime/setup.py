@@ -44,6 +44,7 @@ def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
     parallel.on_all(lambda: record.check_same_inputs("on rank 0", digests, run.record["digests"]))
     parallel.on_all(lambda: plan.check(run.needs, run.start, device, run.out))
     model = parallel.on_all(lambda: load_model(run.start, run.args, device, run.dtype))
+    parallel.on_all(lambda: args.prepare(model, examples, run))
     if args.fsdp:
         run.sharded = fsdp.Sharded(model, device, run.dtype)
     return model, examples, run
@@ -238,6 +239,7 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
         keeps_responses=args.keeps_responses,
         swaps_weights=args.swaps_weights,
         cut=parallel.world_size() if args.fsdp else 0,
+        models=args.models,
     )
     return needs, args
 

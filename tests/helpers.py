@@ -9,6 +9,7 @@ import torch
 
 import family
 import sampling
+import seft
 import sft
 import spin
 from model import GPTNeo, GPTNeoConfig
@@ -19,7 +20,8 @@ from runtime.run import Run
 from runtime.setup import setup
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"spin": spin, "sft": sft, "family": family}
+SCRIPTS = {"spin": spin, "sft": sft, "family": family, "seft": seft}
+ARGS = {"family": family.FamilyArgs, "seft": seft.SeftArgs}  # of the other scripts: Args
 # A world of five responses: their probabilities in the data and under the opponent.
 TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)
 
@@ -51,8 +53,7 @@ def small_sft(start, data, **options) -> list[str]:
 
 def begin(start, data, out, command="spin", **options) -> tuple[Player, list[Example], Run]:
     """(player, training examples, run) of a tiny run that has not begun: nothing is written."""
-    args_class = family.FamilyArgs if command == "family" else Args
-    args = parse(command, flags(start, data, out, **options), args_class)
+    args = parse(command, flags(start, data, out, **options), ARGS.get(command, Args))
     model, examples, run = setup(args, command)
     return Player(model, run.eos_token_id, run.args, run.dtype), examples, run
 

@@ -238,7 +238,7 @@ def test_a_tokenizer_that_cannot_encode_the_data(model, data, tmp_path, capsys):
 # ---------------------------------------------------------------- as a process
 
 
-@pytest.mark.parametrize("script", ["spin.py", "sft.py", "family.py"])
+@pytest.mark.parametrize("script", ["spin.py", "sft.py", "family.py", "seft.py"])
 def test_a_shell_sees_exit_code_2_and_one_line(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--data", "nothere.jsonl", "--model", str(tmp_path / "x")],

@@ -71,7 +71,7 @@ def test_every_option_has_a_help_text_a_script_and_a_default_that_passes_its_che
         assert options.checked(field, field.default) == field.default
 
 
-@pytest.mark.parametrize("script", ["spin", "sft", "family"])
+@pytest.mark.parametrize("script", options.SCRIPTS)
 def test_help_shows_the_options_of_the_script_in_their_groups_with_defaults(script, capsys):
     text = help_of(script, capsys)
     assert text.startswith(f"usage: {script}.py") and "What it does." in text
@@ -98,11 +98,12 @@ def test_help_of_a_script_with_more_options_shows_them_in_the_group_they_name(ca
 def test_each_script_offers_its_own_options():
     offered = {
         script: {f.name for f in dataclasses.fields(Args) if script in f.metadata["scripts"]}
-        for script in ("spin", "sft", "family")
+        for script in options.SCRIPTS
     }
     assert offered["spin"] == offered["family"] == set(NAMES) - {"from_scratch"}
     self_play = {"beta", "mix_previous", "temperature", "top_k", "top_p", "unfinished"}
     assert offered["sft"] == set(NAMES) - self_play
+    assert offered["seft"] == set(NAMES) - {"from_scratch", "beta", "mix_previous", "unfinished"}
 
 
 def test_a_resumed_run_may_change_where_and_how_fast_it_computes_and_nothing_else():
@@ -247,6 +248,8 @@ def test_flags_are_read_in_both_forms():
         ("spin", ["--from-scratch"], "--from-scratch: an option of sft.py only"),
         ("family", ["--from-scratch"], "--from-scratch: an option of sft.py only"),
         *(("spin", [flag], f"{flag}: an option of family.py") for flag in options.FAMILY_FLAGS),
+        ("sft", ["--temperature", "1"], "--temperature: an option of spin.py, family.py, seft.py only"),
+        ("seft", ["--beta", "1"], "--beta: an option of self-play only (spin.py, family.py)"),
         ("sft", ["--loss=ipo"], "--loss: an option of family.py"),
         ("spin", ["sft"], "sft: supervised fine-tuning is a script of its own, python sft.py"),
         ("spin", ["spin"], "word 'spin': expected flags that begin with --, or @RECIPE"),
@@ -372,7 +375,7 @@ def test_a_flag_of_the_command_line_may_contradict_an_adapter_of_a_recipe(folder
 
 def test_a_missing_recipe_is_answered_with_those_there_are(monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = ("paper", "pronounce-continue", "pronounce-sft", "pronounce")
+    names = ("paper", "pronounce-continue", "pronounce-seft", "pronounce-sft", "pronounce")
     there = ", ".join(f"recipes/{name}.args" for name in names)
     for path in ("nope.args", "", "recipes/paper.args/x"):
         assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; there are {there}"

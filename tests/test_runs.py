@@ -13,9 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, rows
+from helpers import ARGS, ROOT, SCRIPTS, rows
 
-from family import FamilyArgs
 from model import GPTNeo, GPTNeoConfig
 from runtime.options import Args, flag_of, parse
 
@@ -136,7 +135,7 @@ def test_commands_of_the_documents_parse(document):
         script = name.removesuffix(".py")
         if script in SCRIPTS and "--help" not in words:
             options = [re.sub("^@recipes/", f"@{ROOT}/recipes/", word) for word in words]
-            parse(script, options, FamilyArgs if script == "family" else Args)
+            parse(script, options, ARGS.get(script, Args))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -148,6 +147,6 @@ def test_paths_and_flags_in_the_documents_exist(document):
         assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
     for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (document.parent / link).exists(), link
-    flags = {flag_of(field.name) for field in dataclasses.fields(FamilyArgs)} | {"--help"}
+    flags = {flag_of(field.name) for args in ARGS.values() for field in dataclasses.fields(args)} | {"--help"}
     for code in re.findall(r"`(--[^`]+)`", text):
         assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= flags, code

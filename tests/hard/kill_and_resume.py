@@ -32,13 +32,14 @@ from helpers import SCRIPTS
 import family
 import runtime.run
 import sampling
+import seft
 import spin
 from player import Player
 from runtime import storage
 from runtime.run import Run
 
 # What a run is doing, in the order of an iteration. "sample_start" stands for all that comes before the others.
-PHASES = ("sample_start", "generate", "score", "train", "evaluate", "finish_iterate", "finish")
+PHASES = ("sample_start", "generate", "revise", "score", "train", "evaluate", "finish_iterate", "finish")
 # A moment is just before or just after one of these.
 MOMENTS = (
     (storage, "write"), (storage.os, "replace"), (Player, "response_logps"), (spin, "take_step"),
@@ -48,10 +49,11 @@ Moment = tuple[int, int]  # (round: iterates that are finished, number of the ph
 
 
 def module_of(phase: str, script: str) -> object:
-    """Where the function of a phase is looked up: family.py has some of its own."""
+    """Where the function of a phase is looked up: family.py and seft.py have some of their own."""
     if phase == "sample_start":
         return runtime.run
-    return Run if hasattr(Run, phase) else family if script == "family" and hasattr(family, phase) else spin
+    own = {"family": family, "seft": seft}.get(script, spin)
+    return Run if hasattr(Run, phase) else own if hasattr(own, phase) else spin if hasattr(spin, phase) else seft
 
 
 def surrounded(where: object, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:

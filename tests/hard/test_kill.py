@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import rows, small, tree
+from helpers import flags, rows, small, small_sft, tree
+
+import seft
 
 PROGRAM = Path(__file__).with_name("kill_and_resume.py")
 
@@ -22,17 +24,32 @@ PROGRAM = Path(__file__).with_name("kill_and_resume.py")
 )
 def test_killed_at_random_moments_ends_bit_identical(start, data, tmp_path, seed, script, options):
     """SIGKILL once or twice in every phase; all files at the end are those of a run that was never stopped."""
-    argv = small(start, data, micro_tokens=200, epochs=2, **options)
+    killed = killed_again_and_again(small(start, data, micro_tokens=200, epochs=2, **options), seed, script, tmp_path)
+    assert len(killed) >= 17, "three phases of the start, six of each iteration, two of the end"
+    assert {"generate", "score", "train", "evaluate", "finish_iterate", "finish"} <= {name for _, name in killed}
+
+
+def test_seft_killed_at_random_moments_ends_bit_identical(start, data, tmp_path):
+    """A policy that evolves by a reviser's revisions, which has a phase of its own."""
+    template, reviser = "{prompt}{response}:", str(tmp_path / "reviser")
+    argv = flags(start, data, reviser, beta=None, revise_template=template, rank=0, epochs=4)
+    assert seft.main(argv) == 0
+    options = dict(revise_template=template, reviser=reviser, prompts=24, eval_limit=6, gen_batch=24)
+    killed = killed_again_and_again(small_sft(start, data, **options), 3, "seft", tmp_path)
+    phases = {"sample_start", "generate", "revise", "train", "evaluate", "finish_iterate", "finish"}
+    assert phases == {name for _, name in killed}
+
+
+def killed_again_and_again(argv, seed, script, tmp_path) -> list[tuple[int, str]]:
+    """Checks that the killed run ends like the undisturbed one. Returns (round, phase) of every kill."""
     del argv[argv.index("--out") : argv.index("--out") + 2]
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(seed), script, *argv], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     killed = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(killed) >= 17, "three phases of the start, six of each iteration, two of the end"
-    phases = {name for _, name in killed}
-    assert {"generate", "score", "train", "evaluate", "finish_iterate", "finish"} <= phases, killed
     whole = tree(tmp_path / "whole")
     assert tree(tmp_path / "killed") == whole
     assert len(rows(tmp_path / "killed/run/metrics.jsonl")) == 3
     assert not any("resume" in name or ".tmp" in name for name in whole)
+    return killed

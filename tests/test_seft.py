@@ -1,0 +1,221 @@
+"""seft.py: what the reviser reads and learns, what the policy learns from it, resuming, and what is refused."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from helpers import begin, die_at, flags, refused, rows, tree
+
+import seft
+import sft
+from model import GPTNeo
+from player import Player
+from runtime.data import Example
+from runtime.options import SEFT_FLAGS, Args, flag_of, parse
+from runtime.run import Run
+
+REVISE = r"{prompt}{response}\n\n### Response: "
+
+
+def seft_flags(start, data, out, **options) -> list[str]:
+    """A command line of a tiny run; no option of self-play."""
+    return flags(start, data, out, **(dict(beta=None, revise_template=REVISE, save_minutes=0) | options))
+
+
+@pytest.fixture(scope="module")
+def reviser(start, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("reviser") / "run"
+    assert seft.main(seft_flags(start, data, out, rank=0, epochs=4)) == 0  # so that some of its revisions end
+    return out
+
+
+def prepared(start, data, out, **options) -> tuple[Player, list[Example], Run]:
+    return begin(start, data, out, command="seft", beta=None, revise_template=REVISE, **options)
+
+
+# ---------------------------------------------------------------- the reviser
+
+
+def test_the_reviser_reads_the_ids_of_prompt_and_response(start, data, tmp_path):
+    """Ids are joined, special tokens of the template count, and only the sampled end-of-sequence token is left out."""
+    _, examples, run = prepared(start, data, tmp_path / "run", template="<{prompt}>")
+    to_revise = seft.reviser_prompts(run)
+    token = run.tokenizer.token_to_id("\n\n### Response: ")
+    prompt, eos = examples[0].prompt_ids, run.eos_token_id
+    assert to_revise(examples[0], [5, 6, eos]).prompt_ids == [*prompt, 5, 6, token]
+    assert to_revise(examples[0], [5, 6]).prompt_ids == [*prompt, 5, 6, token], "a response that was cut"
+    assert to_revise(examples[0], [5, eos]).real_ids == examples[0].real_ids
+    assert examples[0].prompt_ids == prompt, "the example itself stays as it is"
+
+
+def test_the_reviser_learns_revisions_of_the_start_s_and_of_the_real_responses(start, data, tmp_path, monkeypatch):
+    """Half of the lessons revise what theta_0 wrote, half the real response; the target is the real one each time."""
+    seen = []
+    monkeypatch.setattr(seft, "train", lambda p, lessons, t, run: seen.append(lessons) or {"skipped": 0})
+    options = dict(rank=0, iterations=2, prompts=20)
+    player, examples, run = prepared(start, data, tmp_path / "run", **options)
+    run.out.mkdir()
+    seft.train_reviser(player, examples, run)
+    start_player, fresh, again = prepared(start, data, tmp_path / "again", **options)
+    for t, lessons in enumerate(seen):
+        chosen = again.prompts(fresh, t)
+        assert len(lessons) == 40
+        weaker, good = lessons[::2], lessons[1::2]
+        to_revise = seft.reviser_prompts(again)
+        assert [e.prompt_ids for e in good] == [to_revise(e, e.real_ids).prompt_ids for e in chosen]
+        assert [e.real_ids for e in weaker] == [e.real_ids for e in good] == [e.real_ids for e in chosen]
+        if t == 0:
+            expected = start_player.respond([e.prompt_ids for e in chosen], again.seed(0, "weaker-0"))
+            assert [e.prompt_ids for e in weaker] == [to_revise(e, i).prompt_ids for e, (i, _) in zip(chosen, expected)]
+    assert len(run.heldout[0].prompt_ids) > len(again.heldout[0].prompt_ids), "its metrics are those of revisions"
+
+
+def test_given_pairs_are_revised_as_they_are(start, tmp_path, monkeypatch):
+    """Nothing is generated for the pairs of --pairs, but for held-out records that have none."""
+    pairs, heldout = tmp_path / "pairs.jsonl", tmp_path / "heldout.jsonl"
+    pairs.write_text("".join(json.dumps(dict(prompt=w, chosen="AA1 B", rejected="B AA1")) + "\n" for w in "abc"))
+    heldout.write_text(json.dumps(dict(prompt="d", response="D")) + "\n")
+    asked = []
+    original = Run.respond
+    monkeypatch.setattr(
+        Run, "respond", lambda run, p, e, name, *a: (asked.append((name, len(e))), original(run, p, e, name, *a))[1]
+    )
+    out = tmp_path / "run"
+    assert seft.main(seft_flags(start, None, out, pairs=pairs, eval_data=heldout)) == 0
+    assert dict(asked[:2]) == {"weaker-heldout": 1, "weaker-0": 0}
+    assert rows(out / "metrics.jsonl")[1]["pairs"] == 6
+
+
+@pytest.mark.parametrize("name", ["add_weaker", "train"])
+def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here, name):
+    """It dies before the second call. A resumed run finds what the start wrote: the player is no longer the start."""
+    argv = seft_flags(start, data, "run", iterations=2, prompts=30, eval_limit=4, lora_dropout=0.1)
+    calls = []
+    die_at(seft, name, argv, lambda *args: len(calls) == 1 or calls.append(1), script=seft)
+    assert seft.main(argv) == 0
+    resumed = tree(here / "run")
+    shutil.rmtree("run")
+    assert seft.main(argv) == 0
+    assert tree(here / "run") == resumed
+
+
+def test_training_teaches_revision(reviser):
+    """The loss of the lessons falls."""
+    first, *_, last = rows(reviser / "steps-0.jsonl")
+    assert last["loss"] < 0.8 * first["loss"]
+
+
+# ---------------------------------------------------------------- the policy
+
+
+def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, reviser, tmp_path):
+    """pairs-0.jsonl holds them, revision first; the first loss is their negative log-probability a token."""
+    out, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": r["prompt"]}) + "\n" for r in rows(data)[:40]))
+    options = dict(reviser=reviser, eval_data=data, rank=0, lr=1e-3, batch=500)
+    assert seft.main(seft_flags(start, prompts, out, **options)) == 0
+    pairs, (step,) = rows(out / "pairs-0.jsonl"), rows(out / "steps-0.jsonl")
+    player, examples, run = prepared(start, prompts, tmp_path / "again", **options)
+    chosen = run.prompts(examples, 0)
+    responses = player.respond([e.prompt_ids for e in chosen], run.seed(0, "generate"))
+    asked = [e.prompt_ids for e in map(seft.reviser_prompts(run), chosen, [ids for ids, _ in responses])]
+    model = Player(GPTNeo.from_pretrained(reviser / "final"), run.eos_token_id, run.args)
+    revisions = model.respond(asked, run.seed(0, "revise"))
+    kept = [(e, r, v) for e, (r, _), (v, ended) in zip(chosen, responses, revisions) if ended]
+    assert 0 < len(kept) < len(chosen), "the test sees revisions of both kinds"
+    assert [p["real_ids"] for p in pairs] == [v for *_, v in kept]
+    assert [p["generated_ids"] for p in pairs] == [r for _, r, _ in kept]
+    logps = player.logps([(e.prompt_ids, v) for e, _, v in kept])
+    assert step["loss"] == pytest.approx(-sum(logp for (logp,) in logps) / sum(len(v) for *_, v in kept), rel=1e-5)
+    assert rows(out / "metrics.jsonl")[1]["pairs"] == len(kept)
+
+
+def test_a_later_round_revises_what_the_evolved_policy_writes(start, data, reviser, tmp_path, monkeypatch):
+    policies = []
+
+    def look(policy, examples, t, run):
+        policies.append({k: v.clone() for k, v in policy.model.state_dict().items()})
+        return original(policy, examples, t, run)
+
+    original = seft.generate
+    monkeypatch.setattr(seft, "generate", look)
+    out = tmp_path / "run"
+    assert seft.main(seft_flags(start, data, out, reviser=reviser, rank=0, lr=1e-3, iterations=2)) == 0
+    written = GPTNeo.from_pretrained(out / "iterate-1").state_dict()
+    assert all(policies[1][name].equal(value) for name, value in written.items())
+    assert any(not policies[0][name].equal(value) for name, value in written.items())
+
+
+def test_a_reviser_that_changes_during_the_run_is_noticed(start, data, reviser, here, capsys):
+    folder = shutil.copytree(reviser, here / "reviser")
+    argv = seft_flags(start, data, "run", reviser=folder)
+    weights = folder / "final/model.safetensors"
+
+    def change(*args) -> bool:
+        shutil.copy(start / "model.safetensors", weights)
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = seft.revise
+        patch.setattr(seft, "revise", lambda *args: (change(), original(*args))[1])
+        assert seft.main(argv) == 1
+    assert f"--reviser {folder}: has changed since the run began" in capsys.readouterr().err
+    shutil.copy(reviser / "final/model.safetensors", weights)
+    assert seft.main(argv) == 0
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_what_is_refused(start, data, reviser, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def error(**options) -> str:
+        return refused(seft_flags(start, options.pop("data", data), out, **options), out, capsys, script=seft)
+
+    assert "--pairs x: expected no --data with it" in error(pairs="x")
+    assert "--pairs x: expected no --reviser with it" in error(pairs="x", reviser=reviser, data=None)
+    assert "with {prompt} and {response}" in error(revise_template="{prompt}")
+    assert "expected the folder of a finished run that trained a reviser" in error(reviser=tmp_path / "none")
+    assert "holds other files and no run" in error(reviser=start)
+    wrong = error(reviser=reviser, revise_template="{prompt}{response}?")
+    assert f"expected --revise-template '{REVISE}', with which" in wrong
+    assert "expected --template" in error(reviser=reviser, template="{prompt}:")
+    assert "needs" in error(max_new_tokens=30) and "context is 64" in error(max_new_tokens=30, reviser=reviser)
+    assert "no example fits" in error(max_new_tokens=31, overlong="skip")
+    unanswered = tmp_path / "prompts.jsonl"
+    unanswered.write_text("".join(json.dumps({"prompt": w}) + "\n" for w in "abcdefghij"))
+    assert "held out, and has no response" in error(data=unanswered, reviser=reviser, eval_share=0.5)
+    assert "field 'response' is missing" in error(data=unanswered)
+
+
+def test_a_policy_is_no_reviser(start, data, reviser, tmp_path, capsys):
+    sft_run, out = tmp_path / "sft", tmp_path / "run"
+    assert sft.main(flags(start, data, sft_run, beta=None)) == 0
+    capsys.readouterr()
+    assert "that trained a reviser" in refused(seft_flags(start, data, out, reviser=sft_run), out, capsys, script=seft)
+
+
+def test_the_flags_of_seft_are_those_that_its_message_is_given_for():
+    own = {flag_of(f.name) for f in fields(seft.SeftArgs)} - {flag_of(f.name) for f in fields(Args)}
+    assert own - {"--pairs"} == set(SEFT_FLAGS)
+    for script in ("spin", "sft"):
+        with pytest.raises(ValueError, match=r"--reviser: an option of seft\.py"):
+            parse(script, ["--reviser", "x"])
+
+
+def test_dry_run_counts_lessons_and_both_models(start, data, reviser, tmp_path, capsys):
+    """A reviser has two lessons a prompt; a round of the policy generates twice, and nothing is scored."""
+    out = tmp_path / "run"
+    argv = seft_flags(start, data, out, prompts=32, dry_run=True)
+    assert seft.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "steps: 4" in printed and "generate" in printed and "score" not in printed
+    assert seft.main([*argv, "--reviser", str(reviser)]) == 0
+    assert "steps: 2" in capsys.readouterr().out
+    assert not out.exists()
+    one, two = (prepared(start, data, out, **o)[2].needs for o in ({}, {"reviser": reviser}))
+    weights = sum(p.numel() for p in GPTNeo.from_pretrained(start).parameters())
+    assert two.generation - one.generation >= 4 * weights and two.training == one.training

@@ -158,8 +158,12 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) ->
 # ---------------------------------------------------------------- the optimizer
 
 
-def optimize(player: Player, items: list[Any], loss_of: Callable, t: int, run: Run) -> Row:
+def optimize(
+    player: Player, items: list[Any], loss_of: Callable, t: int, run: Run, prepare: Callable = lambda batch: None
+) -> Row:
     """Minimises the mean of loss_of(batch)["loss"] over `items`. The optimizer starts afresh in every iteration.
+
+    `prepare` sees each batch whole, before `take_step` cuts it into the micro-batches that `loss_of` sees.
 
     `run.training` shuffles, resumes, keeps the log, and stops the run after several steps that are not finite.
     """
@@ -170,6 +174,7 @@ def optimize(player: Player, items: list[Any], loss_of: Callable, t: int, run: R
     player.model.train()
     for step, batch in training:
         optimizer.param_groups[0]["lr"] = peak * schedule(step, training.steps, args.warmup)
+        prepare(batch)
         training.record(take_step(player, optimizer, batch, loss_of, args.clip))
     player.model.eval()
     return training.signals()

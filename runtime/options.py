@@ -23,7 +23,10 @@ from runtime.evaluate import METRICS
 ROOT = Path(__file__).resolve().parents[1]  # $SPIN in recipes
 DEFAULT_RECIPES = {"spin": "pronounce.args", "family": "pronounce.args", "sft": "pronounce-sft.args"}
 SELF_PLAY = ("spin", "family")
-FAMILY_FLAGS = ("--pairs", "--loss", "--alpha", "--history", "--scorer", "--min-win", "--reinforce")
+FAMILY_FLAGS = (
+    "--pairs", "--loss", "--mu", "--order", "--adaptive-order", "--historical", "--nll-weight", "--reference",
+    "--alpha", "--samples", "--history", "--scorer", "--min-win", "--reinforce",
+)  # fmt: skip
 # Options that --adapter brings with its files, and what a message calls them.
 ADAPTER_SETS = {"rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_targets": "target layers"}
 
@@ -187,6 +190,7 @@ class Args:
     # What the runtime has to know about a method. A subclass overrides it.
 
     responses_per_prompt = 1  # generated in an iteration
+    generated_in_pair = 1  # responses of a pair beside the real one
     scoring_passes = 1  # over the pairs of an iteration, for the log-probabilities of its reference
     keeps_responses = False  # on disk, for later iterations
     swaps_weights = False  # the player's weights wait on disk while others take their place

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import shutil
@@ -10,8 +9,7 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import TABLES, begin, flags, refused, rows, spy, tree
+from helpers import begin, flags, refused, rows, spy, tree
 from torch import Tensor
 
 import family
@@ -24,173 +22,6 @@ from runtime import record
 from runtime.data import Example, digest
 from runtime.evaluate import mean
 from runtime.run import Run
-
-# ---------------------------------------------------------------- losses, in numbers
-
-
-@pytest.mark.parametrize("name", family.LOSSES)
-def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
-    """Its required parameters are exactly (real_ratios, generated_ratios, beta); it maps (B,) and (B,) to (B,) fp32."""
-    parameters = inspect.signature(family.LOSSES[name]).parameters.values()
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-    assert required == ["real_ratios", "generated_ratios", "beta"] == [p.name for p in parameters][:3]
-    ratios = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    together = family.LOSSES[name](*ratios, 0.5)
-    assert together.shape == (7,) and together.dtype == torch.float32
-    alone = torch.cat([family.LOSSES[name](*pair, 0.5) for pair in ratios.split(1, dim=1)])
-    assert torch.equal(together, alone), "a pair's loss depends on that pair alone"
-
-
-def test_losses_on_hand_computed_numbers():
-    """Ratios 1 and -2, so a margin of 3; for IPO with lengths 2 and 4, 0.5 and -0.5, so a margin of 1."""
-    real, generated = torch.tensor([1.0]), torch.tensor([-2.0])
-    assert family.hinge_loss(real, generated, 0.25).item() == 0.25
-    assert family.hinge_loss(real, generated, 0.5).item() == 0
-    assert family.ipo_loss(real, generated, 0.25).item() == (3 - 2) ** 2
-    assert family.sppo_loss(real, generated, 0.5).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
-    wins = torch.tensor([0.75]), torch.tensor([0.25])
-    assert family.sppo_loss(real, generated, 0.25, *wins).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
-    lengths = torch.tensor([2.0]), torch.tensor([4.0])
-    assert family.ipo_loss(real, generated, 0.25, *lengths).item() == (1 - 2) ** 2
-    assert family.mixture_logp(-2.0, -6.0, 0.25) == -3
-
-
-def test_gradients_vanish_where_they_should():
-    """Hinge beyond its margin, IPO and SPPO at their goals; SPIN's loss nowhere."""
-    goals = {
-        family.hinge_loss: (2.1, 0.0, 0.5),
-        family.ipo_loss: (1.0, 0.0, 0.5),
-        family.sppo_loss: (1.0, -1.0, 0.5),
-        spin.spin_loss: None,
-    }
-    for loss, goal in goals.items():
-        real, generated, beta = goal or (2.1, 0.0, 0.5)
-        values = [torch.tensor([x], requires_grad=True) for x in (real, generated)]
-        loss(*values, beta).sum().backward()
-        assert all((v.grad == 0).all() for v in values) == (goal is not None)
-
-
-@pytest.mark.parametrize("name", family.LOSSES)
-def test_losses_need_torch_alone(name):
-    """The source of each runs where nothing but torch is known, with the same results: it can be copied elsewhere."""
-    known = {"torch": torch, "F": F, "Tensor": Tensor}
-    exec(inspect.getsource(family.LOSSES[name]), known)
-    ratios = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(known[family.LOSSES[name].__name__](*ratios, 0.5), family.LOSSES[name](*ratios, 0.5))
-
-
-# ---------------------------------------------------------------- losses, in closed form
-
-
-def trained(loss_of, p_opponent, p_data, p_start=None):
-    """A softmax table of five responses, trained on the loss in expectation over y ~ p_data, y' ~ p_opponent."""
-    logits = (p_opponent if p_start is None else p_start).log().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16)
-    real, generated = (i.flatten() for i in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
-
-    def closure():
-        optimizer.zero_grad()
-        logp = logits.log_softmax(0)
-        loss = (p_data[real] * p_opponent[generated] * loss_of(logp, real, generated)).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return logits.detach().softmax(0)
-
-
-def normalised(p):
-    return p / p.sum()
-
-
-@pytest.mark.parametrize("beta", [0.7, 1.0, 3.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_minimiser_of_alpha_spin(alpha, beta):
-    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels."""
-    p_data, p_t = TABLES
-    p_0 = torch.tensor([0.3, 0.1, 0.1, 0.4, 0.1], dtype=torch.float64)
-    q = family.mixture_logp(p_t.log(), p_0.log(), alpha)
-
-    def loss(logp, real, generated):
-        ratios = logp - q
-        return spin.spin_loss(ratios[real], ratios[generated], beta)
-
-    expected = normalised(q.exp() * (p_data / p_t) ** (1 / beta))
-    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_minimiser_of_fictitious_play(beta):
-    """y' from the average of three opponents, log-ratios to the newest: p_t (p_data / average)^(1/beta)."""
-    p_data, p_t = TABLES
-    average = (p_t + p_data.flip(0) + torch.full((5,), 0.2, dtype=torch.float64)) / 3
-
-    def loss(logp, real, generated):
-        ratios = logp - p_t.log()
-        return spin.spin_loss(ratios[real], ratios[generated], beta)
-
-    expected = normalised(p_t * (p_data / average) ** (1 / beta))
-    torch.testing.assert_close(trained(loss, average, p_data, p_t), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("beta", [0.25, 1.0])
-def test_minimiser_of_ipo(beta):
-    """p_t exp(D s), normalised, with s = (p_data - p_t) / (p_data + p_t), D = 1 / (beta (2 + K)) and
-    K = sum (p_data - p_t)^2 / (p_data + p_t): a least-squares problem, solved by hand."""
-    p_data, p_t = TABLES
-
-    def loss(logp, real, generated):
-        ratios = logp - p_t.log()
-        return family.ipo_loss(ratios[real], ratios[generated], beta)
-
-    s = (p_data - p_t) / (p_data + p_t)
-    K = ((p_data - p_t) ** 2 / (p_data + p_t)).sum()
-    expected = normalised(p_t * torch.exp(s / (beta * (2 + K))))
-    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("wins", [(1.0, 0.0), (0.8, 0.35)])
-def test_minimiser_of_sppo(wins):
-    """Each ratio f solves (p_data + p_t) f - p_data g - p_t g' + mu p_t exp(f) = 0, with the goals g, g' of the two
-    sides and the one mu under which p_t exp(f) is normalised: both found by bisection, without any gradient."""
-    p_data, p_t = TABLES
-    beta = 0.8
-    goals = [(p - 0.5) / beta for p in wins]
-
-    def loss(logp, real, generated):
-        ratios = logp - p_t.log()
-        return family.sppo_loss(ratios[real], ratios[generated], beta, *wins)
-
-    def bisect(function, low, high):
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if function(middle) < 0 else (low, middle)
-        return (low + high) / 2
-
-    def ratios_at(mu):
-        return [
-            bisect(lambda f, d=d, t=t: (d + t) * f - d * goals[0] - t * goals[1] + mu * t * math.exp(f), -2.0, 0.8)
-            for d, t in zip(p_data.tolist(), p_t.tolist())
-        ]
-
-    def excess(mu):  # of the probabilities over 1; falls as mu rises
-        return 1 - sum(t * math.exp(f) for t, f in zip(p_t.tolist(), ratios_at(mu)))
-
-    expected = p_t * torch.tensor(ratios_at(bisect(excess, -0.5, 1.0)), dtype=torch.float64).exp()
-    assert expected.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
-
-
-def test_hinge_without_a_finite_optimum_still_points_to_the_data():
-    """Where no pair has reached its margin, the loss is linear: its gradient is beta times the supervised one's
-    difference to the opponent, p_t - p_data in the logits."""
-    p_data, p_t = TABLES
-    logits = p_t.log().requires_grad_()
-    ratios = logits.log_softmax(0) - p_t.log()
-    weights = p_data[:, None] * p_t
-    (weights * family.hinge_loss(ratios[:, None], ratios[None], 0.5)).sum().backward()
-    torch.testing.assert_close(logits.grad, 0.5 * (p_t - p_data))
-
 
 # ---------------------------------------------------------------- alpha-SPIN in runs
 
@@ -235,7 +66,7 @@ def test_full_parameter_base_is_read_from_disk_into_the_one_model(start, data, t
     pairs, _ = family.generate(player, examples[:8], 0, run)
     with monkeypatch.context() as patch:
         patch.setattr(GPTNeo, "from_pretrained", None)
-        family.score_mixture(player, pairs, run)
+        family.score(player, pairs, run)
     assert all(torch.equal(p, before[name]) for name, p in player.model.named_parameters())
     item = pairs[0].prompt_ids, pairs[0].real_ids
     ((opponent,),) = player.logps([item])

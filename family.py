@@ -60,7 +60,11 @@ MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # those that see nothing but the d
 
 
 def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
-    """spin.train with the loss of --loss, over one or more generated responses, and with --nll-weight."""
+    """spin.train with the loss of --loss, for one or more generated responses, and the term of --nll-weight.
+
+    That term is the real response's negative log-probability, nats a token: the usual cure where real responses lose
+    probability. Source: iterative RPO, arXiv 2404.19733, whose weight is 1.
+    """
     args, beta = run.args, value_at(run.args.beta, t)
     order = adaptive_order(pairs) if args.adaptive_order else args.order
     norms: list[Tensor] = []  # IRIS's, of the batch
@@ -139,13 +143,14 @@ def score(opponent: Player, pairs: list[Pair], run: Run) -> None:
     """spin.score for all responses, under the reference q of the log-ratios that the options name.
 
     p_t: the opponent, as in SPIN.
-    --reference sampled: the distribution that wrote the responses. With --temperature T that is not p_t: each of its
-        tokens has the probability of p_t's logits over T. If responses are one token, and q is that distribution,
-        SPIN with p_t in the ratios has its optimum at p_t (p_data / q)^(1/beta), normalised: against an opponent that
-        has learnt the data, that is p_t to the power 1 + (1 - 1/T) / beta, a sharpening in every iteration that has
-        nothing to do with the data. With q in the ratios the optimum is q (p_data / q)^(1/beta), there p_t to the
-        power 1 + (1 - 1/T) (1/beta - 1): p_data at beta 1, a flattening above, a sharpening below. Only the reference
-        changes; the player stays p_theta, so the first loss is not ln 2. (Derived here, no paper.)
+    --reference sampled: the distribution s that wrote the responses. With --temperature T that is not p_t: its tokens
+        have the probabilities of p_t's logits over T. SPIN with p_t in the ratios has its optimum at
+        p_t (p_data / s)^(1/beta), normalised. If responses are one token and p_t is p_data already, that is p_t to the
+        power 1 + (1 - 1/T) / beta: a hot opponent sharpens the player in every iteration, whatever the data. With s in
+        the ratios the optimum is s (p_data / s)^(1/beta), there p_t to the power 1 + (1 - 1/T) (1/beta - 1): p_data at
+        beta 1; for T above 1 a flattening where beta is above 1, and a sharpening below. Only the reference changes,
+        the player stays p_theta, so the first loss is not ln 2. Top-k and top-p give some real responses probability
+        0, so they have no such reference. (No paper: derived here.)
     --alpha: see `mixture_logp`; the base policy p_0 is the start, theta_0.
     --loss tspin: none, q = 1.
     """
@@ -245,8 +250,9 @@ def fictitious_play(opponent: Player, examples: list[Example], t: int, run: Run)
 def add_samples(opponent: Player, examples: list[Example], pairs: list[Pair], t: int, run: Run) -> None:
     """Adds --samples K - 1 further responses of the opponent to every pair.
 
-    The K pairs of a prompt have the minimiser of one, with less noise in the gradient. One of a response that differs
-    from the real one, if there is any, goes first: a pair is left out as identical if all K are.
+    The K losses of a prompt have the minimiser of one, with less noise in the gradient. (One softmax over all K + 1
+    responses has it too, and did no better.) A response that differs from the real one goes first, if there is any: a
+    pair is left out as identical if all K are.
     """
     args = run.args
     for k in range(1, args.samples):

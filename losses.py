@@ -100,7 +100,7 @@ def tspin_loss(
 
     Optimum without the second term: proportional to (p_data / p_t)^(1/beta). So p_data is no fixed point: against an
     opponent that writes like the data, current advantages are best where all responses are equally likely. With small
-    steps that shows late; training each iteration to its optimum swings for any beta below 1.
+    steps that shows late; training each iteration to its optimum swings for any beta up to 1.
     Source: T-SPIN, arXiv 2601.08198; found in a summary.
     """
     loss = F.softplus(-beta * (real_logps - generated_logps))
@@ -151,8 +151,3 @@ def tilted_risk(rewards: Tensor, tilt: float, norm: Tensor | None = None) -> Ten
 
 def log_mean_exp(values: Tensor) -> Tensor:
     return values.flatten().logsumexp(0) - values.new_tensor(values.numel()).log()
-
-
-def group_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
-    """Logistic loss of the real response against K generated ones at once: softmax cross-entropy of beta * ratio."""
-    return torch.cat([real_ratios[None], generated_ratios]).mul(beta).logsumexp(0) - beta * real_ratios

@@ -128,16 +128,13 @@ def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
     beta = value_at(run.args.beta, t)
 
     def loss_of(batch: list[Pair]) -> dict[str, Tensor]:
-        return pair_loss(player, batch, beta, spin_loss)
+        return pair_loss(player, batch, beta)
 
     return optimize(player, pairs, loss_of, t, run)
 
 
-def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) -> dict[str, Tensor]:
-    """The loss of each pair, and what is worth watching: (B,) tensors by name, of which "loss" has a gradient.
-
-    `loss` is spin_loss or another function of (real_ratios, generated_ratios, beta).
-    """
+def pair_loss(player: Player, batch: list[Pair], beta: float) -> dict[str, Tensor]:
+    """The loss of each pair, and what is worth watching: (B,) tensors by name, of which "loss" has a gradient."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=player.device)  # (B,)
@@ -147,7 +144,7 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) ->
     generated_ratios = logps[1] - column([p.opponent_generated_logp for p in batch])
     margins = beta * (real_ratios - generated_ratios).detach()
     return {
-        "loss": loss(real_ratios, generated_ratios, beta),
+        "loss": spin_loss(real_ratios, generated_ratios, beta),
         "margin": margins,
         "accuracy": (margins > 0).float(),  # a margin of 0, as at the first step, counts as wrong
         "real_logp": logps[0].detach() / column([len(p.real_ids) for p in batch]),  # nats a token

@@ -1,4 +1,4 @@
-"""losses.py, and the references and samples of family.py: hand-computed numbers, and optima in closed form.
+"""losses.py, and the references of family.py: hand-computed numbers, and optima in closed form.
 
 The optima are those of a softmax table of five responses, trained on the loss in expectation.
 """
@@ -80,7 +80,12 @@ def test_gradients_vanish_where_they_should():
         assert all((v.grad == 0).all() for v in values) == (goal is not None)
 
 
-def test_the_file_needs_torch_alone(tmp_path):
+@pytest.mark.parametrize("option, name", [("mu", "space"), ("order", "iris"), ("historical", "tspin")])
+def test_defaults_are_those_of_the_options(option, name):
+    assert inspect.signature(family.LOSSES[name]).parameters[option].default == getattr(family.FamilyArgs, option)
+
+
+def test_the_file_needs_torch_alone():
     """It can be copied: it imports nothing else."""
     tree = ast.parse(inspect.getsource(losses))
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -227,6 +232,11 @@ def test_spif_is_sppo_and_leads_to_the_data(beta):
     same = beta**2 * losses.sppo_loss(*ratios, beta / 2)
     torch.testing.assert_close(losses.spif_loss(*ratios, beta), same)
     p_data, p_t = TABLES
+    reward = ((p_data - p_t) / (p_data + p_t)).requires_grad_()  # a free one: best, and worth 1 - chi^2 to the mixture
+    value = (p_data[:, None] * p_t * losses.spif_loss(reward[:, None] / beta, reward[None] / beta, beta)).sum()
+    assert torch.autograd.grad(value, reward)[0].abs().max() < 1e-12
+    mixture = (p_data + p_t) / 2
+    torch.testing.assert_close(value, 1 - ((p_data - mixture) ** 2 / mixture).sum())
     distances = []
     for _ in range(60):
         before = p_t.log()
@@ -412,7 +422,7 @@ def test_second_order_of_iris():
     torch.testing.assert_close(curvature(spin.spin_loss, 2.0, 1.0), (sum(covariances) + apart) / 2)
 
 
-# ---------------------------------------------------------------- the opponent's true distribution, several samples
+# ---------------------------------------------------------------- the opponent's true distribution
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -439,19 +449,3 @@ def test_minimisers_with_either_reference_of_a_tempered_opponent(beta, temperatu
             power = (1 - 1 / temperature) / beta
             torch.testing.assert_close(plain, normalised(p_t ** (1 + power)), atol=1e-5, rtol=0)
             torch.testing.assert_close(sampled, normalised(p_t ** (1 + power * (1 - beta))), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("beta", [0.7, 2.0])
-def test_several_samples_have_the_minimiser_of_one(beta):
-    """As pairs or as one softmax over all: p_t (p_data / p_t)^(1/beta), in expectation over y and two y'."""
-    p_data, p_t = TABLES
-    expected = normalised(p_t * (p_data / p_t) ** (1 / beta))
-    for loss_of in (losses.group_loss, lambda *args: spin.spin_loss(*args).mean(0)):
-
-        def loss(logp, real, generated, loss_of=loss_of):
-            ratios = logp - p_t.log()
-            second = [p_t[k] * loss_of(ratios[real], ratios[torch.stack([generated, 0 * generated + k])], beta)
-                      for k in range(5)]  # fmt: skip
-            return torch.stack(second).sum(0)
-
-        torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-5, rtol=0)

@@ -77,7 +77,7 @@ def spif_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Ten
     E R(y) - E R(y') - E [R(y)^2 + R(y')^2] / 2, whose value is a chi-squared divergence between the data and the
     mixture of both. This loss is 1 minus that. A free reward would be (p_data - p_t) / (p_data + p_t), within [-1, 1].
     Optimum: as near to that as beta times a log-ratio can be, so a step towards p_data, and p_data once p_t is p_data.
-    It equals beta^2 times the hard form of `sppo_loss` at beta / 2: the two methods are one.
+    It equals beta^2 times the hard form of `sppo_loss` at beta / 2: in this form the two methods are one.
     Source: SPIF, arXiv 2602.01357. Its equations were not found; derived from the abstract (chi-squared variational
     objective, bounded reward) and from LS-IQ, arXiv 2303.00599, on which it builds.
     """

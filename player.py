@@ -94,8 +94,10 @@ class Player:
 
     # ------------------------------------------------------------ log-probabilities
 
-    def response_logps(self, items: Sequence[Item]) -> Tensor:
+    def response_logps(self, items: Sequence[Item], temperature: float = 1.0) -> Tensor:
         """log p(response | prompt) of every response: (R, B) fp32, nats, summed over the response's tokens.
+
+        At another temperature than 1, p is what `respond` samples from at that temperature.
 
         The one code path of scoring and training, differentiable. All responses to a prompt follow it in one row, as
         segments that do not see each other, so the prompt is computed once. Lengths decide which positions count,
@@ -105,13 +107,15 @@ class Player:
         width = max(map(len, rows))
         R = len(items[0]) - 1
         if R > 1 and width > MASKED_TOKENS:
-            return torch.cat([self.response_logps([(item[0], item[n]) for item in items]) for n in range(1, R + 1)])
+            apart = [[(item[0], item[n]) for item in items] for n in range(1, R + 1)]
+            return torch.cat([self.response_logps(some, temperature) for some in apart])
         # A response's last token is no input: nothing behind it is predicted.
         input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T)
         segments = None if R == 1 else self._tensor(segments_of(items, width))  # one response: plain causal attention
         sources, targets, slots, longest = head_rows(items, width)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.model(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
+            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
             logps = linear_logprobs(
                 hidden, self.model.head_weight, self._tensor(targets), padding_rows=self.model.head_padding_rows
             )  # (N,)
@@ -120,12 +124,14 @@ class Player:
         return padded.view(R, len(items), longest).sum(2)
 
     @torch.no_grad()
-    def logps(self, items: Sequence[Item], progress: Callable[[int], None] | None = None) -> list[list[float]]:
+    def logps(
+        self, items: Sequence[Item], progress: Callable[[int], None] | None = None, temperature: float = 1.0
+    ) -> list[list[float]]:
         """`response_logps` of any number of items, without gradient or dropout: R numbers an item, in nats."""
         self.model.eval()
         result: list[list[float]] = [[] for _ in items]
         for chunk in self.micro_batches([sum(map(len, item)) for item in items]):
-            columns = self.response_logps([items[i] for i in chunk]).T.tolist()
+            columns = self.response_logps([items[i] for i in chunk], temperature).T.tolist()
             for i, logps in zip(chunk, columns):
                 result[i] = logps
             if progress is not None:

@@ -128,16 +128,13 @@ def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
     beta = value_at(run.args.beta, t)
 
     def loss_of(batch: list[Pair]) -> dict[str, Tensor]:
-        return pair_loss(player, batch, beta, spin_loss)
+        return pair_loss(player, batch, beta)
 
     return optimize(player, pairs, loss_of, t, run)
 
 
-def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) -> dict[str, Tensor]:
-    """The loss of each pair, and what is worth watching: (B,) tensors by name, of which "loss" has a gradient.
-
-    `loss` is spin_loss or another function of (real_ratios, generated_ratios, beta).
-    """
+def pair_loss(player: Player, batch: list[Pair], beta: float) -> dict[str, Tensor]:
+    """The loss of each pair, and what is worth watching: (B,) tensors by name, of which "loss" has a gradient."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=player.device)  # (B,)
@@ -147,7 +144,7 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) ->
     generated_ratios = logps[1] - column([p.opponent_generated_logp for p in batch])
     margins = beta * (real_ratios - generated_ratios).detach()
     return {
-        "loss": loss(real_ratios, generated_ratios, beta),
+        "loss": spin_loss(real_ratios, generated_ratios, beta),
         "margin": margins,
         "accuracy": (margins > 0).float(),  # a margin of 0, as at the first step, counts as wrong
         "real_logp": logps[0].detach() / column([len(p.real_ids) for p in batch]),  # nats a token
@@ -158,8 +155,12 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable) ->
 # ---------------------------------------------------------------- the optimizer
 
 
-def optimize(player: Player, items: list[Any], loss_of: Callable, t: int, run: Run) -> Row:
+def optimize(
+    player: Player, items: list[Any], loss_of: Callable, t: int, run: Run, prepare: Callable = lambda batch: None
+) -> Row:
     """Minimises the mean of loss_of(batch)["loss"] over `items`. The optimizer starts afresh in every iteration.
+
+    `prepare` sees each batch whole, before `take_step` cuts it into the micro-batches that `loss_of` sees.
 
     `run.training` shuffles, resumes, keeps the log, and stops the run after several steps that are not finite.
     """
@@ -171,6 +172,7 @@ def optimize(player: Player, items: list[Any], loss_of: Callable, t: int, run: R
         player.model.train()
         for step, batch in training:
             optimizer.param_groups[0]["lr"] = peak * schedule(step, training.steps, args.warmup)
+            prepare(batch)
             training.record(take_step(player, optimizer, batch, loss_of, args.clip))
         player.model.eval()
     return training.signals()

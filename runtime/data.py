@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -67,10 +67,12 @@ class Pair:
     opponent_real_logp: float | None = None  # nats, summed over the response
     opponent_generated_logp: float | None = None
     wins: tuple[float, float] = (1.0, 0.0)  # probability that each response is preferred to an opponent's (SPPO)
+    more_ids: Sequence[list[int]] = ()  # further responses, for methods that have them
+    opponent_more_logps: Sequence[float] = ()
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
+        return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids) + sum(map(len, self.more_ids))
 
 
 def load_examples(path: str | Path, layout: str = "responses") -> list[Example]:

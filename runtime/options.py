@@ -27,7 +27,10 @@ DEFAULT_RECIPES = {
 SCRIPTS = ("spin", "sft", "family", "seft")
 SELF_PLAY = ("spin", "family")
 GENERATING = (*SELF_PLAY, "seft")  # train on generated responses
-FAMILY_FLAGS = ("--pairs", "--loss", "--alpha", "--history", "--scorer", "--min-win", "--reinforce")
+FAMILY_FLAGS = (
+    "--pairs", "--loss", "--mu", "--order", "--adaptive-order", "--historical", "--nll-weight", "--reference",
+    "--alpha", "--samples", "--history", "--scorer", "--min-win", "--reinforce",
+)  # fmt: skip
 SEFT_FLAGS = ("--reviser", "--revise-template")
 # Options that --adapter brings with its files, and what a message calls them.
 ADAPTER_SETS = {"rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_targets": "target layers"}
@@ -198,6 +201,7 @@ class Args:
 
     responses_per_prompt = 1  # generated in an iteration
     items_per_prompt = 1  # to train on
+    generated_in_pair = 1  # responses of a pair beside the real one
     scoring_passes = 1  # over the pairs of an iteration, for the log-probabilities of its reference
     keeps_responses = False  # on disk, for later iterations
     swaps_weights = False  # the player's weights wait on disk while others take their place

@@ -156,7 +156,7 @@ def rehearse(player: Any, examples: list[Example], run: Any) -> tuple[dict[str, 
         responses = player.respond([e.prompt_ids for e in some], 0, max_new_tokens=new_tokens)
         seconds["generate"] = (time.perf_counter() - began) / sum(len(ids) for ids, _ in responses)
         real = [e.real_ids or ids for e, (ids, _) in zip(some, responses)]  # a prompt may have no answer
-        items = [(e.prompt_ids, ids, ids) for e, ids in zip(some[:size], real)]
+        items = [(e.prompt_ids, *[ids] * (1 + run.args.generated_in_pair)) for e, ids in zip(some[:size], real)]
         tokens = sum(len(ids) for item in items for ids in item)
         began = time.perf_counter()
         player.logps(items)
@@ -189,7 +189,8 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     epochs = [value_at(args.epochs, t) for t in range(args.iterations)]
     items = [prompts * args.items_per_prompt * (2 if args.mix_previous and t else 1) for t in range(args.iterations)]
     steps = [epoch * -(-n // args.batch) for epoch, n in zip(epochs, items)]
-    tokens = (prompt + real + (0 if supervised else written)) / args.iterations  # of an item, for the mean over these
+    generated = 0 if supervised else written * args.generated_in_pair
+    tokens = (prompt + real + generated) / args.iterations  # of an item, for the mean over these
     times = {
         "generate": prompts * args.responses_per_prompt * written * seconds["generate"],
         "score": tokens * sum(items) * args.scoring_passes * seconds["score"],

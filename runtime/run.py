@@ -97,8 +97,11 @@ class Run:
         """The pairs of iteration t - 1 where --mix-previous asks for them."""
         if not self.args.mix_previous or t == 0:
             return []
-        names = [field.name for field in dataclasses.fields(Pair)]
-        return [Pair(*(shared(row[name]) for name in names)) for row in self.read_rows(f"pairs-{t - 1}.jsonl")]
+        names = {field.name for field in dataclasses.fields(Pair)}
+        return [
+            Pair(**{name: shared(value) for name, value in row.items() if name in names})
+            for row in self.read_rows(f"pairs-{t - 1}.jsonl")
+        ]
 
     def read_rows(self, name: str) -> Iterator[Any]:
         """The rows of a file of an earlier iteration. Raises: Stopped where it is damaged or missing."""
@@ -142,6 +145,7 @@ class Run:
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
         names = [field.name for field in dataclasses.fields(Pair)]
         rows = ({"generated": self.text(p.generated_ids)} | {name: getattr(p, name) for name in names} for p in pairs)
+        rows = ({name: value for name, value in row.items() if value != ()} for row in rows)  # no further responses
         storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", rows)
 
     # ------------------------------------------------------------ what a player is asked for
@@ -183,7 +187,9 @@ class Run:
         except FloatingPointError as error:
             raise Stopped(f"responses for '{name}': {error}") from None
 
-    def logps(self, player: Any, items: Sequence[tuple[list[int], ...]], name: str) -> list[list[float]]:
+    def logps(
+        self, player: Any, items: Sequence[tuple[list[int], ...]], name: str, temperature: float = 1.0
+    ) -> list[list[float]]:
         """log p(response | prompt) of every response of every item, nats, in shards, with a progress bar.
 
         An item is (prompt ids, response ids, ...), with as many responses in each item.
@@ -196,7 +202,7 @@ class Run:
 
         def work(part: range) -> list[list[float]]:
             bar.n = part.start
-            return player.logps(items[part.start : part.stop], progress)
+            return player.logps(items[part.start : part.stop], progress, temperature)
 
         with bar, self.timed(name):
             return self.shards(name, len(items), *SCORE_SHARD, work)

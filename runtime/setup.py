@@ -235,7 +235,8 @@ def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bo
         batch_size=min(args.gen_batch, len(examples)),
         row_tokens=max(len(e.prompt_ids) for e in examples) + args.max_new_tokens,
         iterations=args.iterations,
-        pair_tokens=prompts * (args.max_new_tokens + sum(e.tokens for e in examples) // len(examples)),
+        pair_tokens=prompts
+        * (args.max_new_tokens * args.generated_in_pair + sum(e.tokens for e in examples) // len(examples)),
         keeps_responses=args.keeps_responses,
         swaps_weights=args.swaps_weights,
         cut=parallel.world_size() if args.fsdp else 0,

@@ -1,8 +1,11 @@
-"""family.py: the losses and the mixture against closed forms, the pairs and references of the methods in whole runs."""
+"""family.py: the methods against a float64 implementation, their pairs, references and options in whole runs.
+
+The optima of their losses are in test_losses.py, steps against TRL in test_trl.py.
+"""
 
 import contextlib
+import copy
 import dataclasses
-import inspect
 import json
 import math
 import shutil
@@ -10,186 +13,179 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import TABLES, begin, flags, refused, rows, spy, tree
+from helpers import begin, flags, refused, rows, spy, tree
 from torch import Tensor
 
 import family
 import lora
+import losses
 import sampling
 import sft
 import spin
 from model import GPTNeo
 from runtime import record
-from runtime.data import Example, digest
+from runtime.data import Example, Pair, digest
 from runtime.evaluate import mean
 from runtime.run import Run
 
-# ---------------------------------------------------------------- losses, in numbers
+# ---------------------------------------------------------------- ten steps in float64
 
 
-@pytest.mark.parametrize("name", family.LOSSES)
-def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
-    """Its required parameters are exactly (real_ratios, generated_ratios, beta); it maps (B,) and (B,) to (B,) fp32."""
-    parameters = inspect.signature(family.LOSSES[name]).parameters.values()
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-    assert required == ["real_ratios", "generated_ratios", "beta"] == [p.name for p in parameters][:3]
-    ratios = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    together = family.LOSSES[name](*ratios, 0.5)
-    assert together.shape == (7,) and together.dtype == torch.float32
-    alone = torch.cat([family.LOSSES[name](*pair, 0.5) for pair in ratios.split(1, dim=1)])
-    assert torch.equal(together, alone), "a pair's loss depends on that pair alone"
+def exact_logps(model: GPTNeo, items: list[tuple[list[int], ...]], temperature: float = 1.0) -> Tensor:
+    """(R, B) in float64, each response in a row of its own, by a plain log-softmax over all tokens."""
+
+    def logp(prompt: list[int], response: list[int]) -> Tensor:
+        hidden = model(torch.tensor([prompt + response[:-1]]))[0, len(prompt) - 1 :]
+        logps = (hidden @ model.head_weight.T / temperature).log_softmax(-1)
+        return logps[range(len(response)), response].sum()
+
+    return torch.stack([torch.stack([logp(prompt, r) for r in responses]) for prompt, *responses in items]).T
 
 
-def test_losses_on_hand_computed_numbers():
-    """Ratios 1 and -2, so a margin of 3; for IPO with lengths 2 and 4, 0.5 and -0.5, so a margin of 1."""
-    real, generated = torch.tensor([1.0]), torch.tensor([-2.0])
-    assert family.hinge_loss(real, generated, 0.25).item() == 0.25
-    assert family.hinge_loss(real, generated, 0.5).item() == 0
-    assert family.ipo_loss(real, generated, 0.25).item() == (3 - 2) ** 2
-    assert family.sppo_loss(real, generated, 0.5).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
-    wins = torch.tensor([0.75]), torch.tensor([0.25])
-    assert family.sppo_loss(real, generated, 0.25, *wins).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
-    lengths = torch.tensor([2.0]), torch.tensor([4.0])
-    assert family.ipo_loss(real, generated, 0.25, *lengths).item() == (1 - 2) ** 2
-    assert family.mixture_logp(-2.0, -6.0, 0.25) == -3
+def logistic(x: Tensor) -> Tensor:
+    return torch.log(1 + torch.exp(-x))
 
 
-def test_gradients_vanish_where_they_should():
-    """Hinge beyond its margin, IPO and SPPO at their goals; SPIN's loss nowhere."""
-    goals = {
-        family.hinge_loss: (2.1, 0.0, 0.5),
-        family.ipo_loss: (1.0, 0.0, 0.5),
-        family.sppo_loss: (1.0, -1.0, 0.5),
-        spin.spin_loss: None,
-    }
-    for loss, goal in goals.items():
-        real, generated, beta = goal or (2.1, 0.0, 0.5)
-        values = [torch.tensor([x], requires_grad=True) for x in (real, generated)]
-        loss(*values, beta).sum().backward()
-        assert all((v.grad == 0).all() for v in values) == (goal is not None)
+def space_by_hand(real, generated, mu=3.0, beta=0.7):
+    s = [1 / (1 + mu * torch.exp(-beta * ratios)) for ratios in (real, generated)]
+    return (-torch.log(s[0]) - mu * torch.log(1 - s[1])).mean()
 
 
-@pytest.mark.parametrize("name", family.LOSSES)
-def test_losses_need_torch_alone(name):
-    """The source of each runs where nothing but torch is known, with the same results: it can be copied elsewhere."""
-    known = {"torch": torch, "F": F, "Tensor": Tensor}
-    exec(inspect.getsource(family.LOSSES[name]), known)
-    ratios = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(known[family.LOSSES[name].__name__](*ratios, 0.5), family.LOSSES[name](*ratios, 0.5))
+def iris_by_hand(real, generated, order, beta=0.7):
+    first = torch.exp(order * beta * generated).mean().log() / order
+    return (
+        first - (beta * real).mean()
+        if order == 1
+        else first - torch.exp((order - 1) * beta * real).mean().log() / (order - 1)
+    )
 
 
-# ---------------------------------------------------------------- losses, in closed form
+# Options, and the loss of a batch from the ratios (R, B) of its responses, real ones first.
+METHODS = {
+    "space": (dict(loss="space", mu=3), lambda r: space_by_hand(r[0], r[1])),
+    "space, samples": (dict(loss="space", mu=3, samples=3), lambda r: space_by_hand(r[0], r[1:])),
+    "spif": (dict(loss="spif"), lambda r: ((0.7 * r[0] - 1) ** 2 + (0.7 * r[1] + 1) ** 2).mean() / 2),
+    "tspin": (
+        dict(loss="tspin", historical=0.4),
+        lambda r: (logistic(0.7 * (r[0] - r[1])) + 0.4 * logistic(0.7 * (r[1] - r[2]))).mean(),
+    ),
+    "iris, 0.5": (dict(loss="iris"), lambda r: iris_by_hand(r[0], r[1], 0.5)),
+    "iris, 1": (dict(loss="iris", order=1), lambda r: iris_by_hand(r[0], r[1], 1)),
+    "iris, 2": (dict(loss="iris", order=2, samples=2), lambda r: iris_by_hand(r[0], r[1:], 2)),
+    "samples": (dict(samples=3), lambda r: logistic(0.7 * (r[0] - r[1:])).mean()),
+    "nll": (dict(nll_weight=0.5), lambda r: logistic(0.7 * (r[0] - r[1])).mean()),
+    "sampled": (dict(reference="sampled", temperature=1.5), lambda r: logistic(0.7 * (r[0] - r[1])).mean()),
+}
 
 
-def trained(loss_of, p_opponent, p_data, p_start=None):
-    """A softmax table of five responses, trained on the loss in expectation over y ~ p_data, y' ~ p_opponent."""
-    logits = (p_opponent if p_start is None else p_start).log().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16)
-    real, generated = (i.flatten() for i in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+@pytest.mark.parametrize("method", METHODS)
+def test_ten_steps_equal_an_implementation_in_float64(start, data, tmp_path, monkeypatch, method):
+    """Of the whole step: references, loss, AdamW and schedule, micro-batches that cut the batches. No kernel, no packed
+    rows, equations as in the papers."""
+    options, loss_of = METHODS[method]
+    settings = dict(rank=0, lr=3e-3, warmup=0, batch=4, micro_tokens=100, beta=0.7)
+    player, examples, run = begin(start, data, tmp_path / "run", "family", **settings, **options)
+    t = 1 if options.get("loss") == "tspin" else 0
+    pairs, _ = family.generate(player, examples[:48], t, run)
+    pairs = pairs[:40]
+    family.score(player, pairs, run)
+    exact = copy.deepcopy(player.model).double()
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    signals = family.train(player, pairs, t, run)
+    ours = [row["loss"] for row in rows(run.out / "steps-0.jsonl" if t == 0 else run.out / "steps-1.jsonl")]
 
-    def closure():
+    items = [(p.prompt_ids, p.real_ids, p.generated_ids, *p.more_ids) for p in pairs]
+    assert {len(item) for item in items} == {2 + options.get("samples", 1) + t}
+    with torch.no_grad():
+        reference = 0 * exact_logps(exact, items) if t else exact_logps(exact, items, run.args.temperature)
+    optimizer = torch.optim.AdamW(exact.parameters(), weight_decay=0.0)
+    expected = []
+    for step in range(10):
+        batch = slice(4 * step, 4 * step + 4)
+        logps = exact_logps(exact, items[batch])
+        lengths = torch.tensor([len(item[1]) for item in items[batch]])
+        loss = loss_of(logps - reference[:, batch]) - options.get("nll_weight", 0) * (logps[0] / lengths).mean()
+        expected.append(loss.item())
         optimizer.zero_grad()
-        logp = logits.log_softmax(0)
-        loss = (p_data[real] * p_opponent[generated] * loss_of(logp, real, generated)).sum()
         loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return logits.detach().softmax(0)
-
-
-def normalised(p):
-    return p / p.sum()
+        torch.nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (10 - step) / 10
+        optimizer.step()
+    assert len(ours) == 10 and max(ours) - min(ours) > 0.01
+    assert ours == pytest.approx(expected, rel=2e-4, abs=2e-4)
+    assert signals.get("order") == (run.args.order if run.args.loss == "iris" else None)
 
 
-@pytest.mark.parametrize("beta", [0.7, 1.0, 3.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_minimiser_of_alpha_spin(alpha, beta):
-    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels."""
-    p_data, p_t = TABLES
-    p_0 = torch.tensor([0.3, 0.1, 0.1, 0.4, 0.1], dtype=torch.float64)
-    q = family.mixture_logp(p_t.log(), p_0.log(), alpha)
-
-    def loss(logp, real, generated):
-        ratios = logp - q
-        return spin.spin_loss(ratios[real], ratios[generated], beta)
-
-    expected = normalised(q.exp() * (p_data / p_t) ** (1 / beta))
-    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-5, rtol=0)
+def test_the_adaptive_order_grows_with_the_gap(start, data, tmp_path):
+    """1/2 for an opponent that writes like the data, below 2 always; a run says which order it had."""
+    pairs = [Pair([1], [2, 3], [4, 5, 6, 7], True, -2.0 - gap, -4.0) for gap in (0.0, 0.0)]
+    assert family.adaptive_order(pairs) == 0.5
+    orders = []
+    for gap in (0.2, -0.2, 4.0, 1000.0):
+        pairs[0].opponent_real_logp = -2.0 - 4 * gap  # over two tokens and two pairs
+        orders.append(family.adaptive_order(pairs))
+    assert orders[0] == orders[1] == pytest.approx(2 - 1.5 * math.exp(-0.2)) and orders[0] < orders[2] < orders[3] <= 2
+    argv = flags(start, data, tmp_path / "run", loss="iris", adaptive_order=True)
+    assert family.main(argv) == 0
+    assert 0.5 < rows(tmp_path / "run/metrics.jsonl")[1]["order"] < 2
 
 
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_minimiser_of_fictitious_play(beta):
-    """y' from the average of three opponents, log-ratios to the newest: p_t (p_data / average)^(1/beta)."""
-    p_data, p_t = TABLES
-    average = (p_t + p_data.flip(0) + torch.full((5,), 0.2, dtype=torch.float64)) / 3
-
-    def loss(logp, real, generated):
-        ratios = logp - p_t.log()
-        return spin.spin_loss(ratios[real], ratios[generated], beta)
-
-    expected = normalised(p_t * (p_data / average) ** (1 / beta))
-    torch.testing.assert_close(trained(loss, average, p_data, p_t), expected, atol=1e-5, rtol=0)
+# ---------------------------------------------------------------- several responses to a prompt
 
 
-@pytest.mark.parametrize("beta", [0.25, 1.0])
-def test_minimiser_of_ipo(beta):
-    """p_t exp(D s), normalised, with s = (p_data - p_t) / (p_data + p_t), D = 1 / (beta (2 + K)) and
-    K = sum (p_data - p_t)^2 / (p_data + p_t): a least-squares problem, solved by hand."""
-    p_data, p_t = TABLES
-
-    def loss(logp, real, generated):
-        ratios = logp - p_t.log()
-        return family.ipo_loss(ratios[real], ratios[generated], beta)
-
-    s = (p_data - p_t) / (p_data + p_t)
-    K = ((p_data - p_t) ** 2 / (p_data + p_t)).sum()
-    expected = normalised(p_t * torch.exp(s / (beta * (2 + K))))
-    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("wins", [(1.0, 0.0), (0.8, 0.35)])
-def test_minimiser_of_sppo(wins):
-    """Each ratio f solves (p_data + p_t) f - p_data g - p_t g' + mu p_t exp(f) = 0, with the goals g, g' of the two
-    sides and the one mu under which p_t exp(f) is normalised: both found by bisection, without any gradient."""
-    p_data, p_t = TABLES
-    beta = 0.8
-    goals = [(p - 0.5) / beta for p in wins]
-
-    def loss(logp, real, generated):
-        ratios = logp - p_t.log()
-        return family.sppo_loss(ratios[real], ratios[generated], beta, *wins)
-
-    def bisect(function, low, high):
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if function(middle) < 0 else (low, middle)
-        return (low + high) / 2
-
-    def ratios_at(mu):
-        return [
-            bisect(lambda f, d=d, t=t: (d + t) * f - d * goals[0] - t * goals[1] + mu * t * math.exp(f), -2.0, 0.8)
-            for d, t in zip(p_data.tolist(), p_t.tolist())
-        ]
-
-    def excess(mu):  # of the probabilities over 1; falls as mu rises
-        return 1 - sum(t * math.exp(f) for t, f in zip(p_t.tolist(), ratios_at(mu)))
-
-    expected = p_t * torch.tensor(ratios_at(bisect(excess, -0.5, 1.0)), dtype=torch.float64).exp()
-    assert expected.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
+def test_pairs_hold_all_responses(start, data, tmp_path):
+    """--samples 3: two further responses, others than the first; T-SPIN: one of the start's, from iteration 1 on. Pairs
+    of SPIN have no such fields."""
+    three = flags(start, data, tmp_path / "three", samples=3, iterations=2, mix_previous=True, temperature=1.3)
+    assert family.main(three) == 0
+    pairs = rows(tmp_path / "three/pairs-0.jsonl")
+    assert all(len(p["more_ids"]) == len(p["opponent_more_logps"]) == 2 for p in pairs)
+    assert sum(ids == p["generated_ids"] for p in pairs for ids in p["more_ids"]) < len(pairs) / 2
+    metrics = rows(tmp_path / "three/metrics.jsonl")
+    count = len(rows(tmp_path / "three/steps-1.jsonl"))
+    assert count == math.ceil((metrics[1]["pairs"] + metrics[2]["pairs"]) / 16), "previous pairs are mixed in"
+    assert spin.main(flags(start, data, tmp_path / "spin")) == 0
+    assert not {"more_ids", "opponent_more_logps"} & rows(tmp_path / "spin/pairs-0.jsonl")[0].keys()
 
 
-def test_hinge_without_a_finite_optimum_still_points_to_the_data():
-    """Where no pair has reached its margin, the loss is linear: its gradient is beta times the supervised one's
-    difference to the opponent, p_t - p_data in the logits."""
-    p_data, p_t = TABLES
-    logits = p_t.log().requires_grad_()
-    ratios = logits.log_softmax(0) - p_t.log()
-    weights = p_data[:, None] * p_t
-    (weights * family.hinge_loss(ratios[:, None], ratios[None], 0.5)).sum().backward()
-    torch.testing.assert_close(logits.grad, 0.5 * (p_t - p_data))
+@pytest.mark.parametrize("rank", [4, 0])
+def test_triplets_have_a_response_of_the_start(start, data, tmp_path, monkeypatch, rank):
+    """The model that writes them is theta_0, also in iteration 1; the player has its own weights again afterwards."""
+    seen = {}
+
+    def look(args, _):
+        run, player, _, name, *_ = args
+        weights = torch.cat([p.detach().flatten() for p in player.model.parameters()])
+        enabled = not rank or next(lora.lora_layers(player.model))[1].enabled
+        seen[name, run.iterate] = weights, enabled
+
+    spy(monkeypatch, Run, "respond", look)
+    argv = flags(start, data, tmp_path / "run", loss="tspin", rank=rank, iterations=2, beta=0.1)
+    assert family.main(argv) == 0
+    assert ("proto", 1) not in seen, "in the first iteration the start's response is the opponent's"
+    assert not any("more_ids" in pair for pair in rows(tmp_path / "run/pairs-0.jsonl"))
+    assert all(len(pair["more_ids"]) == 1 for pair in rows(tmp_path / "run/pairs-1.jsonl"))
+    assert all(pair["opponent_real_logp"] == 0 for pair in rows(tmp_path / "run/pairs-1.jsonl"))
+    moments = ("start", 0), ("proto", 2), ("generate", 2), ("greedy", 2)
+    first, proto, player, after = (seen[moment] for moment in moments)
+    if rank:
+        assert not proto[1] and player[1] and after[1], "adapters are off for the start alone"
+    else:
+        assert torch.equal(proto[0], first[0]) and not torch.equal(player[0], first[0])
+
+
+def test_a_response_that_differs_goes_first(start, data, tmp_path, monkeypatch):
+    """A pair is left out as identical if all its responses equal the real one, and finished if all are."""
+    player, examples, run = begin(start, data, tmp_path / "run", "family", samples=2)
+    reals = [e.real_ids for e in examples[:3]]
+    answers = iter([[(ids, True) for ids in reals], [(reals[0], True), ([5], True), ([6], False)]])
+    monkeypatch.setattr(run, "respond", lambda *args: next(answers))
+    pairs, counts = family.generate(player, examples[:3], 0, run)
+    assert [(p.generated_ids, p.more_ids, p.finished) for p in pairs] == [
+        ([5], [reals[1]], True),
+        ([6], [reals[2]], False),
+    ]
+    assert counts["identical"] == 1
 
 
 # ---------------------------------------------------------------- alpha-SPIN in runs
@@ -235,7 +231,7 @@ def test_full_parameter_base_is_read_from_disk_into_the_one_model(start, data, t
     pairs, _ = family.generate(player, examples[:8], 0, run)
     with monkeypatch.context() as patch:
         patch.setattr(GPTNeo, "from_pretrained", None)
-        family.score_mixture(player, pairs, run)
+        family.score(player, pairs, run)
     assert all(torch.equal(p, before[name]) for name, p in player.model.named_parameters())
     item = pairs[0].prompt_ids, pairs[0].real_ids
     ((opponent,),) = player.logps([item])
@@ -347,8 +343,8 @@ def test_ipo_counts_ratios_a_token_in_runs(start, data, tmp_path, monkeypatch):
     seen = []
 
     def ipo_loss(*args: object, **lengths: Tensor) -> Tensor:
-        values = family.ipo_loss(*args, **lengths)
-        seen.append(((args[0] / lengths["real_lengths"]).tolist(), values.tolist()))
+        values = losses.ipo_loss(*args, **lengths)
+        seen.append(((args[0] / lengths["real_lengths"]).tolist(), values[0].tolist()))
         return values
 
     monkeypatch.setitem(family.LOSSES, "ipo", ipo_loss)
@@ -369,13 +365,15 @@ def test_digest_of_given_pairs():
     assert len({digest([dataclasses.replace(example, **change)]) for change in changes}) == len(changes)
 
 
-def test_equal_responses_count_in_sppo_alone(start, data, tmp_path):
-    """Without a margin they have a gradient, towards the mean of the goals, and the closed form above includes them."""
+def test_equal_responses_count_where_more_than_a_margin_does(start, data, tmp_path):
+    """Without a margin, or with an NLL term, they have a gradient, and the closed forms include them."""
     path = tmp_path / "pairs.jsonl"
     lines = [{"prompt": "a", "chosen": "B", "rejected": "B"}, {"prompt": "b", "chosen": "B", "rejected": "D"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for loss, count in (("logistic", 1), ("hinge", 1), ("ipo", 1), ("sppo", 2)):
-        _, examples, run = begin(start, None, tmp_path / loss, "family", pairs=path, eval_data=data, loss=loss)
+    counts = dict(logistic=1, hinge=1, ipo=1, sppo=2, space=2, spif=2, iris=2)
+    for loss, weight, count in [(loss, 0, count) for loss, count in counts.items()] + [("logistic", 1, 2)]:
+        options = dict(pairs=path, eval_data=data, loss=loss, nll_weight=weight)
+        _, examples, run = begin(start, None, tmp_path / loss, "family", **options)
         pairs, counts = family.generate(None, examples, 0, run)
         assert len(pairs) == counts["pairs"] == count and counts["identical"] == 1
 
@@ -486,6 +484,42 @@ def test_bad_pairs(start, data, tmp_path, capsys, record, names):
     path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(record) + "\n")
     argv = flags(start, None, out, pairs=path, eval_data=data)
     assert f"pairs.jsonl:2: {names}" in refused(argv, out, capsys, family)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(mu=2), "--mu 2.0: expected --loss space with it"),
+        (dict(loss="space", mu=0), "--mu 0.0: expected a positive number"),
+        (dict(order=1), "--order 1.0: expected --loss iris with it"),
+        (dict(loss="iris", order=-1), "--order -1.0: expected 0 or more"),
+        (dict(loss="iris", order=1, adaptive_order=True), "--order 1.0: expected no --adaptive-order with it"),
+        (dict(loss="space", adaptive_order=True), "--adaptive-order True: expected --loss iris with it"),
+        (dict(historical=2), "--historical 2.0: expected --loss tspin with it"),
+        (dict(nll_weight=-1), "--nll-weight -1.0: expected 0 or more"),
+        (dict(loss="tspin", alpha=0.5), "--loss tspin: expected no --alpha"),
+        (dict(loss="tspin", mix_previous=True), "--loss tspin: expected no --alpha, --reference sampled or --mix"),
+        (dict(loss="tspin", reference="sampled"), "--loss tspin: expected no --alpha, --reference sampled"),
+        (dict(loss="tspin", unfinished="cut"), "--loss tspin: expected no --unfinished cut"),
+        (dict(samples=0), "--samples 0: expected 1 or more"),
+        (dict(samples=2, unfinished="cut"), "--samples 2: expected no --unfinished cut"),
+        (dict(samples=2, history=0), "--samples 2: expected no --history"),
+        (dict(samples=2, temperature=0), "--samples 2: expected no --temperature 0"),
+        (dict(samples=2, scorer="x.py:f"), "--samples 2: expected no --pairs, --reinforce or --scorer"),
+        (dict(reference="start"), "--reference start: expected one of opponent, sampled"),
+        (dict(reference="sampled", temperature=0), "--reference sampled: expected no --temperature 0"),
+        (dict(reference="sampled", top_k=3), "--reference sampled: expected no --temperature 0, --top-k or --top-p"),
+        (dict(reference="sampled", top_p=0.9), "--reference sampled: expected no --temperature 0, --top-k or --top-p"),
+    ],
+)
+def test_options_of_the_later_methods(start, data, tmp_path, capsys, options, says):
+    assert says in refused(flags(start, data, tmp_path / "out", **options), tmp_path / "out", capsys, family)
+
+
+def test_given_pairs_have_no_sampler_and_no_further_responses(start, data, tmp_path, capsys, pairs_file):
+    for options in (dict(samples=2), dict(loss="tspin"), dict(reference="sampled")):
+        argv = flags(start, None, tmp_path / "out", pairs=pairs_file, eval_data=data, **options)
+        assert "expected no --pairs" in refused(argv, tmp_path / "out", capsys, family)
 
 
 def test_options_that_contradict_each_other(start, data, tmp_path, capsys, pairs_file):
@@ -664,7 +698,7 @@ def test_a_run_that_dies_while_the_player_is_the_base_policy_resumes(start, data
     argv = flags(start, data, tmp_path / "run", alpha=0.5, rank=0, iterations=2, lr=1e-3)
 
     def die(args, _):
-        run, _, _, name = args
+        run, _, _, name, *_ = args
         if name == "score-base" and run.iterate == t + 1:
             raise ZeroDivisionError
 
@@ -678,3 +712,49 @@ def test_a_run_that_dies_while_the_player_is_the_base_policy_resumes(start, data
     shutil.rmtree(tmp_path / "run")
     assert family.main(argv) == 0
     assert tree(tmp_path / "run") == stopped
+
+
+@pytest.mark.parametrize(
+    "options, phase, at",
+    [
+        (dict(loss="tspin", rank=0), "proto", None),
+        (dict(loss="iris", adaptive_order=True, samples=2, mix_previous=True), "generate-1", 5),
+    ],
+)
+def test_runs_of_the_later_methods_resume(start, data, tmp_path, monkeypatch, options, phase, at):
+    """Died in the second iteration: as the start writes T-SPIN's triplets; before a sample, then amid IRIS's steps."""
+    argv = flags(start, data, tmp_path / "run", iterations=2, lr=1e-3, save_minutes=0, **options)
+
+    def die(args, _):
+        if args[0].iterate == 2 and args[3] == phase:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        spy(patch, Run, "respond", die)
+        with pytest.raises(ZeroDivisionError):
+            family.main(argv)
+    if at is not None:
+        with monkeypatch.context() as patch:
+            count = []
+            spy(patch, spin, "take_step", lambda *_: (count.append(1), 1 / (at - len(count))))
+            with pytest.raises(ZeroDivisionError):
+                family.main(argv)
+    assert family.main(argv) == 0
+    stopped = tree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert family.main(argv) == 0
+    assert tree(tmp_path / "run") == stopped
+
+
+def test_dry_runs_of_the_later_methods(start, data, tmp_path, capsys):
+    """Further responses cost generation, T-SPIN scores nothing, IRIS takes a pass before each step."""
+    said = {}
+    for name, options in {"spin": {}, "samples": dict(samples=3), "tspin": dict(loss="tspin", rank=0)}.items():
+        assert family.main(flags(start, data, tmp_path / "out", dry_run=True, **options)) == 0
+        said[name] = capsys.readouterr().out
+    assert "score 0 s" in said["tspin"] and "steps: " in said["samples"]
+    args = family.FamilyArgs(loss="iris", samples=2, epochs=(3,))
+    assert (args.responses_per_prompt, args.generated_in_pair, args.scoring_passes) == (2, 2, 4)
+    args = family.FamilyArgs(loss="tspin", rank=0)
+    assert (args.responses_per_prompt, args.scoring_passes, args.swaps_weights) == (2, 0, True)
+    assert not (tmp_path / "out").exists()

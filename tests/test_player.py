@@ -42,6 +42,28 @@ def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, ma
     assert torch.tensor(player.logps(items)).flatten().tolist() == pytest.approx(apart.T.flatten().tolist(), abs=2e-5)
 
 
+@pytest.mark.parametrize("masked_tokens", [1024, 0])
+def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
+    """Each token's are those of the logits over the temperature; on the model whose table is known."""
+    monkeypatch.setattr(player_module, "MASKED_TOKENS", masked_tokens)
+    model = known_model()
+    wte = model.transformer["wte"].weight.detach()
+    table = (torch.nn.functional.layer_norm(wte, (8,)) @ wte.T / 0.1).log_softmax(-1)  # (current, next)
+    items = [([3, 1, 4], [1, 5, 10], [2]), ([9], [2, 6], [6, 2])]
+    expected = [[table[4, 1] + table[1, 5] + table[5, 10], table[9, 2] + table[2, 6]],
+                [table[4, 2], table[9, 6] + table[6, 2]]]  # fmt: skip
+    player = player_of(model, micro_tokens=20)
+    torch.testing.assert_close(player.response_logps(items, 0.1).detach(), torch.tensor(expected), atol=1e-5, rtol=0)
+    scored = torch.tensor(player.logps(items, temperature=0.1)).T
+    torch.testing.assert_close(scored, torch.tensor(expected), atol=1e-5, rtol=0)
+    if masked_tokens:  # and they are what is sampled from: 4,000 draws of a token, within 5 standard errors
+        drawn = player.respond([[4]] * 4000, 0, temperature=0.1, max_new_tokens=1)
+        shares = torch.bincount(torch.tensor([ids[0] for ids, _ in drawn]), minlength=11) / 4000
+        p = player.response_logps([([4], *[[token] for token in range(11)])], 0.1)[:, 0].detach().exp()
+        assert ((shares - p).abs() < 5 * (p * (1 - p) / 4000).sqrt()).all()
+        assert (p - table.mul(0.1).softmax(-1)[4]).abs().max() > 0.05, "else temperature 1 would fit as well"
+
+
 def test_logps_do_not_depend_on_batch_or_padding(start, tmp_path, data):
     player, examples, _ = begin(start, data, tmp_path / "run", rank=0)
     sequences = [(e.prompt_ids, e.real_ids) for e in examples[:9]]

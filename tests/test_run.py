@@ -157,9 +157,10 @@ def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsy
         return False
 
     argv = flags(model, data, "run", **options)
-    original, script = spin.score, SCRIPTS[command]
+    script = SCRIPTS[command]
+    original = script.score
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spin, "score", lambda *args: (change(), original(*args))[1])
+        patch.setattr(script, "score", lambda *args: (change(), original(*args))[1])
         assert script.main(argv) == 1
     error = capsys.readouterr().err
     assert f"--model {model}: has changed since the run began" in error and error.count("\n") == 1

@@ -63,7 +63,7 @@ def test_pair_loss_puts_the_four_log_probabilities_in_their_places(monkeypatch):
     asked = []
     monkeypatch.setattr(player, "response_logps", lambda items: (asked.extend(items), logps)[1])
     pairs = [Pair([1], [2, 3, 10], [4, 10], True, -3.0, -4.0), Pair([5], [6, 10], [7], False, -9.0, -12.0)]
-    values = spin.pair_loss(player, pairs, 0.5, spin.spin_loss)
+    values = spin.pair_loss(player, pairs, 0.5)
     assert asked == [([1], [2, 3, 10], [4, 10]), ([5], [6, 10], [7])]
     expected = [math.log(1 + math.exp(-margin)) for margin in (1, 3)]
     assert values["loss"].tolist() == pytest.approx(expected, abs=1e-6)
@@ -352,7 +352,7 @@ def test_margins_are_zero_for_every_pair_at_the_start_of_an_iteration(start, dat
         stored = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in pairs])
         real_ratios, generated_ratios = ratios(real, generated, *stored.T)
         assert (real_ratios - generated_ratios).abs().max() < 1e-4
-        assert spin.pair_loss(player, pairs, 1.0, spin.spin_loss)["margin"].abs().max() < 1e-4
+        assert spin.pair_loss(player, pairs, 1.0)["margin"].abs().max() < 1e-4
         spin.train(player, pairs, t, run)
 
 

@@ -95,4 +95,4 @@ def test_a_tie_counts_as_wrong(start, data, tmp_path):
     assert first["accuracy"] < 1
     player, examples, _ = begin(start, data, tmp_path / "again")
     pair = Pair(examples[0].prompt_ids, examples[0].real_ids, examples[0].real_ids, True, -1.0, -1.0)
-    assert spin.pair_loss(player, [pair], 1.0, spin.spin_loss)["accuracy"].tolist() == [0.0]
+    assert spin.pair_loss(player, [pair], 1.0)["accuracy"].tolist() == [0.0]

@@ -18,8 +18,9 @@ PROGRAM = Path(__file__).with_name("kill_and_resume.py")
     [
         (0, "spin", {}),
         (1, "spin", {"rank": 0, "lr": 1e-3, "save_minutes": 0.0005, "optimizer": "rmsprop", "unfinished": "cut"}),
-        # whose weights wait on disk in scoring, and whose responses are drawn from several files
-        (2, "family", {"rank": 0, "lr": 1e-3, "alpha": 0.5, "history": 0}),
+        # whose weights wait on disk in scoring, whose responses are drawn from several files, and whose loss looks at a
+        # whole batch before each step
+        (2, "family", {"rank": 0, "lr": 1e-3, "alpha": 0.5, "history": 0, "loss": "iris", "adaptive_order": True}),
     ],
 )
 def test_killed_at_random_moments_ends_bit_identical(start, data, tmp_path, seed, script, options):

@@ -1,0 +1,153 @@
+"""The losses of self-play fine-tuning and of its relatives. They need torch alone, so this file can be copied.
+
+All are functions of (real_ratios, generated_ratios, beta), with SPIN's own, Eq. 4.7, in spin.py. A ratio is
+log p_theta(response|x) - log q(response|x) in nats, summed over the response's tokens, with q the reference.
+
+Shapes: real_ratios (B,); generated_ratios (B,), or (K, B) for K responses to each prompt; the result has the shape of
+generated_ratios. Where lengths, probabilities or log-probabilities of the responses are given, they broadcast to these.
+
+Optimum: what a player with enough capacity reaches in one iteration, for y from p_data and y' from p_t = q. Each was
+reached by a trained softmax table (tests/test_losses.py). "Found" says where the equation comes from: the papers'
+own text, summaries of it, or a derivation from what the abstract states.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hinge_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
+    """max(0, 1 - beta * margin): pairs whose margin has reached 1 / beta have no gradient.
+
+    Source: one of the losses that SPIN's Eq. 4.2 admits; as a loss on pairs SLiC-HF (arXiv 2305.10425) and RSO
+    (arXiv 2309.06657).
+    """
+    return torch.relu(1 - beta * (real_ratios - generated_ratios))
+
+
+def ipo_loss(
+    real_ratios: Tensor,
+    generated_ratios: Tensor,
+    beta: float,
+    real_lengths: Tensor | float = 1.0,
+    generated_lengths: Tensor | float = 1.0,
+) -> Tensor:
+    """(margin - 1 / (2 beta))^2: the margin has a goal that it must not exceed, so it stays bounded.
+
+    Each ratio is divided by its response's length in tokens, as the authors say they did: otherwise the goal would
+    depend on the length. Source: arXiv 2310.12036, Eq. 17, with beta for its tau.
+    """
+    return (real_ratios / real_lengths - generated_ratios / generated_lengths - 1 / (2 * beta)) ** 2
+
+
+def sppo_loss(
+    real_ratios: Tensor,
+    generated_ratios: Tensor,
+    beta: float,
+    real_wins: Tensor | float = 1.0,
+    generated_wins: Tensor | float = 0.0,
+) -> Tensor:
+    """Half the sum of (ratio - (P - 1/2) / beta)^2 over both responses: each ratio has a goal of its own.
+
+    P, in [0, 1], is the probability that a response is preferred to one of the opponent's; 1 and 0 are the `hard` form.
+    Source: arXiv 2405.00675, Eq. 4.7, with 1 / beta for its eta; halved as in the authors' code.
+    """
+    real = (real_ratios - (real_wins - 0.5) / beta) ** 2
+    generated = (generated_ratios - (generated_wins - 0.5) / beta) ** 2
+    return (real + generated) / 2
+
+
+def space_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, mu: float = 1.0) -> Tensor:
+    """-log s(beta * ratio) - mu log(1 - s(beta * ratio')), s(x) = 1 / (1 + mu exp(-x)): noise-contrastive estimation.
+
+    Real and generated responses are classified each on its own, s being the probability that a response is real where
+    mu generated ones come to each real one. So the size of each ratio matters, not the margin alone.
+    Optimum at the paper's beta of 1: p_data, whatever the opponent and mu. Another beta scales the ratio as in the
+    other losses; its goal log(p_data / p_t) / beta is then no log-ratio of two distributions, and met approximately.
+    Source: SPACE, arXiv 2512.07175; found in a summary, and the same as the abstract's "binary classification".
+    """
+    log_mu = real_ratios.new_tensor(mu).log()
+    return F.softplus(log_mu - beta * real_ratios) + mu * F.softplus(beta * generated_ratios - log_mu)
+
+
+def spif_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
+    """((1 - R)^2 + (1 + R')^2) / 2 with the reward R = beta * ratio: rewards are drawn to 1 and -1, and stay bounded.
+
+    Adversarial imitation: the reward that tells data from opponent best maximises
+    E R(y) - E R(y') - E [R(y)^2 + R(y')^2] / 2, whose value is a chi-squared divergence between the data and the
+    mixture of both. This loss is 1 minus that. A free reward would be (p_data - p_t) / (p_data + p_t), within [-1, 1].
+    Optimum: as near to that as beta times a log-ratio can be, so a step towards p_data, and p_data once p_t is p_data.
+    It equals beta^2 times the hard form of `sppo_loss` at beta / 2: in this form the two methods are one.
+    Source: SPIF, arXiv 2602.01357. Its equations were not found; derived from the abstract (chi-squared variational
+    objective, bounded reward) and from LS-IQ, arXiv 2303.00599, on which it builds.
+    """
+    return ((1 - beta * real_ratios) ** 2 + (1 + beta * generated_ratios) ** 2) / 2
+
+
+def tspin_loss(
+    real_logps: Tensor,
+    generated_logps: Tensor,
+    beta: float,
+    start_logps: Tensor | None = None,
+    historical: float = 1.0,
+) -> Tensor:
+    """l(beta * [real - generated]) + historical * l(beta * [generated - start]), of plain log-probabilities.
+
+    A triplet: y from the data, y' from the opponent, y0 from the start theta_0, with the logistic loss l. The second
+    term, the historical advantage, is not lost when y' becomes as good as y. An entropy term of the opponent's in place
+    of the KL to p_t leaves no reference: q = 1. In the first iteration y0 is y' and the second term has no gradient:
+    `start_logps` is None. The paper writes alpha for beta, and beta for historical.
+
+    Optimum without the second term: proportional to (p_data / p_t)^(1/beta). So p_data is no fixed point: against an
+    opponent that writes like the data, current advantages are best where all responses are equally likely. With small
+    steps that shows late; training each iteration to its optimum swings for any beta up to 1.
+    Source: T-SPIN, arXiv 2601.08198; found in a summary.
+    """
+    loss = F.softplus(-beta * (real_logps - generated_logps))
+    if start_logps is not None:
+        loss = loss + historical * F.softplus(-beta * (generated_logps - start_logps))
+    return loss
+
+
+def iris_loss(
+    real_ratios: Tensor,
+    generated_ratios: Tensor,
+    beta: float,
+    order: float = 0.5,
+    real_norm: Tensor | None = None,
+    generated_norm: Tensor | None = None,
+) -> Tensor:
+    """(1 / order) log E exp(order R') - (1 / (order - 1)) log E exp((order - 1) R), with R = beta * ratio.
+
+    The variational form of the Renyi divergence between data and opponent: two risks, each tilted by exponential
+    weights over its own batch. Above order 1 real responses with a large reward weigh most, below it those with a small
+    one; of generated responses always those with a large one. At 1 the first risk is a plain mean, at 0 the second.
+    The mean of the result over the batch is the objective. If the ratios are a part of the batch, the norms are those
+    of the whole: log_mean_exp((order - 1) R) and log_mean_exp(order R').
+    Optimum: proportional to p_t (p_data / p_t)^(1/beta), p_data at the paper's beta of 1, for every order; there the
+    objective is -R_order / order, with R_order the Renyi divergence of p_data from p_t.
+    The orders that the paper names, as tested: 1 is the KL divergence, and the gradient that of SPACE with a large mu
+    and of supervised training (in expectation), not that of SPIN's logistic loss; 0 is SPACE with a small mu. To second
+    order in the ratios, apart from their means, SPACE is IRIS of order mu / (1 + mu), and SPIN with beta 1 and SPIF
+    with beta 1/2 are IRIS of order 1/2. At 2 the objective is -log(1 + chi^2) / 2, with the chi-squared divergence of
+    p_data from p_t; SPIF has that from the mixture of both.
+    Source: IRIS, arXiv 2604.20933, of which a summary names the two risks' weights; the factors are those of the
+    variational form (Birrell et al., arXiv 2007.03814).
+    """
+    real = tilted_risk(beta * real_ratios, order - 1, real_norm)
+    return tilted_risk(beta * generated_ratios, order, generated_norm) - real
+
+
+def tilted_risk(rewards: Tensor, tilt: float, norm: Tensor | None = None) -> Tensor:
+    """Terms whose mean has the value and the gradient of (1 / tilt) log mean exp(tilt * reward); tilt 0: the rewards.
+
+    `norm` is log_mean_exp(tilt * reward) over the whole batch: with it the terms of a part can be computed alone.
+    """
+    if tilt == 0:
+        return rewards
+    norm = (log_mean_exp(tilt * rewards) if norm is None else norm).detach()
+    return (norm + torch.expm1(tilt * rewards - norm)) / tilt
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    return values.flatten().logsumexp(0) - values.new_tensor(values.numel()).log()

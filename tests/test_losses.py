@@ -1,0 +1,451 @@
+"""losses.py, and the references of family.py: hand-computed numbers, and optima in closed form.
+
+The optima are those of a softmax table of five responses, trained on the loss in expectation.
+"""
+
+import ast
+import inspect
+import math
+
+import pytest
+import torch
+from helpers import TABLES
+
+import family
+import losses
+import spin
+
+# ---------------------------------------------------------------- losses, in numbers
+
+
+@pytest.mark.parametrize("name", family.LOSSES)
+def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
+    """Its required parameters are (real_ratios, generated_ratios, beta); it maps (B,) and (B,) to (B,) fp32, and K
+    generated responses to K pairs."""
+    parameters = inspect.signature(family.LOSSES[name]).parameters.values()
+    assert [p.default is inspect.Parameter.empty for p in parameters][:4] == [True, True, True, False][
+        : len(parameters)
+    ]
+    ratios = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    # IRIS weighs each pair by its share of the batch, which it must be told then.
+    extra = dict(order=0.3, real_norm=torch.tensor(0.1), generated_norm=torch.tensor(0.2)) if name == "iris" else {}
+    together = family.LOSSES[name](*ratios[:2], 0.5, **extra)
+    assert together.shape == (7,) and together.dtype == torch.float32
+    alone = torch.cat([family.LOSSES[name](*pair, 0.5, **extra) for pair in ratios[:2].split(1, dim=1)])
+    assert torch.equal(together, alone), "a pair's loss depends on that pair alone"
+    several = family.LOSSES[name](ratios[0], ratios[1:], 0.5, **extra)
+    assert torch.equal(several, torch.stack([family.LOSSES[name](ratios[0], r, 0.5, **extra) for r in ratios[1:]]))
+
+
+def test_losses_on_hand_computed_numbers():
+    """Ratios 1 and -2, so a margin of 3; for IPO with lengths 2 and 4, 0.5 and -0.5, so a margin of 1."""
+    real, generated = torch.tensor([1.0]), torch.tensor([-2.0])
+    assert losses.hinge_loss(real, generated, 0.25).item() == 0.25
+    assert losses.hinge_loss(real, generated, 0.5).item() == 0
+    assert losses.ipo_loss(real, generated, 0.25).item() == (3 - 2) ** 2
+    assert losses.sppo_loss(real, generated, 0.5).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
+    wins = torch.tensor([0.75]), torch.tensor([0.25])
+    assert losses.sppo_loss(real, generated, 0.25, *wins).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
+    lengths = torch.tensor([2.0]), torch.tensor([4.0])
+    assert losses.ipo_loss(real, generated, 0.25, *lengths).item() == (1 - 2) ** 2
+    assert family.mixture_logp(-2.0, -6.0, 0.25) == -3
+    # SPACE with mu 2: log(1 + 2 / sqrt(e)) and 2 log(1 + 1 / (2 e)); SPIF: rewards 0.5 and -1
+    expected = math.log(1 + 2 * math.exp(-0.5)) + 2 * math.log(1 + math.exp(-1) / 2)
+    assert losses.space_loss(real, generated, 0.5, mu=2.0).item() == pytest.approx(expected)
+    assert losses.spif_loss(real, generated, 0.5).item() == (0.5**2 + 0) / 2
+    # T-SPIN: margins of 0.5 * 3 and of 0.5 * (-2 + 6)
+    expected = math.log(1 + math.exp(-1.5)) + 0.25 * math.log(1 + math.exp(-2))
+    assert losses.tspin_loss(real, generated, 0.5, torch.tensor([-6.0]), 0.25).item() == pytest.approx(expected)
+    # IRIS of order 2 over two pairs with rewards 1, 0 and -2, 0: log mean(e^-4, 1) / 2 - log mean(e, 1)
+    real, generated = torch.tensor([2.0, 0.0]), torch.tensor([-4.0, 0.0])
+    expected = math.log((math.exp(-4) + 1) / 2) / 2 - math.log((math.e + 1) / 2)
+    assert losses.iris_loss(real, generated, 0.5, order=2.0).mean().item() == pytest.approx(expected)
+
+
+def test_gradients_vanish_where_they_should():
+    """Hinge beyond its margin, IPO and SPPO at their goals; SPIN's loss nowhere."""
+    goals = {
+        losses.hinge_loss: (2.1, 0.0, 0.5),
+        losses.ipo_loss: (1.0, 0.0, 0.5),
+        losses.sppo_loss: (1.0, -1.0, 0.5),
+        losses.spif_loss: (2.0, -2.0, 0.5),
+        losses.space_loss: None,
+        losses.tspin_loss: None,
+        spin.spin_loss: None,
+    }
+    for loss, goal in goals.items():
+        real, generated, beta = goal or (2.1, 0.0, 0.5)
+        values = [torch.tensor([x], requires_grad=True) for x in (real, generated)]
+        loss(*values, beta).sum().backward()
+        assert all((v.grad == 0).all() for v in values) == (goal is not None)
+
+
+@pytest.mark.parametrize("option, name", [("mu", "space"), ("order", "iris"), ("historical", "tspin")])
+def test_defaults_are_those_of_the_options(option, name):
+    assert inspect.signature(family.LOSSES[name]).parameters[option].default == getattr(family.FamilyArgs, option)
+
+
+def test_the_file_needs_torch_alone():
+    """It can be copied: it imports nothing else."""
+    tree = ast.parse(inspect.getsource(losses))
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.partition(".")[0] for name in imported} == {"torch"}
+
+
+# ---------------------------------------------------------------- losses, in closed form
+
+
+def trained(loss_of, p_opponent, p_data, p_start=None):
+    """A softmax table of five responses, trained on the loss in expectation over y ~ p_data, y' ~ p_opponent."""
+    logits = (p_opponent if p_start is None else p_start).log().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16)
+    real, generated = (i.flatten() for i in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+
+    def closure():
+        optimizer.zero_grad()
+        logp = logits.log_softmax(0)
+        loss = (p_data[real] * p_opponent[generated] * loss_of(logp, real, generated)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0)
+
+
+def normalised(p):
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("beta", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_minimiser_of_alpha_spin(alpha, beta):
+    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels."""
+    p_data, p_t = TABLES
+    p_0 = torch.tensor([0.3, 0.1, 0.1, 0.4, 0.1], dtype=torch.float64)
+    q = family.mixture_logp(p_t.log(), p_0.log(), alpha)
+
+    def loss(logp, real, generated):
+        ratios = logp - q
+        return spin.spin_loss(ratios[real], ratios[generated], beta)
+
+    expected = normalised(q.exp() * (p_data / p_t) ** (1 / beta))
+    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_minimiser_of_fictitious_play(beta):
+    """y' from the average of three opponents, log-ratios to the newest: p_t (p_data / average)^(1/beta)."""
+    p_data, p_t = TABLES
+    average = (p_t + p_data.flip(0) + torch.full((5,), 0.2, dtype=torch.float64)) / 3
+
+    def loss(logp, real, generated):
+        ratios = logp - p_t.log()
+        return spin.spin_loss(ratios[real], ratios[generated], beta)
+
+    expected = normalised(p_t * (p_data / average) ** (1 / beta))
+    torch.testing.assert_close(trained(loss, average, p_data, p_t), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0])
+def test_minimiser_of_ipo(beta):
+    """p_t exp(D s), normalised, with s = (p_data - p_t) / (p_data + p_t), D = 1 / (beta (2 + K)) and
+    K = sum (p_data - p_t)^2 / (p_data + p_t): a least-squares problem, solved by hand."""
+    p_data, p_t = TABLES
+
+    def loss(logp, real, generated):
+        ratios = logp - p_t.log()
+        return losses.ipo_loss(ratios[real], ratios[generated], beta)
+
+    s = (p_data - p_t) / (p_data + p_t)
+    K = ((p_data - p_t) ** 2 / (p_data + p_t)).sum()
+    expected = normalised(p_t * torch.exp(s / (beta * (2 + K))))
+    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wins", [(1.0, 0.0), (0.8, 0.35)])
+def test_minimiser_of_sppo(wins):
+    """Each ratio f solves (p_data + p_t) f - p_data g - p_t g' + mu p_t exp(f) = 0, with the goals g, g' of the two
+    sides and the one mu under which p_t exp(f) is normalised: both found by bisection, without any gradient."""
+    p_data, p_t = TABLES
+    beta = 0.8
+    goals = [(p - 0.5) / beta for p in wins]
+
+    def loss(logp, real, generated):
+        ratios = logp - p_t.log()
+        return losses.sppo_loss(ratios[real], ratios[generated], beta, *wins)
+
+    def bisect(function, low, high):
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if function(middle) < 0 else (low, middle)
+        return (low + high) / 2
+
+    def ratios_at(mu):
+        return [
+            bisect(lambda f, d=d, t=t: (d + t) * f - d * goals[0] - t * goals[1] + mu * t * math.exp(f), -2.0, 0.8)
+            for d, t in zip(p_data.tolist(), p_t.tolist())
+        ]
+
+    def excess(mu):  # of the probabilities over 1; falls as mu rises
+        return 1 - sum(t * math.exp(f) for t, f in zip(p_t.tolist(), ratios_at(mu)))
+
+    expected = p_t * torch.tensor(ratios_at(bisect(excess, -0.5, 1.0)), dtype=torch.float64).exp()
+    assert expected.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(trained(loss, p_t, p_data), expected, atol=1e-6, rtol=0)
+
+
+def test_hinge_without_a_finite_optimum_still_points_to_the_data():
+    """Where no pair has reached its margin, the loss is linear: its gradient is beta times the supervised one's
+    difference to the opponent, p_t - p_data in the logits."""
+    p_data, p_t = TABLES
+    logits = p_t.log().requires_grad_()
+    ratios = logits.log_softmax(0) - p_t.log()
+    weights = p_data[:, None] * p_t
+    (weights * losses.hinge_loss(ratios[:, None], ratios[None], 0.5)).sum().backward()
+    torch.testing.assert_close(logits.grad, 0.5 * (p_t - p_data))
+
+
+OPPONENTS = [TABLES[1], TABLES[0].flip(0), torch.full((5,), 0.2, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("p_t", OPPONENTS)
+@pytest.mark.parametrize("mu", [0.5, 1.0, 4.0])
+def test_minimiser_of_space_is_the_data_whatever_the_opponent(mu, p_t):
+    """In one iteration. It is not so at another beta, where p_data against itself still is."""
+    p_data = TABLES[0]
+
+    def loss(p_t, beta):
+        return lambda logp, i, j: losses.space_loss((logp - p_t.log())[i], (logp - p_t.log())[j], beta, mu)
+
+    torch.testing.assert_close(trained(loss(p_t, 1.0), p_t, p_data), p_data, atol=1e-6, rtol=0)
+    if mu == 4:
+        assert (trained(loss(p_t, 2.0), p_t, p_data) - p_data).abs().max() > 0.02
+        torch.testing.assert_close(trained(loss(p_data, 2.0), p_data, p_data, p_t), p_data, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_spif_is_sppo_and_leads_to_the_data(beta):
+    """The same gradients as SPPO's hard form at beta / 2. One iteration is a step, rewards within [-1, 1] on average;
+    many end at p_data."""
+    ratios = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    same = beta**2 * losses.sppo_loss(*ratios, beta / 2)
+    torch.testing.assert_close(losses.spif_loss(*ratios, beta), same)
+    p_data, p_t = TABLES
+    reward = ((p_data - p_t) / (p_data + p_t)).requires_grad_()  # a free one: best, and worth 1 - chi^2 to the mixture
+    value = (p_data[:, None] * p_t * losses.spif_loss(reward[:, None] / beta, reward[None] / beta, beta)).sum()
+    assert torch.autograd.grad(value, reward)[0].abs().max() < 1e-12
+    mixture = (p_data + p_t) / 2
+    torch.testing.assert_close(value, 1 - ((p_data - mixture) ** 2 / mixture).sum())
+    distances = []
+    for _ in range(60):
+        before = p_t.log()
+        p_t = trained(lambda logp, i, j: losses.spif_loss((logp - before)[i], (logp - before)[j], beta), p_t, p_data)  # noqa: B023
+        assert (beta * (p_t.log() - before)).abs().max() < 1.1
+        distances.append((p_t - p_data).abs().max().item())
+    assert distances[0] > 0.02 and distances[-1] < 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_minimiser_of_tspin_is_not_the_data(beta):
+    """Current advantages alone: (p_data / p_t)^(1/beta), so uniform against an opponent that writes like the data. From
+    iteration to iteration log p_data / (1 + beta) is reached if beta is above 1; below, the players swing."""
+    p_data, p_t = TABLES
+
+    def loss(logp, i, j):
+        return losses.tspin_loss(logp[i], logp[j], beta)
+
+    torch.testing.assert_close(trained(loss, p_t, p_data), normalised((p_data / p_t) ** (1 / beta)), atol=1e-5, rtol=0)
+    uniform = torch.full((5,), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(trained(loss, p_data, p_data), uniform, atol=1e-5, rtol=0)
+    goal, player = normalised(p_data ** (1 / (1 + beta))), p_t
+    distances = []
+    for _ in range(30 if beta > 1 else 7):
+        player = normalised((p_data / player) ** (1 / beta))
+        distances.append((player - goal).abs().max().item())
+    assert distances[-1] < 1e-7 if beta > 1 else distances[-1] > distances[0] > 0.1
+
+
+def test_the_historical_advantage_balances_three_distributions():
+    """At the minimum, of all triplets with weights s(-beta * advantage), what raises a response equals what lowers it:
+    checked without autograd. Against p_data itself the optimum is still not p_data."""
+    p_data = TABLES[0]
+    p_0 = torch.tensor([0.3, 0.1, 0.1, 0.4, 0.1], dtype=torch.float64)
+    beta, historical = 0.8, 0.7
+    for p_t in (TABLES[1], p_data):
+
+        def loss(logp, i, j, p_t=p_t):  # the start's response in expectation
+            terms = [p_0[k] * losses.tspin_loss(logp[i], logp[j], beta, logp[k], historical) for k in range(5)]
+            return torch.stack(terms).sum(0)
+
+        logp = trained(loss, p_t, p_data).log()
+        pull = torch.sigmoid(-beta * (logp[:, None] - logp))  # (better, worse)
+        flow = p_data[:, None] * p_t * pull + historical * p_t[:, None] * p_0 * pull
+        torch.testing.assert_close(flow.sum(1), flow.sum(0), atol=1e-6, rtol=0)
+        assert (logp.exp() - p_data).abs().max() > 0.05
+
+
+def renyi(p, q, order):
+    """The Renyi divergence of p from q, nats, with its limits; at 0 over the order it is KL(q, p)."""
+    if order == 1:
+        return (p * (p / q).log()).sum()
+    return (p**order * q ** (1 - order)).sum().log() / (order - 1)
+
+
+def iris_in_expectation(logp, reference, p_data, p_t, beta, order):
+    """IRIS's objective over y from p_data and y' from p_t, from its function of pairs."""
+    rewards = beta * (logp - reference)
+    norms = [(p.log() + tilt * rewards).logsumexp(0) for p, tilt in ((p_data, order - 1), (p_t, order))]
+    pairs = losses.iris_loss((logp - reference)[:, None], (logp - reference)[None], beta, order, *norms)
+    return (p_data[:, None] * p_t * pairs).sum()
+
+
+@pytest.mark.parametrize("order", [0.0, 0.3, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_minimiser_of_iris(order, beta):
+    """p_t (p_data / p_t)^(1/beta) for every order; the least value is minus the Renyi divergence over the order."""
+    p_data, p_t = TABLES
+
+    def loss(logp, real, generated):  # one number, of all pairs
+        return iris_in_expectation(logp, p_t.log(), p_data, p_t, beta, order).expand(25)
+
+    optimum = normalised(p_t * (p_data / p_t) ** (1 / beta))
+    torch.testing.assert_close(trained(loss, p_t, p_data), optimum, atol=1e-5, rtol=0)
+    least = iris_in_expectation(optimum.log(), p_t.log(), p_data, p_t, beta, order)
+    expected = -renyi(p_data, p_t, order) / order if order else -renyi(p_t, p_data, 1)
+    torch.testing.assert_close(least, expected, atol=1e-9, rtol=0)
+    if order == 2:
+        chi_squared = ((p_data - p_t) ** 2 / p_t).sum()
+        torch.testing.assert_close(least, -torch.log1p(chi_squared) / 2)
+
+
+def test_the_risks_of_iris_add_up_over_the_parts_of_a_batch():
+    """The mean's value and gradient are those of (1 / a) log mean exp(a R') - (1 / (a - 1)) log mean exp((a - 1) R)."""
+    ratios = torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    order, beta = 1.7, 0.6
+    means = [torch.exp(a * beta * r).mean().log() / a for a, r in ((order, ratios[1:]), (order - 1, ratios[0]))]
+    (expected,) = torch.autograd.grad(means[0] - means[1], ratios)
+    whole = losses.iris_loss(ratios[0], ratios[1:], beta, order).mean()
+    torch.testing.assert_close(whole, means[0] - means[1])
+    torch.testing.assert_close(torch.autograd.grad(whole, ratios)[0], expected)
+    norms = [losses.log_mean_exp(a * beta * r.detach()) for a, r in ((order - 1, ratios[0]), (order, ratios[1:]))]
+    parts = [losses.iris_loss(r[0], r[1:], beta, order, *norms).sum() / 36 for r in ratios.split(5, dim=1)]
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), ratios)[0], expected)
+
+
+def test_limits_of_iris():
+    """Its gradient at a table far from both distributions, against those of the losses that the paper calls its limits.
+
+    Order 1: SPACE's with mu to infinity, which is the supervised one, p_theta - p_data in the logits. It is not
+    Eq. 4.7's, of any beta, and generated responses do not have equal weights. Order 0: SPACE's with mu to 0, apart from
+    a factor on the real side. Where the player is the opponent, all gradients point the same way.
+    """
+    p_data, p_t = TABLES
+    p_theta = torch.tensor([0.15, 0.35, 0.2, 0.2, 0.1], dtype=torch.float64)
+
+    def gradients(loss_of, at):
+        """By the log-probabilities of the five responses as real ones and as generated ones, and by the logits."""
+        real, generated, logits = (at.log().clone().requires_grad_() for _ in range(3))
+        sides = torch.autograd.grad(loss_of(real, generated), [real, generated])
+        logp = logits.log_softmax(0)
+        return *sides, *torch.autograd.grad(loss_of(logp, logp), [logits])
+
+    def pairs(loss, *args):
+        def loss_of(real, generated):
+            ratios = real - p_t.log(), generated - p_t.log()
+            return (p_data[:, None] * p_t * loss(ratios[0][:, None], ratios[1][None], *args)).sum()
+
+        return loss_of
+
+    def iris(order):
+        def loss_of(real, generated):
+            ratios = real - p_t.log(), generated - p_t.log()
+            norms = [
+                (p.log() + a * r).logsumexp(0) for p, a, r in ((p_data, order - 1, ratios[0]), (p_t, order, ratios[1]))
+            ]
+            return (p_data[:, None] * p_t * losses.iris_loss(ratios[0][:, None], ratios[1], 1.0, order, *norms)).sum()
+
+        return loss_of
+
+    def cosine(a, b):
+        return torch.cosine_similarity(a, b, dim=0).item()
+
+    one, large = gradients(iris(1.0), p_theta), gradients(pairs(losses.space_loss, 1.0, 1e8), p_theta)
+    for a, b in zip(one, large):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one[2], p_theta - p_data)
+    torch.testing.assert_close(one[1], p_t * (p_theta / p_t))  # not p_t, which equal weights would be
+    zero, small = gradients(iris(0.0), p_theta), gradients(pairs(losses.space_loss, 1.0, 1e-8), p_theta)
+    assert cosine(zero[0], 1e8 * small[0]) == pytest.approx(1) and cosine(zero[1], 1e8 * small[1]) == pytest.approx(1)
+    for beta in (1e-3, 0.1, 1.0, 5.0):
+        assert cosine(one[2], gradients(pairs(spin.spin_loss, beta), p_theta)[2]) < 0.995
+    everything = [iris(order) for order in (0.0, 0.5, 1.0, 2.0)]
+    everything += [pairs(loss, 1.0) for loss in (spin.spin_loss, losses.space_loss, losses.spif_loss)]
+    for loss_of in everything:
+        assert cosine(gradients(loss_of, p_t)[2], p_t - p_data) == pytest.approx(1)
+
+
+def test_second_order_of_iris():
+    """Curvature in the ratios where they are 0, each loss scaled to the same gradient there.
+
+    IRIS: (1 - a) Cov_data + a Cov_t. SPACE: the same with a = mu / (1 + mu), and diag(p), the square, in place of the
+    covariance. SPIF at beta 1/2 is SPACE with mu 1; SPIN at beta 1 has the mean of both covariances, and a square.
+    """
+    p_data, p_t = TABLES
+    zero = torch.zeros(5, dtype=torch.float64)
+
+    def curvature(loss, scale, *args):
+        def loss_of(ratios):
+            return (p_data[:, None] * p_t * loss(ratios[:, None], ratios[None], *args)).sum() * scale
+
+        torch.testing.assert_close(torch.autograd.functional.jacobian(loss_of, zero), p_t - p_data)
+        return torch.autograd.functional.hessian(loss_of, zero)
+
+    squares = [torch.diag(p) for p in (p_data, p_t)]
+    covariances = [torch.diag(p) - torch.outer(p, p) for p in (p_data, p_t)]
+    for mu in (0.5, 1.0, 4.0):
+        order = mu / (1 + mu)
+        expected = (1 - order) * squares[0] + order * squares[1]
+        torch.testing.assert_close(curvature(losses.space_loss, (1 + mu) / mu, 1.0, mu), expected)
+
+        def gradient(ratios, order=order):  # autograd knows the first derivative only: norms are detached
+            return torch.autograd.functional.jacobian(
+                lambda r: iris_in_expectation(r, zero, p_data, p_t, 1.0, order), ratios
+            )
+
+        steps = 1e-4 * torch.eye(5, dtype=torch.float64)
+        iris = torch.stack([(gradient(step) - gradient(-step)) / 2e-4 for step in steps])
+        torch.testing.assert_close(iris, (1 - order) * covariances[0] + order * covariances[1], atol=1e-7, rtol=0)
+    torch.testing.assert_close(curvature(losses.spif_loss, 2.0, 0.5), sum(squares) / 2)
+    apart = torch.outer(p_data - p_t, p_data - p_t)
+    torch.testing.assert_close(curvature(spin.spin_loss, 2.0, 1.0), (sum(covariances) + apart) / 2)
+
+
+# ---------------------------------------------------------------- the opponent's true distribution
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_minimisers_with_either_reference_of_a_tempered_opponent(beta, temperature):
+    """y' from q, p_t at a temperature. Reference p_t: p_t (p_data / q)^(1/beta), which where p_t is p_data already is
+    p_t^(1 + (1 - 1/T) / beta): a hot opponent sharpens for ever. Reference q: q (p_data / q)^(1/beta), there
+    p_t^(1 + (1 - 1/T) (1/beta - 1)): p_data at beta 1."""
+    p_data = TABLES[0]
+    for p_t in (TABLES[1], p_data):
+        q = normalised(p_t ** (1 / temperature))
+
+        def minimiser(reference, q=q):
+            def loss(logp, real, generated):
+                ratios = logp - reference.log()
+                return spin.spin_loss(ratios[real], ratios[generated], beta)
+
+            return trained(loss, q, p_data)
+
+        plain, sampled = minimiser(p_t), minimiser(q)
+        torch.testing.assert_close(plain, normalised(p_t * (p_data / q) ** (1 / beta)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(sampled, normalised(q * (p_data / q) ** (1 / beta)), atol=1e-5, rtol=0)
+        if p_t is p_data:
+            power = (1 - 1 / temperature) / beta
+            torch.testing.assert_close(plain, normalised(p_t ** (1 + power)), atol=1e-5, rtol=0)
+            torch.testing.assert_close(sampled, normalised(p_t ** (1 + power * (1 - beta))), atol=1e-5, rtol=0)

@@ -311,9 +311,9 @@ SHARE = valid(lambda x: 0 <= x <= 1, "in [0, 1]")
 class FamilyArgs(Args):
     """The options of spin.py, and those of the other methods."""
 
-    pairs: str = option(
-        "", 'Given pairs in place of --data and of responses: a record also holds a "generated" one (DPO).',
-        group="methods", changeable=True,
+    pairs: tuple[str, ...] = option(
+        (), 'Given pairs in place of --data and of responses: a record also holds a "generated" one (DPO).',
+        group="methods", changeable=True, repeated=True,
     )  # fmt: skip
     loss: str = option("logistic", "Loss of a pair; logistic is SPIN's Eq. 4.7.", choices=tuple(LOSSES))
     alpha: float = option(0.0, "Share of the start in the reference of the log-ratios (alpha-SPIN).", **SHARE)
@@ -344,7 +344,7 @@ class FamilyArgs(Args):
     # What the runtime asks, answered for these methods: see Args.
 
     @property
-    def source(self) -> tuple[str, str, str]:
+    def source(self) -> tuple[str, tuple[str, ...], str]:
         if self.pairs:
             return "pairs", self.pairs, "pairs"
         return "data", self.data, "prompts" if self.reinforce else "responses"

@@ -2,34 +2,37 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from model import GPTNeo, GPTNeoConfig
-from runtime.data import LARGEST_FILE
-from runtime.options import check_file
+from runtime.files import read_object, read_text, token_text
 from runtime.storage import write_text
+from runtime.template import jinja_of, read_chat
 
 # Files of the start that are not weights: as they are, and with our end token.
 COPIED = ("added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
 CHANGED = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-DEEPEST = 50  # nesting of values in a JSON file
 # Fields of JSON files that do not hold for an exported model: it is fp32 and has no code of its own.
 STALE = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")
 
 
-def export(model: GPTNeo, folder: Path, start: Path, tokenizer: Tokenizer, eos_token_id: int) -> None:
+def export(
+    model: GPTNeo, folder: Path, start: Path, tokenizer: Tokenizer, eos_token_id: int, template: str = ""
+) -> None:
     """Writes `model` into `folder` as a plain model whose responses end with `eos_token_id`.
 
     Args:
         model: without adapters.
         start: directory of the model that the run began with; its files beside the weights are written, too.
         tokenizer: the one that the run used.
+        template: of the prompts, "chat" or a text, which is written as a chat template where the start has none.
 
     Raises: OSError; ValueError as `side_files`.
     """
     texts = side_files(start, model.config, tokenizer, eos_token_id)
+    if template not in ("", "chat") and not read_chat(start)[0]:
+        texts["chat_template.jinja"] = jinja_of(template)
     model.save_pretrained(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -40,7 +43,7 @@ def side_files(start: Path, config: GPTNeoConfig, tokenizer: Tokenizer, eos_toke
 
     Raises: ValueError naming a file that is damaged or too large.
     """
-    texts = {name: _read(start / name) for name in COPIED if (start / name).is_file()}
+    texts = {name: read_text(start / name) for name in COPIED if (start / name).is_file()}
     texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
     values = {name: read_object(start / name) for name in CHANGED}
     eos = tokenizer.id_to_token(eos_token_id)
@@ -68,38 +71,3 @@ def side_files(start: Path, config: GPTNeoConfig, tokenizer: Tokenizer, eos_toke
     except UnicodeEncodeError:
         raise ValueError(f"{start / name}: has half a surrogate pair, which is no text") from None
     return texts
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an absent file is an empty one. Raises: ValueError naming the file."""
-    if not path.is_file():
-        return {}
-    text = _read(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    if _nested_deeper(value, DEEPEST):  # writing it would exceed Python's limit
-        raise ValueError(f"{path}: values are nested more than {DEEPEST} deep")
-    return value
-
-
-def _nested_deeper(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is not None and (levels == 0 or any(_nested_deeper(item, levels - 1) for item in inner))
-
-
-def token_text(token: Any) -> Any:
-    """The text of a special token in tokenizer_config.json, where it is text or an object."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _read(path: Path) -> str:
-    """Line ends stay as they are. Raises: ValueError naming the file."""
-    check_file(path, LARGEST_FILE)
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not readable as UTF-8") from None

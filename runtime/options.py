@@ -33,6 +33,9 @@ MAX_EPOCHS = 10**6  # The steps of an iteration are counted before the first.
 MAX_RECIPE_BYTES, MAX_RECIPE_DEPTH, MAX_FLAGS = 2**16, 8, 1000
 MAX_SHOWN = 100  # characters of a value in a message
 
+DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
+FIELD_NAMES = ("prompt", "response", "system", "messages", "references", "generated", "wins")  # of --fields
+
 # By the type of a field: type of one value, metavar in --help, and what a message expects.
 KINDS: dict[Any, tuple[type, str, str]] = {
     bool: (bool, "", "True or False"),
@@ -54,6 +57,7 @@ def option(
     choices: Sequence[str] | None = None,
     scripts: tuple[str, ...] = ("spin", "sft", "family"),
     changeable: bool = False,
+    repeated: bool = False,
     group: str = "",
 ) -> Any:
     """A field of `Args`.
@@ -64,11 +68,12 @@ def option(
         scripts: the scripts that offer the flag.
         changeable: a resumed run may have another value. It changes where or how fast the run computes, and results
             by rounding alone. Files may move: their contents are compared, not their paths.
+        repeated: a tuple, to which every occurrence of the flag adds one value.
         group: heading in --help of this option and of those after it, up to the next `group`.
     """
     if choices:
         check, expected = choices.__contains__, f"one of {', '.join(choices)}"
-    facts = dict(help=help, check=check, expected=expected, choices=choices, scripts=scripts)
+    facts = dict(help=help, check=check, expected=expected, choices=choices, scripts=scripts, repeated=repeated)
     return dataclasses.field(default=default, metadata=facts | dict(changeable=changeable, group=group))
 
 
@@ -101,14 +106,21 @@ class Args:
     lora_targets: tuple[str, ...] = option(lora.DEFAULT_TARGETS, "Names of the linear layers that get an adapter.",
                                            **valid(bool, "comma-separated names"))
 
-    data: str = option("", 'Training data: JSON Lines of {"prompt", "response"} or {"real": [...]}; may be .gz.',
-                       changeable=True, group="data")
-    eval_data: str = option("", "Held-out data. Without it, a share of --data is held out.", changeable=True)
+    data: tuple[str, ...] = option((), "Training data: a file, a directory or a hub data set; repeated, it adds.",
+                                   changeable=True, repeated=True, group="data")
+    fields: tuple[str, ...] = option((), "Names of fields in the data: prompt=question,response=answer.", **valid(
+        lambda pair: re.fullmatch(rf"({'|'.join(FIELD_NAMES)})=.+", pair),
+        f"NAME=FIELD with NAME one of {', '.join(FIELD_NAMES)}"))
+    eval_data: tuple[str, ...] = option((), "Held-out data. Without it, a share of --data is held out.",
+                                        changeable=True, repeated=True)
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
-    template: str = option(r"### Instruction: {prompt}\n\n### Response: ", r"Prompt template; \n is a line break.",
-                           **valid(lambda text: "{prompt}" in text and is_utf8(text), "text in UTF-8 with {prompt}"))
+    template: str = option("auto", r"Prompt template: text with {prompt}, in which \n is a line break, or chat, the "
+                           "tokenizer's own; auto: chat for messages where there is one, else "
+                           f"'{DEFAULT_TEMPLATE}'.", **valid(
+        lambda text: text in ("auto", "chat") or ("{prompt}" in text and is_utf8(text)),
+        "auto, chat, or text in UTF-8 with {prompt}"))
     special_tokens: bool = option(False, "Special tokens in the text of prompts count; otherwise they are plain text.")
     overlong: str = option("error", "Examples longer than the context: stop with an error, or leave them out.",
                            choices=("error", "skip"))
@@ -192,8 +204,8 @@ class Args:
     swaps_weights = False  # the player's weights wait on disk while others take their place
 
     @property
-    def source(self) -> tuple[str, str, str]:
-        """(option, file, layout) of the training data; see `load_examples`."""
+    def source(self) -> tuple[str, tuple[str, ...], str]:
+        """(option, files, layout) of the training data; see `load_examples`."""
         return "data", self.data, "responses"
 
     def digests(self) -> dict[str, str]:
@@ -223,6 +235,16 @@ def shown(value: object) -> str:
     """A value for a message: control characters are escaped, and the middle of a long text is left out."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}...{text[3 - MAX_SHOWN // 2 :]}"
+
+
+def near_files(path: Path, directories: bool = False) -> str:
+    """A remark on the file (or directory) beside `path` whose name is nearest; "" where there is none."""
+    try:
+        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir() or not directories]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def check_file(path: str | Path, most: int = 0) -> None:
@@ -255,7 +277,8 @@ def converted(field: dataclasses.Field, text: str) -> Any:
     """The value of a flag from its text."""
     item, _, expected = KINDS[field.type]
     try:
-        value = item(text) if item is field.type else [item(part) for part in text.split(",")]
+        one = item is field.type or field.metadata["repeated"]
+        value = item(text) if one else [item(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{as_typed(field.name, text)}: expected {expected}") from None
     return checked(field, value)
@@ -266,7 +289,11 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     item, _, expected = KINDS[field.type]
     several = item is not field.type
     values = tuple(value) if several and isinstance(value, list | tuple) else (value,)
+    if item is str:
+        values = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in values)
     accepted = (int, float) if item is float else item
+    if values == field.default == ():
+        return values
     for one in values or (None,):  # an empty tuple is refused like a wrong type
         if not isinstance(one, accepted) or isinstance(one, bool) != (item is bool):  # bool is a subclass of int
             raise ValueError(f"{flag_of(field.name)} {shown(repr(value))}: expected {expected}")
@@ -316,6 +343,7 @@ def help_text(script: str, args_class: type[Args], about: str) -> str:
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{facts['help']} [{'off' if default is False else default if default != '' else 'none'}]"
         metavar = f"{{{','.join(facts['choices'])}}}" if facts["choices"] else KINDS[field.type][1]
+        metavar = "PATH" if facts["repeated"] else metavar
         value = {"action": "store_true"} if field.type is bool else {"metavar": metavar}
         groups[title].add_argument(flag_of(field.name), help=text.replace("%", "%%"), **value)
     return parser.format_help()
@@ -347,7 +375,9 @@ class CommandLine:
                     included |= self.read_recipe(word[1:], recipes)
                     continue
                 field, value = self.read_flag(word, rest)
-                if field.name in own:
+                if field.metadata["repeated"]:
+                    value = (*own.get(field.name, ((), ""))[0], *value)
+                elif field.name in own:
                     raise ValueError(f"{flag_of(field.name)} is given twice: expected one value")
                 own[field.name] = value, origin
             except ValueError as error:

@@ -273,7 +273,7 @@ class Run:
     def save_model(self, model: Any, folder: Path) -> None:
         """A directory that transformers loads, with the start's tokenizer and what else came with it."""
         folder.mkdir(exist_ok=True)
-        export(model, folder, self.start, self.tokenizer, self.eos_token_id)
+        export(model, folder, self.start, self.tokenizer, self.eos_token_id, self.record.get("template", ""))
 
     def save_final(self, player: Any) -> None:
         """final/: the last iterate as one plain model that transformers loads too."""

@@ -13,9 +13,9 @@ import spin
 from model import GPTNeo, GPTNeoConfig
 from runtime.data import Example, decode, encode, load_examples, load_tokenizer
 from runtime.export import export, side_files
-from runtime.options import Args
+from runtime.options import DEFAULT_TEMPLATE
 
-TEMPLATE = Args().template.replace(r"\n", "\n")
+TEMPLATE = DEFAULT_TEMPLATE.replace(r"\n", "\n")
 CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\r\n{% endfor %}"
 
 

@@ -313,7 +313,7 @@ class FamilyArgs(Args):
 
     pairs: tuple[str, ...] = option(
         (), 'Given pairs in place of --data and of responses: a record also holds a "generated" one (DPO).',
-        group="methods", changeable=True, repeated=True,
+        group="methods", changeable=True, repeated="PATH",
     )  # fmt: skip
     loss: str = option("logistic", "Loss of a pair; logistic is SPIN's Eq. 4.7.", choices=tuple(LOSSES))
     alpha: float = option(0.0, "Share of the start in the reference of the log-ratios (alpha-SPIN).", **SHARE)

@@ -23,6 +23,7 @@ from runtime.evaluate import METRICS
 ROOT = Path(__file__).resolve().parents[1]  # $SPIN in recipes
 DEFAULT_RECIPES = {"spin": "pronounce.args", "family": "pronounce.args", "sft": "pronounce-sft.args"}
 SELF_PLAY = ("spin", "family")
+RECIPE_USAGE = "%(prog)s [@RECIPE ...] [--flag VALUE ...]"
 FAMILY_FLAGS = ("--pairs", "--loss", "--alpha", "--history", "--scorer", "--min-win", "--reinforce")
 # Options that --adapter brings with its files, and what a message calls them.
 ADAPTER_SETS = {"rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_targets": "target layers"}
@@ -57,7 +58,7 @@ def option(
     choices: Sequence[str] | None = None,
     scripts: tuple[str, ...] = ("spin", "sft", "family"),
     changeable: bool = False,
-    repeated: bool = False,
+    repeated: str = "",
     group: str = "",
 ) -> Any:
     """A field of `Args`.
@@ -68,7 +69,7 @@ def option(
         scripts: the scripts that offer the flag.
         changeable: a resumed run may have another value. It changes where or how fast the run computes, and results
             by rounding alone. Files may move: their contents are compared, not their paths.
-        repeated: a tuple, to which every occurrence of the flag adds one value.
+        repeated: what --help calls a value of a tuple, to which every occurrence of the flag adds one.
         group: heading in --help of this option and of those after it, up to the next `group`.
     """
     if choices:
@@ -107,12 +108,12 @@ class Args:
                                            **valid(bool, "comma-separated names"))
 
     data: tuple[str, ...] = option((), "Training data: a file, a directory or a hub data set; repeated, it adds.",
-                                   changeable=True, repeated=True, group="data")
+                                   changeable=True, repeated="PATH", group="data")
     fields: tuple[str, ...] = option((), "Names of fields in the data: prompt=question,response=answer.", **valid(
         lambda pair: re.fullmatch(rf"({'|'.join(FIELD_NAMES)})=.+", pair),
         f"NAME=FIELD with NAME one of {', '.join(FIELD_NAMES)}"))
     eval_data: tuple[str, ...] = option((), "Held-out data. Without it, a share of --data is held out.",
-                                        changeable=True, repeated=True)
+                                        changeable=True, repeated="PATH")
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
@@ -325,11 +326,12 @@ def parse(script: str, argv: Sequence[str], args_class: type[AnyArgs] = Args, ab
     return args_class(**{name: value for name, (value, _) in given.items()})
 
 
-def help_text(script: str, args_class: type[Args], about: str) -> str:
+def help_text(script: str, args_class: type, about: str, usage: str = RECIPE_USAGE) -> str:
+    recipes = "@RECIPE reads flags from a file. " if usage == RECIPE_USAGE else ""
     parser = argparse.ArgumentParser(
         prog=f"{script}.py",
-        usage="%(prog)s [@RECIPE ...] [--flag VALUE ...]",
-        description=f"{about}\n\n@RECIPE reads flags from a file. Defaults are in [].".strip(),
+        usage=usage,
+        description=f"{about}\n\n{recipes}Defaults are in [].".strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     groups: dict[str, Any] = {}
@@ -343,7 +345,7 @@ def help_text(script: str, args_class: type[Args], about: str) -> str:
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{facts['help']} [{'off' if default is False else default if default != '' else 'none'}]"
         metavar = f"{{{','.join(facts['choices'])}}}" if facts["choices"] else KINDS[field.type][1]
-        metavar = "PATH" if facts["repeated"] else metavar
+        metavar = facts["repeated"] or metavar
         value = {"action": "store_true"} if field.type is bool else {"metavar": metavar}
         groups[title].add_argument(flag_of(field.name), help=text.replace("%", "%%"), **value)
     return parser.format_help()
@@ -356,7 +358,7 @@ Given = dict[str, tuple[Any, str]]
 class CommandLine:
     """Reads flags and the recipes among them."""
 
-    def __init__(self, script: str, args_class: type[Args]) -> None:
+    def __init__(self, script: str, args_class: type) -> None:
         self.script, self.count = script, 0
         self.fields = {flag_of(field.name): field for field in dataclasses.fields(args_class)}
 

@@ -108,19 +108,20 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
-def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+def resolve_model(name: str, revision: str | None = None, flag: str = "--model ") -> tuple[Path, str | None]:
     """(directory, revision) of a model: `name` itself, or the snapshot of a hub id, owner/name or owner/name@revision.
 
-    The revision returned is the hub's commit: a resumed run asks for the very one that it began with.
+    The revision returned is the hub's commit: a resumed run asks for the very one that it began with. `flag` is what
+    messages call the name.
     """
     if Path(name).is_dir():
         if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
-            raise ValueError(f"--model {name}: this is an adapter: give it as --adapter and its base as --model")
+            raise ValueError(f"{flag}{name}: this is an adapter: give it as --adapter and its base as --model")
         return Path(name), None
     near = near_files(Path(name), directories=True)
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         expected = "neither a directory nor a hub id of the form owner/name[@revision]"
-        raise FileNotFoundError(f"--model {shown(name)}: {expected}{near}")
+        raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}")
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
@@ -133,7 +134,7 @@ def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | N
             wanted = [*common, "pytorch_model*.bin*"]
             path = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub and the network raise many kinds
-        raise ValueError(f"--model {name}: no such directory{near}, and the hub says: {error}") from None
+        raise ValueError(f"{flag}{name}: no such directory{near}, and the hub says: {error}") from None
     return path, revision
 
 

@@ -194,8 +194,11 @@ def unmerge(model: nn.Module) -> None:
             layer.base_weight = None
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None,
+                 task_type: str | None = None) -> None:  # fmt: skip
     """Writes adapter_model.safetensors and adapter_config.json, in PEFT's format, into folder `path`.
+
+    With the base model's name and a task_type, such as "CAUSAL_LM", PEFT's Auto classes load the folder.
 
     Both are written into a new directory .tmp-* inside `path`, synced, and moved out of it one after the other: give
     every adapter its own folder.
@@ -208,6 +211,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name
     if len(options) != 1:
         raise ValueError(f"expected LoRA layers of one (rank, alpha, dropout), found {sorted(options)}")
     config = {"peft_type": "LORA", "base_model_name_or_path": base_model_name_or_path, "target_modules": list(layers)}
+    config |= {"task_type": task_type} if task_type else {}
     config |= zip(("r", "lora_alpha", "lora_dropout"), options.pop(), strict=True)
     tensors = {_tensor_key(name, "lora_A"): layer.lora_A.detach().cpu().contiguous() for name, layer in layers.items()}
     tensors |= {_tensor_key(name, "lora_B"): layer.lora_B.detach().cpu().contiguous() for name, layer in layers.items()}

@@ -1,12 +1,16 @@
 """A model as a directory that other tools load: weights, config, tokenizer, and what else came with the start."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from model import GPTNeo, GPTNeoConfig
+from runtime import report
 from runtime.files import read_object, read_text, token_text
+from runtime.options import as_typed, flag_of
 from runtime.storage import write_text
 from runtime.template import jinja_of, read_chat
 
@@ -71,3 +75,89 @@ def side_files(start: Path, config: GPTNeoConfig, tokenizer: Tokenizer, eos_toke
     except UnicodeEncodeError:
         raise ValueError(f"{start / name}: has half a surrogate pair, which is no text") from None
     return texts
+
+
+# ---------------------------------------------------------------- the model card
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]{base_model}
+---
+# {title}
+
+{about}
+
+| | |
+|---|---|
+{facts}
+
+{tables}
+
+![Held-out metrics and training signals](metrics.svg)
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its hub id
+model = AutoModelForCausalLM.from_pretrained(".")
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+response = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(response, skip_special_tokens=True))
+```
+"""
+
+
+def write_card(run: Any, iterate: int, folder: Path) -> None:
+    """README.md and the plot beside an exported iterate: where it comes from, how it was made and how good it is."""
+    args, digests, command = run.args, run.record.get("digests", {}), run.record.get("command", "spin")
+    method = {"spin": "SPIN (self-play fine-tuning, arXiv 2401.01335)", "sft": "supervised fine-tuning"}.get(
+        command, "a relative of SPIN (self-play fine-tuning, arXiv 2401.01335)"
+    )
+    source, names, _ = args.source
+    settings = [
+        as_typed(field.name, getattr(args, field.name))
+        for field in dataclasses.fields(args)
+        if not field.metadata["changeable"] and getattr(args, field.name) != field.default and field.type is not bool
+    ]
+    switches = [
+        flag_of(field.name)
+        for field in dataclasses.fields(args)
+        if not field.metadata["changeable"] and field.type is bool and getattr(args, field.name)
+    ]
+    revision = run.record.get("revision")
+    hub = not Path(args.model).is_dir() and args.model.partition("@")[0]
+    facts = {
+        "Base model": f"`{_public(args.model)}`" + (f", commit {revision}" if revision else ""),
+        "sha256 of its files": _short(digests.get("model")),
+        "Training data": ", ".join(f"`{_public(name)}`" for name in names),
+        "sha256 of its contents": _short(digests.get(source)),
+        "Held-out data": ", ".join(f"`{_public(name)}`" for name in args.eval_data)
+        or f"a share of {args.eval_share} of the data",
+        "sha256 of its examples": _short(digests.get("eval-data")),
+        "Settings, where not the default": f"`{' '.join(settings + switches) or 'none'}`",
+        "Prompt template": f"`{json.dumps(run.record.get('template', ''), ensure_ascii=False)}`",
+        "torch": run.record.get("torch", ""),
+    }
+    text = CARD.format(
+        tags="gpt_neo, sft" if command == "sft" else "gpt_neo, spin, self-play",
+        base_model=f"\nbase_model: {hub}" if hub else "",
+        title=f"{_public(args.model)}, iterate {iterate} of {command}",
+        about=f"Iterate {iterate} of {run.rows[-1]['iterate']} of a run of {method}. Iterate 0 is the base model.",
+        facts="\n".join(f"| {name} | {fact.replace('|', chr(92) + '|')} |" for name, fact in facts.items()),
+        tables=f"```{report.tables(run.rows)}\n```",
+    )
+    write_text(folder / "README.md", text)
+    write_text(folder / "metrics.svg", report.plot_of(run.rows, "Held-out metrics and training signals"))
+
+
+def _public(name: str) -> str:
+    """A hub id as it is, of a path its last part: a card that is published tells no folders of its author."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _short(digest: str | None) -> str:
+    return digest or "unknown"

@@ -71,7 +71,7 @@ def needs(
         training=weights + trained * (1 + optimizer_slots) * FP32,
         generation=weights + (trained * itemsize if bf16 else 0) + cache,
         disk=iterations * (trained * FP32 + pair_tokens * TOKEN * (2 if keeps_responses else 1))
-        + (2 if swaps_weights else 1) * total * FP32
+        + (3 if swaps_weights else 2) * total * FP32  # final/ and best/
         + 2 * state
         + pair_tokens * TOKEN,
         optimizer=trained * optimizer_slots * FP32,

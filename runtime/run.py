@@ -25,7 +25,7 @@ import lora
 from runtime import parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
 from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
-from runtime.export import export
+from runtime.export import export, write_card
 from runtime.options import Args
 from runtime.stopping import SIGNALS, Stopped
 from runtime.training import Training
@@ -244,7 +244,7 @@ class Run:
         folder = self.out / f"iterate-{self.iterate}"
         folder.mkdir(exist_ok=True)
         if self.args.rank:
-            lora.save_adapter(player.model, folder, base_model_name_or_path=self.args.model)
+            lora.save_adapter(player.model, folder, self.args.model, task_type="CAUSAL_LM")
         else:
             self.save_model(player.model, folder)
         storage.sync(folder)
@@ -276,16 +276,33 @@ class Run:
         export(model, folder, self.start, self.tokenizer, self.eos_token_id, self.record.get("template", ""))
 
     def save_final(self, player: Any) -> None:
-        """final/: the last iterate as one plain model that transformers loads too."""
+        """final/: the last iterate as one plain model that transformers loads too; best/ where another is the best."""
         self.check_start()  # its tokenizer and, with LoRA, its weights are read again
-        model = player.model
+        last, best = self.rows[-1]["iterate"], self.best()
+        self.save_plain(player.model, last, self.out / "final")
+        shutil.rmtree(self.out / "best", ignore_errors=True)  # of a process that died here, by another --best
+        if 0 < best < last:
+            self.save_plain(player.model, best, self.out / "best")
+
+    def save_plain(self, model: Any, iterate: int, folder: Path) -> None:
+        """An iterate as one plain model, with a model card. `model` is the last one."""
         if self.args.rank:
             # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
             model = type(model).from_pretrained(self.start)
-            lora.load_adapter(model, self.out / f"iterate-{self.rows[-1]['iterate']}")
+            lora.load_adapter(model, self.out / f"iterate-{iterate}")
             lora.merge(model)
             lora.remove_lora(model)
-        self.save_model(model, self.out / "final")
+            self.save_model(model, folder)
+        elif iterate == self.rows[-1]["iterate"]:
+            self.save_model(model, folder)
+        else:
+            storage.copy_files(self.out / f"iterate-{iterate}", folder)
+        write_card(self, iterate, folder)
+
+    def best(self) -> int:
+        """Number of the best iterate by --best."""
+        metric = self.args.best
+        return max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
 
     # ------------------------------------------------------------ beginning and end
 
@@ -313,11 +330,15 @@ class Run:
         storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
         print(report.tables(self.rows))
         metric = self.args.best
-        best = max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
-        files = record.digests(self.out, ["metrics.svg", "final"])
+        best = self.best()
+        files = record.digests(self.out, ["metrics.svg", "final", "best"])
         best_of_all = {"iterate": best, "metric": metric}
         record.write(self.out, self.record | {"finished": True, "best": best_of_all, "files": files})
         shutil.rmtree(self.out / "resume", ignore_errors=True)
-        where = f"{self.out}/iterate-{best}" if best else "the start: none is better"
+        where = (
+            f"{self.out}/{'final' if best == self.rows[-1]['iterate'] else 'best'}"
+            if best
+            else "the start: none is better"
+        )
         print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")

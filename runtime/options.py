@@ -91,7 +91,10 @@ POSITIVE = valid(lambda value: 0 < value < math.inf, "a positive number")
 
 @dataclass(frozen=True)
 class Args:
-    """The options of spin.py and sft.py. Raises ValueError where a value is not allowed."""
+    """The options of spin.py and sft.py, which Args(lr=1e-3) sets from Python.
+
+    Raises: ValueError naming the option whose value is not allowed; TypeError naming one that does not exist.
+    """
 
     # fmt: off
     model: str = option("", "Initial model: directory or hub id, owner/name or owner/name@revision.", changeable=True,

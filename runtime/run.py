@@ -308,6 +308,7 @@ class Run:
 
     def begin(self) -> None:
         """Under the lock: writes the record of a new run, or says how far the run has come."""
+        self.out.mkdir(parents=True, exist_ok=True)
         storage.remove_leftovers(self.out)
         found = record.read(self.out)
         if found is None:

@@ -33,8 +33,11 @@ from runtime.template import Template, choose
 SHARD_BATCHES = {"cpu": 16, "cuda": 64}  # batches of responses in a shard
 
 
-def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
+def setup(args: Args, command: str = "spin") -> tuple[GPTNeo, list[Example], Run]:
     """Checks and loads everything before the first token is generated. Writes nothing.
+
+    Args:
+        command: the method, "spin", "sft" or "family": a run is resumed by the one that began it.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
     Raises: ValueError and OSError; Finished where there is nothing left to do.

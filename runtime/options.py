@@ -133,7 +133,7 @@ class Args:
                              group="play")
     prompts: int = option(0, "Examples per iteration, drawn afresh for each; 0: all.", **at_least(0))
     mix_previous: bool = option(False, "Train on the pairs of the previous iteration too.", scripts=SELF_PLAY)
-    beta: tuple[float, ...] = option((0.1,), "Beta in Eq. 4.7, the paper's lambda; one value, or one per iteration.",
+    beta: tuple[float, ...] = option((1.0,), "Beta in Eq. 4.7, the paper's lambda; one value, or one per iteration.",
                                      scripts=SELF_PLAY, **POSITIVE)
     max_new_tokens: int = option(256, "Length limit of generated responses, in tokens.", **at_least(1))
     temperature: float = option(1.0, "Temperature of the opponent's sampling; 0: greedy.", scripts=SELF_PLAY,
@@ -442,8 +442,10 @@ def recipe_words(path: str) -> list[tuple[str, str]]:
             raise ValueError(f"expected a recipe of at most {MAX_RECIPE_BYTES >> 10} KiB")
         lines = content.decode().split("\n")
     except (FileNotFoundError, NotADirectoryError):
-        there = ", ".join(os.path.relpath(recipe) for recipe in sorted((ROOT / "recipes").glob("*.args")))
-        raise ValueError(f"@{name}: no such recipe; there are {there}") from None
+        recipes = {recipe.stem: os.path.relpath(recipe) for recipe in sorted((ROOT / "recipes").glob("*.args"))}
+        near = difflib.get_close_matches(Path(path).stem, recipes, n=1)
+        there = f"did you mean @{recipes[near[0]]}?" if near else f"there are {', '.join(recipes.values())}"
+        raise ValueError(f"@{name}: no such recipe; {there}") from None
     except UnicodeDecodeError:
         raise ValueError(f"@{name}: not readable as UTF-8") from None
     except (OSError, ValueError) as error:

@@ -55,6 +55,9 @@ def setup(args: Args, command: str = "spin") -> tuple[GPTNeo, list[Example], Run
     earlier = record.read(out)
     if earlier:
         record.check_same(out, earlier, new, changeable(type(args)))
+    if args.adapter and not Path(args.adapter).is_dir():
+        near = near_files(Path(args.adapter), directories=True)
+        raise FileNotFoundError(f"--adapter {args.adapter}: no such directory{near}")
     path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
     config = load_config(path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)

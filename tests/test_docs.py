@@ -11,7 +11,9 @@ import torch
 from helpers import ROOT, rows
 from torch.nn import functional as F
 
-from model import GPTNeo
+import lora
+from model import GPTNeo, GPTNeoConfig
+from runtime import plan
 from runtime.options import Args
 
 
@@ -72,6 +74,40 @@ def test_the_snippet_in_the_readme_gives_the_log_probabilities_of_the_response(s
     exec(code, names)
     expected = model.logits(model(ids))[0].log_softmax(-1)[[3, 4], [9, 10]]
     torch.testing.assert_close(names["logps"], expected, atol=1e-5, rtol=0)
+
+
+SHAPES = {"125M": (768, 12, 12), "1.3B": (2048, 24, 16), "2.7B": (2560, 32, 20)}  # width, layers, heads
+
+
+def plan_rows() -> list[str]:
+    """The table of memory in docs/guide.md, computed."""
+    lines = []
+    for name, (width, layers, heads) in SHAPES.items():
+        kinds = ((("global", "local"), layers // 2),)
+        config = GPTNeoConfig(hidden_size=width, num_layers=layers, num_heads=heads, attention_types=kinds)
+        for rank, bf16, slots, trained in (
+            (16, True, 2, "LoRA of rank 16, bf16"), (16, False, 2, "LoRA of rank 16, fp32"),
+            (0, True, 2, "all, AdamW, bf16"), (0, True, 1, "all, RMSProp, bf16"),
+        ):  # fmt: skip
+            with torch.device("meta"):
+                model = GPTNeo(config)
+                if rank:
+                    lora.add_lora(model, rank, 2 * rank)
+            needs = plan.needs(
+                model, optimizer_slots=slots, bf16=bf16, cache_tokens=131072, batch_size=64, row_tokens=512,
+                iterations=3, pair_tokens=0,
+            )  # fmt: skip
+            cells = map(plan.gib, (needs.training, needs.generation, needs.disk))
+            lines.append(f"| {name} | {trained} | {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_memory_in_the_guide_is_what_the_plan_computes():
+    assert "\n".join(plan_rows()) in (ROOT / "docs/guide.md").read_text()
+
+
+def test_there_is_one_recommendation_for_beta():
+    assert Args().beta == (1.0,) and "**`--beta`: 1," in (ROOT / "docs/guide.md").read_text()
 
 
 def test_options_from_python_say_which_is_wrong():

@@ -385,6 +385,8 @@ def test_a_missing_recipe_is_answered_with_those_there_are(monkeypatch):
     there = ", ".join(f"recipes/{name}.args" for name in names)
     for path in ("nope.args", "", "recipes/paper.args/x"):
         assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; there are {there}"
+    for path in ("pronunce", "recipe/pronounce.arg", "/x/pronounce"):
+        assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; did you mean @recipes/pronounce.args?"
 
 
 def test_recipes_are_small_regular_files(folder):

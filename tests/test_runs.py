@@ -17,7 +17,8 @@ from helpers import ROOT, SCRIPTS, rows
 
 from family import FamilyArgs
 from model import GPTNeo, GPTNeoConfig
-from runtime.options import Args, flag_of, parse
+from respond import RespondArgs
+from runtime.options import Args, CommandLine, flag_of, parse
 
 SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,7 +118,7 @@ def commands_of(text: str) -> list[list[str]]:
 
 def paths_of(text: str) -> set[str]:
     """Every path of this project that a document names: scripts, recipes, and what lies in a folder of it."""
-    folders = ("benchmarks/", "docs/", "kernels/", "pronounce/", "recipes/", "runtime/", "tests/")
+    folders = ("benchmarks/", "docs/", "examples/", "kernels/", "pronounce/", "recipes/", "runtime/", "tests/")
     named = re.findall(r"`([\w./-]+)`", text)
     return {path for path in named if path.endswith((".py", ".args")) or path.startswith(folders)}
 
@@ -134,6 +135,8 @@ def test_commands_of_the_documents_parse(document):
             continue
         assert (ROOT / name).is_file(), name
         script = name.removesuffix(".py")
+        if script == "respond":
+            CommandLine("respond", RespondArgs).read([(word, "") for word in words[1:]])
         if script in SCRIPTS and "--help" not in words:
             options = [re.sub("^@recipes/", f"@{ROOT}/recipes/", word) for word in words]
             parse(script, options, FamilyArgs if script == "family" else Args)
@@ -148,6 +151,7 @@ def test_paths_and_flags_in_the_documents_exist(document):
         assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
     for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (document.parent / link).exists(), link
-    flags = {flag_of(field.name) for field in dataclasses.fields(FamilyArgs)} | {"--help"}
+    fields = [*dataclasses.fields(FamilyArgs), *dataclasses.fields(RespondArgs)]
+    flags = {flag_of(field.name) for field in fields} | {"--help"}
     for code in re.findall(r"`(--[^`]+)`", text):
         assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= flags, code

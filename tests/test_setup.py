@@ -245,3 +245,10 @@ def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
         (chat / name).write_text("{}")
         digests.add(digest_of_model(chat))
     assert len(digests) == len(names) + 1
+
+
+def test_an_adapter_that_is_missing_is_answered_with_the_nearest(start, data, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    argv = flags(start, data, tmp_path / "out", adapter=tmp_path / "adaptor", rank=None)
+    error = refused(argv, tmp_path / "out", capsys)
+    assert f"--adapter {tmp_path}/adaptor: no such directory; did you mean {tmp_path}/adapter?" in error

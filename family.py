@@ -392,9 +392,9 @@ SHARE = valid(lambda x: 0 <= x <= 1, "in [0, 1]")
 class FamilyArgs(Args):
     """The options of spin.py, and those of the other methods."""
 
-    pairs: str = option(
-        "", 'Given pairs in place of --data and of responses: a record also holds a "generated" one (DPO).',
-        group="methods", changeable=True,
+    pairs: tuple[str, ...] = option(
+        (), 'Given pairs in place of --data and of responses: a record also holds a "generated" one (DPO).',
+        group="methods", changeable=True, repeated="PATH",
     )  # fmt: skip
     loss: str = option("logistic", "Loss of a pair; logistic is SPIN's Eq. 4.7.", choices=tuple(LOSSES))
     mu: float = option(1.0, "Weight of a generated response against a real one in --loss space.", **POSITIVE)
@@ -457,7 +457,7 @@ class FamilyArgs(Args):
     # What the runtime asks, answered for these methods: see Args.
 
     @property
-    def source(self) -> tuple[str, str, str]:
+    def source(self) -> tuple[str, tuple[str, ...], str]:
         if self.pairs:
             return "pairs", self.pairs, "pairs"
         return "data", self.data, "prompts" if self.reinforce else "responses"

@@ -45,6 +45,7 @@ RESTRICTED_FIELDS = {  # field: the values that need no implementation
     "init_lora_weights": [True, False, "gaussian", "orthogonal"],  # "pissa" and others change the base weights
 }
 IRRELEVANT_FIELDS = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode"}
+IRRELEVANT_FIELDS |= {"fan_in_fan_out"}  # PEFT's word for Conv1D, which is known by its class here
 IRRELEVANT_FIELDS |= {"peft_version", "megatron_config", "megatron_core"}
 IRRELEVANT_FIELDS |= {"qalora_group_size"}  # has no effect unless another field is set
 
@@ -56,7 +57,7 @@ class LoRALinear(nn.Module):
     lora_B (out, r) are fp32 for every base dtype, on the weight's device; casting the model later casts them too.
 
     Args:
-        linear: the base layer, of any float dtype.
+        linear: the base layer, of any float dtype; or GPT-2's Conv1D of transformers, whose weight is (in, out).
         rank, alpha: r and alpha of the formula.
         dropout: probability of dropping an input of the update, in training mode only.
         generator: draws A; None: torch's global generator.
@@ -66,15 +67,17 @@ class LoRALinear(nn.Module):
     computes the same as its base layer.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
+    def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
                  generator: torch.Generator | None = None) -> None:  # fmt: skip
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank = {rank}: must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout}: must be in [0, 1)")
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.transposed = is_conv1d(linear)
+        self.out_features, self.in_features = reversed(linear.weight.shape) if self.transposed else linear.weight.shape
+        if self.transposed:
+            self.__dict__["base"] = linear  # for remove_lora: its class is not known here; no submodule
         self.rank = rank
         self.alpha = alpha
         self.scaling = alpha / rank
@@ -99,7 +102,11 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out), in the base layer's output dtype. Raises: RuntimeError if merged and disabled."""
         if self.merged and not self.enabled:
             raise RuntimeError("LoRA is disabled but merged into the weights: call unmerge(model) first")
-        base = F.linear(x, self.weight, self.bias)  # (..., out)
+        if self.transposed:  # as Conv1D computes it
+            base = torch.addmm(self.bias, x.reshape(-1, self.in_features), self.weight)
+            base = base.view(*x.shape[:-1], self.out_features)
+        else:
+            base = F.linear(x, self.weight, self.bias)  # (..., out)
         if self.merged or not self.enabled:
             return base
         if self.dropout and self.training:
@@ -110,6 +117,27 @@ class LoRALinear(nn.Module):
         return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), lora_B.t()).view(base.shape)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of transformers, which is a linear layer with its weight transposed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.bias, nn.Parameter)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last names of the linear layers in the model's repeated blocks: the usual targets, whatever its type.
+
+    They are c_attn, c_proj and c_fc for GPT-2, and q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj for
+    Llama, Mistral and Qwen. The head, which is in no block, is not among them.
+    """
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if (type(module) in (nn.Linear, LoRALinear) or is_conv1d(module))
+            and any(part.isdecimal() for part in name.split("."))
+        )
+    )
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Yields (dotted name, layer) for every LoRA layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
@@ -118,7 +146,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
              targets: Collection[str] = DEFAULT_TARGETS,
              generator: torch.Generator | None = None) -> list[str]:  # fmt: skip
-    """Replaces the targeted nn.Linear layers by LoRALinear and freezes everything else.
+    """Replaces the targeted nn.Linear (or Conv1D) layers by LoRALinear and freezes everything else.
 
     A parent module that reads `child.weight` instead of calling the child bypasses the adapter. Hooks on a replaced
     layer are lost.
@@ -142,13 +170,17 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Replaces every LoRALinear by an nn.Linear with its present weight: call merge first to keep the update.
+    """Replaces every LoRALinear by a layer of the base's class with its present weight: call merge first to keep the
+    update.
 
     The weights stay frozen. Afterwards the model's own save function writes an ordinary checkpoint.
     """
     replacements = {}
     for _, layer in lora_layers(model):
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        if layer.transposed:
+            linear = layer.base
+        else:
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         replacements[layer] = linear.train(layer.training)
     _replace_modules(model, replacements)
@@ -181,6 +213,7 @@ def merge(model: nn.Module) -> None:
             continue
         with torch.autocast(layer.weight.device.type, enabled=False):
             update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())  # (out, in)
+            update = update.t() if layer.transposed else update
         layer.base_weight = layer.weight
         # A new Parameter, because the old one may be tied to another module, such as the token embedding.
         layer.weight = nn.Parameter((layer.weight + update).to(layer.weight.dtype), requires_grad=False)
@@ -194,8 +227,11 @@ def unmerge(model: nn.Module) -> None:
             layer.base_weight = None
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name_or_path: str | None = None,
+                 task_type: str | None = None) -> None:  # fmt: skip
     """Writes adapter_model.safetensors and adapter_config.json, in PEFT's format, into folder `path`.
+
+    With the base model's name and a task_type, such as "CAUSAL_LM", PEFT's Auto classes load the folder.
 
     Both are written into a new directory .tmp-* inside `path`, synced, and moved out of it one after the other: give
     every adapter its own folder.
@@ -208,6 +244,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], base_model_name
     if len(options) != 1:
         raise ValueError(f"expected LoRA layers of one (rank, alpha, dropout), found {sorted(options)}")
     config = {"peft_type": "LORA", "base_model_name_or_path": base_model_name_or_path, "target_modules": list(layers)}
+    config |= {"task_type": task_type} if task_type else {}
+    config |= {"fan_in_fan_out": True} if any(layer.transposed for layer in layers.values()) else {}
     config |= zip(("r", "lora_alpha", "lora_dropout"), options.pop(), strict=True)
     tensors = {_tensor_key(name, "lora_A"): layer.lora_A.detach().cpu().contiguous() for name, layer in layers.items()}
     tensors |= {_tensor_key(name, "lora_B"): layer.lora_B.detach().cpu().contiguous() for name, layer in layers.items()}
@@ -242,8 +280,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: {error}") from None
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        expected[_tensor_key(name, "lora_A")] = (rank, layer.in_features)
-        expected[_tensor_key(name, "lora_B")] = (layer.out_features, rank)
+        out_features, in_features = layer.weight.shape
+        if is_conv1d(layer) or getattr(layer, "transposed", False):
+            out_features, in_features = in_features, out_features
+        expected[_tensor_key(name, "lora_A")] = (rank, in_features)
+        expected[_tensor_key(name, "lora_B")] = (out_features, rank)
     tensors = _read_tensors(Path(path, "adapter_model.safetensors"), expected)
     if not existing:
         add_lora(model, rank, alpha, dropout, targets)
@@ -253,7 +294,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             layer.lora_B.copy_(tensors[_tensor_key(name, "lora_B")])
 
 
-def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Linear | LoRALinear]:
+def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Module]:
     """The targeted layers by dotted name, in the model's order. Raises: ValueError as add_lora."""
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets = {targets!r}: must be a list of module names, not empty")
@@ -262,10 +303,12 @@ def _find_targets(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Li
     for target in dict.fromkeys(targets):
         names = [name for name in modules if f".{name}".endswith(f".{target}")]
         if not names:
-            raise ValueError(f"target {target!r:.200} matches no module of {type(model).__name__}")
+            usual = ", ".join(linear_names(model))
+            hint = f"; the usual ones are {usual:.200}" if usual else ""
+            raise ValueError(f"target {target!r:.200} matches no module of {type(model).__name__}{hint}")
         for name in names:
             # A subclass is rejected: nn.MultiheadAttention reads the weight of its out_proj without calling it.
-            if type(modules[name]) not in (nn.Linear, LoRALinear):
+            if type(modules[name]) not in (nn.Linear, LoRALinear) and not is_conv1d(modules[name]):
                 raise ValueError(f"target {name!r} is a {type(modules[name]).__name__}, not a plain nn.Linear")
         found.update(names)
     return {name: module for name, module in modules.items() if name in found}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sampling
-from kernels import linear_logprobs
+from kernels import linear_logprobs, onednn
 from model import GPTNeo
 
 MASKED_TOKENS = 1024  # longer rows compute the prompt once a response: a (T, T) mask would cost more than it saves
@@ -43,6 +43,7 @@ class Player:
 
     # ------------------------------------------------------------ writing
 
+    @onednn.products()
     def respond(
         self,
         prompts: Sequence[list[int]],
@@ -94,6 +95,7 @@ class Player:
 
     # ------------------------------------------------------------ log-probabilities
 
+    @onednn.products()
     def response_logps(self, items: Sequence[Item], temperature: float = 1.0) -> Tensor:
         """log p(response | prompt) of every response: (R, B) fp32, nats, summed over the response's tokens.
 

@@ -171,9 +171,9 @@ class SeftArgs(Args):
         "", "Folder of a finished run that trained a reviser; without it, this run trains one.",
         group="SEFT", changeable=True,
     )  # fmt: skip
-    pairs: str = option(
-        "", 'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',
-        changeable=True,
+    pairs: tuple[str, ...] = option(
+        (), 'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',
+        changeable=True, repeated="PATH",
     )  # fmt: skip
     revise_template: str = option(
         r"{prompt}{response}\n\n### Revision: ", "The reviser's prompt; {prompt} is the policy's, with --template.",
@@ -187,7 +187,7 @@ class SeftArgs(Args):
         self.require("pairs", not (self.pairs and self.reviser), "no --reviser with it: pairs train a reviser")
 
     @property
-    def source(self) -> tuple[str, str, str]:
+    def source(self) -> tuple[str, tuple[str, ...], str]:
         if self.pairs:
             return "pairs", self.pairs, "pairs"
         return "data", self.data, "prompts" if self.reviser else "responses"

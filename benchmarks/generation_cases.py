@@ -21,7 +21,7 @@ import sampling
 from kernels import onednn
 from model import HEAD_MULTIPLE, GPTNeo, GPTNeoConfig
 from runtime.data import encode, load_examples, load_tokenizer
-from runtime.options import Args
+from runtime.options import DEFAULT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden size, layers, heads
@@ -221,7 +221,7 @@ def build_default_model(count: int, batch: int) -> Ways:
     model = GPTNeo.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, model.config.eos_token_id, model.config.vocab_size)
     examples = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[:count]
-    encode(examples, tokenizer, Args().template.replace(r"\n", "\n"), model.config.eos_token_id)
+    encode(examples, tokenizer, DEFAULT_TEMPLATE.replace(r"\n", "\n"), model.config.eos_token_id)
     prompts = [example.prompt_ids for example in examples]
     eos, device = model.config.eos_token_id, torch.device("cpu")
     notes: dict[str, str] = {}

@@ -41,8 +41,12 @@ def products() -> Iterator[None]:
     """Context manager: inside it, oneDNN computes the fp32 products on the CPU, if it is available.
 
     Bounds oneDNN's caches, for the whole process, by environment variables; those that are set already stay as they
-    are. oneDNN reads them once: if the process has used oneDNN before, they have no effect.
+    are. oneDNN reads them once: if the process has used oneDNN before, they have no effect. Contexts nest; a function
+    may be decorated, too.
     """
+    if hasattr(F.linear, "before_onednn"):
+        yield  # inside another context
+        return
     for name, value in CACHE_BOUNDS.items():
         os.environ.setdefault(name, value)
     patches = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
@@ -69,6 +73,7 @@ def _dispatch(ours: Callable, original: Callable) -> Callable:
             supported = plain and eager and _SUPPORTS[ours](*args, **kwargs)
         return ours(*args, **kwargs) if supported else original(*args, **kwargs)
 
+    call.before_onednn = original
     return call
 
 

@@ -3,33 +3,27 @@
 `encode` is the only place where prompts become token ids, so generation and training cannot disagree on the template.
 """
 
-import gzip
 import hashlib
 import json
 import math
 import os
-import re
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from runtime.files import LARGEST_FILE
+from runtime.layouts import LAYOUTS, Turn, parts_of
 from runtime.options import check_file, shown
+from runtime.records import files_of, read
+from runtime.template import Piece, Template
 
-LONGEST_LINE = 2**24  # bytes; a compressed file may hold a line without end
-LARGEST_FILE = 2**26  # bytes of a tokenizer's file
 MOST_GROWTH = 4096  # of a text by a tokenizer's replacements; those of real ones have a few characters
-LAYOUTS = '{"prompt", "response"}, {"real": [{"role", "content"}, ...]} or {"prompt", "chosen", "rejected"}'
-BEGINNINGS = {  # of files that hold no JSON Lines
-    b"PAR1": "Parquet", b"\x1f\x8b": "gzip without .gz in its name", b"PK\3\4": "a zip archive",
-    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"[": "a JSON array", b"{\n": "indented JSON",
-}  # fmt: skip
+ENCODED_TOGETHER = 4096  # texts; the tokenizer's own results take far more memory than the ids
 
 
 @dataclass(slots=True)
@@ -37,8 +31,8 @@ class Example:
     """A prompt and its human response; with given pairs also the other response. `encode` fills in the ids."""
 
     path: str  # of the file, for messages
-    line: int  # its number in the file, by which a record is known wherever the file lies
-    prompt: str  # without the template
+    line: int  # by which a record is known wherever its file lies; counted on from the files before
+    prompt: str  # without the template; a conversation is written as text
     response: str  # "" for a prompt without an answer
     references: list[str]  # every text that counts as right in evaluation; the response is one of them
     generated: str = ""  # the worse response of a given pair
@@ -46,6 +40,8 @@ class Example:
     prompt_ids: list[int] = field(default_factory=list)  # with the template
     real_ids: list[int] = field(default_factory=list)  # ends with exactly one end-of-sequence token
     generated_ids: list[int] = field(default_factory=list)  # likewise
+    turns: tuple[Turn, ...] = ()  # of the prompt, where it consists of messages
+    before: int = 0  # lines of the files before
 
     @property
     def tokens(self) -> int:
@@ -53,7 +49,7 @@ class Example:
 
     @property
     def where(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line - self.before}"
 
 
 @dataclass(slots=True)
@@ -75,123 +71,35 @@ class Pair:
         return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids) + sum(map(len, self.more_ids))
 
 
-def load_examples(path: str | Path, layout: str = "responses") -> list[Example]:
-    """Reads JSON Lines, compressed by gzip if the name ends in .gz. A line is one of
-
-    {"prompt": str, "response": str, "references": [str, ...] (optional)}
-    {"real": [{"role": "user", "content": str}, {"role": "assistant", "content": str}], ...}    (uclaml/SPIN's)
-    {"prompt": str, "chosen": str, "rejected": str}    (the response and the worse one)
+def load_examples(
+    names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = ()
+) -> list[Example]:
+    """Reads files, directories and data sets of the hub, one after the other; records.py and layouts.py say which.
 
     Args:
         layout: "responses"; "pairs", where a record must also hold the worse response as "generated" or "rejected",
             and may hold "wins": [P, P']; "prompts", where a record may lack the response.
+        fields: names of fields in the data, as --fields has them: "prompt=question".
 
     Raises: ValueError naming file and line, FileNotFoundError, or another OSError.
     """
-    examples = []
-    for number, line in _lines(Path(path)):
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # RecursionError: nesting too deep to read
-            raise ValueError(f"{where}: not valid JSON ({error}){_looks_like(path)}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}{_looks_like(path)}")
-        examples.append(_example(str(path), number, record, layout))
-    if not examples:
-        raise ValueError(f"{path}: holds no records, expected JSON Lines with 'prompt' and 'response'")
+    examples: list[Example] = []
+    names = [str(names)] if isinstance(names, str | Path) else names
+    for name in names:
+        files = files_of(name)
+        if files != [name]:
+            print(f"{name}: reading {', '.join(Path(file).name for file in files)}", flush=True)
+        for file in files:
+            before = last = examples[-1].line if examples else 0  # in the files before
+            for number, record in read(file):
+                parts = parts_of(f"{file}:{number}", record, layout, fields)
+                examples.append(Example(
+                    file, before + number, parts.prompt, parts.response, parts.references, parts.generated, parts.wins,
+                    turns=parts.turns, before=before,
+                ))  # fmt: skip
+            if not examples or examples[-1].line == last:
+                raise ValueError(f"{file}: holds no records; accepted are {LAYOUTS}")
     return examples
-
-
-def _example(path: str, line: int, record: dict[str, Any], layout: str) -> Example:
-    where = f"{path}:{line}"
-    if "real" in record:
-        prompt, response = _turns(where, record, "real")
-    elif layout == "prompts" and not {"chosen", "response"} & record.keys():
-        prompt, response = _text(where, record, "prompt"), ""
-    else:
-        prompt = _text(where, record, "prompt")
-        response = _text(where, record, "chosen" if "chosen" in record else "response")
-    example = Example(path, line, prompt, response, _references(where, record, response))
-    if layout == "pairs":
-        if "real" in record:
-            other, example.generated = _turns(where, record, "generated")
-            if other != prompt:
-                raise ValueError(f"{where}: the prompts of 'real' and 'generated' differ, expected the same")
-        else:
-            example.generated = _text(where, record, "rejected" if "chosen" in record else "generated")
-        example.wins = _wins(where, record)
-    return example
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number, text) of the lines that are not blank."""
-    check_file(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 1
-    try:
-        with opener(path, "rb") as file:
-            while line := file.readline(LONGEST_LINE):
-                if len(line) == LONGEST_LINE:
-                    raise ValueError(f"a line of {LONGEST_LINE} bytes or more")
-                if line := line.strip():
-                    yield number, line.decode()
-                number += 1
-    except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error}){_looks_like(path)}") from None
-
-
-def _looks_like(path: str | Path) -> str:
-    """What a file seems to hold in place of JSON Lines, for the end of a message; "" where there is no guess."""
-    suffix = Path(path).suffix
-    with open(path, "rb") as file:
-        head = b"{" if suffix == ".gz" else file.read(4096).lstrip().replace(b"\r", b"")
-    csv = head[:1] != b"{" and (suffix in (".csv", ".tsv") or re.match(rb"[\w ]+[,\t][\w ,\t]+\n", head))
-    kind = next((kind for start, kind in BEGINNINGS.items() if head.startswith(start)), "CSV" if csv else "")
-    return kind and f"; the file looks like {kind}: expected JSON Lines, one object a line"
-
-
-def _references(where: str, record: dict[str, Any], response: str) -> list[str]:
-    default = [response] if response else []
-    references = default if "real" in record else record.get("references", default)
-    if references is default:
-        return default
-    if not isinstance(references, list) or not references:
-        raise ValueError(f"{where}: field 'references' must be a list of texts")
-    return [_text(where, {"references": reference}, "references") for reference in references]
-
-
-def _turns(where: str, record: dict[str, Any], name: str) -> tuple[str, str]:
-    turns = record.get(name)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{where}: field {name!r} must be a list of {{'role', 'content'}}")
-    roles = [turn.get("role") for turn in turns]
-    if roles != ["user", "assistant"]:
-        raise ValueError(f"{where}: field {name!r} has the roles {shown(roles)}, expected ['user', 'assistant']")
-    prompt, response = (_text(where, turn, "content") for turn in turns)
-    return prompt, response
-
-
-def _wins(where: str, record: dict[str, Any]) -> tuple[float, float]:
-    wins = record.get("wins", (1.0, 0.0))
-    numbers = isinstance(wins, list | tuple) and [w for w in wins if type(w) in (int, float) and 0 <= w <= 1]
-    if not numbers or len(numbers) != 2 or len(wins) != 2:
-        raise ValueError(f"{where}: field 'wins' must be two probabilities, of the response and of the generated one")
-    return float(wins[0]), float(wins[1])
-
-
-def _text(where: str, record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        if name not in record:
-            found = shown(", ".join(map(repr, record))) or "none"
-            raise ValueError(f"{where}: field {name!r} is missing; the fields are {found}; expected {LAYOUTS}")
-        raise ValueError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
-    if not value.strip():
-        raise ValueError(f"{where}: field {name!r} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{where}: field {name!r} has half a surrogate pair, which is no text")
-    return value
 
 
 def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
@@ -257,26 +165,38 @@ def _check_growth(settings: dict[str, Any]) -> None:
 
 
 def encode(
-    examples: list[Example], tokenizer: Tokenizer, template: str, eos_token_id: int, special_tokens: bool = False
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    template: str | Template,
+    eos_token_id: int,
+    special_tokens: bool = False,
 ) -> None:
     """Fills in prompt_ids, real_ids and, for given pairs, generated_ids.
 
     Special tokens in the text of a prompt are plain text unless `special_tokens` is set: nobody can forge them.
     Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
     response ends with exactly one end-of-sequence token, whether or not its text has one.
+
+    Args:
+        template: a Template, which then says itself whether special tokens count, or a text with {prompt}.
     """
-    with _one_error(f"{examples[0].path}: the tokenizer cannot encode the data"):
-        prompts = _prompt_ids([e.prompt for e in examples], tokenizer, template, special_tokens)
-        responses = _ids([e.response for e in examples], tokenizer)
-        others = _ids([e.generated for e in examples], tokenizer)
-    for example, prompt_ids, ids, other in zip(examples, prompts, responses, others):
-        if not prompt_ids:
-            raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
-        example.prompt_ids = prompt_ids
-        if example.response:
-            example.real_ids = _ended(ids, eos_token_id, f"{example.where}: the response")
-        if example.generated:
-            example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response")
+    if isinstance(template, str):
+        template = Template(template, tokenizer, special_tokens=special_tokens)
+    for first in range(0, len(examples), ENCODED_TOGETHER):
+        some = examples[first : first + ENCODED_TOGETHER]
+        pieces = [template.pieces(e.where, e.prompt, e.turns) for e in some]
+        with _one_error(f"{some[0].path}: the tokenizer cannot encode the data"):
+            prompts = _ids_of_pieces(pieces, tokenizer)
+            responses = _ids([e.response for e in some], tokenizer)
+            others = _ids([e.generated for e in some], tokenizer) if any(e.generated for e in some) else responses
+        for example, prompt_ids, ids, other in zip(some, prompts, responses, others):
+            if not prompt_ids:
+                raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
+            example.prompt_ids = prompt_ids
+            if example.response:
+                example.real_ids = _ended(ids, eos_token_id, f"{example.where}: the response")
+            if example.generated:
+                example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response")
 
 
 def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
@@ -291,17 +211,13 @@ def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int)
             example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
 
 
-def _prompt_ids(prompts: list[str], tokenizer: Tokenizer, template: str, special_tokens: bool) -> list[list[int]]:
-    """The template is cut at its special tokens, where the tokenizer cuts it too: other text has the same tokens."""
-    tokens = [] if special_tokens else [t for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-    tokens.sort(key=lambda token: len(token.content), reverse=True)  # the tokenizer prefers the longest, too
-    patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens]
-    result: list[list[int]] = [[] for _ in prompts]
-    for part in re.split(f"({'|'.join(patterns)})", template) if patterns else [template]:
-        plain = "{prompt}" in part and not special_tokens
-        texts = [part.replace("{prompt}", prompt) for prompt in prompts] if "{prompt}" in part else [part]
-        result = [ids + more for ids, more in zip(result, cycle(_ids(texts, tokenizer, plain)))]
-    return result
+def _ids_of_pieces(pieces: list[list[Piece]], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of texts in pieces. A piece that many texts have, as those of the template, is encoded once."""
+    ids: dict[Piece, list[int]] = {}
+    for plain in (False, True):
+        texts = list({piece[0]: None for some in pieces for piece in some if piece[1] != plain})
+        ids |= zip(((text, not plain) for text in texts), _ids(texts, tokenizer, plain))
+    return [[number for piece in some for number in ids[piece]] for some in pieces]
 
 
 def shared(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A model as a directory that other tools load: weights, config, tokenizer, and what else came with the start."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,29 +8,35 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from model import GPTNeo, GPTNeoConfig
-from runtime.data import LARGEST_FILE
-from runtime.options import check_file
+from runtime import report
+from runtime.files import read_object, read_text, token_text
+from runtime.options import as_typed, flag_of
 from runtime.storage import write_text
+from runtime.template import jinja_of, read_chat
 
 # Files of the start that are not weights: as they are, and with our end token.
 COPIED = ("added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
 CHANGED = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-DEEPEST = 50  # nesting of values in a JSON file
 # Fields of JSON files that do not hold for an exported model: it is fp32 and has no code of its own.
 STALE = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")
 
 
-def export(model: GPTNeo, folder: Path, start: Path, tokenizer: Tokenizer, eos_token_id: int) -> None:
+def export(
+    model: GPTNeo, folder: Path, start: Path, tokenizer: Tokenizer, eos_token_id: int, template: str = ""
+) -> None:
     """Writes `model` into `folder` as a plain model whose responses end with `eos_token_id`.
 
     Args:
         model: without adapters.
         start: directory of the model that the run began with; its files beside the weights are written, too.
         tokenizer: the one that the run used.
+        template: of the prompts, "chat" or a text, which is written as a chat template where the start has none.
 
     Raises: OSError; ValueError as `side_files`.
     """
     texts = side_files(start, model.config, tokenizer, eos_token_id)
+    if template not in ("", "chat") and not read_chat(start)[0]:
+        texts["chat_template.jinja"] = jinja_of(template)
     model.save_pretrained(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -40,7 +47,7 @@ def side_files(start: Path, config: GPTNeoConfig, tokenizer: Tokenizer, eos_toke
 
     Raises: ValueError naming a file that is damaged or too large.
     """
-    texts = {name: _read(start / name) for name in COPIED if (start / name).is_file()}
+    texts = {name: read_text(start / name) for name in COPIED if (start / name).is_file()}
     texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
     values = {name: read_object(start / name) for name in CHANGED}
     eos = tokenizer.id_to_token(eos_token_id)
@@ -70,36 +77,87 @@ def side_files(start: Path, config: GPTNeoConfig, tokenizer: Tokenizer, eos_toke
     return texts
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an absent file is an empty one. Raises: ValueError naming the file."""
-    if not path.is_file():
-        return {}
-    text = _read(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    if _nested_deeper(value, DEEPEST):  # writing it would exceed Python's limit
-        raise ValueError(f"{path}: values are nested more than {DEEPEST} deep")
-    return value
+# ---------------------------------------------------------------- the model card
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]{base_model}
+---
+# {title}
+
+{about}
+
+| | |
+|---|---|
+{facts}
+
+{tables}
+
+![Held-out metrics and training signals](metrics.svg)
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its hub id
+model = AutoModelForCausalLM.from_pretrained(".")
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+response = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(response, skip_special_tokens=True))
+```
+"""
 
 
-def _nested_deeper(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is not None and (levels == 0 or any(_nested_deeper(item, levels - 1) for item in inner))
+def write_card(run: Any, iterate: int, folder: Path) -> None:
+    """README.md and the plot beside an exported iterate: where it comes from, how it was made and how good it is."""
+    args, digests, command = run.args, run.record.get("digests", {}), run.record.get("command", "spin")
+    method = {"spin": "SPIN (self-play fine-tuning, arXiv 2401.01335)", "sft": "supervised fine-tuning"}.get(
+        command, "a relative of SPIN (self-play fine-tuning, arXiv 2401.01335)"
+    )
+    source, names, _ = args.source
+    settings = [
+        as_typed(field.name, getattr(args, field.name))
+        for field in dataclasses.fields(args)
+        if not field.metadata["changeable"] and getattr(args, field.name) != field.default and field.type is not bool
+    ]
+    switches = [
+        flag_of(field.name)
+        for field in dataclasses.fields(args)
+        if not field.metadata["changeable"] and field.type is bool and getattr(args, field.name)
+    ]
+    revision = run.record.get("revision")
+    hub = not Path(args.model).is_dir() and args.model.partition("@")[0]
+    facts = {
+        "Base model": f"`{_public(args.model)}`" + (f", commit {revision}" if revision else ""),
+        "sha256 of its files": _short(digests.get("model")),
+        "Training data": ", ".join(f"`{_public(name)}`" for name in names),
+        "sha256 of its contents": _short(digests.get(source)),
+        "Held-out data": ", ".join(f"`{_public(name)}`" for name in args.eval_data)
+        or f"a share of {args.eval_share} of the data",
+        "sha256 of its examples": _short(digests.get("eval-data")),
+        "Settings, where not the default": f"`{' '.join(settings + switches) or 'none'}`",
+        "Prompt template": f"`{json.dumps(run.record.get('template', ''), ensure_ascii=False)}`",
+        "torch": run.record.get("torch", ""),
+    }
+    text = CARD.format(
+        tags="gpt_neo, sft" if command == "sft" else "gpt_neo, spin, self-play",
+        base_model=f"\nbase_model: {hub}" if hub else "",
+        title=f"{_public(args.model)}, iterate {iterate} of {command}",
+        about=f"Iterate {iterate} of {run.rows[-1]['iterate']} of a run of {method}. Iterate 0 is the base model.",
+        facts="\n".join(f"| {name} | {fact.replace('|', chr(92) + '|')} |" for name, fact in facts.items()),
+        tables=f"```{report.tables(run.rows)}\n```",
+    )
+    write_text(folder / "README.md", text)
+    write_text(folder / "metrics.svg", report.plot_of(run.rows, "Held-out metrics and training signals"))
 
 
-def token_text(token: Any) -> Any:
-    """The text of a special token in tokenizer_config.json, where it is text or an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _public(name: str) -> str:
+    """A hub id as it is, of a path its last part: a card that is published tells no folders of its author."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _read(path: Path) -> str:
-    """Line ends stay as they are. Raises: ValueError naming the file."""
-    check_file(path, LARGEST_FILE)
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not readable as UTF-8") from None
+def _short(digest: str | None) -> str:
+    return digest or "unknown"

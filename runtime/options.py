@@ -27,6 +27,7 @@ DEFAULT_RECIPES = {
 SCRIPTS = ("spin", "sft", "family", "seft")
 SELF_PLAY = ("spin", "family")
 GENERATING = (*SELF_PLAY, "seft")  # train on generated responses
+RECIPE_USAGE = "%(prog)s [@RECIPE ...] [--flag VALUE ...]"
 FAMILY_FLAGS = (
     "--pairs", "--loss", "--mu", "--order", "--adaptive-order", "--historical", "--nll-weight", "--reference",
     "--alpha", "--samples", "--history", "--scorer", "--min-win", "--reinforce",
@@ -40,6 +41,9 @@ MAX_LR = 1e3  # AdamW moves a weight by about lr per step, so even 1 destroys a 
 MAX_EPOCHS = 10**6  # The steps of an iteration are counted before the first.
 MAX_RECIPE_BYTES, MAX_RECIPE_DEPTH, MAX_FLAGS = 2**16, 8, 1000
 MAX_SHOWN = 100  # characters of a value in a message
+
+DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
+FIELD_NAMES = ("prompt", "response", "system", "messages", "references", "generated", "wins")  # of --fields
 
 # By the type of a field: type of one value, metavar in --help, and what a message expects.
 KINDS: dict[Any, tuple[type, str, str]] = {
@@ -62,6 +66,7 @@ def option(
     choices: Sequence[str] | None = None,
     scripts: tuple[str, ...] = SCRIPTS,
     changeable: bool = False,
+    repeated: str = "",
     group: str = "",
 ) -> Any:
     """A field of `Args`.
@@ -72,11 +77,12 @@ def option(
         scripts: the scripts that offer the flag.
         changeable: a resumed run may have another value. It changes where or how fast the run computes, and results
             by rounding alone. Files may move: their contents are compared, not their paths.
+        repeated: what --help calls a value of a tuple, to which every occurrence of the flag adds one.
         group: heading in --help of this option and of those after it, up to the next `group`.
     """
     if choices:
         check, expected = choices.__contains__, f"one of {', '.join(choices)}"
-    facts = dict(help=help, check=check, expected=expected, choices=choices, scripts=scripts)
+    facts = dict(help=help, check=check, expected=expected, choices=choices, scripts=scripts, repeated=repeated)
     return dataclasses.field(default=default, metadata=facts | dict(changeable=changeable, group=group))
 
 
@@ -93,7 +99,10 @@ POSITIVE = valid(lambda value: 0 < value < math.inf, "a positive number")
 
 @dataclass(frozen=True)
 class Args:
-    """The options of spin.py and sft.py. Raises ValueError where a value is not allowed."""
+    """The options of spin.py and sft.py, which Args(lr=1e-3) sets from Python.
+
+    Raises: ValueError naming the option whose value is not allowed; TypeError naming one that does not exist.
+    """
 
     # fmt: off
     model: str = option("", "Initial model: directory or hub id, owner/name or owner/name@revision.", changeable=True,
@@ -109,14 +118,21 @@ class Args:
     lora_targets: tuple[str, ...] = option(lora.DEFAULT_TARGETS, "Names of the linear layers that get an adapter.",
                                            **valid(bool, "comma-separated names"))
 
-    data: str = option("", 'Training data: JSON Lines of {"prompt", "response"} or {"real": [...]}; may be .gz.',
-                       changeable=True, group="data")
-    eval_data: str = option("", "Held-out data. Without it, a share of --data is held out.", changeable=True)
+    data: tuple[str, ...] = option((), "Training data: a file, a directory or a hub data set; repeated, it adds.",
+                                   changeable=True, repeated="PATH", group="data")
+    fields: tuple[str, ...] = option((), "Names of fields in the data: prompt=question,response=answer.", **valid(
+        lambda pair: re.fullmatch(rf"({'|'.join(FIELD_NAMES)})=.+", pair),
+        f"NAME=FIELD with NAME one of {', '.join(FIELD_NAMES)}"))
+    eval_data: tuple[str, ...] = option((), "Held-out data. Without it, a share of --data is held out.",
+                                        changeable=True, repeated="PATH")
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
-    template: str = option(r"### Instruction: {prompt}\n\n### Response: ", r"Prompt template; \n is a line break.",
-                           **valid(lambda text: "{prompt}" in text and is_utf8(text), "text in UTF-8 with {prompt}"))
+    template: str = option("auto", r"Prompt template: text with {prompt}, in which \n is a line break, or chat, the "
+                           "tokenizer's own; auto: chat for messages where there is one, else "
+                           f"'{DEFAULT_TEMPLATE}'.", **valid(
+        lambda text: text in ("auto", "chat") or ("{prompt}" in text and is_utf8(text)),
+        "auto, chat, or text in UTF-8 with {prompt}"))
     special_tokens: bool = option(False, "Special tokens in the text of prompts count; otherwise they are plain text.")
     overlong: str = option("error", "Examples longer than the context: stop with an error, or leave them out.",
                            choices=("error", "skip"))
@@ -125,7 +141,7 @@ class Args:
                              group="play")
     prompts: int = option(0, "Examples per iteration, drawn afresh for each; 0: all.", **at_least(0))
     mix_previous: bool = option(False, "Train on the pairs of the previous iteration too.", scripts=SELF_PLAY)
-    beta: tuple[float, ...] = option((0.1,), "Beta in Eq. 4.7, the paper's lambda; one value, or one per iteration.",
+    beta: tuple[float, ...] = option((1.0,), "Beta in Eq. 4.7, the paper's lambda; one value, or one per iteration.",
                                      scripts=SELF_PLAY, **POSITIVE)
     max_new_tokens: int = option(256, "Length limit of generated responses, in tokens.", **at_least(1))
     temperature: float = option(1.0, "Temperature of responses to train on; 0: greedy.", scripts=GENERATING,
@@ -208,8 +224,8 @@ class Args:
     models = 1  # in memory together while responses are generated
 
     @property
-    def source(self) -> tuple[str, str, str]:
-        """(option, file, layout) of the training data; see `load_examples`."""
+    def source(self) -> tuple[str, tuple[str, ...], str]:
+        """(option, files, layout) of the training data; see `load_examples`."""
         return "data", self.data, "responses"
 
     def digests(self) -> dict[str, str]:
@@ -244,6 +260,16 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}...{text[3 - MAX_SHOWN // 2 :]}"
 
 
+def near_files(path: Path, directories: bool = False) -> str:
+    """A remark on the file (or directory) beside `path` whose name is nearest; "" where there is none."""
+    try:
+        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir() or not directories]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
 def check_file(path: str | Path, most: int = 0) -> None:
     """Called before a file is opened, since opening a FIFO waits for a writer.
 
@@ -274,7 +300,8 @@ def converted(field: dataclasses.Field, text: str) -> Any:
     """The value of a flag from its text."""
     item, _, expected = KINDS[field.type]
     try:
-        value = item(text) if item is field.type else [item(part) for part in text.split(",")]
+        one = item is field.type or field.metadata["repeated"]
+        value = item(text) if one else [item(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{as_typed(field.name, text)}: expected {expected}") from None
     return checked(field, value)
@@ -285,7 +312,11 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     item, _, expected = KINDS[field.type]
     several = item is not field.type
     values = tuple(value) if several and isinstance(value, list | tuple) else (value,)
+    if item is str:
+        values = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in values)
     accepted = (int, float) if item is float else item
+    if values == field.default == ():
+        return values
     for one in values or (None,):  # an empty tuple is refused like a wrong type
         if not isinstance(one, accepted) or isinstance(one, bool) != (item is bool):  # bool is a subclass of int
             raise ValueError(f"{flag_of(field.name)} {shown(repr(value))}: expected {expected}")
@@ -317,11 +348,12 @@ def parse(script: str, argv: Sequence[str], args_class: type[AnyArgs] = Args, ab
     return args_class(**{name: value for name, (value, _) in given.items()})
 
 
-def help_text(script: str, args_class: type[Args], about: str) -> str:
+def help_text(script: str, args_class: type, about: str, usage: str = RECIPE_USAGE) -> str:
+    recipes = "@RECIPE reads flags from a file. " if usage == RECIPE_USAGE else ""
     parser = argparse.ArgumentParser(
         prog=f"{script}.py",
-        usage="%(prog)s [@RECIPE ...] [--flag VALUE ...]",
-        description=f"{about}\n\n@RECIPE reads flags from a file. Defaults are in [].".strip(),
+        usage=usage,
+        description=f"{about}\n\n{recipes}Defaults are in [].".strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     groups: dict[str, Any] = {}
@@ -335,6 +367,7 @@ def help_text(script: str, args_class: type[Args], about: str) -> str:
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{facts['help']} [{'off' if default is False else default if default != '' else 'none'}]"
         metavar = f"{{{','.join(facts['choices'])}}}" if facts["choices"] else KINDS[field.type][1]
+        metavar = facts["repeated"] or metavar
         value = {"action": "store_true"} if field.type is bool else {"metavar": metavar}
         groups[title].add_argument(flag_of(field.name), help=text.replace("%", "%%"), **value)
     return parser.format_help()
@@ -347,7 +380,7 @@ Given = dict[str, tuple[Any, str]]
 class CommandLine:
     """Reads flags and the recipes among them."""
 
-    def __init__(self, script: str, args_class: type[Args]) -> None:
+    def __init__(self, script: str, args_class: type) -> None:
         self.script, self.count = script, 0
         self.fields = {flag_of(field.name): field for field in dataclasses.fields(args_class)}
 
@@ -366,7 +399,9 @@ class CommandLine:
                     included |= self.read_recipe(word[1:], recipes)
                     continue
                 field, value = self.read_flag(word, rest)
-                if field.name in own:
+                if field.metadata["repeated"]:
+                    value = (*own.get(field.name, ((), ""))[0], *value)
+                elif field.name in own:
                     raise ValueError(f"{flag_of(field.name)} is given twice: expected one value")
                 own[field.name] = value, origin
             except ValueError as error:
@@ -428,8 +463,10 @@ def recipe_words(path: str) -> list[tuple[str, str]]:
             raise ValueError(f"expected a recipe of at most {MAX_RECIPE_BYTES >> 10} KiB")
         lines = content.decode().split("\n")
     except (FileNotFoundError, NotADirectoryError):
-        there = ", ".join(os.path.relpath(recipe) for recipe in sorted((ROOT / "recipes").glob("*.args")))
-        raise ValueError(f"@{name}: no such recipe; there are {there}") from None
+        recipes = {recipe.stem: os.path.relpath(recipe) for recipe in sorted((ROOT / "recipes").glob("*.args"))}
+        near = difflib.get_close_matches(Path(path).stem, recipes, n=1)
+        there = f"did you mean @{recipes[near[0]]}?" if near else f"there are {', '.join(recipes.values())}"
+        raise ValueError(f"@{name}: no such recipe; {there}") from None
     except UnicodeDecodeError:
         raise ValueError(f"@{name}: not readable as UTF-8") from None
     except (OSError, ValueError) as error:

@@ -86,7 +86,7 @@ def needs(
         training=training,
         generation=generation + (models - 1) * weights + cache,
         disk=iterations * (trained * FP32 + pair_tokens * TOKEN * (2 if keeps_responses else 1))
-        + (2 if swaps_weights else 1) * total * FP32
+        + (3 if swaps_weights else 2) * total * FP32  # final/ and best/
         + 2 * state
         + pair_tokens * TOKEN,
         optimizer=trained * optimizer_slots * FP32 // max(cut, 1),
@@ -210,7 +210,7 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     lines = {
         "model": f"{args.model}: {needs.parameters:,} parameters, {needs.trained:,} trained ({trained}), "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",
-        "data": f"{args.source[1]}: {count:,} examples to train on, {len(run.heldout):,} held out",
+        "data": f"{', '.join(args.source[1])}: {count:,} examples to train on, {len(run.heldout):,} held out",
         "lengths": f"prompts {prompt:.0f} tokens, the longest {max(len(e.prompt_ids) for e in examples)}; "
         f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {limit}",
         "iterations": f"{args.iterations}, each of {prompts:,} prompts; steps: {', '.join(map(str, steps))}",

@@ -25,7 +25,7 @@ import lora
 from runtime import fsdp, parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
 from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
-from runtime.export import export
+from runtime.export import export, write_card
 from runtime.options import Args
 from runtime.stopping import SIGNALS, Stopped
 from runtime.training import Training
@@ -297,7 +297,7 @@ class Run:
         folder = self.out / f"iterate-{self.iterate}"
         folder.mkdir(exist_ok=True)
         if self.args.rank:
-            lora.save_adapter(model, folder, base_model_name_or_path=self.args.model)
+            lora.save_adapter(model, folder, self.args.model, task_type="CAUSAL_LM")
         else:
             self.save_model(model, folder)
         storage.sync(folder)
@@ -330,18 +330,39 @@ class Run:
     def save_model(self, model: Any, folder: Path) -> None:
         """A directory that transformers loads, with the start's tokenizer and what else came with it."""
         folder.mkdir(exist_ok=True)
-        export(model, folder, self.start, self.tokenizer, self.eos_token_id)
+        export(model, folder, self.start, self.tokenizer, self.eos_token_id, self.record.get("template", ""))
 
     def save_final(self, model: Any) -> None:
-        """final/: the last iterate, whose weights or adapter `model` holds, as one plain model for transformers too."""
+        """final/: the last iterate as one plain model that transformers loads too; best/ where another is the best.
+
+        `model` is the last iterate.
+        """
         self.check_start()  # its tokenizer and, with LoRA, its weights are read again
+        last, best = self.rows[-1]["iterate"], self.best()
+        self.save_plain(model, last, self.out / "final")
+        shutil.rmtree(self.out / "best", ignore_errors=True)  # of a process that died here, by another --best
+        if 0 < best < last:
+            self.save_plain(model, best, self.out / "best")
+
+    def save_plain(self, model: Any, iterate: int, folder: Path) -> None:
+        """An iterate as one plain model, with a model card. `model` is the last one."""
         if self.args.rank:
             # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
             model = type(model).from_pretrained(self.start)
-            lora.load_adapter(model, self.out / f"iterate-{self.rows[-1]['iterate']}")
+            lora.load_adapter(model, self.out / f"iterate-{iterate}")
             lora.merge(model)
             lora.remove_lora(model)
-        self.save_model(model, self.out / "final")
+            self.save_model(model, folder)
+        elif iterate == self.rows[-1]["iterate"]:
+            self.save_model(model, folder)
+        else:
+            storage.copy_files(self.out / f"iterate-{iterate}", folder)
+        write_card(self, iterate, folder)
+
+    def best(self) -> int:
+        """Number of the best iterate by --best."""
+        metric = self.args.best
+        return max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
 
     # ------------------------------------------------------------ beginning and end
 
@@ -384,10 +405,11 @@ class Run:
         storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
         print(report.tables(self.rows))
         metric = self.args.best
-        best = max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
-        files = record.digests(self.out, ["metrics.svg", "final"])
+        best = self.best()
+        files = record.digests(self.out, ["metrics.svg", "final", "best"])
         best_of_all = {"iterate": best, "metric": metric}
         record.write(self.out, self.record | {"finished": True, "best": best_of_all, "files": files})
-        where = f"{self.out}/iterate-{best}" if best else "the start: none is better"
+        where = f"{self.out}/{'final' if best == self.rows[-1]['iterate'] else 'best'}"
+        where = where if best else "the start: none is better"
         print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")

@@ -1,7 +1,6 @@
 """Before the first token: everything that a run needs is checked and loaded. Bad input costs seconds, not a night."""
 
 import dataclasses
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,19 @@ from runtime.data import (
     read_tokenizer,
     split,
 )
-from runtime.export import read_object, side_files, token_text
-from runtime.options import Args, changeable, shown
+from runtime.export import side_files
+from runtime.files import read_object, token_text
+from runtime.options import Args, changeable, near_files, shown
 from runtime.run import Run, seed_of
 from runtime.stopping import Finished
+from runtime.template import Template, choose
 
 
-def setup(args: Args, command: str) -> tuple[GPTNeo, list[Example], Run]:
+def setup(args: Args, command: str = "spin") -> tuple[GPTNeo, list[Example], Run]:
     """Checks and loads everything before the first token is generated. Writes nothing.
+
+    Args:
+        command: the method, "spin", "sft" or "family": a run is resumed by the one that began it.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
     Raises: ValueError and OSError; Finished where there is nothing left to do. All ranks raise the same.
@@ -56,7 +60,8 @@ def prepare(
     """All of `setup` but the weights, on one rank. `earlier` is the record of the run to resume."""
     flag, source, _ = args.source
     if not args.model or not source:
-        missing, expected = ("--data", "a JSON Lines file") if args.model else ("--model", "a directory or a hub id")
+        places = ("--data", "a file, a directory or a hub data set"), ("--model", "a directory or a hub id")
+        missing, expected = places[0 if args.model else 1]
         raise ValueError(f"{missing} is missing: expected {expected}")
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     out = Path(args.out)
@@ -64,11 +69,14 @@ def prepare(
     new["args"]["precision"] = "bf16" if bf16 else "fp32"
     if earlier:
         record.check_same(out, earlier, new, changeable(type(args)))
+    if args.adapter and not Path(args.adapter).is_dir():
+        near = near_files(Path(args.adapter), directories=True)
+        raise FileNotFoundError(f"--adapter {args.adapter}: no such directory{near}")
     path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
     config = load_config(path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step
-    examples, heldout = load_data(args, tokenizer, config)
+    examples, heldout, template = load_data(args, tokenizer, config, path)
     needs, args = needs_of(config, args, examples + heldout, bf16)
     if earlier and (args.dropout or args.lora_dropout):  # which numbers dropout draws depends on how a batch is cut
         fixed = {"micro_tokens", "device"}
@@ -85,6 +93,7 @@ def prepare(
         record.check_same_inputs(f"that the run in {out} began with", earlier["digests"], digests)
     new |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
     new |= {"shard_batch": args.gen_batch, "ranks": parallel.world_size()}
+    new |= {"template": "chat" if template.chat else template.source}
     dtype = torch.bfloat16 if bf16 else torch.float32
     run = Run(args, tokenizer, config.eos_token_id, device, out, path, dtype, heldout, earlier or new, needs)
     return examples, run
@@ -114,19 +123,20 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
-def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+def resolve_model(name: str, revision: str | None = None, flag: str = "--model ") -> tuple[Path, str | None]:
     """(directory, revision) of a model: `name` itself, or the snapshot of a hub id, owner/name or owner/name@revision.
 
-    The revision returned is the hub's commit: a resumed run asks for the very one that it began with.
+    The revision returned is the hub's commit: a resumed run asks for the very one that it began with. `flag` is what
+    messages call the name.
     """
     if Path(name).is_dir():
         if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
-            raise ValueError(f"--model {name}: this is an adapter: give it as --adapter and its base as --model")
+            raise ValueError(f"{flag}{name}: this is an adapter: give it as --adapter and its base as --model")
         return Path(name), None
-    near = nearest_directory(Path(name))
+    near = near_files(Path(name), directories=True)
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         expected = "neither a directory nor a hub id of the form owner/name[@revision]"
-        raise FileNotFoundError(f"--model {shown(name)}: {expected}{near}")
+        raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}")
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
@@ -139,18 +149,8 @@ def resolve_model(name: str, revision: str | None = None) -> tuple[Path, str | N
             wanted = [*common, "pytorch_model*.bin*"]
             path = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub and the network raise many kinds
-        raise ValueError(f"--model {name}: no such directory{near}, and the hub says: {error}") from None
+        raise ValueError(f"{flag}{name}: no such directory{near}, and the hub says: {error}") from None
     return path, revision
-
-
-def nearest_directory(path: Path) -> str:
-    """A remark on the directory beside `path` whose name is nearest; "" where there is none."""
-    try:
-        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()]
-    except (OSError, ValueError):
-        return ""
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def load_config(path: Path, args: Args) -> GPTNeoConfig:
@@ -187,23 +187,31 @@ def end_token(path: Path, eos_token_id: int | None, wanted: str) -> int:
     return eos_token_id
 
 
-def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples, encoded and checked against the context."""
+def load_data(
+    args: Args, tokenizer: Tokenizer, config: GPTNeoConfig, path: Path
+) -> tuple[list[Example], list[Example], Template]:
+    """(training, held-out) examples, encoded and checked against the context, and the template of their prompts.
+
+    `path` is the model's directory, which may hold a chat template.
+    """
     _, source, layout = args.source
-    train_set = load_examples(source, layout)
+    train_set = load_examples(source, layout, args.fields)
     if args.eval_data:
-        heldout = load_examples(args.eval_data)
+        heldout = load_examples(args.eval_data, fields=args.fields)
     else:
         train_set, heldout = split(train_set, args.eval_share)
         if not train_set or not heldout:
-            raise ValueError(f"{source}: too few records to hold out a share of {args.eval_share}; use --eval-data")
+            raise ValueError(
+                f"{', '.join(source)}: too few records to hold out a share of {args.eval_share}; use --eval-data"
+            )
     heldout = draw(heldout, args.eval_limit)
     if common := len({e.prompt for e in train_set} & {e.prompt for e in heldout}):
         print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
+    messages = any(e.turns for e in (*train_set, *heldout))
+    template = choose(args.template, path, tokenizer, messages, args.special_tokens)
     result = []
     for examples in (train_set, heldout):
-        template = args.template.replace(r"\n", "\n")
-        encode(examples, tokenizer, template, config.eos_token_id, args.special_tokens)
+        encode(examples, tokenizer, template, config.eos_token_id)
         if examples is heldout:
             as_decoded(examples, tokenizer, config.eos_token_id)
         # No response is generated to the prompt of a given pair, so it needs no room for one.
@@ -212,7 +220,7 @@ def load_data(args: Args, tokenizer: Tokenizer, config: GPTNeoConfig) -> tuple[l
         if skipped:
             print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
         result.append(kept)
-    return result[0], result[1]
+    return result[0], result[1], template
 
 
 def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bool) -> tuple[plan.Needs, Args]:

@@ -89,6 +89,13 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies the files of a folder, which have been written whole, into another."""
+    folder.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        write(folder / file.name, lambda temporary, file=file: shutil.copyfile(file, temporary))
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 

@@ -3,27 +3,32 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from helpers import ROOT, flags, player_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import respond
 import spin
 from model import GPTNeo, GPTNeoConfig
 from runtime.data import Example, decode, encode, load_examples, load_tokenizer
 from runtime.export import export, side_files
-from runtime.options import Args
+from runtime.options import DEFAULT_TEMPLATE
 
-TEMPLATE = Args().template.replace(r"\n", "\n")
+TEMPLATE = DEFAULT_TEMPLATE.replace(r"\n", "\n")
 CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\r\n{% endfor %}"
 
 
-def gpt2_start(path):
-    """A start with GPT-2's kind of tokenizer files, of the shipped vocabulary, and random weights."""
+def gpt2_start(path, files=None):
+    """A start with GPT-2's kind of tokenizer files, of the shipped vocabulary or in a folder, and random weights."""
     model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
     vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
     merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
+    if files:
+        vocab, merges = read(files / "vocab.json"), (files / "merges.txt").read_text().splitlines()
     eos = vocab["<|endoftext|>"]
     config = GPTNeoConfig(
         vocab_size=len(vocab), max_position_embeddings=128, hidden_size=16, num_layers=2, num_heads=2,
@@ -40,10 +45,18 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "GPT2Tokenizer"])
+SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "GPT2Tokenizer", "GPT-2"])
 def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
-    """The embedded task's start, also where it names the class that replaces its pre-tokenizer; GPT-2's files."""
-    start = gpt2_start(tmp_path) if kind == "vocab.json" else shutil.copytree(ROOT / "pronounce/start", tmp_path / "s")
+    """The embedded task's start, also where it names the class that replaces its pre-tokenizer; GPT-2's files, of the
+    embedded task's vocabulary and, where SPIN_SHARED names a folder with it, of GPT-2's own."""
+    if kind == "GPT-2" and not (SHARED / "data/gpt2-tokenizer").is_dir():
+        pytest.skip("SPIN_SHARED names no directory with the GPT-2 vocabulary")
+    files = SHARED / "data/gpt2-tokenizer" if kind == "GPT-2" else None
+    own = kind in ("vocab.json", "GPT-2")
+    start = gpt2_start(tmp_path, files) if own else shutil.copytree(ROOT / "pronounce/start", tmp_path / "s")
     if kind == "GPT2Tokenizer":
         (start / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     model = GPTNeo.from_pretrained(start).eval()
@@ -51,7 +64,7 @@ def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
     tokenizer = load_tokenizer(start, eos, model.config.vocab_size)
     export(model, tmp_path / "final", start, tokenizer, eos)
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    files |= {"vocab.json", "merges.txt"} if kind == "vocab.json" else set()
+    files |= {"vocab.json", "merges.txt"} if own else set()
     assert {path.name for path in (tmp_path / "final").iterdir()} == files
     assert (
         read(tmp_path / "final/tokenizer_config.json")["clean_up_tokenization_spaces"] is False
@@ -199,3 +212,66 @@ def test_the_exported_tokenizer_is_the_one_of_the_run(start, tmp_path):
     encode([example], load_tokenizer(start, 393, 396), "{prompt}", 393)
     theirs = AutoTokenizer.from_pretrained(final)
     assert [*theirs("HH AH0 L OW1")["input_ids"], 393] == example.real_ids
+
+
+# ---------------------------------------------------------------- chat templates, the model card, adapters
+
+
+def test_a_text_template_becomes_the_chat_template_of_a_start_without_one(start, chat, tmp_path):
+    """The start's own stays. transformers then writes the prompts that the run was trained on."""
+    for path, template, expected in (
+        (start, TEMPLATE, None),
+        (start, "chat", ""),
+        (start, "", ""),
+        (chat, TEMPLATE, CHAT),
+    ):
+        model = GPTNeo.from_pretrained(path)
+        tokenizer = load_tokenizer(path, 393, 396)
+        folder = tmp_path / f"{path.name}-{len(template)}"
+        export(model, folder, path, tokenizer, 393, template)
+        file = folder / "chat_template.jinja"
+        assert (file.read_bytes().decode() if file.exists() else "") == (expected if expected is not None else
+                                                                         file.read_text())  # fmt: skip
+    theirs = AutoTokenizer.from_pretrained(tmp_path / f"{start.name}-{len(TEMPLATE)}")
+    example = Example("x", 1, "HELLO", "HH", [])
+    encode([example], load_tokenizer(start, 393, 396), TEMPLATE, 393)
+    said = [{"role": "user", "content": "HELLO"}]
+    assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == example.prompt_ids
+
+
+@pytest.fixture(scope="module")
+def finished(start, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("card") / "run"
+    assert spin.main(flags(start, data, out, template=r"Say {prompt}:\n", lr=1e-1)) == 0
+    return out
+
+
+def test_the_code_in_the_model_card_answers_as_respond_does(finished, capsys, monkeypatch):
+    card = (finished / "final/README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("model.generate(**inputs)", "model.generate(**inputs, do_sample=False, max_new_tokens=8)")
+    monkeypatch.chdir(finished / "final")
+    exec(code.replace('"..."', '"dog"'), {})
+    theirs = capsys.readouterr().out
+    assert respond.main([str(finished), "--prompt", "dog", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.removesuffix(" [...]\n").strip() == theirs.strip()
+
+
+def test_the_model_card_says_where_the_model_comes_from_and_tells_no_folders(finished, start, data):
+    card, run = (finished / "final/README.md").read_text(), read(finished / "run.json")
+    for text in (
+        f"| Base model | `{start.name}` |", f"| Training data | `{data.name}` |", run["digests"]["data"],
+        run["digests"]["model"], "--lr 0.1", "--rank 4", json.dumps("Say {prompt}:\n"), "Held-out metrics \u00b1 one",
+        "tags: [gpt_neo, spin, self-play]", "(metrics.svg)",
+    ):  # fmt: skip
+        assert text in card, text
+    assert str(start.parent) not in card and "base_model:" not in card, "a path is no name on the hub"
+    assert (finished / "final/metrics.svg").read_text().startswith("<svg")
+
+
+def test_pefts_auto_class_loads_an_iterate(finished):
+    ids = torch.tensor([[5, 6, 7]])
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(finished / "iterate-1")
+    final = AutoModelForCausalLM.from_pretrained(finished / "final")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, final(ids).logits, atol=1e-4, rtol=0)

@@ -467,7 +467,7 @@ def test_a_run_is_not_resumed_with_another_scorer(start, data, tmp_path, monkeyp
     [
         ({"prompt": "a", "response": "b"}, "field 'generated' is missing"),
         ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
-        ({"prompt": "a", "chosen": [], "rejected": "b"}, "field 'chosen' is list"),
+        ({"prompt": "a", "chosen": [], "rejected": "b"}, "field 'chosen' has the roles []"),
         ({"prompt": "a", "response": "b", "generated": ""}, "field 'generated' is empty"),
         ({"prompt": "a", "response": "b", "generated": 3}, "field 'generated' is int"),
         (PAIRS[2] | {"generated": "x"}, "field 'generated' must be a list"),

@@ -898,3 +898,55 @@ def test_the_package_imports_torch_and_triton_only() -> None:
             for name in names:
                 root = name.split(".")[0]
                 assert root in {"torch", "triton"} or root in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+STAND_IN = """
+from kernels.deeper import answer
+from . import deeper
+from kernels import __version__ as found
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__init__": lambda self, *args, **options: None, "__call__": lambda self, it: it})
+"""
+BESIDE = """
+import sys
+import kernels
+assert "kernels.deeper" not in sys.modules, "the other package is not run before somebody asks for it"
+from kernels import linear_logprobs
+if sys.argv[1] == "with":
+    import transformers.integrations.hub_kernels as hub
+    assert hub.is_kernels_available() and hub._kernels_enabled is not None
+    from kernels import answer, LayerRepository
+    from kernels.deeper import answer as same
+    assert answer == same == 42 and kernels.__version__ == VERSION
+    from transformers import LlamaForCausalLM
+else:
+    assert not hasattr(kernels, "answer") and not hasattr(kernels, "__version__") and len(kernels.__path__) == 1
+from kernels import logprobs
+import torch
+assert kernels.linear_logprobs is linear_logprobs is logprobs.linear_logprobs
+assert linear_logprobs(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2])).shape == (2,)
+"""
+
+
+@pytest.mark.parametrize("which", ["with", "without"])
+def test_hugging_faces_package_of_this_name_works_beside_it(which: str, tmp_path: Path) -> None:
+    """transformers imports it where it is installed, which is tried with a stand-in; our folder comes first."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION as VERSION
+
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (tmp_path / f"kernels-{VERSION}.dist-info").mkdir()
+    (tmp_path / f"kernels-{VERSION}.dist-info/METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {VERSION}\n"
+    )
+    (package / "__init__.py").write_text(f"__version__ = {VERSION!r}\n{STAND_IN}")
+    (package / "deeper.py").write_text("answer = 42\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)} if which == "with" else os.environ
+    code = f"VERSION = {VERSION!r}\n{BESIDE}"
+    result = subprocess.run(
+        [sys.executable, "-c", code, which], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

@@ -245,10 +245,50 @@ def test_add_lora_refuses(options: dict[str, object], message: str) -> None:
     assert_untouched(model, gpt_neo())
 
 
-def test_conv1d_is_refused_by_name() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match=r"'transformer.h.0.attn.c_attn' is a Conv1D, not a plain nn.Linear"):
-        lora.add_lora(model, RANK, ALPHA, targets=["c_attn"])
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=2, n_head=2)).eval()
+
+
+def test_conv1d_equals_pefts(tmp_path: Path) -> None:
+    """GPT-2's layers, whose weights are transposed: outputs, gradients, merge, and adapters in both directions."""
+    targets = lora.linear_names(gpt2())
+    assert targets == ["c_attn", "c_proj", "c_fc"]
+    model, ids = gpt2(), torch.arange(12).view(2, 6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = model(ids).logits
+    lora.add_lora(model, RANK, ALPHA, targets=targets)
+    assert torch.equal(model(ids).logits, plain)
+    for _, layer in lora.lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.2)
+    lora.save_adapter(model, tmp_path)
+    reference = peft.PeftModel.from_pretrained(gpt2(), tmp_path, is_trainable=True).eval()
+    for logits in (model(ids).logits, reference(ids).logits):
+        logits.square().mean().backward()
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, **CLOSE)
+    theirs = dict(reference.named_parameters())
+    for name, layer in lora.lora_layers(model):
+        gradient = theirs[f"base_model.model.{name}.lora_A.default.weight"].grad
+        torch.testing.assert_close(layer.lora_A.grad, gradient, **CLOSE)
+    reference.save_pretrained(tmp_path / "theirs")
+    back = gpt2()
+    lora.load_adapter(back, tmp_path / "theirs")
+    assert torch.equal(back(ids).logits, model(ids).logits)
+    lora.merge(model)
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, **CLOSE)
+    lora.unmerge(model)
+    lora.remove_lora(model)
+    assert {type(m).__name__ for n, m in model.named_modules() if n.endswith("c_attn")} == {"Conv1D"}
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_a_target_that_is_not_there_is_told_the_usual_ones() -> None:
+    usual = {gpt2: "c_attn, c_proj, c_fc", llama: "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"}
+    for build, names in usual.items():
+        with pytest.raises(ValueError, match=f"'query' matches no module of .*; the usual ones are {names}$"):
+            lora.add_lora(build(), RANK, ALPHA, targets=["query"])
 
 
 def test_a_subclass_that_is_never_called_is_refused() -> None:
@@ -756,7 +796,6 @@ def test_save_adapter_refuses_a_model_without_or_with_uneven_lora(tmp_path: Path
         ("modules_to_save", ["lm_head"]),
         ("layers_to_transform", [0]),
         ("layers_to_transform", 0),
-        ("fan_in_fan_out", True),
         ("exclude_modules", ["lm_head"]),
         ("lora_bias", True),
         ("init_lora_weights", "pissa"),

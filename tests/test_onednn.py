@@ -197,6 +197,19 @@ def test_memory_does_not_grow_with_the_number_of_shapes():
     assert float(bounded[0]) < 0.6 * float(unbounded[0])
 
 
+def test_contexts_nest_and_decorate(calls):
+    plain = F.linear
+    with onednn.products():
+        patched = F.linear
+        with onednn.products():
+            assert F.linear is patched
+        assert F.linear is patched
+        onednn.products()(lambda: F.linear(normal(3, 5), normal(4, 5)))()
+    assert F.linear is plain and len(calls) == 1
+    onednn.products()(lambda: F.linear(normal(3, 5), normal(4, 5)))()
+    assert F.linear is plain and len(calls) == 2
+
+
 def test_without_onednn_it_does_nothing(calls, monkeypatch):
     monkeypatch.setattr(onednn, "available", lambda: False)
     with onednn.products():

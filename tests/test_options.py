@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +87,13 @@ def test_help_shows_the_options_of_the_script_in_their_groups_with_defaults(scri
     assert found["optimisation"][0] == "--optimizer {adamw,rmsprop} The optimizer; the paper uses rmsprop. [adamw]"
     defaults = {entry.split()[0]: entry.rpartition(". [")[2] for entry in entries}
     assert defaults["--lr"] == "5e-05]" and defaults["--dry-run"] == "off]" and defaults["--model"] == "none]"
-    assert defaults["--template"] == r"### Instruction: {prompt}\n\n### Response: ]" and defaults["--prompts"] == "0]"
+    assert defaults["--template"] == "auto]" and defaults["--prompts"] == "0]" and defaults["--data"] == "none]"
+
+
+def test_repeated_data_adds_and_commas_are_part_of_a_path():
+    args = parse("spin", [*MINE, "--data", "a,b", "--data=c", "--eval-data", "e", "--fields", "prompt=q,response=a"])
+    assert (args.data, args.eval_data, args.fields) == (("d", "a,b", "c"), ("e",), ("prompt=q", "response=a"))
+    assert Args(data="a").data == Args(data=Path("a")).data == Args(data=["a"]).data == ("a",) and Args().data == ()
 
 
 def test_help_of_a_script_with_more_options_shows_them_in_the_group_they_name(capsys):
@@ -262,7 +269,9 @@ def test_flags_are_read_in_both_forms():
         ("spin", ["--lr"], "--lr: expected a value"),
         ("spin", ["--lr", "--rank", "1"], "--lr: expected a value"),
         ("spin", ["--out", "@x"], "--out: expected a value"),
-        ("spin", ["--data", "a"], "--data is given twice: expected one value"),
+        ("spin", ["--model", "a"], "--model is given twice: expected one value"),
+        ("spin", ["--fields", "x=y"], "--fields x=y: expected NAME=FIELD with NAME one of "
+         "prompt, response, system, messages, references, generated, wins"),
         ("spin", ["--checkpoint", "--checkpoint"], "--checkpoint is given twice: expected one value"),
         ("spin", ["--adapter", "a", "--rank", "8"], "--rank 8: --adapter brings its own rank; give one of the two"),
         ("spin", ["--lora-alpha=1", "--adapter=a"],
@@ -379,6 +388,8 @@ def test_a_missing_recipe_is_answered_with_those_there_are(monkeypatch):
     there = ", ".join(f"recipes/{name}.args" for name in names)
     for path in ("nope.args", "", "recipes/paper.args/x"):
         assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; there are {there}"
+    for path in ("pronunce", "recipe/pronounce.arg", "/x/pronounce"):
+        assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; did you mean @recipes/pronounce.args?"
 
 
 def test_recipes_are_small_regular_files(folder):

@@ -197,7 +197,7 @@ def test_another_torch_is_warned_of(begun, start, data, capsys):
     "name, value, old",
     [
         ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 3, "2"), ("rank", 8, "4"),
-        ("optimizer", "rmsprop", "adamw"), ("temperature", 0.5, "1.0"), ("template", "{prompt}", "Instruction"),
+        ("optimizer", "rmsprop", "adamw"), ("temperature", 0.5, "1.0"), ("template", "{prompt}", "auto"),
         ("precision", "bf16", "fp32"), ("mix_previous", None, "True"), ("max_new_tokens", 9, "8"), ("batch", 8, "16"),
     ],
 )  # fmt: skip
@@ -362,9 +362,29 @@ def test_the_best_iterate_is_kept_and_named(start, data, here, capsys):
     nll = [row["nll"] for row in rows(here / "run/metrics.jsonl")]
     best = nll.index(min(nll))
     assert best == 1, nll
-    assert "Best by nll: iterate 1 (run/iterate-1)." in captured.out and (here / "run/iterate-1").is_dir()
+    assert "Best by nll: iterate 1 (run/best)." in captured.out and (here / "run/iterate-1").is_dir()
     assert json.loads((here / "run/run.json").read_text())["best"] == {"iterate": 1, "metric": "nll"}
     assert "spin.py: warning: iterate 2: held-out real responses lost" in captured.err
+    model = GPTNeo.from_pretrained(here / "run/best")
+    lora.load_adapter(expected := GPTNeo.from_pretrained(start), here / "run/iterate-1")
+    lora.merge(expected)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model.logits(model(ids)), expected.logits(expected(ids)), atol=1e-5, rtol=0)
+
+
+def test_best_of_a_full_run_is_a_copy_of_its_iterate_and_goes_where_it_is_not_wanted(start, data, here, monkeypatch):
+    """A process that dies at the end, then another --best: a best/ that no longer holds is removed."""
+    argv = flags(start, data, "run", rank=0, iterations=2)
+    monkeypatch.setattr(Run, "best", lambda run: 1)
+    die_at(record, "write", argv, lambda folder, content: content.get("finished"))
+    best, iterate = tree(here / "run/best"), tree(here / "run/iterate-1")
+    assert {name: best[name] for name in iterate} == iterate and set(best) - set(iterate) == {
+        "README.md",
+        "metrics.svg",
+    }
+    monkeypatch.setattr(Run, "best", lambda run: 2)
+    assert spin.main(argv) == 0
+    assert not (here / "run/best").exists() and tree(here / "run/final").keys() == best.keys()
 
 
 def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):

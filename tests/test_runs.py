@@ -16,7 +16,8 @@ import torch
 from helpers import ARGS, ROOT, SCRIPTS, rows
 
 from model import GPTNeo, GPTNeoConfig
-from runtime.options import Args, flag_of, parse
+from respond import RespondArgs
+from runtime.options import Args, CommandLine, flag_of, parse
 
 SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +46,7 @@ def test_default_run_improves_on_its_start(tmp_path):
     plot = ElementTree.parse(out / "metrics.svg").getroot()
     text = " ".join(t.text or "" for t in plot.iter("{http://www.w3.org/2000/svg}text"))
     assert "sampled" in text and "grad norm" in text
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+    assert {p.name for p in out.iterdir() if p.is_dir()} - {"best"} == {
         "final",
         *(f"iterate-{i + 1}" for i in range(last["iterate"])),
     }
@@ -116,7 +117,7 @@ def commands_of(text: str) -> list[list[str]]:
 
 def paths_of(text: str) -> set[str]:
     """Every path of this project that a document names: scripts, recipes, and what lies in a folder of it."""
-    folders = ("benchmarks/", "docs/", "kernels/", "pronounce/", "recipes/", "runtime/", "tests/")
+    folders = ("benchmarks/", "docs/", "examples/", "kernels/", "pronounce/", "recipes/", "runtime/", "tests/")
     named = re.findall(r"`([\w./-]+)`", text)
     return {path for path in named if path.endswith((".py", ".args")) or path.startswith(folders)}
 
@@ -133,6 +134,8 @@ def test_commands_of_the_documents_parse(document):
             continue
         assert (ROOT / name).is_file(), name
         script = name.removesuffix(".py")
+        if script == "respond":
+            CommandLine("respond", RespondArgs).read([(word, "") for word in words[1:]])
         if script in SCRIPTS and "--help" not in words:
             options = [re.sub("^@recipes/", f"@{ROOT}/recipes/", word) for word in words]
             parse(script, options, ARGS.get(script, Args))
@@ -147,6 +150,7 @@ def test_paths_and_flags_in_the_documents_exist(document):
         assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
     for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (document.parent / link).exists(), link
-    flags = {flag_of(field.name) for args in ARGS.values() for field in dataclasses.fields(args)} | {"--help"}
+    classes = [*ARGS.values(), RespondArgs]
+    flags = {flag_of(field.name) for args in classes for field in dataclasses.fields(args)} | {"--help"}
     for code in re.findall(r"`(--[^`]+)`", text):
         assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= flags, code

@@ -15,7 +15,7 @@ from model import GPTNeo
 from runtime.data import as_decoded, decode, draw, encode, load_examples, load_tokenizer, split
 from runtime.evaluate import with_se
 from runtime.export import CHANGED, COPIED
-from runtime.options import Args
+from runtime.options import DEFAULT_TEMPLATE
 from runtime.run import Run
 from runtime.storage import digest_of_model
 
@@ -115,7 +115,7 @@ def test_a_thousand_drawn_examples_say_what_all_of_them_say():
     start = ROOT / "pronounce/start"
     tokenizer = load_tokenizer(start, 393, 396)
     _, heldout = split(load_examples(ROOT / "pronounce/cmudict.jsonl.gz"), 0.1)
-    encode(heldout, tokenizer, Args().template.replace(r"\n", "\n"), 393)
+    encode(heldout, tokenizer, DEFAULT_TEMPLATE.replace(r"\n", "\n"), 393)
     as_decoded(heldout, tokenizer, 393)
     player = player_of(GPTNeo.from_pretrained(start).eval(), max_new_tokens=32, gen_batch=1024)
 
@@ -245,3 +245,10 @@ def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
         (chat / name).write_text("{}")
         digests.add(digest_of_model(chat))
     assert len(digests) == len(names) + 1
+
+
+def test_an_adapter_that_is_missing_is_answered_with_the_nearest(start, data, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    argv = flags(start, data, tmp_path / "out", adapter=tmp_path / "adaptor", rank=None)
+    error = refused(argv, tmp_path / "out", capsys)
+    assert f"--adapter {tmp_path}/adaptor: no such directory; did you mean {tmp_path}/adapter?" in error

@@ -1,0 +1,123 @@
+"""examples/: SPIN on models of transformers. Log-probabilities and responses are those of the model itself."""
+
+import importlib.util
+import math
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, die_at, flags, rows, tree
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from runtime import record
+from runtime.options import Args
+
+spec = importlib.util.spec_from_file_location("any_causal_lm", ROOT / "examples/any_causal_lm.py")
+example = importlib.util.module_from_spec(spec)
+sys.modules["any_causal_lm"] = example
+spec.loader.exec_module(example)
+
+TOKENS = dict(vocab_size=396, bos_token_id=393, eos_token_id=393, pad_token_id=393, max_position_embeddings=64)
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+MODELS = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=1, attention_dropout=0.5, **SMALL, **TOKENS)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SMALL, **TOKENS)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, **TOKENS)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def start(request, tmp_path_factory):
+    """A tiny random model with the embedded task's tokenizer."""
+    path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    MODELS[request.param]().save_pretrained(path)
+    tokenizer = str(ROOT / "pronounce/start/tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<|endoftext|>").save_pretrained(path)
+    return path
+
+
+def player_of(start, **options):
+    options = dict(model=str(start), max_new_tokens=6, gen_batch=3, device="cpu") | options
+    model = example.transformers.AutoModelForCausalLM.from_pretrained(start).eval()
+    return example.CausalLM(model, 393, Args(**options))
+
+
+def test_log_probabilities_are_those_of_the_model(start):
+    """Items of one and two responses, of ragged lengths: float64 sums over the logits of each sequence alone."""
+    player = player_of(start)
+    items = [([5, 6, 7], [8, 393], [9]), ([1], [2, 3, 4, 5, 393], [6, 393]), ([3] * 9, [4], [5, 6, 7, 8])]
+    with torch.no_grad():
+        for some in (items, [item[:2] for item in items]):
+            got = player.response_logps(some).T
+            for row, (prompt, *responses) in zip(got, some):
+                for value, response in zip(row, responses):
+                    logps = player.model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+                    at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+                    assert value.item() == pytest.approx(
+                        sum(logps[i, t].item() for i, t in zip(at, response)), abs=1e-4
+                    )
+
+
+def test_responses_are_those_of_each_prompt_alone(start):
+    """Greedy, in batches with padding on the left; sampled ones depend on the seed and end where they say so."""
+    player = player_of(start)
+    prompts = [[5], [6, 7, 8, 9], [1, 2], [3] * 12, [4, 5, 6]]
+    settings = example.transformers.GenerationConfig(max_new_tokens=6, eos_token_id=393, pad_token_id=393)
+    for prompt, (ids, finished) in zip(prompts, player.respond(prompts, 0, temperature=0.0)):
+        alone = player.model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+        assert ids == alone and finished == (ids[-1] == 393)
+    one, same, other = (player.respond(prompts * 3, seed, temperature=1.5) for seed in (1, 1, 2))
+    assert one == same != other
+    assert all(finished == (ids[-1] == 393) and ids.count(393) <= 1 for ids, finished in one)
+
+
+def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, data, here):
+    """Dropout of the model's config is off. final/ loads without adapters and scores as the last iterate did."""
+    argv = flags(start, data, "run", iterations=2, max_new_tokens=6, eval_limit=8, save_minutes=0)
+    assert example.main(argv) == 0
+    for t in (0, 1):
+        steps = rows(here / f"run/steps-{t}.jsonl")
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and steps[-1]["loss"] < math.log(2) - 0.01
+    first, *_, last = metrics = rows(here / "run/metrics.jsonl")
+    assert last["nll"] < first["nll"]
+    final = example.transformers.AutoModelForCausalLM.from_pretrained(here / "run/final")
+    assert not [name for name, _ in final.named_parameters() if "lora" in name]
+    _, _, run = example.setup(example.parse("spin", flags(start, data, "other", iterations=2, eval_limit=8)))
+    player = example.CausalLM(final.eval(), 393, run.args)
+    items = [(e.prompt_ids, e.real_ids) for e in run.heldout]
+    total, tokens = sum(logp for (logp,) in player.logps(items)), sum(len(real) for _, real in items)
+    assert -total / tokens == pytest.approx(last["nll"], abs=1e-4)
+    again = [word if word != "run" else "again" for word in argv]
+    die_at(record, "write_finished", again, lambda folder, iterate, *rest: iterate == 2, script=example)
+    assert example.main(again) == 0
+    assert rows(here / "again/metrics.jsonl") == metrics
+    for name, content in tree(here / "run/iterate-2").items():
+        assert tree(here / "again/iterate-2")[name] == content
+
+
+def test_what_is_refused(start, data, tmp_path, capsys):
+    def error(**options):
+        assert example.main(flags(start, data, tmp_path / "run", **options)) == 2
+        return capsys.readouterr().err
+
+    assert "expected --model and --data, and no --rank 0" in error(rank=0)
+    assert "the usual ones are " in error(lora_targets="query")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
+    torch.manual_seed(0)
+    GraniteForCausalLM(GraniteConfig(logits_scaling=8.0, **SMALL, **TOKENS)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="GraniteForCausalLM: its head is not one product"):
+        player_of(tmp_path)

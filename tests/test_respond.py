@@ -1,0 +1,142 @@
+"""respond.py: what an iterate answers is what the run's own code gives, from every kind of name, in every form."""
+
+import io
+import json
+import shutil
+
+import pytest
+from helpers import begin, flags, refused, rows
+
+import respond
+import spin
+from runtime.data import Example, encode, load_examples
+
+TEMPLATE = r"Say {prompt}:\n"
+WORDS = ["abc", "dog", "cat", "tree"]
+
+
+@pytest.fixture(scope="module")
+def run(start, data, tmp_path_factory):
+    """A run with adapters and a template of its own."""
+    folder = tmp_path_factory.mktemp("respond") / "run"
+    argv = flags(start, data, folder, iterations=2, template=TEMPLATE, lr=1e-1, eval_data=data, eval_limit=20)
+    assert spin.main(argv) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(run, start, data, tmp_path_factory):
+    """What the player of the run answers, as iterate 0, 1 and 2."""
+    player, _, other = begin(start, data, tmp_path_factory.mktemp("again") / "run", template=TEMPLATE)
+    examples = [Example("x", i, word, "", []) for i, word in enumerate(WORDS)]
+    encode(examples, other.tokenizer, TEMPLATE.replace(r"\n", "\n"), other.eos_token_id)
+    other.out, result = run, []
+    for t in (0, 1, 2):
+        other.load_iterate(player, t)
+        ids = player.respond([e.prompt_ids for e in examples], 0, temperature=0.0)
+        result.append([other.text(i) for i, _ in ids])
+    assert len({*map(tuple, result)}) == 3, "iterates that answer alike would prove nothing"
+    return result
+
+
+def asked(argv, capsys, code=0) -> str:
+    assert respond.main([str(word) for word in argv]) == code
+    return capsys.readouterr().out
+
+
+def prompts(words):
+    return [part for word in words for part in ("--prompt", word)]
+
+
+@pytest.mark.parametrize("name, t", [("", 2), ("iterate-0", 0), ("iterate-1", 1), ("iterate-2", 2), ("final", 2)])
+def test_every_iterate_answers_with_the_template_of_its_run(name, t, run, answers, tmp_path, capsys):
+    asked([run / name, *prompts(WORDS), "--out", tmp_path / "x.jsonl"], capsys)
+    written = rows(tmp_path / "x.jsonl")
+    assert [row["response"] for row in written] == answers[t]
+    assert [row["prompt"] for row in written] == WORDS and {row["model"] for row in written} == {str(run / name)}
+
+
+def test_a_final_that_was_moved_keeps_its_template(run, answers, tmp_path, capsys):
+    shutil.copytree(run / "final", tmp_path / "moved")
+    said = asked([tmp_path / "moved", "--prompt", WORDS[0], "--max-new-tokens", 8], capsys)
+    assert said.removesuffix(" [...]\n").strip() == answers[2][0]
+
+
+def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monkeypatch):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": w, "answer": "a"}) + "\n" for w in WORDS))
+    text = asked([run, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"], capsys)
+    assert text.startswith(f"> {WORDS[0]}\n{answers[2][0]}")
+    written = rows(tmp_path / "out.jsonl")
+    assert [row["response"] for row in written] == answers[2] and written[0]["references"] == ["a"]
+    assert load_examples([str(tmp_path / "out.jsonl")])[0].prompt == WORDS[0], "as --data reads it"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(WORDS) + "\n\n"))
+    lines = [line.removesuffix(" [...]") for line in asked([run], capsys).splitlines()]
+    assert lines == answers[2]
+
+
+def test_two_iterates_side_by_side(run, answers, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "63")
+    text = asked([run / "iterate-1", "--compare", run / "iterate-0", "--prompt", WORDS[1]], capsys)
+    title, rule, *lines = (line.split(" | ") for line in text.splitlines())
+    assert [t.strip() for t in title] == [str(run / "iterate-1")[-30:], str(run / "iterate-0")[-30:]]
+    assert rule == ["-" * 30] * 2
+    for column, t in ((0, 1), (1, 0)):
+        said = " ".join(line[column].strip() for line in lines if len(line) > column).removesuffix("[...]")
+        assert said.split() == answers[t][1].split()
+
+
+def test_held_out_metrics_are_those_of_the_run(run, data, capsys, tmp_path):
+    """With the limit of the run they are computed on the same examples; KL is that from the first model."""
+    names = [run / "iterate-0", "--compare", run / "iterate-2"]
+    text = asked([*names, "--eval-data", data, "--eval-limit", 20, "--out", tmp_path / "m"], capsys)
+    first, last = written = rows(tmp_path / "m")
+    assert str(run / "iterate-2") in text and first["kl"] == 0 and last["kl"] != 0
+    for row, expected in zip(written, rows(run / "metrics.jsonl")[::2]):
+        for metric in ("nll", "greedy", "greedy_error", "sampled_error"):
+            assert row[metric] == pytest.approx(expected[metric], abs=1e-5), metric
+
+
+def test_a_conversation_keeps_its_turns_until_an_empty_line(run, monkeypatch, capsys):
+    seen = []
+    original = respond.Responder.respond
+    monkeypatch.setattr(respond.Responder, "respond", lambda s, e: (seen.append(e[0].turns), original(s, e))[1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n\nc\n"))
+    said = asked([run, "--chat", "--max-new-tokens", 4], capsys).splitlines()
+    first = said[0].removesuffix(" [...]") or " "
+    assert seen == [(("user", "a"),), (("user", "a"), ("assistant", first), ("user", "b")), (("user", "c"),)]
+
+
+def test_an_adapter_outside_its_run_needs_its_base(run, start, answers, tmp_path, capsys):
+    folder = shutil.copytree(run / "iterate-1", tmp_path / "adapter")
+    assert asked([folder, "--template", TEMPLATE, "--max-new-tokens", 8, *prompts(WORDS[:1])], capsys).startswith(
+        answers[1][0]
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    out = tmp_path / "out"
+    assert "names no base model; --base names it" in refused([folder, "--prompt", "x"], out, capsys, respond)
+    assert asked([folder, "--base", start, "--prompt", "x"], capsys)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ([], "expected a run, an iterate, a model's directory or a hub id before the flags"),
+        (["--prompt", "x"], "expected a run, an iterate"), (["nothing"], "nothing: neither a directory nor a hub id"),
+        (["RUN", "--promt", "x"], "--promt: no such option; did you mean --prompt?"),
+        (["RUN/iterate-7"], "RUN/iterate-7: no such iterate; there are iterate-0, final, iterate-1, iterate-2"),
+        (["RUN", "--prompt", " "], "--prompt '': expected a text"),
+        (["RUN", "--prompt", "a" * 99], "--prompt:1: the prompt has 105 tokens with the template, the context of"),
+        (["RUN", "--prompts", "no.jsonl"], "no.jsonl: no such file"), (["RUN", "x"], "word 'x': expected flags"),
+        (["RUN", "--out", "RUN/run.json"], "exists, expected a new file"),
+        (["RUN/iterate-0", "--template", "chat", "--prompt", "x"], "has no chat template"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(argv, says, run, tmp_path, capsys):
+    argv = [word.replace("RUN", str(run)) for word in argv]
+    assert says.replace("RUN", str(run)) in refused(argv, tmp_path / "out", capsys, respond)
+
+
+def test_help_lists_every_option(capsys):
+    text = asked(["--help"], capsys)
+    assert text.startswith("usage: respond.py MODEL") and "--compare PATH" in text and "--prompt TEXT" in text

@@ -80,7 +80,9 @@ METHODS = {
     "IPO": Method("family", "--loss ipo", PAIRS),
     "SPPO": Method("family", "--loss sppo", PAIRS),
     "SPACE": Method("family", "--loss space", UNIT),
-    "T-SPIN": Method("family", "--loss tspin", ("--lr 3e-5 --beta 0.1", "--lr 1e-4 --beta 0.1", "--lr 1e-4 --beta 0.5")),
+    "T-SPIN": Method(
+        "family", "--loss tspin", ("--lr 3e-5 --beta 0.1", "--lr 1e-4 --beta 0.1", "--lr 1e-4 --beta 0.5")
+    ),
     "SPIF": Method("family", "--loss spif", PAIRS),
     "IRIS": Method("family", "--loss iris", UNIT),
     "IRIS, adaptive order": Method("family", "--loss iris --adaptive-order", UNIT),

@@ -32,9 +32,8 @@ from player import Player
 from runtime import parallel
 from runtime.run import Run
 
-PROMPTS, SHARD, LONGEST = 64, 16, 48  # prompts to generate for, of which a rank takes SHARD at a time; new tokens
-PAIRS = 8  # of a training step
-STEPS = 2  # measured, after one that warms up
+PROMPTS, SHARD, LONGEST = 48, 12, 48  # prompts to generate for, of which a rank takes SHARD at a time; new tokens
+PAIRS = 32  # of a training step
 FOLDER = Path(__file__).resolve().parent
 RESULTS, DOCS = FOLDER / "results" / "scaling.json", FOLDER.parent / "docs" / "scaling.md"
 
@@ -64,7 +63,7 @@ def worker(shape: str) -> dict[str, float]:
         model = random_model(neo_config(shape), torch.float32, torch.device("cpu"))
         if rank:
             lora.add_lora(model, rank, 32.0)
-        player, run = our_run(model, False, batch=PAIRS, gen_batch=SHARD, max_new_tokens=LONGEST, micro_tokens=1024)
+        player, run = our_run(model, False, batch=PAIRS, gen_batch=SHARD, max_new_tokens=LONGEST, micro_tokens=2048)
         if rank:
             found["generate"] = generation(player, pairs, run)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -85,19 +84,15 @@ def generation(player: Player, pairs: list, run: Run) -> float:
         return timed(lambda: run.shards("generate", PROMPTS, SHARD, SHARD, respond))[0]
 
 
-def steps(player: Player, pairs: list, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+def steps(player: Player, pairs: list, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     """(seconds, bytes on the loopback device) of a step."""
     player.model.train()
 
     def loss_of(batch: list) -> dict:
         return spin.pair_loss(player, batch, 1.0, spin.spin_loss)
 
-    def step(n: int) -> None:
-        spin.take_step(player, optimizer, pairs[n * PAIRS : (n + 1) * PAIRS], loss_of, 1.0)
-
-    step(0)
-    seconds, sent = timed(lambda: [step(n) for n in range(1, STEPS + 1)])
-    return seconds / STEPS, sent / STEPS
+    spin.take_step(player, optimizer, pairs[PAIRS : PAIRS + 4], loss_of, 1.0)  # warms up
+    return timed(lambda: spin.take_step(player, optimizer, pairs[:PAIRS], loss_of, 1.0))
 
 
 def memory(folder: str) -> dict[str, int]:

@@ -251,8 +251,8 @@ def add_samples(opponent: Player, examples: list[Example], pairs: list[Pair], t:
     """Adds --samples K - 1 further responses of the opponent to every pair.
 
     The K losses of a prompt have the minimiser of one, with less noise in the gradient. (One softmax over all K + 1
-    responses has it too, and with two seeds was as good.) A response that differs from the real one goes first, if there
-    is any: a pair is left out as identical if all K are.
+    responses has it too, and with two seeds was as good.) A response that differs from the real one goes first, if
+    there is any: a pair is left out as identical if all K are.
     """
     args = run.args
     for k in range(1, args.samples):

@@ -89,7 +89,7 @@ def steps(player: Player, pairs: list, optimizer: torch.optim.Optimizer) -> tupl
     player.model.train()
 
     def loss_of(batch: list) -> dict:
-        return spin.pair_loss(player, batch, 1.0, spin.spin_loss)
+        return spin.pair_loss(player, batch, 1.0)
 
     spin.take_step(player, optimizer, pairs[PAIRS : PAIRS + 4], loss_of, 1.0)  # warms up
     return timed(lambda: spin.take_step(player, optimizer, pairs[:PAIRS], loss_of, 1.0))

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before the ranks are connected: see `join`
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
@@ -61,6 +62,10 @@ def is_writer() -> bool:
 
 def join(on_gpu: bool, alone: bool = False) -> None:
     """Connects the ranks.
+
+    torch.distributed.nn.functional must be imported before, as it is above: its functions hold the process group that
+    they find as a default argument. `leave` could then not end the group's threads, and a thread that still works when
+    the interpreter ends aborts the process now and then. Optimizers import the module when they are made.
 
     Args:
         on_gpu: tensors of a GPU travel through NCCL if there is one; all else travels through gloo.

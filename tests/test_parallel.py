@@ -107,6 +107,30 @@ def test_the_other_methods_on_two_ranks(launch, start, data, tmp_path, options):
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads by /proc")
+def test_leaving_ends_the_threads_of_the_process_group():
+    """One that is alive when the interpreter ends may abort the process (SIGABRT, exit code -6).
+
+    Optimizers import modules of torch.distributed that would keep the group alive.
+    """
+    program = """if True:
+        from pathlib import Path
+        import torch
+        from runtime import parallel
+
+        def threads():
+            return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+        parallel.join(on_gpu=False, alone=True)
+        torch.distributed.all_reduce(torch.ones(1))
+        assert "pt_gloo_runloop" in threads()
+        torch.optim.AdamW([torch.ones(1, requires_grad=True)])
+        parallel.leave()
+        assert not [name for name in threads() if "gloo" in name], threads()
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 # ---------------------------------------------------------------- FSDP
 
 

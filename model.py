@@ -132,7 +132,8 @@ class GPTNeoConfig:
 # Takes a layer's index and its new keys and values (B, H, T, K); returns the keys and values to attend to.
 CacheUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 # How the layers of a kind attend. None: causally. A mask (B, 1, T, S) bool, True where attention is allowed. Or a
-# function of q (B, H, T, K) and k, v (B, H, S, K) that attends in their place, scores unscaled: returns (B, H, T, K).
+# function of q (B, H, T, K) and k, v (B, H, S, K) that attends in their place, scores unscaled, without
+# attention_dropout: returns (B, H, T, K).
 Mask = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
 

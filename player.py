@@ -36,7 +36,9 @@ class Player:
 
     # Both work on CUDA only, and wait for a measurement there: see benchmarks/README.md.
     decode_kernel = False  # generate with kernels/triton_attention.py: each row reads its own length of the cache
-    packed = False  # score and train on one row without padding or masks, by torch's variable-length attention; bf16
+    # Score and train in bf16 on one row without padding or masks, by torch's variable-length attention, which has no
+    # dropout: the config's attention_dropout is left out.
+    packed = False
 
     def __init__(self, model: GPTNeo, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         self.model = model

@@ -157,7 +157,9 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
     if cpu:
         ways["ours without onednn.py"] = train(False, False)
     else:
-        ways["ours, packed rows"] = train(False, False, packed=True)
+        with optional(notes, "ours, packed rows"):
+            notes["ours, packed rows"] = f"log-probabilities within {packing_error(player, pairs):.2g} nats a response"
+            ways["ours, packed rows"] = train(False, False, packed=True)
     settings = peer_settings(dtype, device, batch)
     notes["ours"] = f"{needed(player.model, pairs):.2f} TFLOP"
     with optional(notes, "TRL, reference precomputed before"):
@@ -169,6 +171,15 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
         second = trl_trainer(another, pairs, precompute=False, **settings)
         ways["TRL, reference in each step"] = second.train
     return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
+
+
+def packing_error(player: Player, pairs: list[Pair]) -> float:
+    """The largest difference of a response's log-probability by packed rows to that by padded ones, in nats."""
+    items = [(pair.prompt_ids, pair.real_ids, pair.generated_ids) for pair in pairs]
+    logps = []
+    for player.packed in (False, True):
+        logps.append(torch.tensor(player.logps(items)))
+    return (logps[1] - logps[0]).abs().max().item()
 
 
 def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, estimate: float = 0.0) -> Case:

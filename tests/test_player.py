@@ -111,6 +111,21 @@ def test_torchs_variable_length_attention_takes_what_packed_rows_pass(start, dat
     assert calls == [{torch.bfloat16}] * 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's own attention has no CPU form")
+@pytest.mark.parametrize("responses", [1, 2])
+def test_packed_rows_on_a_gpu(start, data, tmp_path, responses):
+    """By torch's varlen_attn in bf16: log-probabilities and gradients of padded rows."""
+    player, examples, _ = begin(start, data, tmp_path / "run", rank=0, precision="bf16", device="cuda")
+    items = [(e.prompt_ids, *(examples[i + n].real_ids for n in range(responses))) for i, e in enumerate(examples[:7])]
+    params = [p for p in player.model.parameters() if p.requires_grad]
+    found = []
+    for player.packed in (False, True):
+        logps = player.response_logps(items)
+        found.append((logps.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(logps.sum(), params)])))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=0, rtol=0.02)
+    assert (found[1][1] - found[0][1]).norm() <= 0.05 * found[0][1].norm()
+
+
 @pytest.mark.parametrize("masked_tokens", [1024, 0])
 def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
     """Each token's are those of the logits over the temperature; on the model whose table is known."""

@@ -131,6 +131,10 @@ class GPTNeoConfig:
 
 # Takes a layer's index and its new keys and values (B, H, T, K); returns the keys and values to attend to.
 CacheUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+# How the layers of a kind attend. None: causally. A mask (B, 1, T, S) bool, True where attention is allowed. Or a
+# function of q (B, H, T, K) and k, v (B, H, S, K) that attends in their place, scores unscaled, without
+# attention_dropout: returns (B, H, T, K).
+Mask = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0) -> Tensor:
@@ -178,13 +182,15 @@ class GPTNeoSelfAttention(nn.Module):
         self.out_proj = nn.Linear(D, D)
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, update_cache: CacheUpdate | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
         projections = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in projections)  # (B, H, T, K)
         if update_cache is not None:
             k, v = update_cache(self.layer, k, v)
         dropout = self.dropout * self.training
-        if mask is None and self.window < x.shape[1]:
+        if callable(mask):
+            y = mask(q, k, v)
+        elif mask is None and self.window < x.shape[1]:
             y = local_attention(q, k, v, self.window, dropout)
         else:
             y = F.scaled_dot_product_attention(
@@ -222,7 +228,7 @@ class GPTNeoBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, update_cache: CacheUpdate | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
         x = x + self.attn.attention(self.ln_1(x), mask, update_cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -246,7 +252,12 @@ class GPTNeo(nn.Module):
         )
 
     def forward(
-        self, input_ids: Tensor, segments: Tensor | None = None, update_cache: CacheUpdate | None = None
+        self,
+        input_ids: Tensor,
+        segments: Tensor | None = None,
+        update_cache: CacheUpdate | None = None,
+        positions: Tensor | None = None,
+        masks: dict[str, Mask] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -257,13 +268,17 @@ class GPTNeo(nn.Module):
                 either side. A token's learned position is the number of tokens that it sees before it. None: every
                 token is in segment 0 (correct with padding on the right too, which no real token can see).
             update_cache: is called with each layer's keys and values (B, H, T, K), to cache them; must return them.
+            positions, masks: both in place of `segments`: the learned position of each token, (B, T) int64 below
+                max_position_embeddings, and how layers attend, "global" and "local" -> Mask.
 
         Returns: (B, T, D) in the model's dtype; finite but meaningless at padding.
         Raises: ValueError if a row has more than max_position_embeddings tokens.
         """
+        if positions is not None and masks is not None:
+            return self._run_blocks(input_ids, positions, masks, update_cache)
         if segments is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-            masks: dict[str, Tensor | None] = {"global": None, "local": None}
+            masks = {"global": None, "local": None}
         else:
             positions, masks = self._positions_and_masks(segments)
         limit = self.config.max_position_embeddings
@@ -271,13 +286,13 @@ class GPTNeo(nn.Module):
             raise ValueError(f"{int(positions.max()) + 1} tokens in a row: max_position_embeddings is {limit}")
         return self._run_blocks(input_ids, positions, masks, update_cache)
 
-    def decode(self, tokens: Tensor, positions: Tensor, masks: dict[str, Tensor], update_cache: CacheUpdate) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate) -> Tensor:
         """Hidden states of one new token per row; the keys and values of the tokens before it are cached.
 
         Args:
             tokens: (B,) int64.
             positions: (B,) int64, the learned position of each token, below max_position_embeddings.
-            masks: "global" and "local" -> (B, 1, 1, S) bool, True where layers of this kind may attend.
+            masks: "global" and "local" -> (B, 1, 1, S) bool, True where layers of this kind may attend; or a function.
             update_cache: takes a layer's keys and values of the new tokens, (B, H, 1, K), returns all, (B, H, S, K).
 
         Returns: (B, D) in the model's dtype.
@@ -285,7 +300,7 @@ class GPTNeo(nn.Module):
         return self._run_blocks(tokens[:, None], positions[:, None], masks, update_cache)[:, 0]
 
     def _run_blocks(
-        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Tensor | None], update_cache: CacheUpdate | None
+        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate | None
     ) -> Tensor:
         wte, wpe, drop, h, ln_f = self.transformer.values()
         x = drop(wte(input_ids) + wpe(positions))
@@ -340,7 +355,7 @@ class GPTNeo(nn.Module):
                 return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], len(weight))
             return torch.cat([F.linear(hidden.float(), block.float()) for block in weight.split(HEAD_BLOCK)], -1)
 
-    def _positions_and_masks(self, segments: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def _positions_and_masks(self, segments: Tensor) -> tuple[Tensor, dict[str, Mask]]:
         """Positions (B, T), and for each kind of layer a mask (B, 1, T, T), True where attention is allowed."""
         index = torch.arange(segments.shape[1], device=segments.device)
         own = segments[:, :, None]

@@ -8,7 +8,8 @@ Shapes: B items of R responses each, packed into rows of T tokens; D hidden size
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class Player:
         args: options that bound lengths and memory: max_new_tokens, gen_batch, gen_tokens, micro_tokens.
         dtype: of matrix products. In bf16, training and scoring use autocast, generation casts the weights.
     """
+
+    # Both work on CUDA only, and wait for a measurement there: see benchmarks/README.md.
+    decode_kernel = False  # generate with kernels/triton_attention.py: each row reads its own length of the cache
+    # Score and train in bf16 on one row without padding or masks, by torch's variable-length attention, which has no
+    # dropout: the config's attention_dropout is left out.
+    packed = False
 
     def __init__(self, model: GPTNeo, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
@@ -60,6 +67,9 @@ class Player:
 
         Raises: FloatingPointError where logits are not finite.
         """
+        attend = None
+        if self.decode_kernel:
+            from kernels.triton_attention import decode_attention as attend  # imports triton
         with self._weights_in_dtype():
             responses = sampling.respond(
                 self.model,
@@ -74,6 +84,7 @@ class Player:
                 batch_size=self.args.gen_batch,
                 cache_tokens=self.args.gen_tokens,
                 progress=progress,
+                attend=attend,
             )
         return list(zip(responses.ids, responses.finished))
 
@@ -108,15 +119,21 @@ class Player:
         rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
         width = max(map(len, rows))
         R = len(items[0]) - 1
-        if R > 1 and width > MASKED_TOKENS:
+        if R > 1 and width > MASKED_TOKENS and not self.packed:
             apart = [[(item[0], item[n]) for item in items] for n in range(1, R + 1)]
             return torch.cat([self.response_logps(some, temperature) for some in apart])
         # A response's last token is no input: nothing behind it is predicted.
-        input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T)
-        segments = None if R == 1 else self._tensor(segments_of(items, width))  # one response: plain causal attention
+        if self.packed:
+            rows, width = [[token for row in rows for token in row]], 0
+            layout = self._packed_layout(items)
+        elif R > 1:
+            layout = {"segments": self._tensor(segments_of(items, width))}
+        else:
+            layout = {}  # one response: plain causal attention
+        input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T), or (1, all tokens)
         sources, targets, slots, longest = head_rows(items, width)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden = self.model(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
+            hidden = self.model(input_ids, **layout).flatten(0, 1)[self._tensor(sources)]  # (N, D)
             hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
             logps = linear_logprobs(
                 hidden, self.model.head_weight, self._tensor(targets), padding_rows=self.model.head_padding_rows
@@ -154,6 +171,18 @@ class Player:
         if group:
             yield group
 
+    def _packed_layout(self, items: Sequence[Item]) -> dict[str, Any]:
+        """What the model needs beside the ids of all items behind each other: positions, and how its layers attend."""
+        positions, keys, queries, seen = packed_sequences(items)
+        starts = {"cu_seq_q": queries, "cu_seq_k": seen}
+        starts = {name: torch.tensor([0, *n], device=self.device).cumsum(0).int() for name, n in starts.items()}
+        attend = partial(
+            packed_attention, None if len(keys) == len(positions) else self._tensor(keys),
+            **starts, max_q=max(queries), max_k=max(seen),
+        )  # fmt: skip
+        masks = {"global": attend, "local": partial(attend, window=self.model.config.window_size)}
+        return {"positions": self._tensor([positions]), "masks": masks}
+
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
 
@@ -169,8 +198,64 @@ def segments_of(items: Sequence[Item], width: int) -> list[list[int]]:
     return rows
 
 
+class Sequences(NamedTuple):
+    """Items behind each other without padding, cut into sequences of queries that variable-length attention knows.
+
+    With one response a sequence is the prompt and the response. With several, the prompt is a sequence, and so is each
+    response, whose keys are the prompt's and then its own. The last query of a sequence sees its last key.
+    """
+
+    positions: list[int]  # of each token
+    keys: list[int]  # indices of tokens: the keys of all sequences, behind each other
+    queries: list[int]  # the number of queries of each sequence
+    seen: list[int]  # the number of keys of each sequence
+
+
+def packed_sequences(items: Sequence[Item]) -> Sequences:
+    """The sequences of items; a response's last token is left out, as nothing behind it is predicted."""
+    result = Sequences([], [], [], [])
+    for prompt, *responses in items:
+        first = len(result.positions)
+        prompt_keys = range(first, first + len(prompt))
+        parts = [range(len(prompt))] if len(responses) > 1 else []
+        shared = len(prompt) if parts else 0
+        parts += [range(shared, len(prompt) + len(response) - 1) for response in responses]
+        for part in parts:
+            if not part:  # a response of one token
+                continue
+            own = range(len(result.positions), len(result.positions) + len(part))
+            keys = [*prompt_keys[: part.start], *own]
+            result.positions.extend(part)
+            result.keys.extend(keys)
+            result.queries.append(len(part))
+            result.seen.append(len(keys))
+    return result
+
+
+def packed_attention(
+    index: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, **sequences: Any
+) -> Tensor:
+    """Causal attention within the sequences of one packed row, scores unscaled; not yet measured, see Player.packed.
+
+    Args:
+        index: (S,) int64, which tokens are the keys of all sequences; None: each token once.
+        q, k, v: (1, H, N, K), bf16 or fp16.
+        window: number of positions that a token sees, itself included; 0: all.
+        sequences: cu_seq_q, cu_seq_k, max_q and max_k of varlen_attn.
+
+    Returns: (1, H, N, K).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, K)
+    if index is not None:
+        k, v = k[index], v[index]
+    y = varlen_attn(q, k, v, **sequences, scale=1.0, window_size=(window - 1, 0))
+    return y.transpose(0, 1)[None]
+
+
 def head_rows(items: Sequence[Item], width: int) -> tuple[list[int], list[int], list[int], int]:
-    """Which hidden states predict which response tokens.
+    """Which hidden states predict which response tokens, in rows of `width` tokens; 0: in one row without padding.
 
     Returns: for each response token of all rows where in (B * T) it is predicted, its id, and its slot in
     (R, B, longest); and `longest`, the tokens of the longest response.
@@ -179,11 +264,13 @@ def head_rows(items: Sequence[Item], width: int) -> tuple[list[int], list[int], 
     sources: list[int] = []
     targets: list[int] = []
     slots: list[int] = []
+    end = 0
     for row, (prompt, *responses) in enumerate(items):
-        end = row * width + len(prompt)
+        start = row * width if width else end
+        end = start + len(prompt)
         for n, response in enumerate(responses):
             # The prompt's last position predicts the first token, each other token is predicted by the one before it.
-            sources += [row * width + len(prompt) - 1, *range(end, end + len(response) - 1)]
+            sources += [start + len(prompt) - 1, *range(end, end + len(response) - 1)]
             targets += response
             first = (n * len(items) + row) * longest
             slots += range(first, first + len(response))

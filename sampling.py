@@ -28,6 +28,10 @@ SHRINK_SHARE = 2 / 3  # once no prompt is waiting, idle slots are dropped when a
 PREFILL_TOKENS = 2**14  # upper bound on the padded prompt tokens of one forward pass: bounds its activations
 DRAW_BLOCK = 256  # tokens per block of the two-step search in `draw`
 
+# Attention of one new token per row, q (B, H, 1, K), to the first min(lengths, S) entries of k and v (B, H, S, K), with
+# lengths (B,) int64: called as attend(q, k, v, lengths=lengths), returns (B, H, 1, K).
+Attend = Callable[..., Tensor]
+
 
 class Responses(NamedTuple):
     """The result of `respond`: one entry per prompt, in the order of the prompts."""
@@ -52,6 +56,7 @@ def respond(
     batch_size: int = 64,
     cache_tokens: int = 2**17,
     progress: Callable[[int, int], None] | None = None,
+    attend: Attend | None = None,
 ) -> Responses:
     """Samples one response to every prompt, with the model in evaluation mode.
 
@@ -69,6 +74,8 @@ def respond(
             has space for at least one row.
         progress: called at least every STEPS_PER_CHECK steps with the numbers of rows that finished since the last call
             and of their new tokens. An exception raised here aborts generation.
+        attend: attention that reads each row's own entries, such as kernels.triton_attention.decode_attention. The
+            model's `decode` must accept functions as masks. None: attention to the longest row's length, under a mask.
 
     Raises: ValueError naming the argument or the prompt that is invalid; FloatingPointError if logits are not finite.
     """
@@ -88,6 +95,7 @@ def respond(
         with torch.cuda.device_of(model.head_weight):  # graphs are captured on the current device
             sampler = Sampler(temperature, top_k, top_p)
             batch = Batch(model, size, capacity, max_new_tokens, eos_token_id, sampler)
+            batch.cache.attend = attend
             return _respond_all(batch, prompts, uniforms_of, progress)
     finally:
         model.train(was_training)
@@ -289,7 +297,8 @@ class KVCache:
         self.capacity = capacity
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)  # tokens of each row so far
         self.rows = torch.arange(size, device=device)
-        self.read_length = capacity  # attention reads this many entries; no row may be longer
+        self.read_length = capacity  # attention under masks reads this many entries; no row may be longer
+        self.attend: Attend | None = None  # see `respond`; None: under masks
 
     def fill(self, rows: Tensor, lengths: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's keys and values of new prompts in `rows` (n,). The caller sets self.lengths[rows].
@@ -321,8 +330,14 @@ class KVCache:
         values[self.rows, :, entry] = v[:, :, 0]
         return keys[:, :, : self.read_length], values[:, :, : self.read_length]
 
-    def masks(self) -> dict[str, Tensor]:
-        """(B, 1, 1, read_length or fewer) bool for each kind of layer: True for the tokens so far and the new one."""
+    def masks(self) -> dict[str, Any]:
+        """For each kind of layer what lets the new token see those so far and itself: a mask or a function.
+
+        A mask is (B, 1, 1, read_length or fewer) bool. A function is `attend` with the lengths of the rows. They exceed
+        the length of a ring buffer once it is full: all of its entries count then.
+        """
+        if self.attend is not None:
+            return dict.fromkeys(("global", "local"), partial(self.attend, lengths=self.lengths + 1))
         seen = (torch.arange(self.read_length, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
         return {"global": seen, "local": seen[..., : self.window]}
 
@@ -401,7 +416,9 @@ class Batch:
         remaining = max(0, self.active_rows - count)
         while int(self.active.sum()) > remaining:
             for _ in range(STEPS_PER_CHECK if self.tokens.is_cuda else 1):
-                self.cache.read_length = min(self.cache.capacity, (self.longest // READ_MULTIPLE + 1) * READ_MULTIPLE)
+                if self.cache.attend is None:  # else one graph serves all lengths
+                    read_length = (self.longest // READ_MULTIPLE + 1) * READ_MULTIPLE
+                    self.cache.read_length = min(self.cache.capacity, read_length)
                 self._advance()
                 self.longest += 1
             if progress is not None:

@@ -25,7 +25,7 @@ import torch
 from bench import FOLDER, current_commit, renew_section, write_whole
 from torch import Tensor
 
-from kernels import logprobs, tiles
+from kernels import logprobs, tiles, triton_attention, triton_rows
 from model import HEAD_MULTIPLE
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100, B200, by compute capability: they decide the tiles
@@ -33,6 +33,13 @@ WIDTHS = (768, 2048, 2560)
 VOCABULARIES = (50257, 50304)
 ROWS = (128, 2048, 8192)
 KINDS = ("scoring", "frozen head", "trained head", "from logits")
+MODULES = {
+    "_logprobs_kernel": triton_rows, "_gradient_kernel": triton_rows, "_hidden_gradient_kernel": triton_rows,
+    "_decode_kernel": triton_attention,
+}  # fmt: skip
+HEADS = ((12, 64), (16, 128), (20, 128), (32, 80))  # number and size: GPT-Neo 125M, 1.3B and 2.7B; not a power of 2
+ENTRIES = (611, 256)  # of the cache: a global layer's number may be odd, a local layer's is the window
+TYPED = ("logits", "terms", "grad", "weight", "k")  # parameters whose dtype a variant is told by
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
@@ -40,15 +47,16 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 class Variant:
     """One specialisation of a kernel, as Triton would compile it at a launch."""
 
-    kernel: str  # name in triton_rows.py
+    kernel: str  # name in MODULES
     signature: tuple[tuple[str, str], ...]  # parameter -> type
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]  # parameters that are multiples of 16
     options: tuple[tuple[str, int], ...]  # num_warps, and others of the compiler
 
     def __str__(self) -> str:
-        types = [f"{name} {kind[1:]}" for name, kind in self.signature if name in ("logits", "terms", "grad", "weight")]
-        values = [f"{k} {v}" for k, v in self.constants if k in ("C", "WIDTH", "D", "SHIFTED", "WITH_TERMS")]
+        types = [f"{name} {kind[1:]}" for name, kind in self.signature if name in TYPED]
+        shown = ("C", "WIDTH", "D", "SHIFTED", "WITH_TERMS", "K")
+        values = [f"{k} {v}" for k, v in self.constants if k in shown]
         return f"{self.kernel.strip('_')}: {', '.join(types + values)}"
 
 
@@ -65,8 +73,6 @@ class Compiled:
 
 def recorded(capability: int, calls: Callable[[], None]) -> set[Variant]:
     """The variants that `calls`, on meta tensors, would launch on a GPU of this capability."""
-    from kernels import triton_rows
-
     variants: set[Variant] = set()
     gpu = SimpleNamespace(multi_processor_count=PROCESSORS[capability])
     shape_of = tiles.tile_shape
@@ -76,8 +82,8 @@ def recorded(capability: int, calls: Callable[[], None]) -> set[Variant]:
             for name, value in values.items():
                 patches.enter_context(mock.patch.object(module, name, value))
 
-        for name in ("_logprobs_kernel", "_gradient_kernel", "_hidden_gradient_kernel"):
-            patch(triton_rows, **{name: Recorder(name, getattr(triton_rows, name).arg_names, variants)})
+        for name, module in MODULES.items():
+            patch(module, **{name: Recorder(name, getattr(module, name).arg_names, variants)})
         patch(torch.cuda, device_of=lambda _: contextlib.nullcontext(), get_device_properties=lambda _: gpu)
         # What kernels/ does differently on CUDA; checks and products of numbers are left out.
         patch(logprobs, _backend=lambda _: triton_rows, _check_range=lambda *_: None, add_product=lambda *_, **__: None)
@@ -136,9 +142,21 @@ def calls_of(kind: str, N: int, D: int, V: int, dtype: torch.dtype) -> None:
             logprobs._linear_backward(hidden, weight, V, targets, *statistics, upstream, -100, True)
 
 
+def decode_calls(dtype: torch.dtype) -> None:
+    """Attention of a new token, with keys and values as the cache passes them."""
+    lengths = torch.empty(64, dtype=torch.int64, device="meta")
+    for H, K in HEADS:
+        for S in ENTRIES:
+            q = torch.empty(64, 1, H, K, dtype=dtype, device="meta").transpose(1, 2)
+            cache = torch.empty(64, H, S, K, dtype=dtype, device="meta")
+            triton_attention.decode_attention(q, cache, cache, lengths)
+
+
 def variants_of_a_run(capability: int) -> list[Variant]:
     """Every variant for the sizes above in bf16 and fp32, sorted by kernel."""
     variants: set[Variant] = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        variants |= recorded(capability, lambda dtype=dtype: decode_calls(dtype))
     for kind in KINDS:
         for dtype in (torch.bfloat16, torch.float32):
             for V in VOCABULARIES:
@@ -154,6 +172,7 @@ def default_variants(capability: int = 90) -> list[Variant]:
     def calls() -> None:
         for kind in KINDS:
             calls_of(kind, 8192, 2560, 50257, torch.bfloat16)
+        decode_calls(torch.bfloat16)
 
     return sorted(recorded(capability, calls), key=str)
 
@@ -163,9 +182,7 @@ def compiled(variant: Variant, capability: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from kernels import triton_rows
-
-    kernel = getattr(triton_rows, variant.kernel)
+    kernel = getattr(MODULES[variant.kernel], variant.kernel)
     names, signature = kernel.arg_names, dict(variant.signature)
     source = ASTSource(
         fn=kernel,
@@ -251,14 +268,14 @@ def main() -> None:
         for variant in variants_of_a_run(capability):
             code = compiled(variant, capability)
             constants, signature = dict(variant.constants), dict(variant.signature)
-            kinds = [
-                f"{name} {signature[name][1:]}" for name in ("logits", "terms", "grad", "weight") if name in signature
-            ]
+            kinds = [f"{name} {signature[name][1:]}" for name in TYPED if name in signature]
             if variant.kernel == "_logprobs_kernel" and not constants["WITH_TERMS"]:
                 kinds = [kinds[0] + ", no terms"]
             row = {
                 "kernel": variant.kernel.strip("_"),
-                "types": ", ".join(kinds) + (", shifted" if constants.get("SHIFTED") else ""),
+                "types": ", ".join(kinds)
+                + (", shifted" if constants.get("SHIFTED") else "")
+                + (f", head size {constants['K']}" if "K" in constants else ""),
                 "capability": capability,
                 "constants": constants,
                 "unaligned": sorted(signature.keys() - set(variant.divisible)),

@@ -1,4 +1,5 @@
-"""Log-probabilities of given tokens in little memory; and, in onednn.py, faster fp32 products on a CPU.
+"""Log-probabilities of given tokens in little memory; onednn.py: faster fp32 products on a CPU; triton_attention.py:
+attention of one new token per row, for generation.
 
 Importing this package registers four operators with torch.library, in the namespace "logprobs". They are registered
 here and not on first use because torch.compile, which alone calls them, cannot trace a registration. The import

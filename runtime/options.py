@@ -464,8 +464,9 @@ def recipe_words(path: str) -> list[tuple[str, str]]:
         lines = content.decode().split("\n")
     except (FileNotFoundError, NotADirectoryError):
         recipes = {recipe.stem: os.path.relpath(recipe) for recipe in sorted((ROOT / "recipes").glob("*.args"))}
-        near = difflib.get_close_matches(Path(path).stem, recipes, n=1)
-        there = f"did you mean @{recipes[near[0]]}?" if near else f"there are {', '.join(recipes.values())}"
+        near = difflib.get_close_matches(Path(path).name.removesuffix(".args"), recipes, n=1)
+        there = f"there are {', '.join(recipes)} in {os.path.relpath(ROOT / 'recipes')}"
+        there = f"did you mean @{recipes[near[0]]}?" if near else there
         raise ValueError(f"@{name}: no such recipe; {there}") from None
     except UnicodeDecodeError:
         raise ValueError(f"@{name}: not readable as UTF-8") from None

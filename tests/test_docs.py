@@ -106,6 +106,15 @@ def test_the_memory_in_the_guide_is_what_the_plan_computes():
     assert "\n".join(plan_rows()) in (ROOT / "docs/guide.md").read_text()
 
 
+def test_the_memory_of_a_step_in_the_guide_is_that_of_the_benchmark():
+    """Of 8192 tokens, without and with --checkpoint."""
+    text = (ROOT / "benchmarks/README.md").read_text().partition("<!-- memory -->")[2].partition("<!-- end")[0]
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "LoRA" in line or "AdamW" in line]
+    assert len(cells) == 6
+    lines = [f"| {few[0]} | {' | '.join(few[5:] + all_[5:])} |" for few, all_ in zip(cells[::2], cells[1::2])]
+    assert "\n".join(lines) in (ROOT / "docs/guide.md").read_text()
+
+
 def test_there_is_one_recommendation_for_beta():
     assert Args().beta == (1.0,) and "**`--beta`: 1," in (ROOT / "docs/guide.md").read_text()
 

@@ -384,10 +384,11 @@ def test_a_flag_of_the_command_line_may_contradict_an_adapter_of_a_recipe(folder
 
 def test_a_missing_recipe_is_answered_with_those_there_are(monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = ("paper", "pronounce-continue", "pronounce-seft", "pronounce-sft", "pronounce")
-    there = ", ".join(f"recipes/{name}.args" for name in names)
+    names = ("neo-125m", "neo-2.7b-lora", "paper", "pronounce-continue", "pronounce-seft", "pronounce-sft", "pronounce")
+    there = f"{', '.join(names)} in recipes"
     for path in ("nope.args", "", "recipes/paper.args/x"):
         assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; there are {there}"
+    assert refusal("spin", ["@neo-2.7b"]).endswith("did you mean @recipes/neo-2.7b-lora.args?")
     for path in ("pronunce", "recipe/pronounce.arg", "/x/pronounce"):
         assert refusal("spin", [f"@{path}"]) == f"@{path}: no such recipe; did you mean @recipes/pronounce.args?"
 

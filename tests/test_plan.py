@@ -1,15 +1,20 @@
 """runtime/plan.py: memory and disk by arithmetic, what is refused for lack of them, and the plan of --dry-run."""
 
+import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import begin, flags, small, small_sft
+from helpers import ROOT, begin, flags, small, small_sft
 
 import sft
 import spin
+from model import GPTNeoConfig
 from runtime import plan
+from runtime.options import Args, parse
 from runtime.plan import duration, gib
+from runtime.setup import needs_of
 from sampling import KVCache
 
 FREE = shutil._ntuple_diskusage(10**6, 10**6, 1000)  # total, used, free
@@ -78,6 +83,36 @@ def test_too_little_disk_or_memory_is_an_error_before_anything_is_loaded(start, 
     assert spin.main(small(start, data, gen_batch=64)) == 2
     assert "lower --gen-tokens or --gen-batch" in capsys.readouterr().err
     assert not list(here.iterdir())
+
+
+def test_recipes_of_gpt_neo_need_what_they_say(start, data, here, capsys):
+    """At the real shapes, with rows of any length; and their flags pass --dry-run, in bf16, on a tiny model."""
+
+    def most(recipe: str, D: int, layers: int, **options) -> plan.Needs:
+        config = GPTNeoConfig(
+            hidden_size=D, num_layers=layers, num_heads=D // 64, attention_types=((("global", "local"), layers // 2),)
+        )
+        args = parse("spin", [f"@{ROOT}/recipes/{recipe}.args", "--model", "m", "--data", "d"])
+        args = dataclasses.replace(args, **options)
+        found = []
+        for length in (256, 512, 1024, 2048):
+            prompt = [0] * (length - args.max_new_tokens)
+            found.append(needs_of(config, args, 300 * [SimpleNamespace(prompt_ids=prompt, tokens=length)], True)[0])
+        return max(found, key=lambda needs: needs.generation)
+
+    adapters, default = (most("neo-2.7b-lora", 2560, 32, **o) for o in ({}, {"gen_tokens": Args().gen_tokens}))
+    assert (
+        gib(adapters.training) == "5.3 GiB"
+        and gib(adapters.generation - default.generation + 22.5 * 2**30) == "12.5 GiB"
+    )
+    assert gib(default.generation) == "27.6 GiB" and gib(adapters.generation) == "17.6 GiB"
+    small = most("neo-125m", 768, 12)
+    assert gib(small.training) == "1.9 GiB" and small.generation < 5 * 2**30
+    for recipe in ("neo-125m", "neo-2.7b-lora"):
+        argv = [f"@{ROOT}/recipes/{recipe}.args", "--model", start, "--data", data, "--out", "run", "--device", "cpu"]
+        argv += ["--eval-share", "0.2", "--max-new-tokens", "8", "--precision", "bf16", "--dry-run"]
+        assert spin.main([str(word) for word in argv]) == 0
+        assert "bfloat16 on cpu" in capsys.readouterr().out and not list(here.iterdir())
 
 
 # ---------------------------------------------------------------- the plan of --dry-run

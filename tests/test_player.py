@@ -1,10 +1,13 @@
 """player.py: log-probabilities of responses, micro-batches, rows that several responses share, numbers in bf16."""
 
 import contextlib
+import inspect
+import itertools
 
 import pytest
 import torch
 from helpers import begin, known_model, player_of, spy
+from torch.nn.attention import varlen
 
 import player as player_module
 import sampling
@@ -40,6 +43,87 @@ def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, ma
     for a, b in zip(*(torch.autograd.grad((logps * weights).sum(), params) for logps in (together, apart))):
         assert (a - b).norm() <= 1e-4 * b.norm()
     assert torch.tensor(player.logps(items)).flatten().tolist() == pytest.approx(apart.T.flatten().tolist(), abs=2e-5)
+
+
+REAL_VARLEN = varlen.varlen_attn
+
+
+def varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What torch documents of varlen_attn, sequence by sequence in plain torch: the last query is at the last key."""
+    left, right = window_size
+    assert right == 0
+    lengths = cu_seq_q.diff(), cu_seq_k.diff()
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))
+    assert [int(n.max()) for n in lengths] == [max_q, max_k]
+    outputs = []
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist())):
+        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))  # (H, n, K)
+        distance = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        weights = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("responses", [1, 2, 3])
+def test_packed_rows_have_the_log_probabilities_of_padded_ones(start, data, tmp_path, monkeypatch, responses):
+    """Player.packed, with torch's definition of varlen_attn in its place: values and gradients; no token is padding.
+
+    The model has global and local layers, with a window of 4; one item has a prompt and a response of one token each.
+    """
+    player, examples, _ = begin(start, data, tmp_path / "run", rank=0)
+    items = [(e.prompt_ids, *(examples[i + n].real_ids for n in range(responses))) for i, e in enumerate(examples[:7])]
+    items[2] = (items[2][0][:1], items[2][1][-1:], *items[2][2:])
+    params = [p for p in player.model.parameters() if p.requires_grad]
+    weights = torch.randn(responses, len(items), generator=torch.Generator().manual_seed(0))
+    padded = player.response_logps(items)
+    expected = torch.autograd.grad((padded * weights).sum(), params)
+    tokens = []
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_definition)
+    spy(monkeypatch, player.model, "forward", lambda a, k: tokens.append(a[0].numel()))
+    monkeypatch.setattr(player_module, "MASKED_TOKENS", 0)
+    player.packed = True
+    packed = player.response_logps(items)
+    torch.testing.assert_close(packed, padded, atol=2e-5, rtol=0)
+    for a, b in zip(torch.autograd.grad((packed * weights).sum(), params), expected):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert tokens == [sum(len(ids) for item in items for ids in item) - responses * len(items)]
+
+
+def test_torchs_variable_length_attention_takes_what_packed_rows_pass(start, data, tmp_path, monkeypatch):
+    """Its own shape function accepts the arguments, with LoRA in bf16: no fp32 tensor reaches flash attention."""
+    player, examples, _ = begin(start, data, tmp_path / "run", precision="bf16")
+    calls = []
+
+    def call(q, k, v, *args, **options):
+        calls.append({x.dtype for x in (q, k, v)})
+        on_meta = inspect.signature(REAL_VARLEN).bind(q, k, v, *args, **options)
+        on_meta.arguments |= {n: x.to("meta") for n, x in on_meta.arguments.items() if isinstance(x, torch.Tensor)}
+        assert REAL_VARLEN(*on_meta.args, **on_meta.kwargs).shape == q.shape
+        return varlen_by_definition(q, k, v, *args, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", call)
+    items = [(e.prompt_ids, e.real_ids, e.real_ids) for e in examples[:3]]
+    padded = player.response_logps(items)
+    assert not calls
+    player.packed = True
+    torch.testing.assert_close(player.response_logps(items), padded, atol=0, rtol=0.02)
+    assert calls == [{torch.bfloat16}] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's own attention has no CPU form")
+@pytest.mark.parametrize("responses", [1, 2])
+def test_packed_rows_on_a_gpu(start, data, tmp_path, responses):
+    """By torch's varlen_attn in bf16: log-probabilities and gradients of padded rows."""
+    player, examples, _ = begin(start, data, tmp_path / "run", rank=0, precision="bf16", device="cuda")
+    items = [(e.prompt_ids, *(examples[i + n].real_ids for n in range(responses))) for i, e in enumerate(examples[:7])]
+    params = [p for p in player.model.parameters() if p.requires_grad]
+    found = []
+    for player.packed in (False, True):
+        logps = player.response_logps(items)
+        found.append((logps.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(logps.sum(), params)])))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=0, rtol=0.02)
+    assert (found[1][1] - found[0][1]).norm() <= 0.05 * found[0][1].norm()
 
 
 @pytest.mark.parametrize("masked_tokens", [1024, 0])

@@ -213,7 +213,10 @@ def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tup
     """The pairs of an iteration, from the source that the options name: given, reinforced, or the opponents so far."""
     args = run.args
     if args.pairs:
-        pairs = [Pair(e.prompt_ids, e.real_ids, e.generated_ids, finished=True, wins=e.wins) for e in examples]
+        pairs = [
+            Pair(e.prompt_ids, e.real_ids, e.generated_ids, finished=True, wins=e.wins, prompt=e.asked)
+            for e in examples
+        ]
     elif args.reinforce:
         pairs = reinforce(opponent, examples, t, run)
     else:
@@ -244,15 +247,17 @@ def fictitious_play(opponent: Player, examples: list[Example], t: int, run: Run)
     )
     if args.history != 1:
         responses = draw_from_history(examples, responses, t, run)
-    return [Pair(e.prompt_ids, e.real_ids, ids, finished) for e, (ids, finished) in zip(examples, responses)]
+    return [
+        Pair(e.prompt_ids, e.real_ids, ids, finished, prompt=e.asked) for e, (ids, finished) in zip(examples, responses)
+    ]
 
 
 def add_samples(opponent: Player, examples: list[Example], pairs: list[Pair], t: int, run: Run) -> None:
     """Adds --samples K - 1 further responses of the opponent to every pair.
 
     The K losses of a prompt have the minimiser of one, with less noise in the gradient. (One softmax over all K + 1
-    responses has it too, and with two seeds was as good.) A response that differs from the real one goes first, if there
-    is any: a pair is left out as identical if all K are.
+    responses has it too, and with two seeds was as good.) A response that differs from the real one goes first, if
+    there is any: a pair is left out as identical if all K are.
     """
     args = run.args
     for k in range(1, args.samples):
@@ -309,7 +314,8 @@ def reinforce(player: Player, examples: list[Example], t: int, run: Run) -> list
         untuned = run.respond(player, examples, "untuned", run.seed(t, "untuned"), *options)
     pairs = []
     for example, (real_ids, real_end), (generated_ids, generated_end) in zip(examples, tuned, untuned):
-        pairs.append(Pair(example.prompt_ids, real_ids, generated_ids, finished=real_end and generated_end))
+        both = real_end and generated_end
+        pairs.append(Pair(example.prompt_ids, real_ids, generated_ids, finished=both, prompt=example.asked))
     return pairs
 
 

@@ -1,6 +1,7 @@
 """Held-out metrics of an iterate, each with its standard error over examples."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # Metric by metric: +1 if a larger value is better, -1 if a smaller one is.
@@ -27,30 +28,78 @@ def sample_start(player: Any, run: Any) -> StartSamples:
 
 
 def evaluate(player: Any, start: StartSamples, run: Any) -> Row:
-    """Metrics on run.heldout; each x comes with x_se, one standard error over examples.
+    """Metrics of the player on run.heldout: see `summary`."""
+    return summary(answers(player, start, run))
 
-    greedy, sampled: share of responses equal to one of the references, decoded greedily or sampled at temperature 1.
-    greedy_error, sampled_error: edit distance to the nearest reference over its length, in whitespace tokens.
-    nll: negative log-probability of the real response, nats a token.
-    kl: KL(theta_0 || player), nats a response.
+
+def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
+    """What the player says to each held-out prompt, as heldout-<t>.jsonl keeps it.
+
+    A row has "prompt", "references", the responses "greedy" and "sampled" as text, and "values": for each metric
+    (value, weight). The metric is sum(values) / sum(weights) over all rows.
+
+    greedy, sampled: whether the response equals one of the references, decoded greedily or sampled at temperature 1.
+    greedy_error, sampled_error: edit distance to the nearest reference, weighted by its length in whitespace tokens.
+    nll: negative log-probability of the real response in nats, weighted by its tokens.
+    kl: log p_0(y) - log p(y) in nats, of the start's response y: a sample of KL(theta_0 || player).
     """
     heldout = run.heldout
-    row: Row = {}
+    rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}} for e in heldout]
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         # The same random numbers for every iterate make the difference between two iterates less noisy.
         responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature)
-        texts = [run.text(ids) for ids, _ in responses]
-        right = [float(text in example.references) for text, example in zip(texts, heldout)]
-        row |= with_se(name, right)
-        nearest = [nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
-        row |= with_se(f"{name}_error", [float(e) for e, _ in nearest], [float(n) for _, n in nearest])
+        for row, example, (ids, _) in zip(rows, heldout, responses):
+            row[name] = text = run.text(ids)
+            edits, length = nearest_edits(text, example.references)
+            row["values"] |= {
+                name: (float(text in example.references), 1.0),
+                f"{name}_error": (float(edits), float(length)),
+            }
     real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll")
-    row |= with_se("nll", [-logp for (logp,) in real], [float(len(e.real_ids)) for e in heldout])
     now = run.logps(player, start.sequences, "kl")
-    return row | with_se("kl", [before - after for before, (after,) in zip(start.logps, now)])
+    for row, example, (real_logp,), before, (after,) in zip(rows, heldout, real, start.logps, now):
+        row["values"] |= {"nll": (-real_logp, float(len(example.real_ids))), "kl": (before - after, 1.0)}
+    return rows
 
 
-def with_se(name: str, values: list[float], weights: list[float] | None = None) -> Row:
+def summary(rows: list[Row]) -> Row:
+    """Each metric x of `answers`, and x_se, its standard error over examples."""
+    result: Row = {}
+    for name in rows[0]["values"]:
+        values, weights = zip(*(row["values"][name] for row in rows))
+        result |= with_se(name, values, weights)
+    return result
+
+
+def changes(before: list[Row], now: list[Row]) -> dict[str, tuple[float, float]]:
+    """Each metric's change between two iterates, and its *paired* standard error.
+
+    Both iterates answered the same prompts, so noise that they share cancels: with the residuals
+    e_i = (v_i - ratio * w_i) / sum(w) of each, the error is the root of sum (e_i now - e_i before)^2.
+    """
+    result = {}
+    for name in now[0]["values"]:
+        ratios, residuals = zip(*(_ratio([row["values"][name] for row in rows]) for rows in (before, now)))
+        error = math.sqrt(sum((b - a) ** 2 for a, b in zip(*residuals)))
+        result[name] = (ratios[1] - ratios[0], error)
+    return result
+
+
+def _ratio(pairs: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+    """sum(values) / sum(weights), and each example's part of its error, of (value, weight) pairs."""
+    values, weights = zip(*pairs)
+    total = sum(weights)
+    ratio = sum(values) / total
+    return ratio, [(v - ratio * w) / total for v, w in pairs]
+
+
+def better(row: Row, metric: str) -> bool:
+    """Whether an iterate's metrics are better than the start's by more than two paired standard errors."""
+    change, error = row.get("since_start", {}).get(metric, (0.0, 0.0))
+    return METRICS[metric] * change > 2 * error
+
+
+def with_se(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Row:
     """The ratio sum(values) / sum(weights) under `name`, and its standard error over examples under `name`_se.
 
     Without weights the ratio is the mean.

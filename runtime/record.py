@@ -111,7 +111,8 @@ def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
 def write_finished(folder: Path, iterate: int, rows: list[Any], checksums: list[dict[str, str]]) -> None:
     """Adds the entry of an iterate to `checksums` and writes both files; `rows` are the metrics with its row."""
     t = iterate - 1
-    files = digests(folder, [f"pairs-{t}.jsonl", f"responses-{t}.jsonl", f"steps-{t}.jsonl", f"iterate-{iterate}"])
+    names = [f"pairs-{t}.jsonl", f"responses-{t}.jsonl", f"steps-{t}.jsonl"]
+    files = digests(folder, [*names, f"heldout-{iterate}.jsonl", f"iterate-{iterate}"])
     metrics = storage.as_lines(rows)
     checksums.append(files | {"metrics.jsonl": storage.digest_of_text(metrics)})
     storage.write_signed(folder / "checksums.json", {"iterates": checksums})

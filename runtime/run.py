@@ -24,7 +24,7 @@ from tqdm import tqdm
 import lora
 from runtime import fsdp, parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
-from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
+from runtime.evaluate import METRICS, Row, StartSamples, answers, better, changes, sample_start, summary
 from runtime.export import export, write_card
 from runtime.options import Args
 from runtime.stopping import SIGNALS, Stopped
@@ -59,6 +59,7 @@ class Run:
     checksums: list[dict[str, str]] = field(default_factory=list)  # of the files of each of them, by name
     iterate: int | None = None  # number of the iterate that is being made; None: outside `iterations`
     start_samples: StartSamples | None = None
+    said: dict[int, list[Row]] = field(default_factory=dict)  # to the held-out prompts, by the iterate
     phase: str | None = None  # generate, score, train or evaluate, while one of them is at work
     seconds: Counter = field(default_factory=Counter)  # of each phase of this iteration
 
@@ -117,18 +118,35 @@ class Run:
         parallel.on_writer(lambda: storage.write_rows(self.out / name, rows))
 
     def evaluate(self, player: Any) -> Row:
-        """Held-out metrics of the player as the next iterate."""
+        """Held-out metrics of the player as the next iterate, and their changes against the start and the last one."""
         with self.timed("evaluate"):
-            return {"iterate": self.iterate} | evaluate(player, self.start_samples, self)
+            now = answers(player, self.start_samples, self)
+        row = {"iterate": self.iterate} | summary(now)
+        if self.iterate:
+            row["since_start"] = changes(self.answers_of(0), now)
+            row["since_last"] = changes(self.answers_of(self.iterate - 1), now)
+        self.said[self.iterate] = now
+        return row
+
+    def answers_of(self, iterate: int) -> list[Row]:
+        """What a finished iterate said to the held-out prompts."""
+        if iterate not in self.said:
+            self.said[iterate] = list(self.read_rows(f"heldout-{iterate}.jsonl"))
+        return self.said[iterate]
 
     def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Pair] = ()) -> None:
-        """Writes pairs, weights and, last, the row of metrics that makes the iterate finished; prints that row."""
+        """Writes pairs, held-out responses, weights and, last, the row of metrics that makes the iterate finished.
+
+        Prints that row, with the responses to some held-out prompts.
+        """
         self.rows.append(row)
         model = self.model_to_save(player)
 
         def write() -> None:
             if pairs:
                 self.write_pairs(pairs)
+            if self.iterate in self.said:
+                storage.write_rows(self.out / f"heldout-{self.iterate}.jsonl", self.said[self.iterate])
             if self.iterate:
                 self.save_iterate(model)
             record.write_finished(self.out, self.iterate, self.rows, self.checksums)
@@ -137,16 +155,26 @@ class Run:
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
         seconds = "".join(f", {phase} {time:.0f} s" for phase, time in self.seconds.items())
-        print(report.line(row, report.COLUMNS) + seconds, flush=True)
+        print("\n".join([report.line(row, report.COLUMNS) + seconds, *report.changes(row)]), flush=True)
+        if self.iterate in self.said:
+            names = {t: f"iterate {t}" if t else "start" for t in sorted({0, max(0, self.iterate - 1), self.iterate})}
+            shown = {name: self.said[t] for t, name in names.items() if t in self.said}
+            print(report.examples(shown), flush=True)
+            self.said = {t: self.said[t] for t in (0, self.iterate) if t in self.said}
         for text in report.warnings_of(self.rows):
             self.warn(text)
         self.seconds.clear()
 
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
+        """pairs-<t>.jsonl: ids and log-probabilities, and the texts, by which the file is --pairs for another run."""
         names = [field.name for field in dataclasses.fields(Pair)]
-        rows = ({"generated": self.text(p.generated_ids)} | {name: getattr(p, name) for name in names} for p in pairs)
-        rows = ({name: value for name, value in row.items() if value != ()} for row in rows)  # no further responses
-        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", rows)
+
+        def row_of(pair: Pair) -> dict[str, Any]:
+            texts = {"prompt": pair.prompt, "response": self.text(pair.real_ids)}
+            row = texts | {"generated": self.text(pair.generated_ids)} | {name: getattr(pair, name) for name in names}
+            return {name: value for name, value in row.items() if value != ()}  # no further responses
+
+        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", map(row_of, pairs))
 
     # ------------------------------------------------------------ what a player is asked for
 
@@ -360,9 +388,10 @@ class Run:
         write_card(self, iterate, folder)
 
     def best(self) -> int:
-        """Number of the best iterate by --best."""
+        """Number of the best iterate by --best, of those that are better than the start; 0 where none is."""
         metric = self.args.best
-        return max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
+        rows = [row for row in self.rows if better(row, metric)]
+        return max(rows, key=lambda row: METRICS[metric] * row[metric])["iterate"] if rows else 0
 
     # ------------------------------------------------------------ beginning and end
 
@@ -409,7 +438,11 @@ class Run:
         files = record.digests(self.out, ["metrics.svg", "final", "best"])
         best_of_all = {"iterate": best, "metric": metric}
         record.write(self.out, self.record | {"finished": True, "best": best_of_all, "files": files})
-        where = f"{self.out}/{'final' if best == self.rows[-1]['iterate'] else 'best'}"
-        where = where if best else "the start: none is better"
-        print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
+        name = metric.replace("_", " ")
+        if best:
+            where = f"{self.out}/{'final' if best == self.rows[-1]['iterate'] else 'best'}"
+            row = next(row for row in self.rows if row["iterate"] == best)
+            print(f"\nBest by {name}: iterate {best} ({where}), {report.change(row, metric)}.")
+        else:
+            print(f"\nNo iterate is better than the start by {name} (more than two standard errors). {report.REMEDY}")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")

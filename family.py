@@ -262,7 +262,7 @@ def add_samples(opponent: Player, examples: list[Example], pairs: list[Pair], t:
     args = run.args
     for k in range(1, args.samples):
         seed = run.seed(t, f"generate-{k}")
-        with run.timed("generate"):
+        with run.progress.timed("generate"):
             more = run.respond(opponent, examples, f"generate-{k}", seed, args.temperature, args.top_k, args.top_p)
         for pair, (ids, finished) in zip(pairs, more):
             responses = sorted([pair.generated_ids, *pair.more_ids, ids], key=pair.real_ids.__eq__)
@@ -276,7 +276,7 @@ def add_start_response(player: Player, examples: list[Example], pairs: list[Pair
     The paper draws these once; here each iteration draws its own, since with --prompts its prompts are its own.
     """
     args = run.args
-    with base_policy(player, run), run.timed("generate"):
+    with base_policy(player, run), run.progress.timed("generate"):
         seed = run.seed(t, "proto")
         written = run.respond(player, examples, "proto", seed, args.temperature, args.top_k, args.top_p)
     for pair, (ids, finished) in zip(pairs, written):

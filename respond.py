@@ -82,6 +82,8 @@ class RespondArgs:
     gen_tokens: int = same("gen_tokens")
     micro_tokens: int = same("micro_tokens")
 
+    shard = 0  # evaluation has shards of the default size
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))

@@ -11,7 +11,7 @@ import torch
 
 from kernels import onednn
 from runtime import parallel, plan
-from runtime.options import Args, parse
+from runtime.options import Args, overridden, parse
 from runtime.record import locked
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Finished, Interrupted, Stopped
@@ -49,8 +49,14 @@ def main(
             SIGNALS.check()
             if args.dry_run:
                 print(plan.describe(examples, run, *plan.rehearse(player, examples, run)))
+                if others := overridden(command, argv, args_class):
+                    print(f"{'options':12}{', '.join(others)}")
                 parallel.leave()
                 return 0
+            print(plan.describe(examples, run))
+            if others := overridden(command, argv, args_class):
+                print(f"{'options':12}{', '.join(others)}")
+            print(flush=True)
             stack.enter_context(locked(run.out) if parallel.is_writer() else contextlib.nullcontext())
             run.begin()
             began = True

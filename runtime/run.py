@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import shutil
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 import lora
 from runtime import fsdp, parallel, record, report, storage
@@ -27,6 +24,7 @@ from runtime.data import Example, Pair, decode, shared
 from runtime.evaluate import METRICS, Row, StartSamples, answers, better, changes, sample_start, summary
 from runtime.export import export, write_card
 from runtime.options import Args
+from runtime.progress import Progress
 from runtime.stopping import SIGNALS, Stopped
 from runtime.training import Training
 
@@ -53,6 +51,7 @@ class Run:
     dtype: torch.dtype = torch.float32  # of the player's matrix products
     heldout: list[Example] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # what run.json says
+    found: dict[str, Any] | None = None  # what it said when `setup` read it
     needs: Any = None  # plan.Needs
     sharded: fsdp.Sharded | None = None  # the player's weights, where --fsdp cuts them over the ranks
     rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
@@ -60,8 +59,7 @@ class Run:
     iterate: int | None = None  # number of the iterate that is being made; None: outside `iterations`
     start_samples: StartSamples | None = None
     said: dict[int, list[Row]] = field(default_factory=dict)  # to the held-out prompts, by the iterate
-    phase: str | None = None  # generate, score, train or evaluate, while one of them is at work
-    seconds: Counter = field(default_factory=Counter)  # of each phase of this iteration
+    progress: Progress = field(default_factory=Progress)
 
     # ------------------------------------------------------------ iterations
 
@@ -72,7 +70,7 @@ class Run:
         """
         self.rows, self.checksums = parallel.on_writer(lambda: record.read_finished(self.out))
         self.enter(0)
-        with self.timed("evaluate"):
+        with self.progress.timed("evaluate"):
             self.start_samples = sample_start(player, self)
         if self.rows:
             self.load_iterate(player, self.rows[-1]["iterate"])
@@ -84,7 +82,8 @@ class Run:
 
     def enter(self, iterate: int) -> None:
         """Begins or resumes work on an iterate."""
-        self.iterate = iterate
+        self.iterate = self.progress.iterate = iterate
+        self.progress.left = self.args.iterations - iterate
         for folder in (self.folder.parent, self.folder):  # not their parents: a run that was removed stays removed
             folder.mkdir(exist_ok=True)
 
@@ -119,7 +118,7 @@ class Run:
 
     def evaluate(self, player: Any) -> Row:
         """Held-out metrics of the player as the next iterate, and their changes against the start and the last one."""
-        with self.timed("evaluate"):
+        with self.progress.timed("evaluate"):
             now = answers(player, self.start_samples, self)
         row = {"iterate": self.iterate} | summary(now)
         if self.iterate:
@@ -150,12 +149,13 @@ class Run:
             if self.iterate:
                 self.save_iterate(model)
             record.write_finished(self.out, self.iterate, self.rows, self.checksums)
+            self.draw()
 
         parallel.on_writer(write)
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
-        seconds = "".join(f", {phase} {time:.0f} s" for phase, time in self.seconds.items())
-        print("\n".join([report.line(row, report.COLUMNS) + seconds, *report.changes(row)]), flush=True)
+        line = report.line(row, report.COLUMNS) + self.progress.finish_iterate()
+        print("\n".join([line, *report.changes(row)]), flush=True)
         if self.iterate in self.said:
             names = {t: f"iterate {t}" if t else "start" for t in sorted({0, max(0, self.iterate - 1), self.iterate})}
             shown = {name: self.said[t] for t, name in names.items() if t in self.said}
@@ -163,7 +163,11 @@ class Run:
             self.said = {t: self.said[t] for t in (0, self.iterate) if t in self.said}
         for text in report.warnings_of(self.rows):
             self.warn(text)
-        self.seconds.clear()
+
+    def draw(self) -> None:
+        """metrics.svg, of the iterates so far."""
+        title = f"{self.args.out}: held-out metrics and training signals"
+        storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
 
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
         """pairs-<t>.jsonl: ids and log-probabilities, and the texts, by which the file is --pairs for another run."""
@@ -192,25 +196,24 @@ class Run:
 
         `name` says what the responses are for. Raises: Stopped where logits are not finite.
         """
-        bar = self._bar(name, len(examples))
-        began, written = time.perf_counter(), 0
+        bar = self.progress.bar(name, len(examples))
+        began, written = self.progress.clock(), 0
 
         def progress(rows: int, tokens: int) -> None:
             nonlocal written
             written += tokens
-            bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
-            bar.update(rows)
+            bar.update(rows, tokens=f"{written / max(self.progress.clock() - began, 1e-9):,.0f}/s")
             SIGNALS.check()
 
         def work(items: range) -> list[tuple[list[int], bool]]:
-            bar.n = items.start
+            bar.at(items.start)
             prompts = [examples[i].prompt_ids for i in items]
             return player.respond(
                 prompts, seed, rows=items, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress
             )
 
         try:
-            with bar, self.timed(name):
+            with bar, self.progress.timed(name):
                 return self.shards(name, len(examples), *self.shard_limits, work)
         except FloatingPointError as error:
             raise Stopped(f"responses for '{name}': {error}") from None
@@ -222,17 +225,17 @@ class Run:
 
         An item is (prompt ids, response ids, ...), with as many responses in each item.
         """
-        bar = self._bar(name, len(items))
+        bar = self.progress.bar(name, len(items))
 
         def progress(count: int) -> None:
             bar.update(count)
             SIGNALS.check()
 
         def work(part: range) -> list[list[float]]:
-            bar.n = part.start
+            bar.at(part.start)
             return player.logps(items[part.start : part.stop], progress, temperature)
 
-        with bar, self.timed(name):
+        with bar, self.progress.timed(name):
             return self.shards(name, len(items), *SCORE_SHARD, work)
 
     def shards(self, name: str, count: int, least: int, most: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
@@ -245,7 +248,7 @@ class Run:
         return storage.in_shards(folder, name, count, self.shard_size(count, least, most), work)
 
     def shard_size(self, count: int, least: int, most: int) -> int:
-        return self.args.shard or min(most, -(-count // (SHARDS * least)) * least)
+        return self.args.shard or min(most, max(1, -(-count // (SHARDS * least))) * least)
 
     @property
     def shard_limits(self) -> tuple[int, int]:
@@ -283,19 +286,6 @@ class Run:
     def generator(self, t: int, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed(t, purpose))
 
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the time that passes inside to the seconds of the phase, or of the outermost phase where they nest."""
-        outermost = self.phase is None
-        self.phase = self.phase or phase
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            if outermost:
-                self.seconds[phase] += time.perf_counter() - began
-                self.phase = None
-
     @property
     def script(self) -> str:
         """Name of the script that runs, for messages."""
@@ -309,10 +299,6 @@ class Run:
     def warn(self, text: str) -> None:
         if parallel.is_writer():
             print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
-
-    def _bar(self, name: str, total: int) -> tqdm:
-        """A progress bar in a terminal, nothing elsewhere."""
-        return tqdm(total=total, desc=name, leave=False, disable=None if parallel.is_writer() else True)
 
     # ------------------------------------------------------------ weights
 
@@ -412,13 +398,17 @@ class Run:
         if found is None:
             record.write(self.out, self.record)
             return
-        if found != self.record:  # the folder held no run, or another one, when `setup` compared options and inputs
+        if found != (
+            self.found or self.record
+        ):  # the folder held no run, or another one, when `setup` compared options and inputs
             raise ValueError(f"--out {self.out}: another process was at work in it a moment ago; run the command again")
         if found["torch"] != torch.__version__:
             began, now = found["torch"], torch.__version__
             self.warn(f"the run began with torch {began}, this is {now}: results differ by rounding")
         rows, checksums = record.read_finished(self.out)
         record.check_files(self.out, checksums)
+        if found != self.record:  # more iterations
+            record.write(self.out, self.record)
         done = max(0, len(rows) - 1)
         print(f"resuming {self.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
 
@@ -430,8 +420,7 @@ class Run:
 
     def _finish(self, model: Any) -> None:
         self.save_final(model)
-        title = f"{self.args.out}: held-out metrics and training signals"
-        storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
+        self.draw()
         print(report.tables(self.rows))
         metric = self.args.best
         best = self.best()

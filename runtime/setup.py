@@ -95,13 +95,14 @@ def prepare(
     new |= {"shard_batch": args.gen_batch, "ranks": parallel.world_size()}
     new |= {"template": "chat" if template.chat else template.source}
     dtype = torch.bfloat16 if bf16 else torch.float32
-    run = Run(args, tokenizer, config.eos_token_id, device, out, path, dtype, heldout, earlier or new, needs)
+    kept = record.continued(earlier, new)
+    run = Run(args, tokenizer, config.eos_token_id, device, out, path, dtype, heldout, kept, earlier, needs)
     return examples, run
 
 
 def check_unfinished(run: Run, earlier: dict[str, Any] | None) -> None:
     """Raises: Finished where the run has ended; Stopped where one of its files is damaged."""
-    if earlier and earlier.get("finished"):
+    if earlier and run.record["finished"]:
         record.check_finished(run.out, earlier)
         raise Finished(f"{run.out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
 

@@ -80,7 +80,18 @@ def test_too_little_disk_or_memory_is_an_error_before_anything_is_loaded(start, 
     assert not list(here.iterdir())
 
 
-# ---------------------------------------------------------------- the plan of --dry-run
+# ---------------------------------------------------------------- the plan
+
+
+def test_every_run_begins_with_its_plan(start, data, here, capsys):
+    """Without times, which only a rehearsal knows; and with what the command line says otherwise than its recipe."""
+    (here / "a.args").write_text("--lr 1e-3 --checkpoint --seed 0")
+    argv = ["@a.args", *small(start, data, lr=1e-2, iterations=1, seed=0), "--no-checkpoint"]
+    assert spin.main(argv) == 0
+    plan, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert "68 examples to train on, 12 held out" in plan and "steps: 5" in plan and "training " in plan
+    assert "\ntime" not in plan and "iterate 0" in rest and "iterate 0" not in plan
+    assert plan.splitlines()[-1] == "options     --lr 0.01 (recipe: 0.001), --no-checkpoint (recipe: --checkpoint)"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(start, data, here, capsys):

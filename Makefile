@@ -27,7 +27,7 @@ bench: $(VENV)/dev.stamp
 test-gpu:
 	python3 -m pytest -vv --continue-on-collection-errors tests/test_kernels.py tests/test_sampling.py \
 		tests/test_model.py tests/test_lora.py tests/test_player.py tests/test_spin.py tests/test_run.py \
-		tests/test_family.py --deselect tests/test_kernels.py::test_everything_under_the_triton_interpreter $(ARGS)
+		tests/test_family.py tests/test_parallel.py --deselect tests/test_kernels.py::test_everything_under_the_triton_interpreter $(ARGS)
 
 bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)

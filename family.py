@@ -400,7 +400,7 @@ class FamilyArgs(Args):
 
     pairs: tuple[str, ...] = option(
         (), 'Given pairs in place of --data and of responses: a record also holds a "generated" one (DPO).',
-        group="methods", changeable=True, repeated="PATH",
+        group="methods", changeable=True, repeated="PATH", **valid(bool, "a path"),
     )  # fmt: skip
     loss: str = option("logistic", "Loss of a pair; logistic is SPIN's Eq. 4.7.", choices=tuple(LOSSES))
     mu: float = option(1.0, "Weight of a generated response against a real one in --loss space.", **POSITIVE)

@@ -81,8 +81,7 @@ class RespondArgs:
     gen_batch: int = same("gen_batch")
     gen_tokens: int = same("gen_tokens")
     micro_tokens: int = same("micro_tokens")
-
-    shard = 0  # evaluation has shards of the default size
+    shard = 0  # of a run: its default
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -173,7 +173,7 @@ class SeftArgs(Args):
     )  # fmt: skip
     pairs: tuple[str, ...] = option(
         (), 'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',
-        changeable=True, repeated="PATH",
+        changeable=True, repeated="PATH", **valid(bool, "a path"),
     )  # fmt: skip
     revise_template: str = option(
         r"{prompt}{response}\n\n### Revision: ", "The reviser's prompt; {prompt} is the policy's, with --template.",

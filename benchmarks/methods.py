@@ -70,6 +70,7 @@ class Method:
 
 RATES = ("--lr 3e-5", "--lr 1e-4", "--lr 3e-4")
 PAIRS = ("--lr 3e-5 --beta 2", "--lr 1e-4 --beta 2", "--lr 1e-4 --beta 5")
+UNIT = ("--lr 3e-5 --beta 1", "--lr 1e-4 --beta 1", "--lr 3e-4 --beta 1")  # losses whose optimum is the data at beta 1
 METHODS = {
     "SPIN": Method("spin", "", PAIRS),
     "SPIN with previous pairs": Method("spin", "--mix-previous", PAIRS, share=0.6),
@@ -78,6 +79,17 @@ METHODS = {
     "hinge": Method("family", "--loss hinge", PAIRS),
     "IPO": Method("family", "--loss ipo", PAIRS),
     "SPPO": Method("family", "--loss sppo", PAIRS),
+    "SPACE": Method("family", "--loss space", UNIT),
+    "T-SPIN": Method(
+        "family", "--loss tspin", ("--lr 3e-5 --beta 0.1", "--lr 1e-4 --beta 0.1", "--lr 1e-4 --beta 0.5")
+    ),
+    "SPIF": Method("family", "--loss spif", PAIRS),
+    "IRIS": Method("family", "--loss iris", UNIT),
+    "IRIS, adaptive order": Method("family", "--loss iris --adaptive-order", UNIT),
+    "SPIN, NLL term": Method("family", "--nll-weight 1", PAIRS),
+    "SPIN, four responses": Method("family", "--samples 4", PAIRS),
+    "SPIN, temperature 1.5": Method("spin", "--temperature 1.5", PAIRS),
+    "SPIN, temperature 1.5, sampled reference": Method("family", "--temperature 1.5 --reference sampled", PAIRS),
     "SEFT": Method("seft", "--reviser {first}", RATES, first="--iterations 1 --lr 3e-3"),
     "supervised (equal steps)": Method("sft", "", RATES),
     "supervised (equal time)": Method("sft", "--epochs 2", RATES),

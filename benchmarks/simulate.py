@@ -181,7 +181,7 @@ def check(path: Path) -> str:
     lines = ["| | predicted for two ranks | measured |", "|---|---|---|"]
     predicted = one["generate"] * spread(works, 2) / sum(works)
     lines.append(f"| generation | {predicted:.1f} s | {two['generate']:.1f} s |")
-    batch = [p.tokens for p in pairs[PAIRS : 2 * PAIRS]]
+    batch = [p.tokens for p in pairs[:PAIRS]]
     share = max(sum(batch[i] for i in part) for part in parallel.shares(batch, 2)) / sum(batch)
     for trained in ("LoRA", "all parameters"):
         travel = two[f"bytes {trained}"] / 2 / LOOPBACK

@@ -79,7 +79,7 @@ class CausalLM(Player):
                 progress(len(some), sum(len(result[i][0]) for i in some))
         return result
 
-    def response_logps(self, items: list[Item]) -> Tensor:
+    def response_logps(self, items: list[Item], temperature: float = 1.0) -> Tensor:
         """log p(response | prompt): (R, B) fp32, nats, summed over the response's tokens. A row for each response."""
         rows = [(item[0], item[n]) for n in range(1, len(items[0])) for item in items]  # R * B
         width = max(len(prompt) + len(response) - 1 for prompt, response in rows)
@@ -88,7 +88,7 @@ class CausalLM(Player):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
             sources, targets, slots, longest = head_rows(rows, width)
-            logps = linear_logprobs(hidden[self._tensor(sources)], self.head, self._tensor(targets))
+            logps = linear_logprobs(hidden[self._tensor(sources)] / temperature, self.head, self._tensor(targets))
         padded = logps.new_zeros(len(rows) * longest).index_put((self._tensor(slots),), logps)
         return padded.view(len(items[0]) - 1, len(items), longest).sum(2)
 

@@ -69,13 +69,13 @@ def main(
             parallel.leave()
         except (ValueError, OSError, Stopped, MemoryError, RuntimeError, Interrupted) as error:
             if not began:
-                return fail(script, as_text(error), getattr(error, "exit_code", 2))
+                return fail(script, as_text(error), getattr(error, "exit_code", 2), error)
             if isinstance(error, Stopped):
-                return fail(script, error, 1)
+                return fail(script, error, 1, error)
             if isinstance(error, ValueError):  # input was checked before: this is a bug, whose traceback is needed
                 raise
             resumable = f"what is finished is kept in {run.out}; the same command resumes"
-            return fail(script, f"{as_text(error)}; {resumable}", getattr(error, "exit_code", 1))
+            return fail(script, f"{as_text(error)}; {resumable}", getattr(error, "exit_code", 1), error)
         finally:
             flush_streams()
     return 0
@@ -94,11 +94,11 @@ def as_text(error: BaseException) -> str:
     return str(error)
 
 
-def fail(script: str, error: object, code: int) -> int:
-    """Prints the error as one line, whatever characters it holds, and returns the exit code."""
-    if not parallel.is_first_to_report():
+def fail(script: str, text: object, code: int, error: BaseException | None = None) -> int:
+    """Prints the text as one line, whatever characters it holds, on one of the ranks. Returns the exit code."""
+    if not parallel.is_to_report(error):
         return code
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).replace("\n", " "))
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text).replace("\n", " "))
     if len(text) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2
         text = f"{text[:half]} [...] {text[-half:]}"

@@ -119,12 +119,12 @@ class Args:
                                            **valid(bool, "comma-separated names"))
 
     data: tuple[str, ...] = option((), "Training data: a file, a directory or a hub data set; repeated, it adds.",
-                                   changeable=True, repeated="PATH", group="data")
+                                   changeable=True, repeated="PATH", group="data", **valid(bool, "a path"))
     fields: tuple[str, ...] = option((), "Names of fields in the data: prompt=question,response=answer.", **valid(
         lambda pair: re.fullmatch(rf"({'|'.join(FIELD_NAMES)})=.+", pair),
         f"NAME=FIELD with NAME one of {', '.join(FIELD_NAMES)}"))
     eval_data: tuple[str, ...] = option((), "Held-out data. Without it, a share of --data is held out.",
-                                        changeable=True, repeated="PATH")
+                                        changeable=True, repeated="PATH", **valid(bool, "a path"))
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))

@@ -69,7 +69,7 @@ def join(on_gpu: bool, alone: bool = False) -> None:
     Raises: TimeoutError where a rank does not come.
     """
     global _store
-    if world_size() == 1 and not alone:
+    if world_size() == 1 and (not alone or dist.is_initialized()):
         return
     if world_size() == 1:
         store: dist.Store = dist.HashStore()
@@ -126,10 +126,6 @@ def barrier() -> None:
 # ---------------------------------------------------------------- one writer, errors of any rank
 
 
-class Elsewhere(RuntimeError):
-    """Another rank has ended, so this one cannot go on."""
-
-
 def on_writer(work: Callable[[], T]) -> T:
     """Calls work() on rank 0 alone. All ranks return its result, or raise the exception that it raised."""
     if world_size() == 1:
@@ -142,6 +138,7 @@ def on_writer(work: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].of_all_ranks = True
         raise outcome[1]
     return outcome[0]
 
@@ -163,16 +160,17 @@ def on_all(work: Callable[[], T]) -> T:
     for number, found in enumerate(errors):
         if found is not None:
             if number and isinstance(found, ValueError | OSError):  # rank 0's host does not have the problem
-                raise ValueError(f"rank {number}: {found}")
+                found = ValueError(f"rank {number}: {found}")
+            found.of_all_ranks = True
             raise found
     return result  # type: ignore[return-value]
 
 
-def is_first_to_report() -> bool:
-    """Whether this rank should print why the run ends: True for the first rank that asks."""
+def is_to_report(error: BaseException | None) -> bool:
+    """Whether this rank should print the error that ends the run: one rank for all, the writer or the first to ask."""
     if world_size() == 1:
         return True
-    if _store is None:  # not connected yet: the error is in the options, which all ranks share
+    if _store is None or getattr(error, "of_all_ranks", False):  # before they are connected, ranks share the options
         return is_writer()
     try:
         return _store.add("reported", 1) == 1

@@ -248,7 +248,7 @@ class Run:
         return storage.in_shards(folder, name, count, self.shard_size(count, least, most), work)
 
     def shard_size(self, count: int, least: int, most: int) -> int:
-        return self.args.shard or min(most, max(1, -(-count // (SHARDS * least))) * least)
+        return self.args.shard or min(most, -(-max(count, 1) // (SHARDS * least)) * least)
 
     @property
     def shard_limits(self) -> tuple[int, int]:

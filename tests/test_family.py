@@ -746,12 +746,12 @@ def test_runs_of_the_later_methods_resume(start, data, tmp_path, monkeypatch, op
 
 
 def test_dry_runs_of_the_later_methods(start, data, tmp_path, capsys):
-    """Further responses cost generation, T-SPIN scores nothing, IRIS takes a pass before each step."""
+    """Further responses cost generation, T-SPIN has no phase of scoring, IRIS takes a pass before each step."""
     said = {}
     for name, options in {"spin": {}, "samples": dict(samples=3), "tspin": dict(loss="tspin", rank=0)}.items():
         assert family.main(flags(start, data, tmp_path / "out", dry_run=True, **options)) == 0
         said[name] = capsys.readouterr().out
-    assert "score" in said["spin"] and "score" not in said["tspin"] and "steps: " in said["samples"]
+    assert "score" in said["samples"] and "score" not in said["tspin"] and "steps: " in said["samples"]
     args = family.FamilyArgs(loss="iris", samples=2, epochs=(3,))
     assert (args.responses_per_prompt, args.generated_in_pair, args.scoring_passes) == (2, 2, 4)
     args = family.FamilyArgs(loss="tspin", rank=0)

@@ -41,7 +41,7 @@ def test_every_line_is_a_command_that_parses_at_the_same_size(name, tmp_path):
         job = Job(name, setting, 7, "test")
         args = parse(method.script, methods.argv_of(method, job, size, tmp_path), ARGS.get(method.script, Args))
         assert (args.iterations, args.prompts, args.batch, args.seed) == (3, round(1000 * method.share), 64, 7)
-        assert (args.data, args.eval_data) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/tuning.jsonl")
+        assert (args.data, args.eval_data) == ((f"{tmp_path}/train.jsonl",), (f"{tmp_path}/tuning.jsonl",))
         if method.first:
             before = Job(name, "", 7, "first")
             first = parse(method.script, methods.argv_of(method, before, size, tmp_path), ARGS[method.script])

@@ -124,6 +124,18 @@ def test_fsdp_computes_what_a_whole_model_does(launch, start, data, tmp_path, pr
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5 if precision == "fp32" else 0.05)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fsdp_in_a_world_of_one(launch, start, data, tmp_path, device):
+    """On a GPU through NCCL."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    argv = run_in(start, data, rank=0, lr=1e-3, device=device)
+    plain, cut = folders(tmp_path, "plain", "cut")
+    whole(launch(argv, [plain]))
+    whole(launch([*argv, "--fsdp"], [cut]))
+    assert losses(cut) == pytest.approx(losses(plain), rel=1e-5 if device == "cpu" else 1e-3)
+
+
 def test_fsdp_resumes_with_another_number_of_ranks(launch, start, data, tmp_path):
     """Begun on two, killed in the training of the second iteration, resumed on two, three and one.
 
@@ -193,7 +205,7 @@ def test_killed_ranks_end_the_world_and_the_run_resumes(launch, start, data, tmp
     kills = 0
     while kills < 10:
         rank = rng.randrange(2)
-        moment = rng.randint(1, max(2, world.moments[rank] // 6))
+        moment = rng.randint(1, max(2, world.moments[rank] // 12))
         died = launch(argv, [killed] * 2, die=[rank, moment])
         if died.codes == [0, 0]:
             break

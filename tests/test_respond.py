@@ -62,6 +62,12 @@ def test_a_final_that_was_moved_keeps_its_template(run, answers, tmp_path, capsy
     assert said.removesuffix(" [...]\n").strip() == answers[2][0]
 
 
+def test_a_hub_id_answers(run, answers, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(run / "final"))
+    said = asked(["owner/name", "--prompt", WORDS[0], "--max-new-tokens", 8], capsys)
+    assert said.removesuffix(" [...]\n").strip() == answers[2][0]
+
+
 def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monkeypatch):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": w, "answer": "a"}) + "\n" for w in WORDS))
     text = asked([run, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"], capsys)

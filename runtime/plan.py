@@ -219,7 +219,7 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float] | None
         f"({phases})",
     }
     if not seconds:
-        del lines["time"]  # --dry-run measures it
+        lines["time"] = "told as soon as a phase has run; --dry-run measures it before"
     if ranks > 1:
         cut = "weights, gradients and optimizer state are cut over them" if args.fsdp else "each holds the whole model"
         shards = -(-prompts // run.shard_size(prompts, *run.shard_limits))

@@ -54,6 +54,7 @@ class Training:
                 torch.manual_seed(self.run.seed(self.t, f"dropout {step} {parallel.rank()}"))
                 yield step, [self.items[i] for i in batch.tolist()]
                 last = self.log[-1]
+                self.run.trackers.step(last)
                 bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})
                 self._stop_if_not_finite()
                 self._save_if_due()

@@ -90,7 +90,7 @@ def test_every_run_begins_with_its_plan(start, data, here, capsys):
     assert spin.main(argv) == 0
     plan, _, rest = capsys.readouterr().out.partition("\n\n")
     assert "68 examples to train on, 12 held out" in plan and "steps: 5" in plan and "training " in plan
-    assert "\ntime" not in plan and "iterate 0" in rest and "iterate 0" not in plan
+    assert "\ntime        told as soon as" in plan and "iterate 0" in rest and "iterate 0" not in plan
     assert plan.splitlines()[-1] == "options     --lr 0.01 (recipe: 0.001), --no-checkpoint (recipe: --checkpoint)"
 
 

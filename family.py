@@ -322,7 +322,10 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
     name = run.args.scorer
     scorer = functions.load("--scorer", name)
 
+    bar = run.progress.bar("wins", len(pairs))
+
     def work(items: range) -> list[list[float]]:
+        bar.at(items.start)
         wins = []
         for i in items:
             texts = [run.text(pairs[i].real_ids), run.text(pairs[i].generated_ids)]
@@ -331,10 +334,13 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
             except BaseException as error:  # the user's code may raise anything, SystemExit too
                 raise Stopped(f"--scorer {name}: {type(error).__name__}: {error}") from None
             wins.append(probabilities(answer, name))
+            bar.update(1)
             SIGNALS.check()  # a scorer may take long
         return wins
 
-    for pair, (real, generated) in zip(pairs, run.shards("wins", len(pairs), *SCORER_SHARD, work)):
+    with bar, run.progress.timed("wins"):
+        answers = run.shards("wins", len(pairs), *SCORER_SHARD, work)
+    for pair, (real, generated) in zip(pairs, answers):
         pair.wins = (real, generated)
 
 

@@ -20,7 +20,7 @@ from runtime.options import value_at
 from runtime.progress import duration
 
 FP32 = 4
-TOKEN = 8  # bytes of a token id in a JSON file, with comma and space
+TOKEN = 12  # bytes of a token in a JSON file: its id with comma and space, and its text
 
 
 class Needs(NamedTuple):

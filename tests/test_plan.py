@@ -27,11 +27,11 @@ def test_needs_on_hand_computed_numbers():
     got = plan.needs(model, bf16=False, **settings)
     cache = 5 * (10 + 4) * 2 * 8
     assert got[:4] == (100, 60, 400 + 60 * 3 * 4, 400 + cache * 4)
-    assert got.disk == 3 * (240 + 400) + 2 * 400 + 2 * 60 * 3 * 4 + 400
+    assert got.disk == 3 * (240 + 600) + 2 * 400 + 2 * 60 * 3 * 4 + 600
     assert got.optimizer == 60 * 2 * 4
     assert plan.needs(model, bf16=True, **settings)[2:4] == (240 + 80 + 720, 240 + 80 + 120 + cache * 2)
     more = plan.needs(model, bf16=False, **settings, keeps_responses=True, swaps_weights=True)
-    assert more.disk == got.disk + 3 * 400 + 400
+    assert more.disk == got.disk + 3 * 600 + 400
     assert more[:4] == got[:4]
 
 

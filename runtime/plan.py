@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,8 +173,19 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def describe(examples: list[Example], run: Any, seconds: dict[str, float] | None = None, peak: int = 0) -> str:
-    """The plan of a run in words. `seconds` and `peak` are from `rehearse`; without them no time is known."""
+def describe(
+    examples: list[Example],
+    run: Any,
+    replaced: Sequence[str] = (),
+    seconds: dict[str, float] | None = None,
+    peak: int = 0,
+) -> str:
+    """The plan of a run in words.
+
+    Args:
+        replaced: options of recipes that the command line replaces, as `options.overridden` has them.
+        seconds, peak: from `rehearse`; without them no time is known.
+    """
     args, needs, supervised = run.args, run.needs, run.record["command"] == "sft"
     count = len(examples)
     prompts = min(args.prompts or count, count)
@@ -224,4 +236,6 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float] | None
         cut = "weights, gradients and optimizer state are cut over them" if args.fsdp else "each holds the whole model"
         shards = -(-prompts // run.shard_size(prompts, *run.shard_limits))
         lines["ranks"] = f"{ranks}, which share {shards} shards of prompts (--shard) and the batch of every step; {cut}"
+    if replaced:
+        lines["options"] = ", ".join(replaced)
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())

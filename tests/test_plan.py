@@ -129,7 +129,7 @@ def test_times_of_the_plan_add_up(start, data, tmp_path):
     """
     options = dict(rank=0, alpha=0.5, epochs="1,3", iterations=2, mix_previous=True, eval_limit=4, max_new_tokens=5)
     _, examples, run = begin(start, data, tmp_path / "run", command="family", **options)
-    text = plan.describe(examples, run, {"generate": 0.1, "score": 0.01, "train": 0.02}, peak=2**31)
+    text = plan.describe(examples, run, (), {"generate": 0.1, "score": 0.01, "train": 0.02}, peak=2**31)
     real = sum(len(e.real_ids) for e in examples)
     prompts = sum(len(e.prompt_ids) for e in examples)
     written = sum(min(len(e.real_ids), 5) for e in examples)

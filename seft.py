@@ -136,7 +136,7 @@ def revise(
     reviser = load_reviser(run)
     revisions = run.respond(reviser, asked, "revise", run.seed(t, "revise"), args.temperature, args.top_k, args.top_p)
     pairs = [
-        Pair(e.prompt_ids, revised, ids, finished)
+        Pair(e.prompt_ids, revised, ids, finished, prompt=e.asked)
         for e, (ids, finished), (revised, ended) in zip(examples, responses, revisions)
         if ended
     ]

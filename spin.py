@@ -83,7 +83,9 @@ def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tup
     responses = run.respond(
         opponent, examples, "generate", run.seed(t, "generate"), args.temperature, args.top_k, args.top_p
     )
-    pairs = [Pair(e.prompt_ids, e.real_ids, ids, finished) for e, (ids, finished) in zip(examples, responses)]
+    pairs = [
+        Pair(e.prompt_ids, e.real_ids, ids, finished, prompt=e.asked) for e, (ids, finished) in zip(examples, responses)
+    ]
     return select(pairs, t, run)
 
 

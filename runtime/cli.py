@@ -11,7 +11,7 @@ import torch
 
 from kernels import onednn
 from runtime import parallel, plan
-from runtime.options import Args, parse
+from runtime.options import Args, overridden, parse
 from runtime.record import locked
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Finished, Interrupted, Stopped
@@ -47,13 +47,16 @@ def main(
             model, examples, run = setup(args, command)
             player = player_class(model, run.eos_token_id, run.args, run.dtype)
             SIGNALS.check()
+            replaced = overridden(command, argv, args_class)
             if args.dry_run:
-                print(plan.describe(examples, run, *plan.rehearse(player, examples, run)))
+                print(plan.describe(examples, run, replaced, *plan.rehearse(player, examples, run)))
                 parallel.leave()
                 return 0
             stack.enter_context(locked(run.out) if parallel.is_writer() else contextlib.nullcontext())
             run.begin()
+            stack.callback(lambda: run.trackers.close())
             began = True
+            print(plan.describe(examples, run, replaced), end="\n\n", flush=True)
             method(player, examples, run)
             run.finish(player)
             parallel.leave()

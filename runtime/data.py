@@ -35,7 +35,7 @@ class Example:
     prompt: str  # without the template; a conversation is written as text
     response: str  # "" for a prompt without an answer
     references: list[str]  # every text that counts as right in evaluation; the response is one of them
-    generated: str = ""  # the worse response of a given pair
+    generated: str | None = None  # the worse response of a given pair
     wins: tuple[float, float] = (1.0, 0.0)  # of a given pair: see Pair
     prompt_ids: list[int] = field(default_factory=list)  # with the template
     real_ids: list[int] = field(default_factory=list)  # ends with exactly one end-of-sequence token
@@ -46,6 +46,11 @@ class Example:
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
+
+    @property
+    def asked(self) -> str | list[dict[str, str]]:
+        """The prompt as data has it: a text, or a list of messages."""
+        return [{"role": role, "content": text} for role, text in self.turns] or self.prompt
 
     @property
     def where(self) -> str:
@@ -65,6 +70,7 @@ class Pair:
     wins: tuple[float, float] = (1.0, 0.0)  # probability that each response is preferred to an opponent's (SPPO)
     more_ids: Sequence[list[int]] = ()  # further responses, for methods that have them
     opponent_more_logps: Sequence[float] = ()
+    prompt: str | list[dict[str, str]] = ""  # as data has it, for whoever reads the file of the pairs
 
     @property
     def tokens(self) -> int:
@@ -188,15 +194,15 @@ def encode(
         with _one_error(f"{some[0].path}: the tokenizer cannot encode the data"):
             prompts = _ids_of_pieces(pieces, tokenizer)
             responses = _ids([e.response for e in some], tokenizer)
-            others = _ids([e.generated for e in some], tokenizer) if any(e.generated for e in some) else responses
+            others = _ids([e.generated or "" for e in some], tokenizer)
         for example, prompt_ids, ids, other in zip(some, prompts, responses, others):
             if not prompt_ids:
                 raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
             example.prompt_ids = prompt_ids
             if example.response:
                 example.real_ids = _ended(ids, eos_token_id, f"{example.where}: the response")
-            if example.generated:
-                example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response")
+            if example.generated is not None:
+                example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response", True)
 
 
 def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
@@ -260,9 +266,10 @@ def _one_error(message: str) -> Iterator[None]:
         os.close(nowhere)
 
 
-def _ended(ids: list[int], eos_token_id: int, name: str) -> list[int]:
+def _ended(ids: list[int], eos_token_id: int, name: str, blank: bool = False) -> list[int]:
+    """`blank`: the response may consist of the end-of-sequence token alone."""
     ids = _without_eos(ids, eos_token_id)
-    if not ids or eos_token_id in ids:
+    if not (ids or blank) or eos_token_id in ids:
         raise ValueError(f"{name} is empty or has an end-of-sequence token inside")
     return [*ids, eos_token_id]
 

@@ -43,7 +43,7 @@ class Parts:
     response: str  # "" for a prompt without an answer
     turns: tuple[Turn, ...] = ()  # of the prompt, where it consists of messages
     references: list[str] = field(default_factory=list)
-    generated: str = ""
+    generated: str | None = None  # the worse response of a pair, which may be empty
     wins: tuple[float, float] = (1.0, 0.0)
 
 
@@ -57,7 +57,7 @@ def parts_of(where: str, record: Any, layout: str, fields: Sequence[str] = ()) -
     # Columns of a table are null where a record does not have them.
     record = _renamed(where, {name: value for name, value in record.items() if value is not None}, fields)
     pairs = layout == "pairs"
-    generated = ""
+    generated = None
     if "real" in record:
         turns, response = conversation(where, record, "real")
         if pairs:
@@ -70,7 +70,7 @@ def parts_of(where: str, record: Any, layout: str, fields: Sequence[str] = ()) -
             _same_prompt(where, turns, other, "'chosen' and 'rejected'")
     elif name := next((name for name in CHATS if name in record), ""):
         turns, response = conversation(where, record, name, answered=layout != "prompts")
-        generated = text_of(where, record, "generated") if pairs else ""
+        generated = text_of(where, record, "generated", blank=True) if pairs else None
     else:
         turns = _prompt(where, record)
         if layout != "prompts" or any(name in record for name in RESPONSES):
@@ -78,7 +78,7 @@ def parts_of(where: str, record: Any, layout: str, fields: Sequence[str] = ()) -
         else:
             response = ""
         if pairs:
-            generated = _answer(where, record, "rejected" if "rejected" in record else "generated")
+            generated = _answer(where, record, "rejected" if "rejected" in record else "generated", blank=True)
     turns = _with_system(where, record, turns)
     only = len(turns) == 1 and turns[0][0] in ("", "user")
     prompt = turns[0][1] if only else "\n\n".join(f"{role}: {text}" for role, text in turns)
@@ -121,10 +121,10 @@ def _prompt(where: str, record: dict[str, Any]) -> tuple[Turn, ...]:
     return (("", text),)
 
 
-def _answer(where: str, record: dict[str, Any], name: str) -> str:
+def _answer(where: str, record: dict[str, Any], name: str, blank: bool = False) -> str:
     """A response: a text, or a list with one assistant turn."""
     if not isinstance(record.get(name), list):
-        return text_of(where, record, name)
+        return text_of(where, record, name, blank)
     turns = _messages(where, record, name)
     if [role for role, _ in turns] != ["assistant"]:
         raise ValueError(f"{where}: field {name!r} has the roles {_roles(turns)}, expected ['assistant']")
@@ -216,13 +216,14 @@ def _wins(where: str, record: dict[str, Any]) -> tuple[float, float]:
     return float(wins[0]), float(wins[1])
 
 
-def text_of(where: str, record: dict[str, Any], name: str) -> str:
+def text_of(where: str, record: dict[str, Any], name: str, blank: bool = False) -> str:
+    """A field that must be text, and not blank unless `blank` is set."""
     value = record.get(name)
     if not isinstance(value, str):
         if name not in record:
             raise missing(where, record, name)
         raise ValueError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
-    if not value.strip():
+    if not (blank or value.strip()):
         raise ValueError(f"{where}: field {name!r} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{where}: field {name!r} has half a surrogate pair, which is no text")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lora
-from runtime.evaluate import METRICS
+from runtime.evaluate import SHIPPED, metrics_with
 
 ROOT = Path(__file__).resolve().parents[1]  # $SPIN in recipes
 DEFAULT_RECIPES = {
@@ -128,6 +128,11 @@ class Args:
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
+    metric: tuple[str, ...] = option((), "Adds a held-out metric: FILE.py:NAME of f(prompt, response, references) -> "
+                                     f"number, larger is better; or {', '.join(SHIPPED)}.", changeable=True,
+                                     repeated="NAME", **valid(
+        lambda name: name in SHIPPED or re.fullmatch(r".+\.py:\w+", name),
+        f"FILE.py:NAME or one of {', '.join(SHIPPED)}"))
     template: str = option("auto", r"Prompt template: text with {prompt}, in which \n is a line break, or chat, the "
                            "tokenizer's own; auto: chat for messages where there is one, else "
                            f"'{DEFAULT_TEMPLATE}'.", **valid(
@@ -185,7 +190,10 @@ class Args:
                         "but 4 to 64 batches.", **at_least(0))
     precision: str = option("auto", "bf16, fp32 or auto; auto: bf16 on a GPU, else fp32.",
                             choices=("auto", "bf16", "fp32"))
-    best: str = option("nll", "Held-out metric that selects the best iterate.", choices=tuple(METRICS), changeable=True)
+    best: str = option("nll", "Held-out metric that selects the best iterate; greedy_NAME or sampled_NAME where NAME "
+                       "is a function of --metric.", changeable=True)
+    log: tuple[str, ...] = option((), "Log to TensorBoard or W&B, too: both are optional packages.", changeable=True,
+                                  choices=("tensorboard", "wandb"))
     save_minutes: float = option(10.0, "Minutes of training between two checkpoints; 0: every step.", changeable=True,
                                  **at_least(0))
     dry_run: bool = option(False, "Check all inputs, print what the run would do and need, and write nothing.",
@@ -202,6 +210,8 @@ class Args:
         for name in ("beta", "lr", "epochs"):
             fits = len(getattr(self, name)) in (1, self.iterations)
             self.require(name, fits, f"1 value, or one for each of {self.iterations} iterations")
+        metrics = metrics_with(self.metric)
+        self.require("best", self.best in metrics, f"one of {', '.join(metrics)}")
         scratch = self.from_scratch
         self.require("adapter", not self.adapter or (self.rank and not scratch), "no --rank 0 or --from-scratch")
         self.require("fsdp", not (self.fsdp and self.rank), "--rank 0 with it; adapters need no cut")
@@ -338,9 +348,7 @@ def parse(script: str, argv: Sequence[str], args_class: type[AnyArgs] = Args, ab
     if "-h" in argv or "--help" in argv:
         print(help_text(script, args_class, about), end="")
         raise SystemExit(0)
-    if not any(word.startswith("@") or word.partition("=")[0] in ("--model", "--data", "--pairs") for word in argv):
-        argv = [f"@{ROOT / 'recipes' / DEFAULT_RECIPES[script]}", *argv]
-    given = CommandLine(script, args_class).read([(word, "") for word in argv])
+    given = command_line(script, argv, args_class)[0]
     for name, word in ADAPTER_SETS.items():
         value, origin = given.get(name, (None, ""))
         if value is not None and given.get("adapter", ("", ""))[0]:
@@ -348,8 +356,33 @@ def parse(script: str, argv: Sequence[str], args_class: type[AnyArgs] = Args, ab
     return args_class(**{name: value for name, (value, _) in given.items()})
 
 
+def overridden(script: str, argv: Sequence[str], args_class: type[Args]) -> list[str]:
+    """What the command line says otherwise than its recipes, option by option: "--lr 0.0001 (recipe: 5e-05)"."""
+    given, replaced = command_line(script, argv, args_class)
+    lines = []
+    for name, old in replaced.items():
+        new, _ = given[name]
+        if isinstance(new, bool):
+            lines.append(f"{_switch(name, new)} (recipe: {_switch(name, old)})")
+        else:
+            lines.append(f"{as_typed(name, new)} (recipe: {as_typed(name, old).partition(' ')[2]})")
+    return lines
+
+
+def _switch(name: str, on: bool) -> str:
+    return flag_of(name) if on else f"--no-{flag_of(name)[2:]}"
+
+
+def command_line(script: str, argv: Sequence[str], args_class: type[Args]) -> tuple["Given", dict[str, Any]]:
+    """What is given, and the values of recipes in place of which the command line has others."""
+    if not any(word.startswith("@") or word.partition("=")[0] in ("--model", "--data", "--pairs") for word in argv):
+        argv = [f"@{ROOT / 'recipes' / DEFAULT_RECIPES[script]}", *argv]
+    reader = CommandLine(script, args_class)
+    return reader.read([(word, "") for word in argv]), reader.replaced
+
+
 def help_text(script: str, args_class: type, about: str, usage: str = RECIPE_USAGE) -> str:
-    recipes = "@RECIPE reads flags from a file. " if usage == RECIPE_USAGE else ""
+    recipes = "@RECIPE reads flags from a file, --no-FLAG undoes a switch of it. " if usage == RECIPE_USAGE else ""
     parser = argparse.ArgumentParser(
         prog=f"{script}.py",
         usage=usage,
@@ -382,6 +415,7 @@ class CommandLine:
 
     def __init__(self, script: str, args_class: type) -> None:
         self.script, self.count = script, 0
+        self.replaced: dict[str, Any] = {}  # values of recipes, where the command line has others
         self.fields = {flag_of(field.name): field for field in dataclasses.fields(args_class)}
 
     def read(self, words: list[tuple[str, str]], recipes: tuple[str, ...] = ()) -> Given:
@@ -406,6 +440,9 @@ class CommandLine:
                 own[field.name] = value, origin
             except ValueError as error:
                 raise ValueError(f"{origin}{error}") from None
+        if not recipes:
+            both = {name: value for name, (value, _) in included.items() if name in own}
+            self.replaced = {name: value for name, value in both.items() if value != own[name][0]}
         return included | own
 
     def read_recipe(self, path: str, recipes: tuple[str, ...]) -> Given:
@@ -420,13 +457,16 @@ class CommandLine:
     def read_flag(self, word: str, rest: list[tuple[str, str]]) -> tuple[dataclasses.Field, Any]:
         """An option and its value: from `word` if it is --flag=VALUE, else the next word, removed from `rest`."""
         flag, equals, text = word.partition("=")
-        field = self.fields.get(flag)
+        field, on = self.fields.get(flag), True
+        if field is None and flag.startswith("--no-"):
+            field, on = self.fields.get(f"--{flag[5:]}"), False
+            field = field if field and field.type is bool else None
         if field is None or self.script not in field.metadata["scripts"]:
             raise ValueError(self.why_not(word, flag, field))
         if field.type is bool:
             if equals:
                 raise ValueError(f"{as_typed(field.name, text)}: expected no value")
-            return field, True
+            return field, on
         if not equals:
             if not rest or rest[-1][0].startswith(("--", "@")):
                 raise ValueError(f"{flag}: expected a value")

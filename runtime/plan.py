@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from torch import nn
 from runtime import parallel
 from runtime.data import Example
 from runtime.options import value_at
+from runtime.progress import duration
 
 FP32 = 4
-TOKEN = 8  # bytes of a token id in a JSON file, with comma and space
+TOKEN = 12  # bytes of a token in a JSON file: its id with comma and space, and its text
 
 
 class Needs(NamedTuple):
@@ -132,12 +134,6 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def rehearse(player: Any, examples: list[Example], run: Any) -> tuple[dict[str, float], int]:
     """Measures (seconds a token of each phase, peak memory in bytes) on one small batch. Writes nothing.
 
@@ -177,8 +173,19 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak: int) -> str:
-    """The plan of a run in words. `seconds` and `peak` are from `rehearse`."""
+def describe(
+    examples: list[Example],
+    run: Any,
+    replaced: Sequence[str] = (),
+    seconds: dict[str, float] | None = None,
+    peak: int = 0,
+) -> str:
+    """The plan of a run in words.
+
+    Args:
+        replaced: options of recipes that the command line replaces, as `options.overridden` has them.
+        seconds, peak: from `rehearse`; without them no time is known.
+    """
     args, needs, supervised = run.args, run.needs, run.record["command"] == "sft"
     count = len(examples)
     prompts = min(args.prompts or count, count)
@@ -191,11 +198,12 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     steps = [epoch * -(-n // args.batch) for epoch, n in zip(epochs, items)]
     generated = 0 if supervised else written * args.generated_in_pair
     tokens = (prompt + real + generated) / args.iterations  # of an item, for the mean over these
+    per_token = seconds or dict.fromkeys(("generate", "score", "train"), 0.0)
     times = {
-        "generate": prompts * args.responses_per_prompt * written * seconds["generate"],
-        "score": tokens * sum(items) * args.scoring_passes * seconds["score"],
-        "train": tokens * sum(epoch * n for epoch, n in zip(epochs, items)) * seconds["train"],
-        "evaluate": 2 * len(run.heldout) * (written * seconds["generate"] + (prompt + real) * seconds["score"]),
+        "generate": prompts * args.responses_per_prompt * written * per_token["generate"],
+        "score": tokens * sum(items) * args.scoring_passes * per_token["score"],
+        "train": tokens * sum(epoch * n for epoch, n in zip(epochs, items)) * per_token["train"],
+        "evaluate": 2 * len(run.heldout) * (written * per_token["generate"] + (prompt + real) * per_token["score"]),
     }
     if supervised:
         times = {phase: times[phase] for phase in ("train", "evaluate")}
@@ -207,6 +215,9 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
     trained = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     phases = ", ".join(f"{phase} {duration(time)}" for phase, time in times.items())
     each = " for each rank" if ranks > 1 else ""
+    memory = f"about {gib(max(peak, needs.generation))}"
+    if not peak:
+        memory = f"training {gib(needs.training)} and activations, generation {gib(needs.generation)},"
     lines = {
         "model": f"{args.model}: {needs.parameters:,} parameters, {needs.trained:,} trained ({trained}), "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}",
@@ -214,13 +225,17 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float], peak:
         "lengths": f"prompts {prompt:.0f} tokens, the longest {max(len(e.prompt_ids) for e in examples)}; "
         f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {limit}",
         "iterations": f"{args.iterations}, each of {prompts:,} prompts; steps: {', '.join(map(str, steps))}",
-        "memory": f"about {gib(max(peak, needs.generation))} of {gib(memory_of(run.device))}{each}",
+        "memory": f"{memory} of {gib(memory_of(run.device))}{each}",
         "disk": f"up to {gib(needs.disk)} of {gib(disk_left_for(run.out))} in {run.out}",
         "time": f"about {duration(sum(times.values()))} an iteration if responses are as long as the real ones "
         f"({phases})",
     }
+    if not seconds:
+        lines["time"] = "told as soon as a phase has run; --dry-run measures it before"
     if ranks > 1:
         cut = "weights, gradients and optimizer state are cut over them" if args.fsdp else "each holds the whole model"
         shards = -(-prompts // run.shard_size(prompts, *run.shard_limits))
         lines["ranks"] = f"{ranks}, which share {shards} shards of prompts (--shard) and the batch of every step; {cut}"
+    if replaced:
+        lines["options"] = ", ".join(replaced)
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())

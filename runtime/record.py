@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import storage
+from runtime.options import value_at
 from runtime.stopping import Stopped
 
 RESTORE = "restore it, or remove the run's folder and begin again"
@@ -61,14 +62,35 @@ def read(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+PER_ITERATION = ("beta", "lr", "epochs")  # options with one value or one for each iteration
+
+
+def continued(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that is resumed: the old one, not finished where --iterations has grown; without it `new`."""
+    if not old or old["args"]["iterations"] == new["args"]["iterations"]:
+        return old or new
+    new_args = json.loads(json.dumps(new["args"]))
+    args = {name: new_args[name] if name in ("iterations", *PER_ITERATION) else v for name, v in old["args"].items()}
+    return {name: v for name, v in old.items() if name not in ("best", "files")} | {"args": args, "finished": False}
+
+
+def _same_so_far(name: str, old: Any, new: Any, iterations: int, more: int) -> bool:
+    """Whether an option that `more` iterations change was the same in the iterations that the run began with."""
+    if more <= iterations or name not in ("iterations", *PER_ITERATION):
+        return False
+    return name == "iterations" or all(value_at(old, t) == value_at(new, t) for t in range(iterations))
+
+
 def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeable: Sequence[str]) -> None:
-    """Compares a resumed run's options with those it began with.
+    """Compares a resumed run's options with those it began with. --iterations may grow.
 
     Raises: ValueError naming the first that differs and is not `changeable`.
     """
     old, new = ({"command": r["command"]} | r["args"] for r in (old, json.loads(json.dumps(new))))
     for name in (*new, *(old.keys() - new.keys())):
-        if name not in changeable and old.get(name) != new.get(name):
+        if name in changeable or old.get(name) == new.get(name):
+            continue
+        if not _same_so_far(name, old.get(name), new.get(name), old["iterations"], new["iterations"]):
             was, now = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (old.get(name), new.get(name)))
             flag = name if name == "command" else f"--{name.replace('_', '-')}"
             raise ValueError(
@@ -111,7 +133,8 @@ def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
 def write_finished(folder: Path, iterate: int, rows: list[Any], checksums: list[dict[str, str]]) -> None:
     """Adds the entry of an iterate to `checksums` and writes both files; `rows` are the metrics with its row."""
     t = iterate - 1
-    files = digests(folder, [f"pairs-{t}.jsonl", f"responses-{t}.jsonl", f"steps-{t}.jsonl", f"iterate-{iterate}"])
+    names = [f"pairs-{t}.jsonl", f"responses-{t}.jsonl", f"steps-{t}.jsonl"]
+    files = digests(folder, [*names, f"heldout-{iterate}.jsonl", f"iterate-{iterate}"])
     metrics = storage.as_lines(rows)
     checksums.append(files | {"metrics.jsonl": storage.digest_of_text(metrics)})
     storage.write_signed(folder / "checksums.json", {"iterates": checksums})

@@ -1,8 +1,11 @@
-"""What people read about a run: tables as text, warnings, and a plot as SVG. No dependencies."""
+"""What people read about a run: tables as text, warnings, and a plot as SVG."""
 
+import shutil
 from collections.abc import Sequence
 from html import escape
 from typing import Any
+
+from runtime.evaluate import DECODINGS, SHIPPED
 
 Row = dict[str, Any]
 
@@ -12,15 +15,49 @@ SIGNALS = dict(iterate="d", pairs="d", identical="d", truncated=".2%", real_leng
 SIGNALS |= dict(loss=".4f", margin=".3f", accuracy=".1%", real_logp=".3f", generated_logp=".3f", grad_norm=".2f")
 
 FALL = 0.1  # nats a token that held-out real responses may lose in an iteration before a warning
+REMEDY = (
+    "Where accuracy stays near 50%, try a larger --lr or more --epochs; where nll rises, a lower --lr or a larger "
+    "--beta; where most pairs are identical, there is little to learn. docs/guide.md has more."
+)
 CUT = 0.05  # rise of the share of cut responses, from one iteration to the next, before a warning
 
 
+EXAMPLES = 3  # held-out prompts that are shown with their responses after every evaluation
+WIDTH = 120  # characters of a line where the terminal's width is not known
+
+
 def tables(rows: Sequence[Row]) -> str:
-    """The two tables of a finished run: held-out metrics, and training signals."""
+    """The tables of a finished run: held-out metrics, their changes against the start, and training signals."""
+    changed = [{"iterate": row["iterate"]} | _changes(row["since_start"]) for row in rows if "since_start" in row]
+    columns = telling(rows)
+    changes = f"\nChanges against the start \u00b1 one paired standard error\n{table(changed, signed(columns))}\n"
     return (
-        f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, COLUMNS)}\n"
+        f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, columns)}\n"
+        f"{changes if changed else ''}"
         f"\nTraining signals, means over the last tenth of an iteration's steps\n{table(rows[1:], SIGNALS)}"
     )
+
+
+def columns_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The held-out metrics that the rows have, those of --metric last, and the formats of their values."""
+    more = [key for row in rows for key in row if f"{key}_se" in row]
+    shares = {f"{decoding}_{name}" for decoding in DECODINGS for name in SHIPPED}
+    every = COLUMNS | {key: ".1%" if key in shares else ".3f" for key in more if key not in COLUMNS}
+    return {key: fmt for key, fmt in every.items() if any(key in row for row in rows)}
+
+
+def telling(rows: Sequence[Row]) -> dict[str, str]:
+    """The columns of held-out metrics, without those that are 0 throughout, as is an exact match of long answers."""
+
+    def tells(key: str) -> bool:
+        return any(row.get(key) or row.get(f"{key}_se") for row in rows)
+
+    return {key: fmt for key, fmt in columns_of(rows).items() if key == "iterate" or tells(key)}
+
+
+def signed(columns: dict[str, str]) -> dict[str, str]:
+    """The formats for changes: with + or -."""
+    return {key: fmt if key == "iterate" else f"+{fmt}" for key, fmt in columns.items()}
 
 
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
@@ -40,6 +77,47 @@ def line(row: Row, columns: dict[str, str]) -> str:
     return ", ".join(f"{_label(key)} {_cell(row, key, fmt)}" for key, fmt in columns.items() if key in row)
 
 
+def changes(row: Row) -> list[str]:
+    """A line each on what changed against the start and against the iterate before, with paired standard errors."""
+    last = row["iterate"] - 1
+    names = [("since_start", "the start"), ("since_last", f"iterate {last}")][: 2 if last > 0 else 1]
+    rows = {name: _changes(row[key]) for key, name in names if key in row}
+    return [f"  against {name}: {line(row, signed(columns_of([row])))}" for name, row in rows.items()]
+
+
+def change(row: Row, metric: str) -> str:
+    """One metric's change against the start: "sampled +2.0% \u00b1 0.3% against the start"."""
+    changed = _changes(row["since_start"])
+    return f"{line(changed, {metric: signed(columns_of([changed]))[metric]})} against the start"
+
+
+def _changes(since: dict[str, Sequence[float]]) -> Row:
+    return {key: value for name, two in since.items() for key, value in zip((name, f"{name}_se"), two)}
+
+
+def examples(answers: dict[str, Sequence[Row]], width: int = 0) -> str:
+    """Some held-out prompts with their references and the greedy responses of several iterates, one above the other.
+
+    `answers` has what `evaluate.answers` returned, by the iterate's name. A text takes one line of `width` characters.
+    """
+    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+    count = len(next(iter(answers.values())))
+    lines = []
+    for i in sorted({n * count // EXAMPLES for n in range(EXAMPLES)}):
+        shown = {name: rows[i]["greedy"] for name, rows in answers.items()}
+        row = next(iter(answers.values()))[i]
+        texts = {"prompt": row["prompt"], "reference": " | ".join(row["references"])} | shown
+        margin = max(map(len, texts)) + 4
+        lines.append("\n".join(f"  {name:{margin - 2}}{_cut(text, width - margin)}" for name, text in texts.items()))
+    return "\n\n".join(lines) + "\n"
+
+
+def _cut(text: str, width: int) -> str:
+    """A text in one line: line breaks and other white space become spaces, and what is too long is cut."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= width else text[: max(width - 4, 1)] + " ..."
+
+
 def _label(key: str) -> str:
     return key.replace("_", " ")
 
@@ -48,13 +126,13 @@ def _cell(row: Row, key: str, fmt: str) -> str:
     if row.get(key) is None:
         return "-"
     se = row.get(f"{key}_se")
-    return format(row[key], fmt) + (f" \u00b1 {format(se, fmt)}" if se is not None else "")
+    return format(row[key], fmt) + (f" \u00b1 {format(se, fmt.lstrip('+'))}" if se is not None else "")
 
 
 def plot_of(rows: Sequence[Row], title: str) -> str:
-    """The plot of a finished run: all metrics and signals that its last iterate has."""
-    shown = (COLUMNS | SIGNALS).keys() & rows[-1].keys() - {"iterate", "pairs", "identical"}
-    return plot(rows, [key for key in COLUMNS | SIGNALS if key in shown], title)
+    """The plot of a run: all metrics and signals that its last iterate has and that tell something."""
+    shown = rows[-1].keys() - {"iterate", "pairs", "identical"}
+    return plot(rows, [key for key in telling(rows) | SIGNALS if key in shown], title)
 
 
 def plot(rows: Sequence[Row], keys: Sequence[str], title: str) -> str:

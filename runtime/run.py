@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import shutil
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,20 +17,33 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 import lora
 from runtime import fsdp, parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
-from runtime.evaluate import METRICS, Row, StartSamples, evaluate, sample_start
+from runtime.evaluate import (
+    DECODINGS,
+    Metric,
+    Row,
+    StartSamples,
+    answers,
+    better,
+    changes,
+    sample_start,
+    sign_of,
+    summary,
+)
 from runtime.export import export, write_card
 from runtime.options import Args
+from runtime.progress import Progress
 from runtime.stopping import SIGNALS, Stopped
+from runtime.trackers import Trackers
 from runtime.training import Training
 
 SHARDS = 32  # in a phase of generation or scoring, unless their limits, in batches or items, say otherwise
 SHARD_BATCHES = 4, 64  # fewest and most batches of responses in a shard
 SCORE_SHARD = 256, 1024  # fewest and most items in a shard of log-probabilities
+METRIC_SHARD = 1, 1024  # of values of a --metric, which may be slow
 
 
 def seed_of(seed: int, t: int, purpose: str) -> int:
@@ -53,14 +64,17 @@ class Run:
     dtype: torch.dtype = torch.float32  # of the player's matrix products
     heldout: list[Example] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # what run.json says
+    found: dict[str, Any] | None = None  # what it said when `setup` read it
     needs: Any = None  # plan.Needs
+    metrics: dict[str, Metric] = field(default_factory=dict)  # of --metric, by name
     sharded: fsdp.Sharded | None = None  # the player's weights, where --fsdp cuts them over the ranks
     rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
     checksums: list[dict[str, str]] = field(default_factory=list)  # of the files of each of them, by name
     iterate: int | None = None  # number of the iterate that is being made; None: outside `iterations`
     start_samples: StartSamples | None = None
-    phase: str | None = None  # generate, score, train or evaluate, while one of them is at work
-    seconds: Counter = field(default_factory=Counter)  # of each phase of this iteration
+    said: dict[int, list[Row]] = field(default_factory=dict)  # to the held-out prompts, by the iterate
+    progress: Progress = field(default_factory=Progress)
+    trackers: Trackers = field(default_factory=Trackers)  # of --log
 
     # ------------------------------------------------------------ iterations
 
@@ -71,7 +85,7 @@ class Run:
         """
         self.rows, self.checksums = parallel.on_writer(lambda: record.read_finished(self.out))
         self.enter(0)
-        with self.timed("evaluate"):
+        with self.progress.timed("evaluate"):
             self.start_samples = sample_start(player, self)
         if self.rows:
             self.load_iterate(player, self.rows[-1]["iterate"])
@@ -83,7 +97,8 @@ class Run:
 
     def enter(self, iterate: int) -> None:
         """Begins or resumes work on an iterate."""
-        self.iterate = iterate
+        self.iterate = self.progress.iterate = iterate
+        self.progress.left = self.args.iterations - iterate
         for folder in (self.folder.parent, self.folder):  # not their parents: a run that was removed stays removed
             folder.mkdir(exist_ok=True)
 
@@ -117,36 +132,69 @@ class Run:
         parallel.on_writer(lambda: storage.write_rows(self.out / name, rows))
 
     def evaluate(self, player: Any) -> Row:
-        """Held-out metrics of the player as the next iterate."""
-        with self.timed("evaluate"):
-            return {"iterate": self.iterate} | evaluate(player, self.start_samples, self)
+        """Held-out metrics of the player as the next iterate, and their changes against the start and the last one."""
+        with self.progress.timed("evaluate"):
+            now = answers(player, self.start_samples, self)
+        row = {"iterate": self.iterate} | summary(now)
+        if self.iterate:
+            row["since_start"] = changes(self.answers_of(0), now)
+            row["since_last"] = changes(self.answers_of(self.iterate - 1), now)
+        self.said[self.iterate] = now
+        return row
+
+    def answers_of(self, iterate: int) -> list[Row]:
+        """What a finished iterate said to the held-out prompts."""
+        if iterate not in self.said:
+            self.said[iterate] = list(self.read_rows(f"heldout-{iterate}.jsonl"))
+        return self.said[iterate]
 
     def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Pair] = ()) -> None:
-        """Writes pairs, weights and, last, the row of metrics that makes the iterate finished; prints that row."""
+        """Writes pairs, held-out responses, weights and, last, the row of metrics that makes the iterate finished.
+
+        Prints that row, with the responses to some held-out prompts.
+        """
         self.rows.append(row)
+        self.trackers.iterate(row)
         model = self.model_to_save(player)
 
         def write() -> None:
             if pairs:
                 self.write_pairs(pairs)
+            if self.iterate in self.said:
+                storage.write_rows(self.out / f"heldout-{self.iterate}.jsonl", self.said[self.iterate])
             if self.iterate:
                 self.save_iterate(model)
             record.write_finished(self.out, self.iterate, self.rows, self.checksums)
+            self.draw()
 
         parallel.on_writer(write)
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
-        seconds = "".join(f", {phase} {time:.0f} s" for phase, time in self.seconds.items())
-        print(report.line(row, report.COLUMNS) + seconds, flush=True)
+        line = report.line(row, report.columns_of([row])) + self.progress.finish_iterate()
+        print("\n".join([line, *report.changes(row)]), flush=True)
+        if self.iterate in self.said:
+            names = {t: f"iterate {t}" if t else "start" for t in sorted({0, max(0, self.iterate - 1), self.iterate})}
+            shown = {name: self.said[t] for t, name in names.items() if t in self.said}
+            print(report.examples(shown), flush=True)
+            self.said = {t: self.said[t] for t in (0, self.iterate) if t in self.said}
         for text in report.warnings_of(self.rows):
             self.warn(text)
-        self.seconds.clear()
+
+    def draw(self) -> None:
+        """metrics.svg, of the iterates so far."""
+        title = f"{self.args.out}: held-out metrics and training signals"
+        storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
 
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
+        """pairs-<t>.jsonl: ids and log-probabilities, and the texts, by which the file is --pairs for another run."""
         names = [field.name for field in dataclasses.fields(Pair)]
-        rows = ({"generated": self.text(p.generated_ids)} | {name: getattr(p, name) for name in names} for p in pairs)
-        rows = ({name: value for name, value in row.items() if value != ()} for row in rows)  # no further responses
-        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", rows)
+
+        def row_of(pair: Pair) -> dict[str, Any]:
+            texts = {"prompt": pair.prompt, "response": self.text(pair.real_ids)}
+            row = texts | {"generated": self.text(pair.generated_ids)} | {name: getattr(pair, name) for name in names}
+            return {name: value for name, value in row.items() if value != ()}  # no further responses
+
+        storage.write_rows(self.out / f"pairs-{self.iterate - 1}.jsonl", map(row_of, pairs))
 
     # ------------------------------------------------------------ what a player is asked for
 
@@ -164,25 +212,24 @@ class Run:
 
         `name` says what the responses are for. Raises: Stopped where logits are not finite.
         """
-        bar = self._bar(name, len(examples))
-        began, written = time.perf_counter(), 0
+        bar = self.progress.bar(name, len(examples))
+        began, written = self.progress.clock(), 0
 
         def progress(rows: int, tokens: int) -> None:
             nonlocal written
             written += tokens
-            bar.set_postfix_str(f"{written / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
-            bar.update(rows)
+            bar.update(rows, tokens=f"{written / max(self.progress.clock() - began, 1e-9):,.0f}/s")
             SIGNALS.check()
 
         def work(items: range) -> list[tuple[list[int], bool]]:
-            bar.n = items.start
+            bar.at(items.start)
             prompts = [examples[i].prompt_ids for i in items]
             return player.respond(
                 prompts, seed, rows=items, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress
             )
 
         try:
-            with bar, self.timed(name):
+            with bar, self.progress.timed(name):
                 return self.shards(name, len(examples), *self.shard_limits, work)
         except FloatingPointError as error:
             raise Stopped(f"responses for '{name}': {error}") from None
@@ -194,18 +241,38 @@ class Run:
 
         An item is (prompt ids, response ids, ...), with as many responses in each item.
         """
-        bar = self._bar(name, len(items))
+        bar = self.progress.bar(name, len(items))
 
         def progress(count: int) -> None:
             bar.update(count)
             SIGNALS.check()
 
         def work(part: range) -> list[list[float]]:
-            bar.n = part.start
+            bar.at(part.start)
             return player.logps(items[part.start : part.stop], progress, temperature)
 
-        with bar, self.timed(name):
+        with bar, self.progress.timed(name):
             return self.shards(name, len(items), *SCORE_SHARD, work)
+
+    def measure(self, name: str, rows: Sequence[Row]) -> list[list[float]]:
+        """What a function of --metric gives each row's responses: one number for each of DECODINGS.
+
+        `rows` are those of `evaluate.answers`. Raises: Stopped where it gives no number.
+        """
+        bar = self.progress.bar(name, len(rows))
+
+        def measured(row: Row) -> list[float]:
+            values = [self.metrics[name](row["prompt"], row[decoding], row["references"]) for decoding in DECODINGS]
+            bar.update(1)
+            SIGNALS.check()  # a metric may take long
+            return values
+
+        def work(items: range) -> list[list[float]]:
+            bar.at(items.start)
+            return [measured(rows[i]) for i in items]
+
+        with bar, self.progress.timed(name):
+            return self.shards(f"metric-{name}", len(rows), *METRIC_SHARD, work)
 
     def shards(self, name: str, count: int, least: int, most: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
         """work(items) for items 0 to count - 1, in shards that the ranks share; what was finished before is read.
@@ -255,19 +322,6 @@ class Run:
     def generator(self, t: int, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed(t, purpose))
 
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the time that passes inside to the seconds of the phase, or of the outermost phase where they nest."""
-        outermost = self.phase is None
-        self.phase = self.phase or phase
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            if outermost:
-                self.seconds[phase] += time.perf_counter() - began
-                self.phase = None
-
     @property
     def script(self) -> str:
         """Name of the script that runs, for messages."""
@@ -281,10 +335,6 @@ class Run:
     def warn(self, text: str) -> None:
         if parallel.is_writer():
             print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
-
-    def _bar(self, name: str, total: int) -> tqdm:
-        """A progress bar in a terminal, nothing elsewhere."""
-        return tqdm(total=total, desc=name, leave=False, disable=None if parallel.is_writer() else True)
 
     # ------------------------------------------------------------ weights
 
@@ -360,9 +410,10 @@ class Run:
         write_card(self, iterate, folder)
 
     def best(self) -> int:
-        """Number of the best iterate by --best."""
+        """Number of the best iterate by --best, of those that are better than the start; 0 where none is."""
         metric = self.args.best
-        return max(self.rows, key=lambda row: METRICS[metric] * row[metric])["iterate"]
+        rows = [row for row in self.rows if better(row, metric)]
+        return max(rows, key=lambda row: sign_of(metric) * row[metric])["iterate"] if rows else 0
 
     # ------------------------------------------------------------ beginning and end
 
@@ -373,6 +424,7 @@ class Run:
             storage.remove_leftovers(self.out)
         parallel.barrier()
         parallel.on_writer(self._begin)
+        parallel.on_writer(self._begin_to_log)
         if parallel.local_rank() == 0 and record.read(self.out) != self.record:  # this host has a disk of its own
             shutil.rmtree(self.out / "resume", ignore_errors=True)  # shards of a run that is gone
             record.write(self.out, self.record)
@@ -383,33 +435,43 @@ class Run:
         if found is None:
             record.write(self.out, self.record)
             return
-        if found != self.record:  # the folder held no run, or another one, when `setup` compared options and inputs
+        expected = self.found or self.record  # `setup` compared options and inputs with it; none: there was no run
+        if found != expected:
             raise ValueError(f"--out {self.out}: another process was at work in it a moment ago; run the command again")
         if found["torch"] != torch.__version__:
             began, now = found["torch"], torch.__version__
             self.warn(f"the run began with torch {began}, this is {now}: results differ by rounding")
         rows, checksums = record.read_finished(self.out)
         record.check_files(self.out, checksums)
+        if found != self.record:  # --iterations has grown
+            record.write(self.out, self.record)
         done = max(0, len(rows) - 1)
         print(f"resuming {self.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
+
+    def _begin_to_log(self) -> None:
+        self.trackers = Trackers(self.args.log, self.out, self.record)
 
     def finish(self, player: Any) -> None:
         """Writes final/, the plot and the record of a finished run; prints the tables."""
         model = self.model_to_save(player)
         parallel.on_writer(lambda: self._finish(model))
         shutil.rmtree(self.out / "resume", ignore_errors=True)
+        self.trackers.close()
 
     def _finish(self, model: Any) -> None:
         self.save_final(model)
-        title = f"{self.args.out}: held-out metrics and training signals"
-        storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
+        self.draw()
         print(report.tables(self.rows))
         metric = self.args.best
         best = self.best()
         files = record.digests(self.out, ["metrics.svg", "final", "best"])
         best_of_all = {"iterate": best, "metric": metric}
         record.write(self.out, self.record | {"finished": True, "best": best_of_all, "files": files})
-        where = f"{self.out}/{'final' if best == self.rows[-1]['iterate'] else 'best'}"
-        where = where if best else "the start: none is better"
-        print(f"\nBest by {metric.replace('_', ' ')}: iterate {best} ({where}).")
+        name = metric.replace("_", " ")
+        if best:
+            where = f"{self.out}/{'final' if best == self.rows[-1]['iterate'] else 'best'}"
+            row = next(row for row in self.rows if row["iterate"] == best)
+            print(f"\nBest by {name}: iterate {best} ({where}), {report.change(row, metric)}.")
+        else:
+            print(f"\nNo iterate is better than the start by {name} (more than two standard errors). {report.REMEDY}")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")

@@ -115,13 +115,17 @@ def read_signed(path: Path) -> dict[str, Any] | None:
     return value if digest == digest_of_text(json.dumps(value)) else None
 
 
-def append(path: Path, text: str) -> None:
-    """Appends to a file and syncs it. A reader must know how much of the file is valid: a crash may cut the text."""
+def append(path: Path, text: str, sync: bool = True) -> None:
+    """Appends to a file and, with `sync`, forces all of it to the disk.
+
+    A reader must know how much of the file is valid: a crash may cut the text.
+    """
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         raise _named(error, path) from None
 

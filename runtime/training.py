@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from runtime import fsdp, parallel, storage
 from runtime.evaluate import Row, mean
 from runtime.options import value_at
+from runtime.progress import number
 from runtime.stopping import SIGNALS, Stopped
 
 SKIPS = 3  # consecutive steps with a loss or gradient that is not finite, after which the run stops
@@ -47,14 +47,15 @@ class Training:
         self._resume()
         left = itertools.islice(enumerate(self._batches()), len(self.log), None)
         self.saved = time.monotonic()
-        disable = None if parallel.is_writer() else True
-        bar = tqdm(left, total=self.steps, initial=len(self.log), desc=f"train {self.t}", leave=False, disable=disable)
-        with bar, self.run.timed("train"):
-            for step, batch in bar:
+        progress = self.run.progress
+        with progress.bar(f"train {self.t}", self.steps, len(self.log)) as bar, progress.timed("train"):
+            for step, batch in left:
                 # Dropout's numbers depend on step and rank alone, so a checkpoint need not hold the generator's state.
                 torch.manual_seed(self.run.seed(self.t, f"dropout {step} {parallel.rank()}"))
                 yield step, [self.items[i] for i in batch.tolist()]
-                bar.set_postfix(loss=self.log[-1]["loss"])
+                last = self.log[-1]
+                self.run.trackers.step(last)
+                bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})
                 self._stop_if_not_finite()
                 self._save_if_due()
                 SIGNALS.check_agreed()
@@ -125,6 +126,7 @@ class Training:
         if self.files is fsdp:  # all ranks write a part, so all must know
             due = parallel.on_writer(lambda: due)
         if not (due or SIGNALS.agreed or len(self.log) == self.steps):
+            self._append_log(sync=False)  # a reader sees it grow; resume cuts it to the checkpoint's lines
             return
         self._append_log()
         if self.checkpoint:
@@ -134,10 +136,10 @@ class Training:
         if SIGNALS.agreed:
             parallel.barrier()  # a rank that ends makes torchrun end the others, which may still be writing
 
-    def _append_log(self) -> None:
+    def _append_log(self, sync: bool = True) -> None:
         """Brings steps-<t>.jsonl up to date. It is appended to, since an iteration may have many steps."""
         text = storage.as_lines(self.log[self.logged :])
         self.log_digest.update(text.encode())
         if parallel.is_writer():
-            storage.append(self.log_file, text)
+            storage.append(self.log_file, text, sync)
         self.logged = len(self.log)

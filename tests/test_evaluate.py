@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
 from helpers import begin, flags, known_model, player_of, script_responses, spy
 
 import spin
-from runtime.evaluate import StartSamples, edit_distance, evaluate, nearest_edits, with_se
+from runtime.evaluate import StartSamples, better, changes, edit_distance, evaluate, nearest_edits, with_se
 from runtime.run import Run
 
 
@@ -17,6 +18,19 @@ def test_edit_distance_on_known_pairs():
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == 3
     assert edit_distance("abc", "") == 3
+
+
+def test_edit_distance_is_that_of_the_whole_table():
+    """Against the textbook's table of distances, on random lists of up to 90 words, longer than a machine word."""
+    rng = random.Random(0)
+    for _ in range(100):
+        a, b = ([rng.choice("abc") for _ in range(rng.randrange(90))] for _ in range(2))
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            diagonal, row[0] = row[0], i
+            for j, y in enumerate(b, 1):
+                diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+        assert edit_distance(a, b) == row[-1]
 
 
 def test_the_nearest_reference_has_the_lowest_error_rate():
@@ -39,9 +53,38 @@ def test_standard_errors_of_mean_and_ratio():
     assert row["x_se"] == pytest.approx(resampled.std().item(), rel=0.1)
 
 
+def test_paired_standard_error_on_hand_computed_numbers_and_against_resampling():
+    """Of a mean: the spread of the differences over n. Of a ratio: against 2000 resampled data sets, same examples."""
+
+    def rows(values, weights):
+        return [{"values": {"x": pair}} for pair in zip(values, weights)]
+
+    ones = [1.0] * 4
+    change, error = changes(rows([0.0, 1.0, 0.0, 1.0], ones), rows([1.0, 1.0, 0.0, 1.0], ones))["x"]
+    assert change == 0.25 and error == pytest.approx(math.sqrt(0.75**2 + 3 * 0.25**2) / 4)
+    assert changes(rows([0.0, 1.0], ones), rows([0.0, 1.0], ones))["x"] == (0.0, 0.0)
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 9, (2, 300), generator=rng).double()
+    noise = torch.randn(300, generator=rng)
+    before, now = weights[0] * 2 + 3 * noise, weights[1] * 1.5 + 3 * noise + torch.randn(300, generator=rng)
+    index = torch.randint(300, (2000, 300), generator=rng)
+    resampled = now[index].sum(1) / weights[1][index].sum(1) - before[index].sum(1) / weights[0][index].sum(1)
+    _, error = changes(rows(before.tolist(), weights[0].tolist()), rows(now.tolist(), weights[1].tolist()))["x"]
+    assert error == pytest.approx(resampled.std().item(), rel=0.1)
+
+
+def test_an_iterate_is_better_than_the_start_by_more_than_two_standard_errors():
+    assert better({"since_start": {"nll": (-0.21, 0.1)}}, "nll") and better(
+        {"since_start": {"greedy": (1, 0)}}, "greedy"
+    )
+    assert not better({"since_start": {"nll": (-0.2, 0.1)}}, "nll"), "exactly two"
+    assert not better({"since_start": {"greedy": (-1, 0.1)}}, "greedy"), "worse"
+    assert not better({}, "nll"), "the start itself"
+
+
 def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeypatch):
     player, _, run = begin(start, data, tmp_path / "run")
-    samples = StartSamples([(run.heldout[0].prompt_ids, run.heldout[0].real_ids)], [0.0])
+    samples = StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [0.0, 0.0])
     run.heldout = [dataclasses.replace(run.heldout[0], references=["A B", "HH AH0"]), run.heldout[1]]
     right = [*run.tokenizer.encode("HH AH0").ids, run.eos_token_id]
     script_responses(monkeypatch, [right, [1, 2]], [True, False])

@@ -468,7 +468,6 @@ def test_a_run_is_not_resumed_with_another_scorer(start, data, tmp_path, monkeyp
         ({"prompt": "a", "response": "b"}, "field 'generated' is missing"),
         ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
         ({"prompt": "a", "chosen": [], "rejected": "b"}, "field 'chosen' has the roles []"),
-        ({"prompt": "a", "response": "b", "generated": ""}, "field 'generated' is empty"),
         ({"prompt": "a", "response": "b", "generated": 3}, "field 'generated' is int"),
         (PAIRS[2] | {"generated": "x"}, "field 'generated' must be a list"),
         (PAIRS[0] | {"wins": 0.5}, "field 'wins' must be two probabilities"),
@@ -758,3 +757,27 @@ def test_dry_runs_of_the_later_methods(start, data, tmp_path, capsys):
     args = family.FamilyArgs(loss="tspin", rank=0)
     assert (args.responses_per_prompt, args.scoring_passes, args.swaps_weights) == (2, 0, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_pairs_of_a_run_are_given_pairs_for_another(start, data, tmp_path):
+    """pairs-0.jsonl as --pairs trains on the very ids that it holds; responses may be empty, prompts messages."""
+    records = rows(data)
+    for one in records[::2]:
+        one["prompt"] = [{"role": "system", "content": "Spell."}, {"role": "user", "content": one["prompt"]}]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(one) + "\n" for one in records))
+    assert spin.main(flags(start, mixed, tmp_path / "run", overlong="skip")) == 0
+    pairs = rows(tmp_path / "run/pairs-0.jsonl")
+    assert {type(pair["prompt"]) for pair in pairs} == {str, list} and len(pairs) > 40
+    pairs[0]["generated"] = ""
+    given = tmp_path / "pairs.jsonl"
+    given.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = dict(pairs=given, eval_data=data, eval_share=None, overlong="skip")
+    assert family.main(flags(start, None, tmp_path / "again", **options)) == 0
+    again = {json.dumps(pair["prompt"]): pair for pair in rows(tmp_path / "again/pairs-0.jsonl")}
+    assert len(again) == len(pairs)
+    for pair in pairs:
+        found = again[json.dumps(pair["prompt"])]
+        assert found["prompt_ids"] == pair["prompt_ids"] and found["real_ids"] == pair["real_ids"]
+        assert found["generated"] == pair["generated"]
+    assert again[json.dumps(pairs[0]["prompt"])]["generated_ids"] == pairs[0]["real_ids"][-1:]

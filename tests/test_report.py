@@ -37,6 +37,52 @@ def test_tables_are_aligned_text_with_standard_errors():
     assert "0.5000" in signals and len(signals.splitlines()) == 3, "signals of all but the start"
 
 
+def test_metrics_that_are_0_throughout_are_left_out():
+    """As exact match is for long answers; one that is 0 for some iterates stays. Those of --metric come last."""
+    rows = [
+        {"iterate": 0, "greedy": 0, "greedy_se": 0, "sampled": 0, "sampled_se": 0, "greedy_f": 5.0, "greedy_f_se": 1.0},
+        {"iterate": 1, "greedy": 0, "greedy_se": 0, "sampled": 0.1, "sampled_se": 0, "greedy_f": 6.0, "nll": 2.0},
+    ]
+    assert report.telling(rows) == {"iterate": "d", "sampled": ".1%", "nll": ".4f", "greedy_f": ".3f"}
+    assert "greedy" in report.columns_of(rows)
+    rows[1] |= {"since_start": {"greedy": (0, 0), "sampled": (0.1, 0.1), "greedy_f": (1.0, 0.5)}}
+    assert "greedy  " not in report.tables(rows) and "greedy f" in report.tables(rows)
+    plot = report.plot_of(rows, "title")
+    assert ">greedy<" not in plot and ">sampled<" in plot and ">greedy f<" in plot
+    assert report.change(rows[1], "greedy_f") == "greedy f +1.000 \u00b1 0.500 against the start"
+
+
+def test_changes_are_written_with_sign_and_paired_standard_error():
+    row = {
+        "iterate": 2,
+        "since_start": {"sampled": (0.02, 0.003), "nll": [-0.5, 0.1]},
+        "since_last": {"sampled": (0, 0)},
+    }
+    assert report.change(row, "sampled") == "sampled +2.0% \u00b1 0.3% against the start"
+    assert report.changes(row) == [
+        "  against the start: sampled +2.0% \u00b1 0.3%, nll -0.5000 \u00b1 0.1000",
+        "  against iterate 1: sampled +0.0% \u00b1 0.0%",
+    ]
+    assert len(report.changes(row | {"iterate": 1})) == 1, "the start is the iterate before"
+    assert report.changes({"iterate": 0}) == []
+    assert "Changes against the start" in report.tables([{"iterate": 0, "nll": 1.0}, row | {"nll": 1.0}])
+
+
+def test_examples_are_aligned_and_in_one_line_each():
+    def said(text):
+        return [{"prompt": f"p{i}", "references": ["r", "s"], "greedy": text} for i in range(7)]
+
+    text = report.examples({"start": said("a\nb\x1b" + 50 * "c"), "iterate 1": said("d")}, width=40)
+    first, second, third = text.rstrip("\n").split("\n\n")
+    assert first.splitlines() == [
+        "  prompt     p0",
+        "  reference  r | s",
+        "  start      a b\\x1bcccccccccccccccc ...",
+        "  iterate 1  d",
+    ]
+    assert "p2" in second and "p4" in third and max(map(len, text.splitlines())) <= 40
+
+
 def test_the_plot_is_well_formed_and_has_a_panel_for_each_metric_with_a_point_for_each_value():
     rows = [
         {"iterate": 0, "nll": 1.5, "nll_se": 0.1},

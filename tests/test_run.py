@@ -125,7 +125,9 @@ def test_previous_pairs_that_are_gone_are_an_error(begun, start, data, capsys):
     assert "run/pairs-0.jsonl: missing; restore it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "pairs-0.jsonl", "iterate-1/adapter_model.safetensors", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "pairs-0.jsonl", "heldout-0.jsonl", "iterate-1/adapter_model.safetensors", "run.json"]
+)
 def test_a_damaged_file_is_named(begun, start, data, capsys, name):
     """Disks fail, too: one line with the file's name, or, for the record, that this is no run."""
     path = begun / "run" / name
@@ -196,7 +198,7 @@ def test_another_torch_is_warned_of(begun, start, data, capsys):
 @pytest.mark.parametrize(
     "name, value, old",
     [
-        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 3, "2"), ("rank", 8, "4"),
+        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 1, "2"), ("rank", 8, "4"),
         ("optimizer", "rmsprop", "adamw"), ("temperature", 0.5, "1.0"), ("template", "{prompt}", "auto"),
         ("precision", "bf16", "fp32"), ("mix_previous", None, "True"), ("max_new_tokens", 9, "8"), ("batch", 8, "16"),
     ],
@@ -337,6 +339,25 @@ def test_a_folder_with_another_run_json_is_refused(start, data, here, capsys, te
 # ---------------------------------------------------------------- the end of a run
 
 
+@pytest.mark.parametrize("options", [{}, {"lr": "1e-2,1e-3,1e-2", "rank": 0}])
+def test_iterations_of_a_finished_run_may_grow(start, data, here, capsys, options):
+    """It ends like one that had them all from the beginning, also if it dies on the way; other options stay."""
+    fewer = options | ({"lr": "1e-2,1e-3"} if options else {})
+    assert spin.main(small(start, data, **fewer)) == 0
+    assert spin.main(small(start, data, **options | {"iterations": 3, "seed": 1})) == 2
+    if options:
+        assert spin.main(small(start, data, **options | {"iterations": 3, "lr": "1e-3,1e-3,1e-2"})) == 2
+    longer = small(start, data, **options | {"iterations": 3})
+    die_at(spin, "take_step", longer)
+    capsys.readouterr()
+    assert spin.main(longer) == 0
+    assert "2 of 3 iterations are finished" in capsys.readouterr().out
+    grown = tree(here / "run")
+    shutil.rmtree(here / "run")
+    assert spin.main(longer) == 0
+    assert tree(here / "run") == grown
+
+
 def test_a_finished_run_says_so(start, data, here, capsys):
     """The same command changes nothing (uclaml #10: duplicate rows), a command with other options is refused."""
     assert spin.main(small(start, data, iterations=1)) == 0
@@ -362,7 +383,7 @@ def test_the_best_iterate_is_kept_and_named(start, data, here, capsys):
     nll = [row["nll"] for row in rows(here / "run/metrics.jsonl")]
     best = nll.index(min(nll))
     assert best == 1, nll
-    assert "Best by nll: iterate 1 (run/best)." in captured.out and (here / "run/iterate-1").is_dir()
+    assert "Best by nll: iterate 1 (run/best), nll -0.5" in captured.out and (here / "run/iterate-1").is_dir()
     assert json.loads((here / "run/run.json").read_text())["best"] == {"iterate": 1, "metric": "nll"}
     assert "spin.py: warning: iterate 2: held-out real responses lost" in captured.err
     model = GPTNeo.from_pretrained(here / "run/best")
@@ -370,6 +391,37 @@ def test_the_best_iterate_is_kept_and_named(start, data, here, capsys):
     lora.merge(expected)
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(model.logits(model(ids)), expected.logits(expected(ids)), atol=1e-5, rtol=0)
+
+
+def test_a_run_that_does_not_help_says_so_and_names_no_best_iterate(start, data, here, capsys):
+    """So small a learning rate changes nothing that two standard errors would show."""
+    assert spin.main(small(start, data, lr=1e-12, iterations=1)) == 0
+    printed = capsys.readouterr().out
+    assert "No iterate is better than the start by nll" in printed and "try a larger --lr" in printed
+    assert json.loads((here / "run/run.json").read_text())["best"] == {"iterate": 0, "metric": "nll"}
+    assert (here / "run/final").is_dir() and not (here / "run/best").exists()
+
+
+def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
+    """heldout-<t>.jsonl has all of them, from which every metric can be computed; three are printed, aligned."""
+    assert spin.main(small(start, data)) == 0
+    printed = capsys.readouterr().out
+    metrics = rows(here / "run/metrics.jsonl")
+    for t, row in enumerate(metrics):
+        lines = rows(here / f"run/heldout-{t}.jsonl")
+        assert len(lines) == 12 and all(line["references"] for line in lines)
+        for name in ("greedy", "sampled"):
+            right = [line[name] in line["references"] for line in lines]
+            assert [line["values"][name] for line in lines] == [[float(one), 1.0] for one in right]
+        values, weights = zip(*(line["values"]["nll"] for line in lines))
+        assert row["nll"] == sum(values) / sum(weights)
+        if t:
+            assert row["since_start"]["nll"][0] == row["nll"] - metrics[0]["nll"]
+            assert row["since_last"]["nll"][0] == row["nll"] - metrics[t - 1]["nll"]
+        for i in (0, 4, 8):
+            assert f"  prompt     {lines[i]['prompt']}\n  reference  {lines[i]['references'][0]}" in printed
+    assert printed.count("  start      ") == 9 and printed.count("  iterate 1  ") == 6
+    assert "against the start: " in printed and "against iterate 1: " in printed
 
 
 def test_best_of_a_full_run_is_a_copy_of_its_iterate_and_goes_where_it_is_not_wanted(start, data, here, monkeypatch):

@@ -1,0 +1,89 @@
+"""runtime/progress.py: lines instead of bars, and when a run will end, by a clock that the test sets."""
+
+import pytest
+from helpers import flags
+
+import spin
+from runtime import progress
+from runtime.progress import Progress
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock()
+
+
+def phase(clock, progress, name, seconds):
+    with progress.timed(name):
+        clock.now += seconds
+
+
+def test_a_line_at_most_every_30_seconds(clock, capsys):
+    """Pytest's stderr is no terminal. The line has phase, progress, rate, loss, margin and what is left."""
+    run = Progress(clock)
+    run.iterate = 2
+    with run.bar("train 1", 100, done=10) as bar, run.timed("train"):
+        for _ in range(5):
+            clock.now += 10
+            bar.update(10, loss="0.61", margin="0.3")
+    printed = capsys.readouterr()
+    assert printed.out == "iterate 2, train 1: 40 of 100 (40%), 1/s, loss 0.61, margin 0.3, 60 s left\n"
+    assert printed.err == ""
+
+
+def test_items_of_an_earlier_process_say_nothing_about_the_rate_those_of_other_ranks_do(clock):
+    bar = Progress(clock).bar("score", 100)
+    bar.at(50)
+    clock.now += 10
+    bar.update(10)
+    assert (bar.done, bar.rate, bar.seconds_left()) == (60, 1.0, 40.0)
+    bar.at(90)  # other ranks did 30 in the meantime, and do as many from here on
+    assert (bar.done, bar.rate) == (90, 4.0)
+
+
+def test_ranks_that_do_not_write_print_nothing(clock, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with Progress(clock).bar("score", 100) as bar:
+        clock.now += 100
+        bar.update(10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_end_of_the_run_is_told_by_the_phases_so_far(clock):
+    run = Progress(clock)
+    phase(clock, run, "evaluate", 5)
+    assert run.seconds_left(1) is None, "of the start nothing is known"
+    assert run.finish_iterate() == ", evaluate 5 s"
+    run.left = 2
+    with run.timed("generate"):
+        assert run.seconds_left(1) is None, "how long training takes is not known"
+        clock.now += 20
+    with run.timed("train"):
+        clock.now += 10
+        with run.timed("nested"):
+            assert run.seconds_left(30) == 30 + 5 + 2 * (20 + 10 + 30 + 5)
+        clock.now += 30
+    phase(clock, run, "evaluate", 5)
+    assert run.finish_iterate() == ", generate 20 s, train 40 s, evaluate 5 s"
+    run.left = 1
+    with run.timed("generate"):
+        clock.now += 10
+        assert run.seconds_left(2) == 10 + 40 + 5 + 65, "generation took 20 s in the last iteration"
+        assert run.seconds_left(40) == 40 + 40 + 5 + (10 + 40 + 40 + 5)
+
+
+def test_a_run_without_a_terminal_prints_lines_of_every_phase(start, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    printed = capsys.readouterr().out
+    for name in ("start", "greedy", "sampled", "nll", "kl", "generate", "score", "train 0"):
+        assert f", {name}: " in printed
+    lines = [line for line in printed.splitlines() if line.startswith("iterate 1, train 0: ")]
+    assert "loss" in lines[-1] and "margin" in lines[-1] and "; run: " in lines[-1]

@@ -33,6 +33,8 @@ def evaluate(player: Any, start: StartSamples, run: Any) -> Row:
     greedy_error, sampled_error: edit distance to the nearest reference over its length, in whitespace tokens.
     nll: negative log-probability of the real response, nats a token.
     kl: KL(theta_0 || player), nats a response.
+    entropy: minus the log-probability of the responses sampled at temperature 1, nats a response. A model that is only
+        sharper samples better too, so compare sampled metrics at equal entropy (docs/evidence.md).
     """
     heldout = run.heldout
     row: Row = {}
@@ -44,8 +46,10 @@ def evaluate(player: Any, start: StartSamples, run: Any) -> Row:
         row |= with_se(name, right)
         nearest = [nearest_edits(text, example.references) for text, example in zip(texts, heldout)]
         row |= with_se(f"{name}_error", [float(e) for e, _ in nearest], [float(n) for _, n in nearest])
-    real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll")
-    row |= with_se("nll", [-logp for (logp,) in real], [float(len(e.real_ids)) for e in heldout])
+    # One pass for both: `responses` are now the sampled ones, and the prompt is computed once.
+    logps = run.logps(player, [(e.prompt_ids, e.real_ids, ids) for e, (ids, _) in zip(heldout, responses)], "nll")
+    row |= with_se("nll", [-real for real, _ in logps], [float(len(e.real_ids)) for e in heldout])
+    row |= with_se("entropy", [-sampled for _, sampled in logps])
     now = run.logps(player, start.sequences, "kl")
     return row | with_se("kl", [before - after for before, (after,) in zip(start.logps, now)])
 

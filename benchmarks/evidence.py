@@ -27,12 +27,14 @@ import random
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import evidence_report
 import measuring  # before torch: it sets the number of threads
 import numpy as np
 import theory
@@ -50,6 +52,7 @@ from runtime.run import Run
 class Size:
     """Of everything, so that tests can run all of it in seconds."""
 
+    data: str = "pronounce/cmudict.jsonl.gz"
     words: int = 30_000  # that self-play draws its prompts from
     few: int = 8_000  # words of the start that knows few
     test: int = 3_000  # held-out words
@@ -125,7 +128,7 @@ def cases() -> list[Case]:
         return all_cases[-1]
 
     base = add("temperature and beta", "converged", "SPIN")
-    all_cases.extend(supervised(base, "3e-5", "1e-4", "3e-4"))
+    all_cases.extend(supervised(base, "3e-5", "3e-4"))
     for temperature, beta in ((0.8, 1), (1.2, 1), (1.5, 1), (1.5, 3), (1, 0.3), (1, 3)):
         flags = f"--temperature {temperature} --beta {beta}"
         add("temperature and beta", "converged", f"SPIN, T {temperature}, beta {beta}", flags)
@@ -135,7 +138,7 @@ def cases() -> list[Case]:
     size = dict(prompts=8000, iterations=1)
     for rate in ("1e-5", "3e-5", "1e-4"):
         case = add("few words", "few words", f"SPIN, lr {rate}", f"--lr {rate}", **size)
-    all_cases.extend(supervised(case, "1e-5", "3e-5", "1e-4"))
+    all_cases.extend(supervised(case, "1e-5", "1e-4"))
     for rate in ("3e-5", "1e-4"):
         add("few words", "few words", f"alpha-SPIN 0.3, lr {rate}", f"--alpha 0.3 --lr {rate}", "family", **size)
         add("few words", "few words", f"SPIN, NLL term, lr {rate}", f"--nll-weight 1 --lr {rate}", "family", **size)
@@ -143,14 +146,20 @@ def cases() -> list[Case]:
         add("few words", "few words", f"SPIN, LoRA 16, lr {rate}", f"--rank 16 --lr {rate}", **size)
     # Strength of the start, and a start that was tuned on other data.
     for start in ("underfitted", "narrow", "few words, other words"):
-        for temperature in (1, 1.2):
-            case = add("start", start, f"SPIN, T {temperature}", f"--temperature {temperature}")
+        for rate in ("1e-4", "3e-4"):
+            case = add("start", start, f"SPIN, lr {rate}", f"--lr {rate}")
         all_cases.extend(supervised(case, "1e-4", "3e-4"))
     # Long responses.
     size = dict(prompts=2000)
     for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
         case = add("long responses", "long", f"SPIN, {flags[2:]}", flags, **size)
     all_cases.extend(supervised(case, "1e-4", "3e-4"))
+    # A hot opponent, iteration by iteration, beside theory.exponents.
+    size = dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2)
+    for beta in (1, 3):
+        flags = f"--temperature 1.5 --beta {beta}"
+        case = add("hot opponent", "converged", f"SPIN, T 1.5, beta {beta}", flags, **size)
+    all_cases.extend(supervised(case, "1e-4"))
     # Number of pairs, iterations, adapters.
     for prompts in (1250, 20_000):
         case = add("pairs", "converged", f"SPIN, {prompts} prompts", prompts=prompts)
@@ -178,7 +187,7 @@ def cases() -> list[Case]:
 
 def write_data(size: Size, folder: Path) -> None:
     """all (what starts are trained on), words, few, other, long; tuning, test, test-long: held out from all others."""
-    train, heldout = split(load_examples(str(ROOT / "pronounce/cmudict.jsonl.gz")), 0.1)  # as the shipped start's
+    train, heldout = split(load_examples(str(ROOT / size.data)), 0.1)  # as the shipped start's
     words, tests = draw(train, size.words), draw(heldout, size.test + 50)
     rng = random.Random(0)
     rng.shuffle(words)
@@ -252,17 +261,27 @@ def command_of(script: str, flags: dict[str, str | None], work: Path) -> str:
 # ---------------------------------------------------------------- one run
 
 
-def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
-    """Trains a case with a seed and measures its iterates."""
-    case, seed = job
+def out_of(case: Case, seed: int, work: Path) -> Path:
+    return work / "runs" / digest([case.key, seed])
+
+
+def flags_of_run(case: Case, seed: int, size: Size, work: Path) -> dict[str, str | None]:
+    """The command line of a run, without the script."""
     start = STARTS[case.start]
-    out = work / "runs" / digest([case.key, seed])
-    shutil.rmtree(out, ignore_errors=True)
     own = (SELF_PLAY, case.flags) if case.script != "sft" else (case.flags,)
     flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), *own)
     flags |= {"--iterations": str(case.iterations), "--prompts": str(max(40, round(size.share * case.prompts)))}
     flags |= {"--model": str(place_of(case.start, work)), "--data": f"{work}/{start.play}.jsonl"}
-    flags |= {"--eval-data": f"{work}/tuning.jsonl", "--seed": str(seed), "--out": str(out)}
+    flags |= {"--eval-data": f"{work}/tuning.jsonl", "--seed": str(seed), "--out": str(out_of(case, seed, work))}
+    return flags
+
+
+def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
+    """Trains a case with a seed and measures its iterates."""
+    case, seed = job
+    out = out_of(case, seed, work)
+    shutil.rmtree(out, ignore_errors=True)
+    flags = flags_of_run(case, seed, size, work)
     seconds = run_script(case.script, words_of(flags), f"{case.key}, seed {seed}")
     steps = sum(len(path.read_text().splitlines()) for path in out.glob("steps-*.jsonl"))
     row: Row = {"seconds": seconds, "steps": steps, "command": command_of(case.script, flags, work), "iterates": {}}
@@ -303,26 +322,34 @@ def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
 LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll")
 
 
-def summary(runs: dict[str, Row], work: Path) -> list[Row]:
+def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Row]:
     """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
 
     Leads are positive where the case is better. The standard error has two parts: over held-out examples, of the mean
     over seeds, and over seeds.
     """
     result = []
+    curves = {
+        name: [dict(temperature=t, entropy=e) for t, e in zip(TEMPERATURES, row["entropy"])]
+        for name, row in starts.items()
+    }
     for case in cases():
         done = [seed for seed in range(case.seeds) if f"{case.key} | {seed}" in runs]
         for t in case.iterates or (case.iterations,):
             if len(done) < case.seeds:
                 continue
             rows = [runs[f"{case.key} | {seed}"]["iterates"][str(t)] for seed in done]
-            row: Row = {"regime": case.regime, "start": case.start, "name": case.name, "script": case.script}
-            row |= {"iterate": t, "seeds": case.seeds, "prompts": case.prompts, "flags": case.flags}
+            row: Row = {"regime": case.regime, "start": case.start, "name": case.name}
+            row |= {name: getattr(case, name) for name in ("script", "flags", "seeds", "prompts", "iterations")}
+            row["iterate"] = t
             row |= {name: float(np.mean([r[name] for r in rows])) for name in ("greedy", "exponent")}
             at_one = TEMPERATURES.index(1.0)
             row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in measuring.MEASURED}
             row["points"] = {name: np.mean([r[name] for r in rows], 0).tolist() for name in measuring.MEASURED}
             row["seconds"] = float(np.median([runs[f"{case.key} | {seed}"]["seconds"] for seed in done]))
+            row |= expected(case, t)
+            if equal := measuring.at_entropy(row["entropy"], curves[case.start]):
+                row["inverse temperature"] = 1 / equal["temperature"]
             mine = [np.load(frontier_of(case, seed, t, work)) for seed in done]
             start = np.load(work / f"frontiers/{digest(['start', case.start])}.npz")
             row["over start"] = leads(mine, [start] * len(mine))
@@ -332,6 +359,18 @@ def summary(runs: dict[str, Row], work: Path) -> list[Row]:
                 row["over supervised"] = leads(mine, theirs)
             result.append(row)
     return result
+
+
+def expected(case: Case, t: int) -> Row:
+    """The exponent of the optimum of iterate t, and a softmax table's, for SPIN from where p_t is p_data."""
+    flags = flags_of(SELF_PLAY, case.flags)
+    temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
+    if case.start != "converged" or case.script == "sft" or temperature == 1 or "--loss" in flags:
+        return {}
+    if flags.get("--reference") == "sampled":
+        return {"optimum": theory.sharpening(temperature, beta, True)}
+    tables = theory.table_exponents(temperature, beta, t)
+    return {"optimum": theory.exponents(temperature, beta, t)[-1], "table": tables[-1]}
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
@@ -408,7 +447,7 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
         found["runs"][f"{case.key} | {seed}"] = row
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
-    found["summary"] = summary(found["runs"], work)
+    found["summary"] = summary(found["starts"], found["runs"], work)
 
 
 def gradients(name: str, size: Size, work: Path) -> Row:
@@ -424,30 +463,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.json")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
-        about = {"commit": commit(), "machine": machine, "size": dataclasses.asdict(Size())}
+        about = {
+            "commit": commit(),
+            "machine": machine,
+            "size": dataclasses.asdict(Size()),
+            "temperatures": list(TEMPERATURES),
+        }
         found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
         for name, value in about.items():
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
         wanted = [case for case in cases() if not args.only or case.regime in args.only]
+        deadline = time.monotonic() + 60 * args.minutes
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
 
             def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
                 futures = {pool.submit(function, job): job for job in jobs}
                 for future in as_completed(futures):
+                    if future.cancelled():
+                        continue
                     yield futures[future], future.result()
                     write(args.out, found)
+                    if time.monotonic() > deadline:
+                        for other in futures:
+                            other.cancel()
 
             play(wanted, found, Size(), args.work, do)
         write(args.out, found)
-    # TABLES
+    evidence_report.write_all(found, ROOT)
 
 
 if __name__ == "__main__":

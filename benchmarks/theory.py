@@ -9,6 +9,7 @@ from player import Player
 from runtime.data import Example
 from runtime.evaluate import Row
 from runtime.run import Run
+from spin import spin_loss
 
 # ---------------------------------------------------------------- the exponent
 
@@ -47,6 +48,44 @@ def exponent(player: Player, samples: tuple[list, np.ndarray]) -> float:
     now = logps_of(player, items)
     before, now = (values - values.mean(1, keepdims=True) for values in (before, now))
     return float((before * now).sum() / (before**2).sum())
+
+
+# ---------------------------------------------------------------- a softmax table
+
+
+def exponents(temperature: float, beta: float, iterations: int) -> list[float]:
+    """The exponents g of the iterates p_data^g, normalised, from g = 1 on: each is the optimum of SPIN on the last.
+
+    p_{t+1} is p_t (p_data / q)^(1/beta) with q = p_t^(1/T), so g_{t+1} = g_t + (1 - g_t / T) / beta, which ends at T.
+    """
+    found = [1.0]
+    for _ in range(iterations):
+        found.append(found[-1] + (1 - found[-1] / temperature) / beta)
+    return found
+
+
+def table_exponents(temperature: float, beta: float, iterations: int) -> list[float]:
+    """The same, of a softmax table over seven responses that is trained on the expected loss of Eq. 4.7."""
+    data = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()
+    logits, found = data.clone(), [1.0]
+    for _ in range(iterations):
+        opponent = logits.detach().log_softmax(0)
+        weights = data.exp()[:, None] * (opponent / temperature).softmax(0)  # (real, generated)
+        logits = opponent.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+        def closure(logits=logits, opponent=opponent, weights=weights, optimizer=optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            ratios = logits.log_softmax(0) - opponent
+            real, generated = ratios[:, None].expand(7, 7), ratios[None].expand(7, 7)
+            loss = (weights * spin_loss(real, generated, beta)).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        x, y = data - data.mean(), logits.detach() - logits.detach().mean()
+        found.append(float((x * y).sum() / (x * x).sum()))
+    return found
 
 
 # ---------------------------------------------------------------- the gradient

@@ -53,9 +53,10 @@ class Size:
     """Of everything, so that tests can run all of it in seconds."""
 
     data: str = "pronounce/cmudict.jsonl.gz"
+    glosses: str = "glosses/glosses.jsonl.gz"
     words: int = 30_000  # that self-play draws its prompts from
     few: int = 8_000  # words of the start that knows few
-    test: int = 3_000  # held-out words
+    test: int = 2_500  # held-out words
     lines: int = 12_000  # of three words each, for the task with long responses
     share: float = 1.0  # of the prompts, epochs and temperatures of every start and case: for tests
 
@@ -70,15 +71,20 @@ class Start:
     width: int = 64
     play: str = "words"  # what self-play and its control are given
     test: str = "test"  # and what they are measured on
+    model: str = "pronounce/start"  # whose config and tokenizer a start from scratch has
 
 
 STARTS = {
     "underfitted": Start("", ""),  # the shipped start
     "converged": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", origin="underfitted"),
-    "narrow": Start("all", "--epochs 6 --lr 5e-3 --weight-decay 0.1", width=32),
+    "narrow": Start("all", "--epochs 4 --lr 5e-3 --weight-decay 0.1", width=32),
     "few words": Start("few", "--epochs 14 --lr 3e-3 --weight-decay 0.3", play="few"),
+    "glosses": Start(
+        "glosses", "--epochs 6 --lr 3e-3 --batch 64 --weight-decay 0.1", width=96, play="glosses", test="test-glosses",
+        model="glosses/start",
+    ),
     "long": Start("long", "--epochs 2 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"),
-}
+}  # fmt: skip
 # The same weights, given words that they were not trained on.
 STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")
 
@@ -115,8 +121,11 @@ def supervised(case: Case, *rates: str) -> list[Case]:
 
 COMMON = "--max-new-tokens {tokens} --gen-batch 1024 --eval-limit 50 --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
-TOKENS_OF = {"test": 32, "test-long": 80}  # of a response at most
-TEMPERATURES = (0.5, 0.65, 0.8, 0.9, 1.0, 1.2)
+TOKENS_OF = {"test": 32, "test-long": 80, "test-glosses": 48}  # of a response at most
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
+
+
+SHOWN = 6  # answers of each model
 
 
 def cases() -> list[Case]:
@@ -154,6 +163,11 @@ def cases() -> list[Case]:
     for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
         case = add("long responses", "long", f"SPIN, {flags[2:]}", flags, **size)
     all_cases.extend(supervised(case, "1e-4", "3e-4"))
+    # Definitions.
+    size = dict(prompts=2500)
+    for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
+        case = add("definitions", "glosses", f"SPIN, {flags[2:]}", flags, **size)
+    all_cases.extend(supervised(case, "3e-5", "1e-4", "3e-4"))
     # A hot opponent, iteration by iteration, beside theory.exponents.
     size = dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2)
     for beta in (1, 3):
@@ -186,7 +200,7 @@ def cases() -> list[Case]:
 
 
 def write_data(size: Size, folder: Path) -> None:
-    """all (what starts are trained on), words, few, other, long; tuning, test, test-long: held out from all others."""
+    """all (what starts are trained on), words, few, other, long, glosses; tuning and test*: held out from others."""
     train, heldout = split(load_examples(str(ROOT / size.data)), 0.1)  # as the shipped start's
     words, tests = draw(train, size.words), draw(heldout, size.test + 50)
     rng = random.Random(0)
@@ -204,7 +218,9 @@ def write_data(size: Size, folder: Path) -> None:
             responses = [" ".join(some) for some in itertools.product(*(e.references[:3] for e in three))]
             lines.append(dict(prompt=" ".join(e.prompt for e in three), response=responses[0], references=responses))
         save(folder / f"{name}.jsonl", lines)
-    save(folder / "tuning-long.jsonl", lines[:1])  # what runs evaluate on their way is not reported
+    train, heldout = split(load_examples(str(ROOT / size.glosses)), 0.1)
+    for name, examples in (("glosses", train), ("test-glosses", draw(heldout, size.test // 2))):
+        save(folder / f"{name}.jsonl", [dict(prompt=e.prompt, response=e.response) for e in examples])
 
 
 def save(path: Path, lines: list[dict]) -> None:
@@ -216,7 +232,7 @@ def place_of(name: str, work: Path) -> Path:
     start = STARTS[name]
     if not start.data:
         return ROOT / "pronounce/start"
-    return work / "starts" / digest([start.data, start.flags, start.origin, start.width]) / "final"
+    return work / "starts" / digest([start.data, start.flags, start.origin, start.width, start.model]) / "final"
 
 
 def digest(key: Any) -> str:
@@ -228,7 +244,7 @@ def train_start(name: str, size: Size, work: Path) -> Row:
     start, place = STARTS[name], place_of(name, work)
     row: Row = {"seconds": 0.0, "command": ""}
     if start.data and not place.exists():
-        model = place_of(start.origin, work) if start.origin else work / "models" / str(start.width)
+        model = place_of(start.origin, work) if start.origin else work / f"models/{start.test}-{start.width}"
         flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), "--batch 128", start.flags)
         flags["--epochs"] = str(max(1, round(size.share * int(flags["--epochs"]))))
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
@@ -240,13 +256,13 @@ def train_start(name: str, size: Size, work: Path) -> Row:
 
 def write_models(work: Path) -> None:
     """Configs and tokenizers of starts that are trained from scratch."""
-    source = ROOT / "pronounce/start"
-    for width in {start.width for start in STARTS.values() if start.data and not start.origin}:
-        folder = work / "models" / str(width)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / "tokenizer.json", folder)
-        config = json.loads((source / "config.json").read_text()) | {"hidden_size": width}
-        (folder / "config.json").write_text(json.dumps(config))
+    for start in STARTS.values():
+        if start.data and not start.origin:
+            folder, source = work / f"models/{start.test}-{start.width}", ROOT / start.model
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / "tokenizer.json", folder)
+            config = json.loads((source / "config.json").read_text()) | {"hidden_size": start.width}
+            (folder / "config.json").write_text(json.dumps(config))
 
 
 def words_of(flags: dict[str, str | None]) -> list[str]:
@@ -300,13 +316,18 @@ def look(start: str, weights: Path, path: Path, size: Size, work: Path) -> Row:
     """Measures weights, writes the values of each example to `path`, and returns their means."""
     player, run, samples = yardstick(start, work)
     player.model.load_weights(weights)
-    points = measuring.frontier(player, run, TEMPERATURES)
+    agreement = measuring.overlap if start == "glosses" else measuring.equal
+    points = measuring.frontier(player, run, TEMPERATURES, agreement)
     greedy = run.respond(player, run.heldout, "greedy", run.seed(0, "evaluate"), 0.0)
-    right = np.array([float(run.text(ids) in e.references) for e, (ids, _) in zip(run.heldout, greedy)], np.float32)
+    texts = [run.text(ids) for ids, _ in greedy]
+    right = np.array([agreement(text, e.references) for text, e in zip(texts, run.heldout)], np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, frontier=points, greedy=right)
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(measuring.MEASURED)}
-    return means | {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
+    means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
+    if start == "glosses":  # for readers
+        means["answers"] = [[e.prompt, e.references[0], text] for e, text in zip(run.heldout[:SHOWN], texts)]
+    return means
 
 
 @functools.cache
@@ -346,6 +367,8 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Ro
             at_one = TEMPERATURES.index(1.0)
             row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in measuring.MEASURED}
             row["points"] = {name: np.mean([r[name] for r in rows], 0).tolist() for name in measuring.MEASURED}
+            if "answers" in rows[0]:
+                row["answers"] = rows[0]["answers"]
             row["seconds"] = float(np.median([runs[f"{case.key} | {seed}"]["seconds"] for seed in done]))
             row |= expected(case, t)
             if equal := measuring.at_entropy(row["entropy"], curves[case.start]):

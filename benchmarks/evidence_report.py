@@ -38,7 +38,7 @@ def block_of(name: str, found: dict) -> str:
     """Raises: KeyError for a block that is not known."""
     special = {
         "about": about, "verdict": verdict, "starts": starts, "gradients": gradients, "exponents": exponents,
-        "iterates": iterates,
+        "iterates": iterates, "answers": answers,
     }  # fmt: skip
     if name in special:
         return special[name](found)
@@ -167,6 +167,20 @@ def iterates(found: dict) -> str:
         if row["regime"] == "hot opponent":
             cells = [f"{row['optimum']:.3f}", f"{row['table']:.3f}", f"{row['exponent']:.3f}"]
             lines.append([row["name"], str(row["iterate"]), *cells])
+    return table(lines)
+
+
+def answers(found: dict) -> str:
+    """Greedy responses of the start, the control and self-play, of seed 0, to the same held-out prompts."""
+    rows = [row for row in self_play(found) if "answers" in row]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["over start"]["sampled_error"][0])
+    control = next(row for row in found["summary"] if row["name"] == best["control"] and row["start"] == best["start"])
+    models = [("the start", found["starts"][best["start"]]), (control["name"], control), (best["name"], best)]
+    lines = [["prompt", "written by a person", *(name for name, _ in models)]]
+    for i, (prompt, reference, _) in enumerate(best["answers"]):
+        lines.append([prompt, reference, *(row["answers"][i][2] for _, row in models)])
     return table(lines)
 
 

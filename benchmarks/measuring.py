@@ -16,7 +16,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many processes as cores, each on one thread
@@ -120,8 +121,21 @@ Frontier = np.ndarray
 MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats a response, share, rate, nats a token
 
 
-def frontier(player: Player, run: Run, temperatures: Sequence[float]) -> Frontier:
+def equal(text: str, references: Sequence[str]) -> float:
+    return float(text in references)
+
+
+def overlap(text: str, references: Sequence[str]) -> float:
+    """F1 of the words that a text shares with a reference, each as often as it stands there; the best reference's."""
+    words = Counter(text.split())
+    found = [(2 * (words & Counter(r.split())).total(), words.total() + len(r.split())) for r in references]
+    return max(shared / total for shared, total in found)
+
+
+def frontier(player: Player, run: Run, temperatures: Sequence[float], agreement: Callable = equal) -> Frontier:
     """A player's held-out metrics at every sampling temperature, with the same random numbers for all players.
+
+    `agreement(text, references)` is what "sampled" is the mean of: whether they are equal, or `overlap`.
 
     A rate, such as edits over tokens, is linearised: its values are rate + (edits - rate * tokens) / mean tokens, whose
     mean is the rate and whose standard error is that of the rate.
@@ -132,7 +146,7 @@ def frontier(player: Player, run: Run, temperatures: Sequence[float]) -> Frontie
         items = [(e.prompt_ids, e.real_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
         logps = np.array(run.logps(player, items, "frontier-logps", temperature))  # (n, 2): real, sampled
         texts = [run.text(ids) for ids, _ in responses]
-        right = [float(text in e.references) for text, e in zip(texts, run.heldout)]
+        right = [agreement(text, e.references) for text, e in zip(texts, run.heldout)]
         edits, words = np.array([nearest_edits(text, e.references) for text, e in zip(texts, run.heldout)]).T
         tokens = np.array([len(e.real_ids) for e in run.heldout])
         points.append([-logps[:, 1], right, linearised(edits, words), linearised(-logps[:, 0], tokens)])

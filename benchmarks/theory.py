@@ -128,7 +128,8 @@ def gradients(player: Player, run: Run, examples: Sequence[Example]) -> Row:
 def squared_norm(blocks: torch.Tensor) -> list[float]:
     """[|E g|^2, standard error] from independent estimates g of shape (blocks, parameters).
 
-    The mean product of two different blocks is unbiased; the jackknife over blocks gives its standard error.
+    The mean product of two different blocks is unbiased; the jackknife over blocks gives its standard error, up to the
+    root of 2 too large where noise prevails.
     """
     gram = blocks @ blocks.T
     n = len(gram)

@@ -133,10 +133,12 @@ def test_the_exponent_of_a_tempered_model_is_one_over_its_temperature():
     assert theory.exponent(player, (items, before)) == pytest.approx(1.25, rel=1e-4)
 
 
-def test_the_squared_norm_is_unbiased_with_the_error_of_its_spread():
-    """Blocks of a gradient of norm^2 3 in noise of variance 40 each; a plain mean would be 2.5 too large."""
+@pytest.mark.parametrize("mean, most", [(10.0, 1.15), (1.0, 1.5)])
+def test_the_squared_norm_is_unbiased_with_the_error_of_its_spread(mean, most):
+    """Blocks in noise of variance 40 a coordinate, by which the squared norm of their mean would be 7.5 too large. The
+    jackknife is exact for large gradients; where noise prevails it may be up to the root of 2 too large."""
     rng = torch.Generator().manual_seed(0)
-    found = [theory.squared_norm(1 + torch.randn(16, 3, generator=rng) * 40**0.5) for _ in range(400)]
+    found = [theory.squared_norm(mean + torch.randn(16, 3, generator=rng) * 40**0.5) for _ in range(400)]
     values, errors = map(np.array, zip(*found))
-    assert abs(values.mean() - 3) < 4 * values.std() / 20
-    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.25)
+    assert abs(values.mean() - 3 * mean**2) < 4 * values.std() / 20
+    assert 0.9 < np.sqrt((errors**2).mean()) / values.std() < most

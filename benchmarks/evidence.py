@@ -312,6 +312,11 @@ def frontier_of(case: Case, seed: int, t: int, work: Path) -> Path:
     return work / f"frontiers/{digest([case.key, seed, t])}.npz"
 
 
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
 def look(start: str, weights: Path, path: Path, size: Size, work: Path) -> Row:
     """Measures weights, writes the values of each example to `path`, and returns their means."""
     player, run, samples = yardstick(start, work)
@@ -373,12 +378,12 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Ro
             row |= expected(case, t)
             if equal := measuring.at_entropy(row["entropy"], curves[case.start]):
                 row["inverse temperature"] = 1 / equal["temperature"]
-            mine = [np.load(frontier_of(case, seed, t, work)) for seed in done]
-            start = np.load(work / f"frontiers/{digest(['start', case.start])}.npz")
+            mine = [loaded(frontier_of(case, seed, t, work)) for seed in done]
+            start = loaded(work / f"frontiers/{digest(['start', case.start])}.npz")
             row["over start"] = leads(mine, [start] * len(mine))
             if case.script != "sft" and (control := control_of(case, t, runs)):
                 row["control"] = control.name
-                theirs = [np.load(frontier_of(control, seed, t, work)) for seed in done]
+                theirs = [loaded(frontier_of(control, seed, t, work)) for seed in done]
                 row["over supervised"] = leads(mine, theirs)
             result.append(row)
     return result
@@ -503,6 +508,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
+        found["regimes"] = list(dict.fromkeys(case.regime for case in cases()))
         wanted = [case for case in cases() if not args.only or case.regime in args.only]
         deadline = time.monotonic() + 60 * args.minutes
         context = multiprocessing.get_context("spawn")

@@ -13,6 +13,15 @@ DOCUMENTS = ("README.md", "docs/evidence.md")
 OVER = ("over start", "over supervised")
 SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
 
+# By what a case is judged: many definitions are good ones, and short ones have a low edit distance.
+MEASURE = {"glosses": ("sampled", "F1")}
+
+
+def measure_of(start: str) -> tuple[str, str]:
+    """(metric, its name) of a start's task, both in points where scaled by 100."""
+    return MEASURE.get(start, ("sampled_error", "error"))
+
+
 # ---------------------------------------------------------------- documents
 
 
@@ -42,9 +51,9 @@ def block_of(name: str, found: dict) -> str:
     }  # fmt: skip
     if name in special:
         return special[name](found)
-    if name not in {row["regime"] for row in found["summary"]}:
+    if name not in found["regimes"]:
         raise KeyError(name)
-    return regime(found, name)
+    return regime(found, name) if any(row["regime"] == name for row in found["summary"]) else ""
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -57,18 +66,23 @@ def signed(value: Sequence[float] | None, scale: float, digits: int) -> str:
 
 
 def self_play(found: dict) -> list[Row]:
-    """Rows of self-play that have both controls."""
-    return [row for row in found["summary"] if "over supervised" in row]
+    """Rows of self-play that share entropies with both controls."""
+    return [row for row in found["summary"] if all(measure_of(row["start"])[0] in row.get(over, {}) for over in OVER)]
 
 
-def sign(row: Row, over: str, metric: str = "sampled_error") -> int:
+def lead_of(row: Row, over: str) -> list[float]:
+    """[lead, standard error] of what a row is judged by; positive is better."""
+    return row[over][measure_of(row["start"])[0]]
+
+
+def sign(row: Row, over: str) -> int:
     """1 or -1 where a lead is larger than SURE standard errors, else 0."""
-    lead, error = row[over][metric]
+    lead, error = lead_of(row, over)
     return (lead > SURE * error) - (lead < -SURE * error)
 
 
 def judged(row: Row) -> str:
-    """What the error rates say about a row of self-play."""
+    """What the leads at equal entropy say about a row of self-play."""
     start, supervised = (sign(row, over) for over in OVER)
     if start > 0 and supervised > 0:
         return "above both"
@@ -77,9 +91,7 @@ def judged(row: Row) -> str:
 
 
 def about(found: dict) -> str:
-    seconds = sum(run["seconds"] for run in found["runs"].values()) + sum(
-        s["seconds"] for s in found["starts"].values()
-    )
+    seconds = sum(row["seconds"] for part in ("starts", "runs") for row in found[part].values())
     return (
         f"`{found['command']}`, commit {found['commit']}, {found['machine']}: {len(found['runs'])} runs, "
         f"{seconds / 60:.0f} minutes of CPU time for training.\n"
@@ -89,19 +101,19 @@ def about(found: dict) -> str:
 def verdict(found: dict) -> str:
     rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
     wins = [row for row in rows if judged(row) == "above both"]
-    over_start = [row for row in rows if sign(row, "over start") > 0]
+    ahead = [row for row in rows if sign(row, "over start") > 0]
     below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
     text = (
         f"Of {len(rows)} settings of self-play, each over two or three seeds, {len(wins) or 'none'} "
-        f"{'has' if len(wins) == 1 else 'have'} a lower error than both controls at equal entropy by more than {SURE} "
-        f"standard errors, {len(over_start) or 'none'} than the start alone; {len(below) or 'none'} "
+        f"{'has' if len(wins) == 1 else 'have'} made fewer errors than both controls at equal entropy by more than "
+        f"{SURE} standard errors, {len(ahead) or 'none'} than the start alone; {len(below) or 'none'} "
         f"{'is' if len(below) == 1 else 'are'} worse than one of the controls by as much."
     )
     for row in wins:
-        text += (
-            f"\n- {row['start']}: {row['name']} ({signed(row['over start']['sampled_error'], 100, 2)} points of error"
-        )
-        text += f" over the start, {signed(row['over supervised']['sampled_error'], 100, 2)} over supervised training)"
+        over_start, over_supervised = (signed(lead_of(row, over), 100, 2) for over in OVER)
+        name = measure_of(row["start"])[1]
+        text += f"\n- {row['start']}: {row['name']} ({over_start} points of {name} over the start, "
+        text += f"{over_supervised} over supervised training)"
     return text + "\n"
 
 
@@ -109,11 +121,7 @@ def starts(found: dict) -> str:
     lines = [["start", "greedy", "sampled", "sampled error", "NLL", "entropy", "NLL at the best temperature", "CPU s"]]
     for name, row in found["starts"].items():
         i = found["temperatures"].index(1.0)
-        cells = [
-            f"{100 * row['greedy']:.1f}%",
-            f"{100 * row['sampled'][i]:.1f}%",
-            f"{100 * row['sampled_error'][i]:.1f}%",
-        ]
+        cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled"][i], row["sampled_error"][i])]
         cells += [f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{min(row['nll']):.4f}", f"{row['seconds']:.0f}"]
         lines.append([name, *cells])
     return table(lines)
@@ -122,19 +130,21 @@ def starts(found: dict) -> str:
 def regime(found: dict, name: str) -> str:
     """Every case of a regime: its metrics at temperature 1, and its leads over both controls."""
     title = ["start", "setting", "greedy", "sampled", "error", "NLL", "entropy"]
-    title += [f"{metric} {over}" for over in OVER for metric in ("error", "best NLL")]
+    rows = [row for row in found["summary"] if row["regime"] == name]
+    metric, measure = measure_of(rows[0]["start"])
+    leads_shown = {metric: (100, 2), "best_nll": (1, 4)}
+    title += [f"{name} {over}" for over in OVER for name in (measure, "best NLL")]
     lines = [[*title, "greedy over start", "CPU s", "at equal entropy"]]
-    for row in [row for row in found["summary"] if row["regime"] == name]:
+    for row in rows:
         label = row["name"] + (f", iterate {row['iterate']}" if several(found, row) else "")
         cells = [row["start"], label, f"{100 * row['greedy']:.1f}%", f"{100 * row['sampled']:.1f}%"]
         cells += [f"{100 * row['sampled_error']:.1f}%", f"{row['nll']:.4f}", f"{row['entropy']:.2f}"]
         for over in OVER:
-            cells += [
-                signed(row.get(over, {}).get("sampled_error"), 100, 2),
-                signed(row.get(over, {}).get("best_nll"), 1, 4),
-            ]
+            found_leads = row.get(over, {})
+            cells += [signed(found_leads.get(metric), *scale) for metric, scale in leads_shown.items()]
         cells += [signed(row["over start"]["greedy"], 100, 2), f"{row['seconds']:.0f}"]
-        lines.append([*cells, judged(row) if "over supervised" in row else "control"])
+        said = judged(row) if row in self_play(found) else "control" if row["script"] == "sft" else "no common entropy"
+        lines.append([*cells, said])
     return table(lines)
 
 
@@ -175,7 +185,7 @@ def answers(found: dict) -> str:
     rows = [row for row in self_play(found) if "answers" in row]
     if not rows:
         return ""
-    best = max(rows, key=lambda row: row["over start"]["sampled_error"][0])
+    best = max(rows, key=lambda row: lead_of(row, "over start")[0])
     control = next(row for row in found["summary"] if row["name"] == best["control"] and row["start"] == best["start"])
     models = [("the start", found["starts"][best["start"]]), (control["name"], control), (best["name"], best)]
     lines = [["prompt", "written by a person", *(name for name, _ in models)]]
@@ -215,7 +225,7 @@ def frontiers(found: dict) -> str:
         rows = [row for row in self_play(found) if row["start"] == start and not several(found, row)]
         if not rows:
             continue
-        best = max(rows, key=lambda row: row["over start"]["sampled_error"][0])
+        best = max(rows, key=lambda row: lead_of(row, "over start")[0])
         same = {"name": best["control"], "script": "sft", "start": start}
         same |= {name: best[name] for name in ("prompts", "iterations", "iterate")}
         control = next((r for r in found["summary"] if same.items() <= r.items()), None)
@@ -231,15 +241,16 @@ def frontiers(found: dict) -> str:
     return svg(40 + 3 * width, 50 + -(-len(panels) // 3) * height, body)
 
 
-def panel(title: str, lines: Sequence[tuple[str, Row]]) -> str:
-    points = [(x, 100 * y) for _, row in lines for x, y in zip(row["entropy"], row["sampled_error"])]
+def panel(start: str, lines: Sequence[tuple[str, Row]]) -> str:
+    metric, name = measure_of(start)
+    points = [(x, 100 * y) for _, row in lines for x, y in zip(row["entropy"], row[metric])]
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points))
     left, right, low, high = left, right, low - 0.05 * (high - low), high + 0.05 * (high - low)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return 40 + 260 * (x - left) / (right - left), 15 + 170 * (high - y) / (high - low)
 
-    body = label(40, 8, f"start: {title}", kind="bold")
+    body = label(40, 8, f"{name}, start: {start}", kind="bold")
     body += (
         '<line class="axis" x1="36" y1="15" x2="36" y2="189"/><line class="axis" x1="36" y1="189" x2="300" y2="189"/>'
     )
@@ -248,7 +259,7 @@ def panel(title: str, lines: Sequence[tuple[str, Row]]) -> str:
     for value in ticks(left, right):
         body += label(at(value, low)[0], 202, f"{value:g}", "middle", "small")
     for i, (name, row) in enumerate(lines):
-        places = [at(x, 100 * y) for x, y in sorted(zip(row["entropy"], row["sampled_error"]))]
+        places = [at(x, 100 * y) for x, y in sorted(zip(row["entropy"], row[metric]))]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         body += f'<polyline fill="none" stroke="{COLOURS[i]}" stroke-width="1.5" points="{path}"/>'
         body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{COLOURS[i]}"/>' for x, y in places)
@@ -260,35 +271,29 @@ def panel(title: str, lines: Sequence[tuple[str, Row]]) -> str:
 def leads(found: dict, name: str) -> str:
     """For every setting of a regime the lead in error over both controls, with bars of two standard errors."""
     rows = [row for row in self_play(found) if row["regime"] == name]
-    values = [
-        (100 * row[over]["sampled_error"][0], 200 * row[over]["sampled_error"][1]) for row in rows for over in OVER
-    ]
-    low, high = min([0.0, *(v - e for v, e in values)]), max([0.0, *(v + e for v, e in values)])
+    bars = [[100 * value for value in lead_of(row, over)] for row in rows for over in OVER]
+    low, high = min([0.0, *(v - 2 * e for v, e in bars)]), max([0.0, *(v + 2 * e for v, e in bars)])
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
 
     def x(value: float) -> float:
         return 330 + 380 * (value - low) / (high - low)
 
     bottom = 60 + 26 * len(rows)
-    body = label(
-        20,
-        22,
-        f"{name}: points of error less than the controls at equal entropy (bars: two standard errors)",
-        kind="bold",
-    )
+    better = {"error": "less error", "F1": "more F1"}[measure_of(rows[0]["start"])[1]]
+    title = f"{name}: {better} than the controls at equal entropy, in points (bars: two standard errors)"
+    body = label(20, 22, title, kind="bold")
     body += f'<line class="axis" x1="{x(0):.1f}" y1="50" x2="{x(0):.1f}" y2="{bottom}"/>'
     for value in ticks(low, high):
         body += label(x(value), bottom + 14, f"{value:g}", "middle", "small")
     for i, over in enumerate(OVER):
-        body += f'<circle cx="{340 + 130 * i}" cy="38" r="4" fill="{COLOURS[2 - i]}"/>' + label(
-            350 + 130 * i, 42, over, kind="small"
-        )
+        body += f'<circle cx="{340 + 130 * i}" cy="38" r="4" fill="{COLOURS[2 - i]}"/>'
+        body += label(350 + 130 * i, 42, over, kind="small")
     for i, row in enumerate(rows):
         y = 66 + 26 * i
         more = f", iterate {row['iterate']}" if several(found, row) else ""
         body += label(320, y + 4, f"{row['start']}: {row['name']}{more}", "end", "small")
         for k, over in enumerate(OVER):
-            lead, error = (100 * value for value in row[over]["sampled_error"])
+            lead, error = (100 * value for value in lead_of(row, over))
             body += f'<line x1="{x(lead - 2 * error):.1f}" x2="{x(lead + 2 * error):.1f}" y1="{y - 4 + 8 * k}" '
             body += f'y2="{y - 4 + 8 * k}" stroke="{COLOURS[2 - k]}" stroke-width="2"/>'
             body += f'<circle cx="{x(lead):.1f}" cy="{y - 4 + 8 * k}" r="4" fill="{COLOURS[2 - k]}"/>'

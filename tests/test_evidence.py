@@ -66,6 +66,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "TEMPERATURES", (0.5, 0.8, 1.0, 1.2))
     monkeypatch.setattr(theory, "PROMPTS", 5)
     found = {"starts": {}, "theory": {}, "runs": {}, "summary": [], "commit": "0", "machine": "m", "command": "c"}
+    found["regimes"] = ["few words", "start", "methods"]
     found["temperatures"] = list(evidence.TEMPERATURES)
     asked = []
 

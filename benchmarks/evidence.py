@@ -57,7 +57,7 @@ class Size:
     words: int = 30_000  # that self-play draws its prompts from
     few: int = 8_000  # words of the start that knows few
     test: int = 2_500  # held-out words
-    lines: int = 12_000  # of three words each, for the task with long responses
+    lines: int = 20_000  # of three words each, for the task with long responses
     share: float = 1.0  # of the prompts, epochs and temperatures of every start and case: for tests
 
 
@@ -78,12 +78,12 @@ STARTS = {
     "underfitted": Start("", ""),  # the shipped start
     "converged": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", origin="underfitted"),
     "narrow": Start("all", "--epochs 4 --lr 5e-3 --weight-decay 0.1", width=32),
-    "few words": Start("few", "--epochs 14 --lr 3e-3 --weight-decay 0.3", play="few"),
+    "few words": Start("few", "--epochs 20 --batch 64 --lr 3e-3 --weight-decay 0.3", play="few"),
     "glosses": Start(
         "glosses", "--epochs 6 --lr 3e-3 --batch 64 --weight-decay 0.1", width=96, play="glosses", test="test-glosses",
         model="glosses/start",
     ),
-    "long": Start("long", "--epochs 2 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"),
+    "long": Start("long", "--epochs 3 --batch 64 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"),
 }  # fmt: skip
 # The same weights, given words that they were not trained on.
 STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")

@@ -83,7 +83,9 @@ STARTS = {
         "glosses", "--epochs 6 --lr 3e-3 --batch 64 --weight-decay 0.1", width=96, play="glosses", test="test-glosses",
         model="glosses/start",
     ),
-    "long": Start("long", "--epochs 3 --batch 64 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"),
+    "long": Start(
+        "long", "--epochs 3 --batch 64 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"
+    ),
 }  # fmt: skip
 # The same weights, given words that they were not trained on.
 STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")

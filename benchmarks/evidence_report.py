@@ -174,7 +174,7 @@ def exponents(found: dict) -> str:
 def iterates(found: dict) -> str:
     lines = [["setting", "iterate", "closed form", "softmax table", "trained model"]]
     for row in found["summary"]:
-        if row["regime"] == "hot opponent":
+        if row["regime"] == "hot opponent" and "optimum" in row:
             cells = [f"{row['optimum']:.3f}", f"{row['table']:.3f}", f"{row['exponent']:.3f}"]
             lines.append([row["name"], str(row["iterate"]), *cells])
     return table(lines)
@@ -191,12 +191,12 @@ def answers(found: dict) -> str:
     lines = [["prompt", "written by a person", *(name for name, _ in models)]]
     for i, (prompt, reference, _) in enumerate(best["answers"]):
         lines.append([prompt, reference, *(row["answers"][i][2] for _, row in models)])
-    return table(lines)
+    return table([[cell.replace("|", "/") for cell in line] for line in lines])
 
 
 # ---------------------------------------------------------------- figures
 
-COLOURS = ("#888888", "#d1690e", "#0b62a4", "#2b8a3e")
+COLOURS = ("#888888", "#d1690e", "#0b62a4")  # the start, supervised training, self-play
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
 
 
@@ -219,7 +219,7 @@ def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 
 def frontiers(found: dict) -> str:
-    """For each start one panel: error against entropy, of the start, its control and self-play."""
+    """For each start one panel: the start, its control, and the setting of self-play that leads the start most."""
     panels = []
     for start in dict.fromkeys(row["start"] for row in self_play(found)):
         rows = [row for row in self_play(found) if row["start"] == start and not several(found, row)]
@@ -233,9 +233,8 @@ def frontiers(found: dict) -> str:
         lines += [(control["name"], control["points"])] if control else []
         panels.append((start, [*lines, (best["name"], best["points"])]))
     width, height = 330, 280
-    body = label(
-        20, 22, "Error (%) against entropy (nats a response) over sampling temperatures; lower is better", kind="bold"
-    )
+    title = "Error (%; lower is better) or F1 (%; higher is better) against entropy (nats a response)"
+    body = label(20, 22, title, kind="bold")
     for i, (start, lines) in enumerate(panels):
         body += f'<g transform="translate({20 + i % 3 * width} {40 + i // 3 * height})">{panel(start, lines)}</g>'
     return svg(40 + 3 * width, 50 + -(-len(panels) // 3) * height, body)
@@ -286,7 +285,7 @@ def leads(found: dict, name: str) -> str:
     for value in ticks(low, high):
         body += label(x(value), bottom + 14, f"{value:g}", "middle", "small")
     for i, over in enumerate(OVER):
-        body += f'<circle cx="{340 + 130 * i}" cy="38" r="4" fill="{COLOURS[2 - i]}"/>'
+        body += f'<circle cx="{340 + 130 * i}" cy="38" r="4" fill="{COLOURS[i]}"/>'
         body += label(350 + 130 * i, 42, over, kind="small")
     for i, row in enumerate(rows):
         y = 66 + 26 * i
@@ -295,8 +294,8 @@ def leads(found: dict, name: str) -> str:
         for k, over in enumerate(OVER):
             lead, error = (100 * value for value in lead_of(row, over))
             body += f'<line x1="{x(lead - 2 * error):.1f}" x2="{x(lead + 2 * error):.1f}" y1="{y - 4 + 8 * k}" '
-            body += f'y2="{y - 4 + 8 * k}" stroke="{COLOURS[2 - k]}" stroke-width="2"/>'
-            body += f'<circle cx="{x(lead):.1f}" cy="{y - 4 + 8 * k}" r="4" fill="{COLOURS[2 - k]}"/>'
+            body += f'y2="{y - 4 + 8 * k}" stroke="{COLOURS[k]}" stroke-width="2"/>'
+            body += f'<circle cx="{x(lead):.1f}" cy="{y - 4 + 8 * k}" r="4" fill="{COLOURS[k]}"/>'
     return svg(740, bottom + 30, body)
 
 

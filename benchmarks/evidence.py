@@ -54,7 +54,7 @@ class Size:
 
     data: str = "pronounce/cmudict.jsonl.gz"
     glosses: str = "glosses/glosses.jsonl.gz"
-    words: int = 30_000  # that self-play draws its prompts from
+    words: int = 20_000  # that self-play draws its prompts from
     few: int = 8_000  # words of the start that knows few
     test: int = 2_500  # held-out words
     lines: int = 20_000  # of three words each, for the task with long responses

@@ -17,13 +17,9 @@ where it was stopped. To add a method, add a line to METHODS.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
-import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -31,28 +27,20 @@ import platform
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many processes as cores, each on one thread
-
+import measuring  # before torch: it sets the number of threads
 import torch
+from measuring import ROOT, at_entropy, commit, flags_of, run_script, write
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from player import Player  # noqa: E402
-from runtime.data import draw, load_examples, split  # noqa: E402
-from runtime.evaluate import Row, StartSamples, evaluate, mean, sample_start  # noqa: E402
-from runtime.options import Args, parse  # noqa: E402
-from runtime.run import Run  # noqa: E402
-from runtime.setup import setup  # noqa: E402
+from runtime.data import draw, load_examples, split
+from runtime.evaluate import Row, mean
 
 # ---------------------------------------------------------------- methods
 
@@ -98,17 +86,6 @@ COMMON = "--max-new-tokens 32 --gen-batch 1024 --eval-limit 50 --rank 0 --batch 
 OF_SCRIPT = {"seft": r"--revise-template '{prompt}{response}\n\n### Response: '"}
 TEMPERATURES = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)
 TUNING_SEED = 1000  # none of those that are reported
-
-
-def flags_of(*texts: str) -> dict[str, str | None]:
-    """Flags and their values, None for a flag without one; a later text's replace an earlier one's."""
-    flags: dict[str, str | None] = {}
-    for word in [word for text in texts for word in shlex.split(text)]:
-        if word.startswith("--"):
-            name, flags[word] = word, None
-        else:
-            flags[name] = word
-    return flags
 
 
 # ---------------------------------------------------------------- one run
@@ -176,13 +153,7 @@ def run(job: Job, size: Size, folder: Path) -> Row:
     method, out = METHODS[job.name], out_of(job, folder)
     argv = argv_of(method, job, size, folder)
     shutil.rmtree(out, ignore_errors=True)
-    printed = io.StringIO()
-    began = time.process_time()  # one thread, so CPU time: other work on the machine does not count
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = importlib.import_module(method.script).main(argv)
-    seconds = time.process_time() - began
-    if code:
-        raise RuntimeError(f"{job.key}: exit code {code}: {printed.getvalue().strip()[-500:]}")
+    seconds = run_script(method.script, argv, job.key)
     steps = sum(len(path.read_text().splitlines()) for path in out.glob("steps-*.jsonl"))
     command = " ".join([f"python {method.script}.py", *map(shlex.quote, argv)])
     row = {"seconds": seconds, "steps": steps, "command": command.replace(str(folder), "DATA").replace(str(ROOT), ".")}
@@ -192,50 +163,10 @@ def run(job: Job, size: Size, folder: Path) -> Row:
     return row
 
 
-# ---------------------------------------------------------------- measuring
-
-
-def measure(model: str | Path, part: str, size: Size, folder: Path, temperature: float = 1.0) -> Row:
-    """Held-out metrics of a model on a part's words, as in metrics.jsonl, and its entropy.
-
-    entropy: minus the mean log-probability of its own responses at temperature 1, nats a response.
-    """
-    player, run, start = ruler(part, size, folder)
-    player.model.load_weights(model)
-    set_temperature(player, temperature)
-    row = evaluate(player, start, run)
-    responses = run.respond(player, run.heldout, "entropy", run.seed(0, "evaluate"))
-    items = [(e.prompt_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
-    row["entropy"] = -mean([logp for (logp,) in run.logps(player, items, "entropy-logps")])
+def measure(weights: str | Path, part: str, size: Size, folder: Path, temperature: float = 1.0) -> Row:
+    """Held-out metrics on a part's words."""
+    row = measuring.measure(weights, size.model, f"{folder}/{part}.jsonl", temperature)
     return {name: value for name, value in row.items() if not name.startswith("greedy_error")}
-
-
-@functools.cache
-def ruler(part: str, size: Size, folder: Path) -> tuple[Player, Run, StartSamples]:
-    """A player to load weights into, a run with the part's words held out, and the start's responses to them."""
-    argv = ["--model", size.model, "--data", f"{folder}/tuning.jsonl", "--eval-data", f"{folder}/{part}.jsonl"]
-    argv += ["--eval-limit", "0", "--max-new-tokens", "32", "--gen-batch", "1024", "--rank", "0", "--device", "cpu"]
-    with contextlib.redirect_stdout(io.StringIO()):  # tuning words held out and trained on: nothing is trained
-        model, _, run = setup(parse("spin", [*argv, "--out", str(folder / "none")], Args), "spin")
-    player = Player(model.eval(), run.eos_token_id, run.args, run.dtype)
-    return player, run, sample_start(player, run)
-
-
-@torch.no_grad()
-def set_temperature(player: Player, temperature: float) -> None:
-    """Divides the logits by the temperature: the head has no bias, so the final norm's output may be scaled."""
-    for parameter in player.model.transformer["ln_f"].parameters():
-        parameter /= temperature
-
-
-def at_entropy(entropy: float, curve: Sequence[Row]) -> Row | None:
-    """The start at the temperature of this entropy, between two points of `curve`; None outside of it."""
-    points = sorted(curve, key=lambda row: row["entropy"])
-    for low, high in itertools.pairwise(points):
-        if low["entropy"] <= entropy <= high["entropy"]:
-            share = (entropy - low["entropy"]) / (high["entropy"] - low["entropy"])
-            return {name: low[name] + share * (high[name] - low[name]) for name in low}
-    return None
 
 
 # ---------------------------------------------------------------- all runs
@@ -348,20 +279,6 @@ def main() -> None:
     text = table(found, names, args.seeds)
     args.out.with_suffix(".md").write_text(text)
     print(f"\n{about['machine']}, commit {about['commit']}, {args.seeds} seeds, {about['size']}\n\n{text}")
-
-
-def commit() -> str:
-    """The commit, with "-dirty" where code or recipes differ from it."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    changed = git(["git", "status", "--porcelain", "--", "*.py", "*.args"]).stdout.strip()
-    return git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("-dirty" if changed else "")
-
-
-def write(path: Path, found: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
     greedy_NAME, sampled_NAME: what a function NAME of --metric returned.
     nll: negative log-probability of the real response in nats, weighted by its tokens.
     kl: log p_0(y) - log p(y) in nats, of the start's response y: a sample of KL(theta_0 || player).
+    entropy: minus the log-probability of the sampled response, nats. A model that is only sharper samples better, too,
+        so compare sampled metrics at equal entropy (docs/evidence.md).
     """
     heldout = run.heldout
     rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}} for e in heldout]
@@ -60,10 +62,12 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
                 name: (float(text in example.references), 1.0),
                 f"{name}_error": (float(edits), float(length)),
             }
-    real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll")
+    # One pass for both: `responses` are now the sampled ones, and the prompt is computed once.
+    logps = run.logps(player, [(e.prompt_ids, e.real_ids, ids) for e, (ids, _) in zip(heldout, responses)], "nll")
     now = run.logps(player, start.sequences, "kl")
-    for row, example, (real_logp,), before, (after,) in zip(rows, heldout, real, start.logps, now):
-        row["values"] |= {"nll": (-real_logp, float(len(example.real_ids))), "kl": (before - after, 1.0)}
+    for row, example, (real, sampled), before, (after,) in zip(rows, heldout, logps, start.logps, now):
+        row["values"] |= {"nll": (-real, float(len(example.real_ids))), "kl": (before - after, 1.0)}
+        row["values"]["entropy"] = (-sampled, 1.0)
     for name in run.metrics:
         for row, values in zip(rows, run.measure(name, rows)):
             row["values"] |= {f"{decoding}_{name}": (value, 1.0) for decoding, value in zip(DECODINGS, values)}

@@ -5,13 +5,12 @@ import itertools
 import json
 from pathlib import Path
 
+import measuring
 import methods
 import pytest
-import torch
-from helpers import ARGS, ROOT, player_of, rows
+from helpers import ARGS, ROOT, rows
 from methods import Job, Method, Size
 
-from model import GPTNeo
 from runtime.data import held_out
 from runtime.options import Args, parse
 
@@ -23,12 +22,6 @@ def words(tmp_path_factory) -> Path:
     with gzip.open(ROOT / "pronounce/cmudict.jsonl.gz", "rt") as file:
         path.write_text("".join(itertools.islice(file, 200)))
     return path
-
-
-def test_later_flags_replace_earlier_ones():
-    assert methods.flags_of("--lr 1 --mix-previous", "--beta 2 --lr 3") == {
-        "--lr": "3", "--mix-previous": None, "--beta": "2",
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -56,20 +49,6 @@ def test_the_three_parts_share_no_word_and_only_one_was_trained_on(words, tmp_pa
     assert all(held_out(word, 0.1) for word in tuning | test) and not any(held_out(word, 0.1) for word in train)
 
 
-def test_a_temperature_divides_the_logits(start):
-    player = player_of(GPTNeo.from_pretrained(start))
-    ids = torch.tensor([[5, 6, 7]])
-    before = player.model.logits(player.model(ids))
-    methods.set_temperature(player, 0.5)
-    torch.testing.assert_close(player.model.logits(player.model(ids)), 2 * before)
-
-
-def test_equal_entropy_is_found_between_two_temperatures():
-    curve = [{"temperature": t, "entropy": e, "sampled": s} for t, e, s in ((1.0, 4.0, 0.3), (0.8, 2.0, 0.5))]
-    assert methods.at_entropy(3.5, curve) == pytest.approx({"temperature": 0.95, "entropy": 3.5, "sampled": 0.35})
-    assert methods.at_entropy(4.5, curve) is None and methods.at_entropy(1.5, curve) is None
-
-
 def test_the_whole_table_on_a_tiny_start(start, words, tmp_path, monkeypatch):
     """Tunes, runs each seed with the setting of the lowest tuning NLL, and writes a line for start and method.
 
@@ -91,7 +70,7 @@ def test_the_whole_table_on_a_tiny_start(start, words, tmp_path, monkeypatch):
     assert tried[0] < tried[1] and len(asked) == 3 + 2 + 2
     entropies = [row["entropy"] for row in found["curve"].values()]
     assert entropies[0] < entropies[1] and found["curve"]["1.0"]["kl"] == pytest.approx(0, abs=1e-6)
-    player, run, _ = methods.ruler("test", size, tmp_path)
+    player, run, _ = measuring.ruler(size.model, f"{tmp_path}/test.jsonl")
     player.model.load_weights(start)
     responses = player.respond([e.prompt_ids for e in run.heldout], run.seed(0, "evaluate"))
     logps = player.logps([(e.prompt_ids, ids) for e, (ids, _) in zip(run.heldout, responses)])

@@ -1,0 +1,536 @@
+"""What self-play does beyond sharpening: every case beside its two controls, over seeds.
+
+    python benchmarks/evidence.py                      all cases, then the tables and figures (make reproduce)
+    python benchmarks/evidence.py --only beta,few      those regimes
+    python benchmarks/evidence.py --write              tables and figures from the stored results
+
+A case wins where its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
+at other temperatures, and continued supervised training of the start on the same prompts, with twice the epochs, which
+costs about as much. Where several learning rates of the control were run, the one with the lowest NLL *on the test
+words* stands for it: a choice that can only favour the control.
+
+CASES was written before any of them was run, and all of them are reported. The same command goes on where it was
+stopped. Writes benchmarks/results/evidence.json, the figures beside it, and the
+tables into docs/evidence.md and README.md.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evidence_report
+import measuring  # before torch: it sets the number of threads
+import numpy as np
+import theory
+from measuring import ROOT, commit, flags_of, run_script, write
+
+from player import Player
+from runtime.data import draw, load_examples, split
+from runtime.evaluate import Row
+from runtime.run import Run
+
+# ---------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of everything, so that tests can run all of it in seconds."""
+
+    data: str = "pronounce/cmudict.jsonl.gz"
+    glosses: str = "glosses/glosses.jsonl.gz"
+    words: int = 20_000  # that self-play draws its prompts from
+    few: int = 8_000  # words of the start that knows few
+    test: int = 2_500  # held-out words
+    lines: int = 20_000  # of three words each, for the task with long responses
+    share: float = 1.0  # of the prompts, epochs and temperatures of every start and case: for tests
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that self-play starts from, by supervised training with `flags`."""
+
+    data: str  # a file of write_data
+    flags: str
+    origin: str = ""  # another start, whose weights training goes on from; "": from scratch
+    width: int = 64
+    play: str = "words"  # what self-play and its control are given
+    test: str = "test"  # and what they are measured on
+    model: str = "pronounce/start"  # whose config and tokenizer a start from scratch has
+
+
+STARTS = {
+    "underfitted": Start("", ""),  # the shipped start
+    "converged": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", origin="underfitted"),
+    "narrow": Start("all", "--epochs 4 --lr 5e-3 --weight-decay 0.1", width=32),
+    "few words": Start("few", "--epochs 20 --batch 64 --lr 3e-3 --weight-decay 0.3", play="few"),
+    "glosses": Start(
+        "glosses", "--epochs 6 --lr 3e-3 --batch 64 --weight-decay 0.1", width=96, play="glosses", test="test-glosses",
+        model="glosses/start",
+    ),
+    "long": Start(
+        "long", "--epochs 3 --batch 64 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"
+    ),
+}  # fmt: skip
+# The same weights, given words that they were not trained on.
+STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of a script, over several seeds. A later flag replaces an earlier one."""
+
+    regime: str  # the table that it stands in
+    start: str
+    name: str
+    flags: str = ""
+    script: str = "spin"
+    seeds: int = 3
+    prompts: int = 5000  # an iteration
+    iterations: int = 2
+    iterates: tuple[int, ...] = ()  # that are measured; (): the last
+
+    @property
+    def group(self) -> tuple:
+        """Cases that share a control."""
+        return self.start, self.prompts, self.iterations
+
+    @property
+    def key(self) -> str:
+        return " | ".join([self.start, self.script, self.flags, f"{self.iterations} x {self.prompts}"])
+
+
+def supervised(case: Case, *rates: str) -> list[Case]:
+    """The control of a case: continued supervised training, at twice the epochs."""
+    make = functools.partial(dataclasses.replace, case, script="sft")
+    return [make(name=f"supervised, lr {rate}", flags=f"--epochs 2 --lr {rate}") for rate in rates]
+
+
+COMMON = "--max-new-tokens {tokens} --gen-batch 1024 --eval-limit 50 --rank 0 --batch 32 --epochs 1 --weight-decay 0"
+SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
+TOKENS_OF = {"test": 32, "test-long": 80, "test-glosses": 48}  # of a response at most
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
+
+
+SHOWN = 6  # answers of each model
+
+
+def cases() -> list[Case]:
+    """In the order in which they are run: where the time is short, the last are left out."""
+    all_cases: list[Case] = []
+
+    def add(regime: str, start: str, name: str, flags: str = "", script: str = "spin", **size: Any) -> Case:
+        all_cases.append(Case(regime, start, name, flags, script, **size))
+        return all_cases[-1]
+
+    base = add("temperature and beta", "converged", "SPIN")
+    all_cases.extend(supervised(base, "3e-5", "3e-4"))
+    for temperature, beta in ((0.8, 1), (1.2, 1), (1.5, 1), (1.5, 3), (1, 0.3), (1, 3)):
+        flags = f"--temperature {temperature} --beta {beta}"
+        add("temperature and beta", "converged", f"SPIN, T {temperature}, beta {beta}", flags)
+    for rate in ("3e-5", "3e-4"):
+        add("learning rate", "converged", f"SPIN, lr {rate}", f"--lr {rate}")
+    # Few words: the cures.
+    size = dict(prompts=8000, iterations=1)
+    for rate in ("1e-5", "3e-5", "1e-4"):
+        case = add("few words", "few words", f"SPIN, lr {rate}", f"--lr {rate}", **size)
+    all_cases.extend(supervised(case, "1e-5", "1e-4"))
+    for rate in ("3e-5", "1e-4"):
+        add("few words", "few words", f"alpha-SPIN 0.3, lr {rate}", f"--alpha 0.3 --lr {rate}", "family", **size)
+        add("few words", "few words", f"SPIN, NLL term, lr {rate}", f"--nll-weight 1 --lr {rate}", "family", **size)
+    for rate in ("1e-4", "3e-4"):
+        add("few words", "few words", f"SPIN, LoRA 16, lr {rate}", f"--rank 16 --lr {rate}", **size)
+    # Strength of the start, and a start that was tuned on other data.
+    for start in ("underfitted", "narrow", "few words, other words"):
+        for rate in ("1e-4", "3e-4"):
+            case = add("start", start, f"SPIN, lr {rate}", f"--lr {rate}")
+        all_cases.extend(supervised(case, "1e-4", "3e-4"))
+    # Long responses.
+    size = dict(prompts=2000)
+    for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
+        case = add("long responses", "long", f"SPIN, {flags[2:]}", flags, **size)
+    all_cases.extend(supervised(case, "1e-4", "3e-4"))
+    # Definitions.
+    size = dict(prompts=2500)
+    for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
+        case = add("definitions", "glosses", f"SPIN, {flags[2:]}", flags, **size)
+    all_cases.extend(supervised(case, "3e-5", "1e-4", "3e-4"))
+    # A hot opponent, iteration by iteration, beside theory.exponents.
+    size = dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2)
+    for beta in (1, 3):
+        flags = f"--temperature 1.5 --beta {beta}"
+        case = add("hot opponent", "converged", f"SPIN, T 1.5, beta {beta}", flags, **size)
+    all_cases.extend(supervised(case, "1e-4"))
+    # Number of pairs, iterations, adapters.
+    for prompts in (1250, 20_000):
+        case = add("pairs", "converged", f"SPIN, {prompts} prompts", prompts=prompts)
+        all_cases.extend(supervised(case, "1e-4"))
+    case = add("iterations", "converged", "SPIN", iterations=6, iterates=(1, 2, 4, 6), prompts=2500)
+    all_cases.extend(supervised(case, "1e-4"))
+    size = dict(iterations=6, iterates=(2, 4, 6), prompts=2500)
+    add("iterations", "converged", "SPIN, previous pairs", "--mix-previous", **size)
+    for rank in (4, 32):
+        add("adapters", "converged", f"SPIN, LoRA {rank}, lr 3e-4", f"--rank {rank} --lr 3e-4")
+    # The family, each at SPIN's settings but for its beta.
+    for name, flags in (
+        ("alpha-SPIN 0.3", "--alpha 0.3"), ("fictitious play", "--history 0"), ("hinge", "--loss hinge"),
+        ("IPO", "--loss ipo"), ("SPPO", "--loss sppo"), ("SPACE", "--loss space"),
+        ("T-SPIN", "--loss tspin --beta 0.1"), ("SPIF", "--loss spif"), ("IRIS", "--loss iris"),
+        ("SPIN, NLL term", "--nll-weight 1"), ("SPIN, four responses", "--samples 4"),
+        ("SPIN, T 1.5, beta 3, sampled reference", "--reference sampled --temperature 1.5 --beta 3"),
+    ):  # fmt: skip
+        add("methods", "converged", name, flags, "family", seeds=2)
+    return all_cases
+
+
+# ---------------------------------------------------------------- data and starts
+
+
+def write_data(size: Size, folder: Path) -> None:
+    """all (what starts are trained on), words, few, other, long, glosses; tuning and test*: held out from others."""
+    train, heldout = split(load_examples(str(ROOT / size.data)), 0.1)  # as the shipped start's
+    words, tests = draw(train, size.words), draw(heldout, size.test + 50)
+    rng = random.Random(0)
+    rng.shuffle(words)
+    parts = {"all": train, "words": words, "few": words[: size.few], "other": words[size.few :]}
+    parts |= {"tuning": tests[:50], "test": tests[50:]}
+    for name, examples in parts.items():
+        lines = [dict(prompt=e.prompt, response=e.response, references=e.references) for e in examples]
+        save(folder / f"{name}.jsonl", lines)
+    for name, source, count in (("long", train, size.lines), ("test-long", tests[50:], size.test // 3)):
+        order = list(source)
+        rng.shuffle(order)
+        lines = []
+        for three in zip(*(order[i : 3 * count : 3] for i in range(3))):
+            responses = [" ".join(some) for some in itertools.product(*(e.references[:3] for e in three))]
+            lines.append(dict(prompt=" ".join(e.prompt for e in three), response=responses[0], references=responses))
+        save(folder / f"{name}.jsonl", lines)
+    train, heldout = split(load_examples(str(ROOT / size.glosses)), 0.1)
+    for name, examples in (("glosses", train), ("test-glosses", draw(heldout, size.test // 2))):
+        save(folder / f"{name}.jsonl", [dict(prompt=e.prompt, response=e.response) for e in examples])
+
+
+def save(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def place_of(name: str, work: Path) -> Path:
+    """The folder of a start's weights. Starts that differ in what follows only share them."""
+    start = STARTS[name]
+    if not start.data:
+        return ROOT / "pronounce/start"
+    return work / "starts" / digest([start.data, start.flags, start.origin, start.width, start.model]) / "final"
+
+
+def digest(key: Any) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def train_start(name: str, size: Size, work: Path) -> Row:
+    """Trains a start, if that is not done, and measures its frontier on what its cases are measured on."""
+    start, place = STARTS[name], place_of(name, work)
+    row: Row = {"seconds": 0.0, "command": ""}
+    if start.data and not place.exists():
+        model = place_of(start.origin, work) if start.origin else work / f"models/{start.test}-{start.width}"
+        flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), "--batch 128", start.flags)
+        flags["--epochs"] = str(max(1, round(size.share * int(flags["--epochs"]))))
+        flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
+        flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
+        row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
+    path = work / f"frontiers/{digest(['start', name])}.npz"
+    return row | look(name, place, path, size, work)
+
+
+def write_models(work: Path) -> None:
+    """Configs and tokenizers of starts that are trained from scratch."""
+    for start in STARTS.values():
+        if start.data and not start.origin:
+            folder, source = work / f"models/{start.test}-{start.width}", ROOT / start.model
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / "tokenizer.json", folder)
+            config = json.loads((source / "config.json").read_text()) | {"hidden_size": start.width}
+            (folder / "config.json").write_text(json.dumps(config))
+
+
+def words_of(flags: dict[str, str | None]) -> list[str]:
+    return [word for pair in flags.items() for word in pair if word is not None]
+
+
+def command_of(script: str, flags: dict[str, str | None], work: Path) -> str:
+    line = " ".join([f"python {script}.py", *map(shlex.quote, words_of(flags))])
+    return line.replace(str(work), "WORK").replace(str(ROOT), ".")
+
+
+# ---------------------------------------------------------------- one run
+
+
+def out_of(case: Case, seed: int, work: Path) -> Path:
+    return work / "runs" / digest([case.key, seed])
+
+
+def flags_of_run(case: Case, seed: int, size: Size, work: Path) -> dict[str, str | None]:
+    """The command line of a run, without the script."""
+    start = STARTS[case.start]
+    own = (SELF_PLAY, case.flags) if case.script != "sft" else (case.flags,)
+    flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), *own)
+    flags |= {"--iterations": str(case.iterations), "--prompts": str(max(40, round(size.share * case.prompts)))}
+    flags |= {"--model": str(place_of(case.start, work)), "--data": f"{work}/{start.play}.jsonl"}
+    flags |= {"--eval-data": f"{work}/tuning.jsonl", "--seed": str(seed), "--out": str(out_of(case, seed, work))}
+    return flags
+
+
+def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
+    """Trains a case with a seed and measures its iterates."""
+    case, seed = job
+    out = out_of(case, seed, work)
+    shutil.rmtree(out, ignore_errors=True)
+    flags = flags_of_run(case, seed, size, work)
+    seconds = run_script(case.script, words_of(flags), f"{case.key}, seed {seed}")
+    steps = sum(len(path.read_text().splitlines()) for path in out.glob("steps-*.jsonl"))
+    row: Row = {"seconds": seconds, "steps": steps, "command": command_of(case.script, flags, work), "iterates": {}}
+    for t in case.iterates or (case.iterations,):
+        weights = out / ("final" if t == case.iterations else f"iterate-{t}")
+        row["iterates"][str(t)] = look(case.start, weights, frontier_of(case, seed, t, work), size, work)
+    shutil.rmtree(out)
+    return row
+
+
+def frontier_of(case: Case, seed: int, t: int, work: Path) -> Path:
+    return work / f"frontiers/{digest([case.key, seed, t])}.npz"
+
+
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def look(start: str, weights: Path, path: Path, size: Size, work: Path) -> Row:
+    """Measures weights, writes the values of each example to `path`, and returns their means."""
+    player, run, samples = yardstick(start, work)
+    player.model.load_weights(weights)
+    agreement = measuring.overlap if start == "glosses" else measuring.equal
+    points = measuring.frontier(player, run, TEMPERATURES, agreement)
+    greedy = run.respond(player, run.heldout, "greedy", run.seed(0, "evaluate"), 0.0)
+    texts = [run.text(ids) for ids, _ in greedy]
+    right = np.array([agreement(text, e.references) for text, e in zip(texts, run.heldout)], np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, frontier=points, greedy=right)
+    means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(measuring.MEASURED)}
+    means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
+    if start == "glosses":  # for readers
+        means["answers"] = [[e.prompt, e.references[0], text] for e, text in zip(run.heldout[:SHOWN], texts)]
+    return means
+
+
+@functools.cache
+def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
+    """A player to load weights into, a run with the held-out prompts of a start, and responses of the start."""
+    place, heldout = str(place_of(start, work)), STARTS[start].test
+    player, run, _ = measuring.ruler(place, f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
+    return player, run, theory.samples_of_start(player, run, place)
+
+
+# ---------------------------------------------------------------- from runs to tables
+
+LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll")
+
+
+def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Row]:
+    """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
+
+    Leads are positive where the case is better. The standard error has two parts: over held-out examples, of the mean
+    over seeds, and over seeds.
+    """
+    result = []
+    curves = {
+        name: [dict(temperature=t, entropy=e) for t, e in zip(TEMPERATURES, row["entropy"])]
+        for name, row in starts.items()
+    }
+    for case in cases():
+        done = [seed for seed in range(case.seeds) if f"{case.key} | {seed}" in runs]
+        for t in case.iterates or (case.iterations,):
+            if len(done) < case.seeds:
+                continue
+            rows = [runs[f"{case.key} | {seed}"]["iterates"][str(t)] for seed in done]
+            row: Row = {"regime": case.regime, "start": case.start, "name": case.name}
+            row |= {name: getattr(case, name) for name in ("script", "flags", "seeds", "prompts", "iterations")}
+            row["iterate"] = t
+            row |= {name: float(np.mean([r[name] for r in rows])) for name in ("greedy", "exponent")}
+            at_one = TEMPERATURES.index(1.0)
+            row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in measuring.MEASURED}
+            row["points"] = {name: np.mean([r[name] for r in rows], 0).tolist() for name in measuring.MEASURED}
+            if "answers" in rows[0]:
+                row["answers"] = rows[0]["answers"]
+            row["seconds"] = float(np.median([runs[f"{case.key} | {seed}"]["seconds"] for seed in done]))
+            row |= expected(case, t)
+            if equal := measuring.at_entropy(row["entropy"], curves[case.start]):
+                row["inverse temperature"] = 1 / equal["temperature"]
+            mine = [loaded(frontier_of(case, seed, t, work)) for seed in done]
+            start = loaded(work / f"frontiers/{digest(['start', case.start])}.npz")
+            row["over start"] = leads(mine, [start] * len(mine))
+            if case.script != "sft" and (control := control_of(case, t, runs)):
+                row["control"] = control.name
+                theirs = [loaded(frontier_of(control, seed, t, work)) for seed in done]
+                row["over supervised"] = leads(mine, theirs)
+            result.append(row)
+    return result
+
+
+def expected(case: Case, t: int) -> Row:
+    """The exponent of the optimum of iterate t, and a softmax table's, for SPIN from where p_t is p_data."""
+    flags = flags_of(SELF_PLAY, case.flags)
+    temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
+    if case.start != "converged" or case.script == "sft" or temperature == 1 or "--loss" in flags:
+        return {}
+    if flags.get("--reference") == "sampled":
+        return {"optimum": theory.sharpening(temperature, beta, True)}
+    tables = theory.table_exponents(temperature, beta, t)
+    return {"optimum": theory.exponents(temperature, beta, t)[-1], "table": tables[-1]}
+
+
+def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
+    """The supervised case of the same group with the lowest NLL."""
+
+    def measured(c: Case) -> bool:
+        return all(str(t) in runs.get(f"{c.key} | {seed}", {}).get("iterates", {}) for seed in range(case.seeds))
+
+    found = [c for c in cases() if c.script == "sft" and c.group == case.group and measured(c)]
+    at_one = TEMPERATURES.index(1.0)
+
+    def nll(control: Case) -> float:
+        rows = [runs[f"{control.key} | {seed}"]["iterates"][str(t)] for seed in range(control.seeds)]
+        return float(np.mean([row["nll"][at_one] for row in rows]))
+
+    return min(found, key=nll, default=None)
+
+
+def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
+    """[lead, standard error] by metric, of a case's seeds over a control's."""
+    found = {}
+    for metric in LEADS:
+        values = [lead_of(a, b, metric) for a, b in zip(mine, theirs)]
+        if any(value is None for value in values):
+            continue
+        by_seed = [value.mean() for value in values]
+        over_examples = np.mean(values, 0).std() / len(values[0]) ** 0.5
+        over_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
+        found[metric] = [float(np.mean(by_seed)), float(np.hypot(over_examples, over_seeds))]
+    return found
+
+
+def lead_of(mine: Any, control: Any, metric: str) -> np.ndarray | None:
+    """Values of each example, positive where `mine` is better."""
+    a, b = mine["frontier"], control["frontier"]
+    if metric == "greedy":
+        return mine["greedy"] - control["greedy"]
+    if metric == "best_nll":
+        return measuring.best_nll(b) - measuring.best_nll(a)
+    if metric == "nll":
+        at_one, k = TEMPERATURES.index(1.0), measuring.MEASURED.index("nll")
+        return b[at_one, k] - a[at_one, k]
+    found = measuring.lead(a, b, metric)
+    return -found if metric == "sampled_error" and found is not None else found
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callable) -> None:
+    """Fills found["starts"], ["theory"], ["runs"] and ["summary"]. `do(function, jobs)` yields (job, result)."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "test-long.jsonl").exists():
+        write_data(size, work)
+        write_models(work)
+    needed = list(dict.fromkeys(case.start for case in wanted))
+    origins = {STARTS[name].origin for name in needed} - {"", "underfitted"}
+    assert not origins, "starts are trained in one go"
+    first = functools.partial(train_start, size=size, work=work)
+    weights: dict[Path, str] = {}
+    for name in needed:  # starts that share weights come in a second go
+        weights.setdefault(place_of(name, work), name)
+    for names in (list(weights.values()), [name for name in needed if name not in weights.values()]):
+        missing = [name for name in names if name not in found["starts"] or not place_of(name, work).exists()]
+        for name, row in do(first, missing):
+            found["starts"][name] = row
+            print(f"start {name}: greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
+    jobs = [name for name in needed if name not in found["theory"] and name in ("underfitted", "converged")]
+    for name, row in do(functools.partial(gradients, size=size, work=work), jobs):
+        found["theory"][name] = row
+    jobs = [(case, seed) for case in wanted for seed in range(case.seeds)]
+    jobs = [(case, seed) for case, seed in jobs if f"{case.key} | {seed}" not in found["runs"]]
+    jobs = list({f"{case.key} | {seed}": (case, seed) for case, seed in jobs}.values())
+    for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
+        found["runs"][f"{case.key} | {seed}"] = row
+        print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
+    found["summary"] = summary(found["starts"], found["runs"], work)
+
+
+def gradients(name: str, size: Size, work: Path) -> Row:
+    """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
+    player, run, _ = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
+    player.model.load_weights(place_of(name, work))
+    return theory.gradients(player, run, run.heldout)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="regimes, with commas between; default: all", type=lambda text: text.split(","))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.json")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
+    parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
+    args = parser.parse_args(argv)
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if not args.write:
+        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
+        about = {
+            "commit": commit(),
+            "machine": machine,
+            "size": dataclasses.asdict(Size()),
+            "temperatures": list(TEMPERATURES),
+        }
+        found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
+        for name, value in about.items():
+            if found[name] != value:
+                sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
+        found["command"] = "python benchmarks/evidence.py"
+        found["regimes"] = list(dict.fromkeys(case.regime for case in cases()))
+        wanted = [case for case in cases() if not args.only or case.regime in args.only]
+        deadline = time.monotonic() + 60 * args.minutes
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+
+            def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
+                futures = {pool.submit(function, job): job for job in jobs}
+                for future in as_completed(futures):
+                    if future.cancelled():
+                        continue
+                    yield futures[future], future.result()
+                    write(args.out, found)
+                    if time.monotonic() > deadline:
+                        for other in futures:
+                            other.cancel()
+
+            play(wanted, found, Size(), args.work, do)
+        write(args.out, found)
+    evidence_report.write_all(found, ROOT)
+
+
+if __name__ == "__main__":
+    main()

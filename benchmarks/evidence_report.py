@@ -1,0 +1,309 @@
+"""Tables and figures of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
+
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+FIGURES = "benchmarks/results"
+DOCUMENTS = ("README.md", "docs/evidence.md")
+OVER = ("over start", "over supervised")
+SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
+
+# By what a case is judged: many definitions are good ones, and short ones have a low edit distance.
+MEASURE = {"glosses": ("sampled", "F1")}
+
+
+def measure_of(start: str) -> tuple[str, str]:
+    """(metric, its name) of a start's task, both in points where scaled by 100."""
+    return MEASURE.get(start, ("sampled_error", "error"))
+
+
+# ---------------------------------------------------------------- documents
+
+
+def write_all(found: dict, root: Path) -> None:
+    """Replaces what stands between the markers of the documents, and writes the figures."""
+    for name in DOCUMENTS:
+        path = root / name
+        path.write_text(filled(path.read_text(), found))
+    for name, text in figures(found).items():
+        (root / FIGURES / name).write_text(text)
+
+
+def filled(text: str, found: dict) -> str:
+    """A document with its blocks `<!-- evidence: NAME -->` ... `<!-- end -->` made from the results."""
+
+    def block(match: re.Match) -> str:
+        return f"<!-- evidence: {match[1]} -->\n{block_of(match[1], found)}<!-- end -->"
+
+    return re.sub(r"<!-- evidence: (.*?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def block_of(name: str, found: dict) -> str:
+    """Raises: KeyError for a block that is not known."""
+    special = {
+        "about": about, "verdict": verdict, "starts": starts, "gradients": gradients, "exponents": exponents,
+        "iterates": iterates, "answers": answers,
+    }  # fmt: skip
+    if name in special:
+        return special[name](found)
+    if name not in found["regimes"]:
+        raise KeyError(name)
+    return regime(found, name) if any(row["regime"] == name for row in found["summary"]) else ""
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    title, *rows = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in [title, ["---"] * len(title), *rows])
+
+
+def signed(value: Sequence[float] | None, scale: float, digits: int) -> str:
+    return f"{scale * value[0]:+.{digits}f} ± {scale * value[1]:.{digits}f}" if value else ""
+
+
+def self_play(found: dict) -> list[Row]:
+    """Rows of self-play that share entropies with both controls."""
+    return [row for row in found["summary"] if all(measure_of(row["start"])[0] in row.get(over, {}) for over in OVER)]
+
+
+def lead_of(row: Row, over: str) -> list[float]:
+    """[lead, standard error] of what a row is judged by; positive is better."""
+    return row[over][measure_of(row["start"])[0]]
+
+
+def sign(row: Row, over: str) -> int:
+    """1 or -1 where a lead is larger than SURE standard errors, else 0."""
+    lead, error = lead_of(row, over)
+    return (lead > SURE * error) - (lead < -SURE * error)
+
+
+def judged(row: Row) -> str:
+    """What the leads at equal entropy say about a row of self-play."""
+    start, supervised = (sign(row, over) for over in OVER)
+    if start > 0 and supervised > 0:
+        return "above both"
+    words = {1: "above", 0: "level with", -1: "below"}
+    return f"{words[start]} the start, {words[supervised]} supervised"
+
+
+def about(found: dict) -> str:
+    seconds = sum(row["seconds"] for part in ("starts", "runs") for row in found[part].values())
+    return (
+        f"`{found['command']}`, commit {found['commit']}, {found['machine']}: {len(found['runs'])} runs, "
+        f"{seconds / 60:.0f} minutes of CPU time for training.\n"
+    )
+
+
+def verdict(found: dict) -> str:
+    rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
+    wins = [row for row in rows if judged(row) == "above both"]
+    ahead = [row for row in rows if sign(row, "over start") > 0]
+    below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
+    text = (
+        f"Of {len(rows)} settings of self-play, each over two or three seeds, {len(wins) or 'none'} "
+        f"{'has' if len(wins) == 1 else 'have'} made fewer errors than both controls at equal entropy by more than "
+        f"{SURE} standard errors, {len(ahead) or 'none'} than the start alone; {len(below) or 'none'} "
+        f"{'is' if len(below) == 1 else 'are'} worse than one of the controls by as much."
+    )
+    for row in wins:
+        over_start, over_supervised = (signed(lead_of(row, over), 100, 2) for over in OVER)
+        name = measure_of(row["start"])[1]
+        text += f"\n- {row['start']}: {row['name']} ({over_start} points of {name} over the start, "
+        text += f"{over_supervised} over supervised training)"
+    return text + "\n"
+
+
+def starts(found: dict) -> str:
+    lines = [["start", "greedy", "sampled", "sampled error", "NLL", "entropy", "NLL at the best temperature", "CPU s"]]
+    for name, row in found["starts"].items():
+        i = found["temperatures"].index(1.0)
+        cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled"][i], row["sampled_error"][i])]
+        cells += [f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{min(row['nll']):.4f}", f"{row['seconds']:.0f}"]
+        lines.append([name, *cells])
+    return table(lines)
+
+
+def regime(found: dict, name: str) -> str:
+    """Every case of a regime: its metrics at temperature 1, and its leads over both controls."""
+    title = ["start", "setting", "greedy", "sampled", "error", "NLL", "entropy"]
+    rows = [row for row in found["summary"] if row["regime"] == name]
+    metric, measure = measure_of(rows[0]["start"])
+    leads_shown = {metric: (100, 2), "best_nll": (1, 4)}
+    title += [f"{name} {over}" for over in OVER for name in (measure, "best NLL")]
+    lines = [[*title, "greedy over start", "CPU s", "at equal entropy"]]
+    for row in rows:
+        label = row["name"] + (f", iterate {row['iterate']}" if several(found, row) else "")
+        cells = [row["start"], label, f"{100 * row['greedy']:.1f}%", f"{100 * row['sampled']:.1f}%"]
+        cells += [f"{100 * row['sampled_error']:.1f}%", f"{row['nll']:.4f}", f"{row['entropy']:.2f}"]
+        for over in OVER:
+            found_leads = row.get(over, {})
+            cells += [signed(found_leads.get(metric), *scale) for metric, scale in leads_shown.items()]
+        cells += [signed(row["over start"]["greedy"], 100, 2), f"{row['seconds']:.0f}"]
+        said = judged(row) if row in self_play(found) else "control" if row["script"] == "sft" else "no common entropy"
+        lines.append([*cells, said])
+    return table(lines)
+
+
+def several(found: dict, row: Row) -> bool:
+    return len([r for r in found["summary"] if all(r[k] == row[k] for k in ("regime", "start", "name"))]) > 1
+
+
+def gradients(found: dict) -> str:
+    title = ["start", "supervised: norm² of the expected gradient", "self-play: the same, times 4"]
+    lines = [[*title, "of the generated responses alone", "noise of one example", "noise of one pair, times 4"]]
+    for name, row in found["theory"].items():
+        cells = [signed(row[key], scale, 4) for key, scale in (("real", 1), ("spin", 4), ("generated", 1))]
+        lines.append([name, *cells, f"{row['noise_real']:.1f}", f"{4 * row['noise_spin']:.1f}"])
+    return table(lines)
+
+
+def exponents(found: dict) -> str:
+    """Rows whose optimum is known: from the converged start, at another temperature than 1."""
+    lines = [["setting", "prompts", "exponent of the optimum", "measured", "1 / T of the start at equal entropy"]]
+    for row in found["summary"]:
+        if "optimum" in row and row["regime"] != "hot opponent":
+            cells = [row["name"], str(row["prompts"]), f"{row['optimum']:.3f}", f"{row['exponent']:.3f}"]
+            lines.append([*cells, f"{row['inverse temperature']:.3f}" if row.get("inverse temperature") else ""])
+    return table(lines)
+
+
+def iterates(found: dict) -> str:
+    lines = [["setting", "iterate", "closed form", "softmax table", "trained model"]]
+    for row in found["summary"]:
+        if row["regime"] == "hot opponent" and "optimum" in row:
+            cells = [f"{row['optimum']:.3f}", f"{row['table']:.3f}", f"{row['exponent']:.3f}"]
+            lines.append([row["name"], str(row["iterate"]), *cells])
+    return table(lines)
+
+
+def answers(found: dict) -> str:
+    """Greedy responses of the start, the control and self-play, of seed 0, to the same held-out prompts."""
+    rows = [row for row in self_play(found) if "answers" in row]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: lead_of(row, "over start")[0])
+    control = next(row for row in found["summary"] if row["name"] == best["control"] and row["start"] == best["start"])
+    models = [("the start", found["starts"][best["start"]]), (control["name"], control), (best["name"], best)]
+    lines = [["prompt", "written by a person", *(name for name, _ in models)]]
+    for i, (prompt, reference, _) in enumerate(best["answers"]):
+        lines.append([prompt, reference, *(row["answers"][i][2] for _, row in models)])
+    return table([[cell.replace("|", "/") for cell in line] for line in lines])
+
+
+# ---------------------------------------------------------------- figures
+
+COLOURS = ("#888888", "#d1690e", "#0b62a4")  # the start, supervised training, self-play
+STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
+
+
+def figures(found: dict) -> dict[str, str]:
+    """File name -> SVG."""
+    result = {"evidence-frontiers.svg": frontiers(found)}
+    for name in dict.fromkeys(row["regime"] for row in self_play(found)):
+        result[f"evidence-{name.replace(' ', '-')}.svg"] = leads(found, name)
+    return result
+
+
+def svg(width: int, height: int, body: str) -> str:
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
+    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
+
+
+def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+
+
+def frontiers(found: dict) -> str:
+    """For each start one panel: the start, its control, and the setting of self-play that leads the start most."""
+    panels = []
+    for start in dict.fromkeys(row["start"] for row in self_play(found)):
+        rows = [row for row in self_play(found) if row["start"] == start and not several(found, row)]
+        if not rows:
+            continue
+        best = max(rows, key=lambda row: lead_of(row, "over start")[0])
+        same = {"name": best["control"], "script": "sft", "start": start}
+        same |= {name: best[name] for name in ("prompts", "iterations", "iterate")}
+        control = next((r for r in found["summary"] if same.items() <= r.items()), None)
+        lines = [("the start", found["starts"][start])]
+        lines += [(control["name"], control["points"])] if control else []
+        panels.append((start, [*lines, (best["name"], best["points"])]))
+    width, height = 330, 280
+    title = "Error (%; lower is better) or F1 (%; higher is better) against entropy (nats a response)"
+    body = label(20, 22, title, kind="bold")
+    for i, (start, lines) in enumerate(panels):
+        body += f'<g transform="translate({20 + i % 3 * width} {40 + i // 3 * height})">{panel(start, lines)}</g>'
+    return svg(40 + 3 * width, 50 + -(-len(panels) // 3) * height, body)
+
+
+def panel(start: str, lines: Sequence[tuple[str, Row]]) -> str:
+    metric, name = measure_of(start)
+    points = [(x, 100 * y) for _, row in lines for x, y in zip(row["entropy"], row[metric])]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points))
+    left, right, low, high = left, right, low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 40 + 260 * (x - left) / (right - left), 15 + 170 * (high - y) / (high - low)
+
+    body = label(40, 8, f"{name}, start: {start}", kind="bold")
+    body += (
+        '<line class="axis" x1="36" y1="15" x2="36" y2="189"/><line class="axis" x1="36" y1="189" x2="300" y2="189"/>'
+    )
+    for value in ticks(low, high):
+        body += label(32, at(left, value)[1] + 4, f"{value:g}", "end", "small")
+    for value in ticks(left, right):
+        body += label(at(value, low)[0], 202, f"{value:g}", "middle", "small")
+    for i, (name, row) in enumerate(lines):
+        places = [at(x, 100 * y) for x, y in sorted(zip(row["entropy"], row[metric]))]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        body += f'<polyline fill="none" stroke="{COLOURS[i]}" stroke-width="1.5" points="{path}"/>'
+        body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{COLOURS[i]}"/>' for x, y in places)
+        body += f'<rect x="40" y="{208 + 15 * i}" width="10" height="10" fill="{COLOURS[i]}"/>'
+        body += label(56, 217 + 15 * i, name, kind="small")
+    return body
+
+
+def leads(found: dict, name: str) -> str:
+    """For every setting of a regime the lead in error over both controls, with bars of two standard errors."""
+    rows = [row for row in self_play(found) if row["regime"] == name]
+    bars = [[100 * value for value in lead_of(row, over)] for row in rows for over in OVER]
+    low, high = min([0.0, *(v - 2 * e for v, e in bars)]), max([0.0, *(v + 2 * e for v, e in bars)])
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+    def x(value: float) -> float:
+        return 330 + 380 * (value - low) / (high - low)
+
+    bottom = 60 + 26 * len(rows)
+    better = {"error": "less error", "F1": "more F1"}[measure_of(rows[0]["start"])[1]]
+    title = f"{name}: {better} than the controls at equal entropy, in points (bars: two standard errors)"
+    body = label(20, 22, title, kind="bold")
+    body += f'<line class="axis" x1="{x(0):.1f}" y1="50" x2="{x(0):.1f}" y2="{bottom}"/>'
+    for value in ticks(low, high):
+        body += label(x(value), bottom + 14, f"{value:g}", "middle", "small")
+    for i, over in enumerate(OVER):
+        body += f'<circle cx="{340 + 130 * i}" cy="38" r="4" fill="{COLOURS[i]}"/>'
+        body += label(350 + 130 * i, 42, over, kind="small")
+    for i, row in enumerate(rows):
+        y = 66 + 26 * i
+        more = f", iterate {row['iterate']}" if several(found, row) else ""
+        body += label(320, y + 4, f"{row['start']}: {row['name']}{more}", "end", "small")
+        for k, over in enumerate(OVER):
+            lead, error = (100 * value for value in lead_of(row, over))
+            body += f'<line x1="{x(lead - 2 * error):.1f}" x2="{x(lead + 2 * error):.1f}" y1="{y - 4 + 8 * k}" '
+            body += f'y2="{y - 4 + 8 * k}" stroke="{COLOURS[k]}" stroke-width="2"/>'
+            body += f'<circle cx="{x(lead):.1f}" cy="{y - 4 + 8 * k}" r="4" fill="{COLOURS[k]}"/>'
+    return svg(740, bottom + 30, body)
+
+
+def ticks(low: float, high: float) -> Iterator[float]:
+    """About five round numbers."""
+    step = 10.0 ** (len(str(int(1e6 * (high - low) / 4))) - 1) / 1e6
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 6)
+    value = step * -(-low // step)
+    while value <= high:
+        yield round(value, 6)
+        value += step

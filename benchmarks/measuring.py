@@ -1,0 +1,190 @@
+"""What the comparisons of methods share: running a script in this process, measuring what it made, and frontiers.
+
+A model that is only sharper samples better, so sampled metrics say something at equal entropy only. A *frontier* is a
+model's accuracy and error against the entropy of its responses, over sampling temperatures. One model is better than
+another where its frontier lies above the other's.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many processes as cores, each on one thread
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from player import Player  # noqa: E402
+from runtime.evaluate import Row, StartSamples, evaluate, nearest_edits, sample_start  # noqa: E402
+from runtime.options import Args, parse  # noqa: E402
+from runtime.run import Run  # noqa: E402
+from runtime.setup import setup  # noqa: E402
+
+# ---------------------------------------------------------------- running
+
+
+def flags_of(*texts: str) -> dict[str, str | None]:
+    """Flags and their values, None for a flag without one; a later text's replace an earlier one's."""
+    flags: dict[str, str | None] = {}
+    for word in [word for text in texts for word in shlex.split(text)]:
+        if word.startswith("--"):
+            name, flags[word] = word, None
+        else:
+            flags[name] = word
+    return flags
+
+
+def run_script(script: str, argv: Sequence[str], name: str) -> float:
+    """Runs a script of this project in this process. Returns its CPU seconds, to which other work does not add.
+
+    Raises: RuntimeError with `name` and the end of what was printed where the script fails.
+    """
+    printed = io.StringIO()
+    began = time.process_time()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = importlib.import_module(script).main(list(argv))
+    if code:
+        raise RuntimeError(f"{name}: exit code {code}: {printed.getvalue().strip()[-500:]}")
+    return time.process_time() - began
+
+
+def commit() -> str:
+    """The commit, with "-dirty" where code or recipes differ from it."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    changed = git(["git", "status", "--porcelain", "--", "*.py", "*.args"]).stdout.strip()
+    return git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("-dirty" if changed else "")
+
+
+def write(path: Path, found: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@functools.cache
+def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, Run, StartSamples]:
+    """A player to load weights into, a run with these prompts held out, and the start's responses to them."""
+    argv = ["--model", model, "--data", heldout, "--eval-data", heldout, "--eval-limit", "0", "--device", "cpu"]
+    argv += ["--max-new-tokens", str(max_new_tokens), "--gen-batch", "1024", "--rank", "0", "--out", f"{heldout}-none"]
+    with contextlib.redirect_stdout(io.StringIO()):  # held-out prompts are given as data, too: nothing is trained
+        loaded, _, run = setup(parse("spin", argv, Args), "spin")
+    player = Player(loaded.eval(), run.eos_token_id, run.args, run.dtype)
+    return player, run, sample_start(player, run)
+
+
+def measure(weights: str | Path, model: str, heldout: str, temperature: float = 1.0) -> Row:
+    """Held-out metrics, as in metrics.jsonl, of `weights` sampled at a temperature; `model` is their start."""
+    player, run, start = ruler(model, heldout)
+    player.model.load_weights(weights)
+    set_temperature(player, temperature)
+    return evaluate(player, start, run)
+
+
+@torch.no_grad()
+def set_temperature(player: Player, temperature: float) -> None:
+    """Divides the logits by the temperature: the head has no bias, so the final norm's output may be scaled."""
+    for parameter in player.model.transformer["ln_f"].parameters():
+        parameter /= temperature
+
+
+def at_entropy(entropy: float, curve: Sequence[Row]) -> Row | None:
+    """The start at the temperature of this entropy, between two points of `curve`; None outside of it."""
+    points = sorted(curve, key=lambda row: row["entropy"])
+    for low, high in itertools.pairwise(points):
+        if low["entropy"] <= entropy <= high["entropy"]:
+            share = (entropy - low["entropy"]) / (high["entropy"] - low["entropy"])
+            return {name: low[name] + share * (high[name] - low[name]) for name in low}
+    return None
+
+
+# ---------------------------------------------------------------- frontiers
+
+# (temperatures, metrics, examples): for each metric a value of each example, whose mean over examples is the metric.
+Frontier = np.ndarray
+MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats a response, share, rate, nats a token
+
+
+def equal(text: str, references: Sequence[str]) -> float:
+    return float(text in references)
+
+
+def overlap(text: str, references: Sequence[str]) -> float:
+    """F1 of the words that a text shares with a reference, each as often as it stands there; the best reference's."""
+    words = Counter(text.split())
+    found = [(2 * (words & Counter(r.split())).total(), words.total() + len(r.split())) for r in references]
+    return max(shared / total for shared, total in found)
+
+
+def frontier(player: Player, run: Run, temperatures: Sequence[float], agreement: Callable = equal) -> Frontier:
+    """A player's held-out metrics at every sampling temperature, with the same random numbers for all players.
+
+    `agreement(text, references)` is what "sampled" is the mean of: whether they are equal, or `overlap`.
+
+    A rate, such as edits over tokens, is linearised: its values are rate + (edits - rate * tokens) / mean tokens, whose
+    mean is the rate and whose standard error is that of the rate.
+    """
+    points = []
+    for temperature in temperatures:
+        responses = run.respond(player, run.heldout, "frontier", run.seed(0, "evaluate"), temperature)
+        items = [(e.prompt_ids, e.real_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
+        logps = np.array(run.logps(player, items, "frontier-logps", temperature))  # (n, 2): real, sampled
+        texts = [run.text(ids) for ids, _ in responses]
+        right = [agreement(text, e.references) for text, e in zip(texts, run.heldout)]
+        edits, words = np.array([nearest_edits(text, e.references) for text, e in zip(texts, run.heldout)]).T
+        tokens = np.array([len(e.real_ids) for e in run.heldout])
+        points.append([-logps[:, 1], right, linearised(edits, words), linearised(-logps[:, 0], tokens)])
+    return np.array(points, dtype=np.float32)
+
+
+def linearised(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,) values whose mean is sum(values) / sum(weights), and whose standard error is the ratio's."""
+    ratio = values.sum() / weights.sum()
+    return ratio + (values - ratio * weights) / weights.mean()
+
+
+def lead(mine: Frontier, control: Frontier, metric: str) -> np.ndarray | None:
+    """How far one frontier lies above another in a metric at equal entropy, as a value of each example: (n,).
+
+    Averaged over those temperatures of `mine` whose entropy the control reaches, too. Between its temperatures the
+    control is interpolated by the cubic through the four nearest. The values account for the noise of both entropies
+    (delta method), so the standard error of their mean is std / sqrt(n). None where the frontiers share no entropy.
+    """
+    k = MEASURED.index(metric)
+    x = control[:, 0].mean(1)
+    found = []
+    for point in mine:
+        entropy = point[0].mean()
+        if x.min() <= entropy <= x.max():
+            near = np.argsort(abs(x - entropy))[:4]
+            between, beside = (through(place, x[near], control[near]) for place in (entropy, entropy + 1e-4))
+            slope = (beside[k].mean() - between[k].mean()) / 1e-4
+            found.append(point[k] - between[k] - slope * (point[0] - between[0]))
+    return np.mean(found, 0) if found else None
+
+
+def through(place: float, x: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The polynomial through all points, at one place (Lagrange's formula)."""
+    weights = [np.prod((place - np.delete(x, i)) / (x[i] - np.delete(x, i))) for i in range(len(x))]
+    return np.tensordot(weights, points.astype(np.float64), 1)
+
+
+def best_nll(points: Frontier) -> np.ndarray:
+    """The NLL at the temperature where it is lowest, a value of each example."""
+    return min((point[MEASURED.index("nll")] for point in points), key=lambda values: values.mean())

@@ -1,0 +1,145 @@
+"""benchmarks/evidence.py: its cases, a run of all its parts, and that documents say what was measured."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import re
+from xml.etree import ElementTree
+
+import evidence
+import evidence_report
+import measuring
+import numpy as np
+import pytest
+import theory
+import torch
+from evidence import Case, Size
+from helpers import ARGS, ROOT, known_model, player_of
+
+from runtime.options import Args, parse
+
+STORED = ROOT / "benchmarks/results/evidence.json"
+
+
+@pytest.mark.parametrize("name", evidence_report.DOCUMENTS)
+def test_documents_and_figures_say_what_is_stored(name):
+    """Every table between markers is made again from the stored results; without results there are no tables."""
+    text = (ROOT / name).read_text()
+    if not STORED.exists():
+        assert re.findall(r"<!-- evidence: .* -->\n(?!<!-- end -->)", text) == []
+        return
+    found = json.loads(STORED.read_text())
+    assert evidence_report.filled(text, found) == text
+    for figure, svg in evidence_report.figures(found).items():
+        assert (ROOT / evidence_report.FIGURES / figure).read_text() == svg, figure
+
+
+def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
+    """Twice the epochs of the same prompts, for every case of self-play; no setting stands twice in a regime."""
+    cases = evidence.cases()
+    controls = {case.group for case in cases if case.script == "sft"}
+    assert len({(case.regime, case.key) for case in cases}) == len(cases)
+    for case in cases:
+        assert case.group in controls, case.key
+        flags, work = evidence.flags_of_run(case, 3, Size(), tmp_path), str(tmp_path)
+        args = parse(case.script, evidence.words_of(flags), ARGS.get(case.script, Args))
+        start = evidence.STARTS[case.start]
+        assert (args.prompts, args.iterations, args.seed) == (case.prompts, case.iterations, 3)
+        assert args.data == (f"{work}/{start.play}.jsonl",)
+        assert args.epochs == ((2,) if case.script == "sft" else (1,)) or args.epochs == (
+            2 if case.script == "sft" else 1
+        )
+
+
+def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
+    """Data, a start, both kinds of run, the summary, all tables and figures; what is done is not done again."""
+    few = dataclasses.replace(evidence.STARTS["few words"], flags="--epochs 1 --lr 1e-3", width=8)
+    shipped = evidence.STARTS["underfitted"]
+    monkeypatch.setattr(evidence, "STARTS", {"underfitted": shipped, "few words": few})
+    size = dict(seeds=1, prompts=50, iterations=1)
+    cases = [Case("few words", "few words", "SPIN", "--lr 1e-9", **size)]
+    cases += [Case("few words", "few words", f"supervised, lr {r}", f"--lr {r}", "sft", **size) for r in (1e-9, 1e-2)]
+    cases += [Case("start", "underfitted", "SPIN", "--lr 1e-9", **dict(size, iterations=2, iterates=(1, 2)))]
+    cases += [dataclasses.replace(cases[-1], name="supervised, lr 1e-9", flags="--lr 1e-9", script="sft")]
+    monkeypatch.setattr(evidence, "cases", lambda: cases)
+    monkeypatch.setattr(evidence, "TEMPERATURES", (0.5, 0.8, 1.0, 1.2))
+    monkeypatch.setattr(theory, "PROMPTS", 5)
+    found = {"starts": {}, "theory": {}, "runs": {}, "summary": [], "commit": "0", "machine": "m", "command": "c"}
+    found["regimes"] = ["few words", "start", "methods"]
+    found["temperatures"] = list(evidence.TEMPERATURES)
+    asked = []
+
+    def do(function, jobs):
+        asked.extend(jobs)
+        return [(job, function(job)) for job in jobs]
+
+    with gzip.open(ROOT / "pronounce/cmudict.jsonl.gz", "rt") as file:
+        (tmp_path / "words.jsonl").write_text("".join(itertools.islice(file, 1000)))
+    tiny = Size(str(tmp_path / "words.jsonl"), words=150, few=60, test=40, lines=10, share=0.02)
+    evidence.play(cases, found, tiny, tmp_path / "work", do)
+    assert len(asked) == 2 + 1 + 5
+    found = json.loads(json.dumps(found))
+    first, *_, once, twice, _, _ = found["summary"]
+    for row in (first, once, twice):  # a learning rate of 1e-9 changes nothing: level with its start in every respect
+        assert row["exponent"] == pytest.approx(1, abs=1e-3)
+        for value, _ in row["over start"].values():
+            assert value == pytest.approx(0, abs=1e-3)
+    assert first["control"] == "supervised, lr 0.01", "the control with the lowest NLL"
+    assert (
+        first["over supervised"]["nll"][0] < 0
+        and evidence_report.judged(once) == "level with the start, level with supervised"
+    )
+    text = "".join(
+        f"<!-- evidence: {n} -->\nold\n<!-- end -->\n" for n in ("about", "verdict", "starts", "gradients", "start")
+    )
+    filled = evidence_report.filled(text, found)
+    assert "old" not in filled and evidence_report.filled(filled, found) == filled and "Of 2 settings" in filled
+    for svg in evidence_report.figures(found).values():
+        ElementTree.fromstring(svg)
+    asked.clear()
+    evidence.play(cases, found, tiny, tmp_path / "work", do)
+    assert asked == []
+
+
+def test_a_lead_has_the_errors_of_examples_and_of_seeds():
+    """Greedy: the mean over seeds; its error adds that over examples, of the seeds' mean, and that over seeds."""
+    rng = np.random.default_rng(0)
+    control = {"frontier": rng.random((len(evidence.TEMPERATURES), 4, 100)), "greedy": np.zeros(100)}
+    mine = [{"frontier": control["frontier"], "greedy": (rng.random(100) < p).astype(float)} for p in (0.5, 0.9)]
+    lead, error = evidence.leads(mine, [control, control])["greedy"]
+    a, b = (some["greedy"] for some in mine)
+    assert lead == pytest.approx((a.mean() + b.mean()) / 2)
+    assert error == pytest.approx(np.hypot(((a + b) / 2).std() / 10, abs(a.mean() - b.mean()) / 2))
+
+
+# ---------------------------------------------------------------- theory
+
+
+@pytest.mark.parametrize("temperature, beta", [(1.5, 1), (1.5, 3), (0.8, 2)])
+def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(temperature, beta):
+    """Trained on the expected loss. One iteration from the data has the exponent of the family's documentation."""
+    expected = theory.exponents(temperature, beta, 4)
+    assert theory.table_exponents(temperature, beta, 4) == pytest.approx(expected, abs=1e-3)
+    assert expected[1] == pytest.approx(theory.sharpening(temperature, beta))
+    assert theory.exponents(temperature, beta, 200)[-1] == pytest.approx(temperature), "it ends at p_data^T"
+
+
+def test_the_exponent_of_a_tempered_model_is_one_over_its_temperature():
+    """Exactly so for responses of one token, where the tempered distribution is a power of the model's."""
+    player = player_of(known_model(), max_new_tokens=1)
+    items = [([prompt], [token]) for prompt in range(4) for token in range(theory.SAMPLES)]
+    before = theory.logps_of(player, items)
+    measuring.set_temperature(player, 0.8)
+    assert theory.exponent(player, (items, before)) == pytest.approx(1.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("mean, most", [(10.0, 1.15), (1.0, 1.5)])
+def test_the_squared_norm_is_unbiased_with_the_error_of_its_spread(mean, most):
+    """Blocks in noise of variance 40 a coordinate, by which the squared norm of their mean would be 7.5 too large. The
+    jackknife is exact for large gradients; where noise prevails it may be up to the root of 2 too large."""
+    rng = torch.Generator().manual_seed(0)
+    found = [theory.squared_norm(mean + torch.randn(16, 3, generator=rng) * 40**0.5) for _ in range(400)]
+    values, errors = map(np.array, zip(*found))
+    assert abs(values.mean() - 3 * mean**2) < 4 * values.std() / 20
+    assert 0.9 < np.sqrt((errors**2).mean()) / values.std() < most

@@ -1,0 +1,90 @@
+"""benchmarks/measuring.py: frontiers, their differences at equal entropy, and the standard errors of those."""
+
+import measuring
+import numpy as np
+import pytest
+import torch
+from helpers import player_of
+
+from model import GPTNeo
+
+
+def synthetic(rng: np.random.Generator, n: int, better: float = 0.0, hotter: float = 0.0, tie: float = 0.0):
+    """A frontier of six temperatures whose accuracy falls, in a curve, with entropy. Examples differ in both; `tie` is
+    the slope between the two over examples."""
+    temperatures = np.linspace(0.5, 1.2, 6)[:, None] + hotter
+    noise = rng.normal(size=(6, n)) * 0.5
+    entropy = 3 * temperatures**2 + noise
+    sampled = 0.6 - 0.05 * temperatures**3 + better + rng.normal(size=(6, n)) * 0.2 + tie * noise
+    return np.stack([entropy, sampled, 1 - sampled, entropy / 5], 1)
+
+
+def test_a_frontier_leads_by_what_it_is_better_not_by_being_colder():
+    rng = np.random.default_rng(0)
+    control = synthetic(rng, 200_000)
+    ahead = measuring.lead(synthetic(rng, 200_000, 0.03, -0.05), control, "sampled")
+    level = measuring.lead(synthetic(rng, 200_000, 0.0, -0.05), control, "sampled")
+    assert ahead.mean() == pytest.approx(0.03, abs=2e-3) and level.mean() == pytest.approx(0.0, abs=2e-3)
+    assert measuring.lead(synthetic(rng, 200, 0.03, 5.0), control[..., :200], "sampled") is None
+
+
+def test_the_standard_error_of_a_lead_is_its_spread():
+    """Over 300 data sets. It counts the noise of both entropies, with which accuracy is tied."""
+    rng = np.random.default_rng(1)
+    values = [
+        measuring.lead(synthetic(rng, 400, 0, -0.05, -0.5), synthetic(rng, 400, 0, 0, -0.5), "sampled")
+        for _ in range(300)
+    ]
+    errors = [value.std() / np.sqrt(400) for value in values]
+    assert np.std([value.mean() for value in values]) == pytest.approx(np.mean(errors), rel=0.15)
+
+
+def test_linearised_values_have_mean_and_error_of_the_ratio():
+    rng = np.random.default_rng(2)
+    weights = rng.integers(1, 9, 300).astype(float)
+    values = 2 * weights + rng.normal(size=300)
+    index = rng.integers(300, size=(4000, 300))
+    spread = (values[index].sum(1) / weights[index].sum(1)).std()
+    found = measuring.linearised(values, weights)
+    assert found.mean() == pytest.approx(values.sum() / weights.sum())
+    assert found.std() / np.sqrt(300) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_frontier_of_a_model(start, data, tmp_path):
+    """At temperature 1 it is what a run reports. A model whose logits are divided has the same frontier elsewhere."""
+    player, run, samples = measuring.ruler(str(start), str(data))
+    player.model.load_weights(start)
+    row = measuring.evaluate(player, samples, run)
+    points = measuring.frontier(player, run, (0.8, 1.0))
+    assert points.shape == (2, len(measuring.MEASURED), len(run.heldout))
+    for name, values in zip(measuring.MEASURED, points[1]):
+        assert values.mean() == pytest.approx(row[name], rel=1e-5), name
+    measuring.set_temperature(player, 0.8)
+    np.testing.assert_allclose(measuring.frontier(player, run, (1.0,))[0], points[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_divides_the_logits(start):
+    player = player_of(GPTNeo.from_pretrained(start))
+    ids = torch.tensor([[5, 6, 7]])
+    before = player.model.logits(player.model(ids))
+    measuring.set_temperature(player, 0.5)
+    torch.testing.assert_close(player.model.logits(player.model(ids)), 2 * before)
+
+
+def test_equal_entropy_is_found_between_two_temperatures():
+    curve = [{"temperature": t, "entropy": e, "sampled": s} for t, e, s in ((1.0, 4.0, 0.3), (0.8, 2.0, 0.5))]
+    assert measuring.at_entropy(3.5, curve) == pytest.approx({"temperature": 0.95, "entropy": 3.5, "sampled": 0.35})
+    assert measuring.at_entropy(4.5, curve) is None and measuring.at_entropy(1.5, curve) is None
+
+
+def test_later_flags_replace_earlier_ones():
+    assert measuring.flags_of("--lr 1 --mix-previous", "--beta 2 --lr 3") == {
+        "--lr": "3", "--mix-previous": None, "--beta": "2",
+    }  # fmt: skip
+
+
+def test_the_overlap_is_the_f1_of_words():
+    """Two of three words are two of four in the reference: 2 * 2 / (3 + 4). A word counts as often as both have it."""
+    assert measuring.overlap("a b x", ["a b c d"]) == pytest.approx(4 / 7)
+    assert measuring.overlap("a a a", ["a b"]) == pytest.approx(2 / 5)
+    assert measuring.overlap("a b", ["c", "b a"]) == 1 and measuring.overlap("", ["a"]) == 0

@@ -128,8 +128,9 @@ def world(ranks: int, *arguments: str) -> list[dict]:
 def lines_of(results: dict) -> Iterator[str]:
     """The table: medians over the rounds, and the range."""
     one, two, apart = (results["rounds"][name] for name in ("1", "2", "side by side"))
-    yield f"{results['shape']} shape, fp32, {results['device'].replace('1 threads', 'one thread a rank')}, commit "
-    yield f"{results['commit']}, torch {results['torch']}; `{results['command']}`; medians of {len(one)} rounds, range."
+    yield f"{results['shape']} shape, fp32, {results['device'].replace('1 threads', 'one thread a rank')},"
+    yield f"commit {results['commit']}, torch {results['torch']};"
+    yield f"`{results['command']}`; medians of {len(one)} rounds, range."
     yield ""
     yield "| | one rank | two ranks | times as fast | the machine's limit |"
     yield "|---|---|---|---|---|"
@@ -143,7 +144,7 @@ def lines_of(results: dict) -> Iterator[str]:
         )
     yield ""
     yield (
-        "The machine's limit is how much faster two processes of one rank each, which know nothing of each other, get "
+        "The machine's limit is how much faster two processes of one rank each, which know nothing of each other, get\n"
         "through twice the work side by side: the cores share memory and cache."
     )
     yield ""
@@ -156,7 +157,7 @@ def lines_of(results: dict) -> Iterator[str]:
     found = results["memory"]
     loaded = ", ".join(f"{row['loaded'] / 2**20:.0f}" for row in found)
     yield (
-        f"Three ranks that load a checkpoint of {found[0]['weights'] / 2**20:.0f} MiB hold {loaded} MiB each "
+        f"Three ranks that load a checkpoint of {found[0]['weights'] / 2**20:.0f} MiB hold {loaded} MiB each\n"
         "(proportional set size): their own weights, and no second copy. The file is mapped, so a host reads it once."
     )
 

@@ -36,7 +36,8 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
     """What the player says to each held-out prompt, as heldout-<t>.jsonl keeps it.
 
     A row has "prompt", "references", the responses "greedy" and "sampled" as text, and "values": for each metric
-    (value, weight). The metric is sum(values) / sum(weights) over all rows.
+    (value, weight). The metric is sum(values) / sum(weights) over all rows. "tokens" has the greedy and the real
+    response in pieces with their log-probabilities, which cost no pass of their own.
 
     greedy, sampled: whether the response equals one of the references, decoded greedily or sampled at temperature 1.
     greedy_error, sampled_error: edit distance to the nearest reference, weighted by its length in whitespace tokens.
@@ -44,21 +45,26 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
     kl: log p_0(y) - log p(y) in nats, of the start's response y: a sample of KL(theta_0 || player).
     """
     heldout = run.heldout
-    rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}} for e in heldout]
+    rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}, "tokens": {}} for e in heldout]
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         # The same random numbers for every iterate make the difference between two iterates less noisy.
-        responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature)
-        for row, example, (ids, _) in zip(rows, heldout, responses):
+        greedy = name == "greedy"
+        responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature, with_logps=greedy)
+        for row, example, (ids, _, *logps) in zip(rows, heldout, responses):
             row[name] = text = run.text(ids)
+            if greedy and logps:
+                row["tokens"]["greedy"] = run.pieces(ids, *logps)
             edits, length = nearest_edits(text, example.references)
             row["values"] |= {
                 name: (float(text in example.references), 1.0),
                 f"{name}_error": (float(edits), float(length)),
             }
-    real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll")
+    real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll", by_token=True)
     now = run.logps(player, start.sequences, "kl")
-    for row, example, (real_logp,), before, (after,) in zip(rows, heldout, real, start.logps, now):
-        row["values"] |= {"nll": (-real_logp, float(len(example.real_ids))), "kl": (before - after, 1.0)}
+    for row, example, real_logps, before, (after,) in zip(rows, heldout, real, start.logps, now):
+        row["values"] |= {"nll": (-math.fsum(real_logps), float(len(example.real_ids))), "kl": (before - after, 1.0)}
+        if len(real_logps) == len(example.real_ids):
+            row["tokens"]["real"] = run.pieces(example.real_ids, real_logps)
     return rows
 
 

@@ -88,8 +88,9 @@ def rows(path) -> list[Any]:
 
 
 def tree(folder) -> dict[str, bytes]:
-    """All files below a folder, by their relative paths."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All files below a folder, by their relative paths, but those that hold times: no two runs agree in them."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("times.jsonl", "report.html")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def refused(argv, out, capsys, script=spin) -> str:

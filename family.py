@@ -15,17 +15,13 @@ The table of methods with their sources is in docs/family.md.
 """
 
 import contextlib
-import functools
-import hashlib
 import math
 import numbers
 import re
 import shutil
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,14 +30,13 @@ import lora
 import losses
 import spin
 from player import Player
-from runtime import cli, parallel
+from runtime import cli, functions, parallel
 from runtime.data import Example, Pair
 from runtime.evaluate import Row, mean
 from runtime.options import POSITIVE, Args, at_least, option, shown, valid, value_at
 from runtime.run import Run
 from runtime.stopping import SIGNALS, Stopped
 
-OUR_NAMES = {path.stem for path in Path(__file__).resolve().parent.iterdir()}  # of modules and packages
 SCORER_SHARD = 1, 1024  # fewest and most pairs that the scorer is asked about before its answers are written
 
 # ---------------------------------------------------------------- losses
@@ -325,9 +320,12 @@ def reinforce(player: Player, examples: list[Example], t: int, run: Run) -> list
 def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
     """Stores with every pair the probabilities to win that --scorer gives. Raises: Stopped if it gives none."""
     name = run.args.scorer
-    scorer = load_scorer(name)
+    scorer = functions.load("--scorer", name)
+
+    bar = run.progress.bar("wins", len(pairs))
 
     def work(items: range) -> list[list[float]]:
+        bar.at(items.start)
         wins = []
         for i in items:
             texts = [run.text(pairs[i].real_ids), run.text(pairs[i].generated_ids)]
@@ -336,10 +334,13 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
             except BaseException as error:  # the user's code may raise anything, SystemExit too
                 raise Stopped(f"--scorer {name}: {type(error).__name__}: {error}") from None
             wins.append(probabilities(answer, name))
+            bar.update(1)
             SIGNALS.check()  # a scorer may take long
         return wins
 
-    for pair, (real, generated) in zip(pairs, run.shards("wins", len(pairs), *SCORER_SHARD, work)):
+    with bar, run.progress.timed("wins"):
+        answers = run.shards("wins", len(pairs), *SCORER_SHARD, work)
+    for pair, (real, generated) in zip(pairs, answers):
         pair.wins = (real, generated)
 
 
@@ -349,43 +350,6 @@ def probabilities(answer: object, name: str) -> list[float]:
     if two and all(isinstance(p, numbers.Real) and 0 <= p <= 1 for p in answer):
         return [float(p) for p in answer]
     raise Stopped(f"--scorer {name}: returned {shown(repr(answer))}, expected a list of two probabilities")
-
-
-def load_scorer(name: str) -> Callable[[str, list[str]], Sequence[float]]:
-    """FILE.py:NAME to the function. It is the user's own code: nothing that comes with a model is run.
-
-    Raises: FileNotFoundError, or ValueError naming what is wrong with it.
-    """
-    file, _, attribute = name.rpartition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"--scorer {name}: no such file, expected FILE.py:NAME")
-    try:
-        function = getattr(_module(Path(file).resolve(), Path(file).read_bytes()), attribute)
-    except BaseException as error:  # the user's code may raise anything, SystemExit too
-        raise ValueError(f"--scorer {name}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"--scorer {name}: {type(function).__name__}, expected a function")
-    return function
-
-
-@functools.cache
-def _module(file: Path, source: bytes) -> types.ModuleType:
-    """Runs the file once in a process, so that a scorer keeps what it has loaded.
-
-    It may import modules that lie beside it, even if one is called like one of ours: `model`, say.
-    """
-    module = types.ModuleType("scorer")
-    module.__file__ = str(file)
-    beside = {path.stem for path in file.parent.iterdir()}
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in beside & OUR_NAMES}
-    sys.modules["scorer"] = module  # dataclasses in the file look their module up here
-    sys.path.insert(0, str(file.parent))
-    try:
-        exec(compile(source, file, "exec"), module.__dict__)
-    finally:
-        sys.path.remove(str(file.parent))
-        sys.modules.update(ours)
-    return module
 
 
 # ---------------------------------------------------------------- options
@@ -492,9 +456,8 @@ class FamilyArgs(Args):
     def digests(self) -> dict[str, str]:
         if not self.scorer:
             return {}
-        load_scorer(self.scorer)  # refuses one that cannot be loaded before the run begins
-        file, _, name = self.scorer.rpartition(":")
-        return {"scorer": hashlib.sha256(Path(file).read_bytes() + name.encode()).hexdigest()}
+        functions.load("--scorer", self.scorer)  # refuses one that cannot be loaded before the run begins
+        return {"scorer": functions.digest([self.scorer])}
 
 
 def play(player: Player, examples: list[Example], run: Run) -> None:

@@ -32,6 +32,7 @@ from player import Player
 from runtime import cli, record, report, storage
 from runtime.data import Example, as_decoded, draw, encode, fit_context, load_examples, load_tokenizer
 from runtime.evaluate import evaluate, sample_start
+from runtime.functions import load_metrics
 from runtime.options import Args, CommandLine, as_typed, at_least, check_file, checked, help_text, option
 from runtime.run import Run
 from runtime.setup import choose_device, end_token, load_config, resolve_model
@@ -68,6 +69,7 @@ class RespondArgs:
     special_tokens: bool = same("special_tokens")
     chat: bool = own(False, "In the loop, earlier turns stay a part of the prompt; an empty line begins anew.")
     eval_data: tuple[str, ...] = same("eval_data", help="Evaluate on this data: metrics in place of responses.")
+    metric: tuple[str, ...] = same("metric", help="Adds a metric to --eval-data, as in spin.py.")
     eval_limit: int = same("eval_limit", 0, help="Number of examples of --eval-data, drawn as in spin.py; 0: all.")
     max_new_tokens: int = own(0, "Length limit of responses, in tokens; 0: that of the run, or 256.", group="sampling",
                               **at_least(0))  # fmt: skip
@@ -150,7 +152,10 @@ class Responder:
 
     def as_run(self, heldout: list[Example]) -> Run:
         """What evaluation asks for. Nothing is written."""
-        return Run(self.args, self.tokenizer, self.eos, self.device, Path("."), Path("."), heldout=heldout)
+        metrics = load_metrics(self.args.metric)
+        return Run(
+            self.args, self.tokenizer, self.eos, self.device, Path("."), Path("."), heldout=heldout, metrics=metrics
+        )
 
 
 def find(name: str) -> tuple[str | None, dict[str, Any] | None]:
@@ -297,8 +302,7 @@ def metrics(responders: list[Responder], args: RespondArgs) -> list[dict[str, An
         run = responder.as_run(examples)
         start = start or sample_start(responder.player, run)
         rows.append({"model": responder.name} | evaluate(responder.player, start, run))
-    columns = {name: fmt for name, fmt in report.COLUMNS.items() if name != "iterate"}
-    print(report.table(rows, {"model": ""} | columns))
+    print(report.table(rows, {"model": ""} | report.columns_of(rows)))
     return rows
 
 

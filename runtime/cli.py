@@ -47,19 +47,16 @@ def main(
             model, examples, run = setup(args, command)
             player = player_class(model, run.eos_token_id, run.args, run.dtype)
             SIGNALS.check()
+            replaced = overridden(command, argv, args_class)
             if args.dry_run:
-                print(plan.describe(examples, run, *plan.rehearse(player, examples, run)))
-                if others := overridden(command, argv, args_class):
-                    print(f"{'options':12}{', '.join(others)}")
+                print(plan.describe(examples, run, replaced, *plan.rehearse(player, examples, run)))
                 parallel.leave()
                 return 0
-            print(plan.describe(examples, run))
-            if others := overridden(command, argv, args_class):
-                print(f"{'options':12}{', '.join(others)}")
-            print(flush=True)
             stack.enter_context(locked(run.out) if parallel.is_writer() else contextlib.nullcontext())
             run.begin()
+            stack.callback(lambda: run.trackers.close())
             began = True
+            print(plan.describe(examples, run, replaced), end="\n\n", flush=True)
             method(player, examples, run)
             run.finish(player)
             parallel.leave()

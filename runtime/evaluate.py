@@ -1,13 +1,17 @@
 """Held-out metrics of an iterate, each with its standard error over examples."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Hashable, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 # Metric by metric: +1 if a larger value is better, -1 if a smaller one is.
 METRICS = {"nll": -1, "greedy": 1, "sampled": 1, "greedy_error": -1, "sampled_error": -1}
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}  # of the responses that are evaluated, and their temperatures
 
 Row = dict[str, Any]
+Metric = Callable[[str, str, list[str]], float]  # of --metric: (prompt, response, references) -> number
 
 
 class StartSamples(NamedTuple):
@@ -41,12 +45,13 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
 
     greedy, sampled: whether the response equals one of the references, decoded greedily or sampled at temperature 1.
     greedy_error, sampled_error: edit distance to the nearest reference, weighted by its length in whitespace tokens.
+    greedy_NAME, sampled_NAME: what a function NAME of --metric returned.
     nll: negative log-probability of the real response in nats, weighted by its tokens.
     kl: log p_0(y) - log p(y) in nats, of the start's response y: a sample of KL(theta_0 || player).
     """
     heldout = run.heldout
     rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}, "tokens": {}} for e in heldout]
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+    for name, temperature in DECODINGS.items():
         # The same random numbers for every iterate make the difference between two iterates less noisy.
         greedy = name == "greedy"
         responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature, with_logps=greedy)
@@ -65,6 +70,9 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
         row["values"] |= {"nll": (-math.fsum(real_logps), float(len(example.real_ids))), "kl": (before - after, 1.0)}
         if len(real_logps) == len(example.real_ids):
             row["tokens"]["real"] = run.pieces(example.real_ids, real_logps)
+    for name in run.metrics:
+        for row, values in zip(rows, run.measure(name, rows)):
+            row["values"] |= {f"{decoding}_{name}": (value, 1.0) for decoding, value in zip(DECODINGS, values)}
     return rows
 
 
@@ -102,7 +110,22 @@ def _ratio(pairs: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
 def better(row: Row, metric: str) -> bool:
     """Whether an iterate's metrics are better than the start's by more than two paired standard errors."""
     change, error = row.get("since_start", {}).get(metric, (0.0, 0.0))
-    return METRICS[metric] * change > 2 * error
+    return sign_of(metric) * change > 2 * error
+
+
+def sign_of(metric: str) -> int:
+    """+1 where a larger value of the metric is better, as it is for all functions of --metric but edit_distance."""
+    return METRICS.get(metric, -1 if metric.endswith("_edit_distance") else 1)
+
+
+def name_of(metric: str) -> str:
+    """The name of a function of --metric, which may be FILE.py:NAME."""
+    return metric.rpartition(":")[2]
+
+
+def metrics_with(functions: Sequence[str]) -> list[str]:
+    """Names of all metrics that a run with these functions of --metric has, but kl, which is neither good nor bad."""
+    return [*METRICS, *(f"{decoding}_{name_of(function)}" for function in functions for decoding in DECODINGS)]
 
 
 def with_se(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Row:
@@ -125,15 +148,59 @@ def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
     return min(edits, key=lambda e: e[0] / e[1])
 
 
-def edit_distance(a: list[str], b: list[str]) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`.
+
+    A column of the table of distances is kept as the bits of integers, which say where it rises or falls by 1 from one
+    row to the next, so a column takes a few operations on len(a) bits. Source: Myers 1999, as Hyyro 2001 writes it.
+    """
+    if not a:
+        return len(b)
+    places: dict[Hashable, int] = {}
+    for i, x in enumerate(a):
+        places[x] = places.get(x, 0) | 1 << i
+    every, last = (1 << len(a)) - 1, 1 << len(a) - 1
+    rises, falls, distance = every, 0, len(a)
+    for x in b:
+        equal = places.get(x, 0)
+        diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
+        more, less = falls | ~(diagonal | rises) & every, rises & diagonal  # than in the column before
+        distance += bool(more & last) - bool(less & last)
+        more, less = more << 1 | 1, less << 1
+        rises, falls = (less | ~(equal | falls | more)) & every, more & (equal | falls) & every
+    return distance
 
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------- metrics that --metric names
+
+
+def exact(prompt: str, response: str, references: list[str]) -> float:
+    """1 where the response is a reference but for case, white space, and punctuation at the end; else 0."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+
+    return float(plain(response) in map(plain, references))
+
+
+def edit_distance_rate(prompt: str, response: str, references: list[str]) -> float:
+    """Edit distance to the nearest reference over its length, in characters."""
+    return min(edit_distance(response, reference) / max(len(reference), 1) for reference in references)
+
+
+def last_number(prompt: str, response: str, references: list[str]) -> float:
+    """1 where the last number of the response is that of a reference, as in GSM8K; 0 where it differs or is missing."""
+    wanted = {_last_number(reference) for reference in references} - {None}
+    return float(_last_number(response) in wanted)
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text)  # a hyphen behind a digit is no sign
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+SHIPPED: dict[str, Metric] = {"exact": exact, "edit_distance": edit_distance_rate, "last_number": last_number}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lora
-from runtime.evaluate import METRICS
+from runtime.evaluate import SHIPPED, metrics_with
 
 ROOT = Path(__file__).resolve().parents[1]  # $SPIN in recipes
 DEFAULT_RECIPES = {
@@ -128,6 +128,11 @@ class Args:
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
+    metric: tuple[str, ...] = option((), "Adds a held-out metric: FILE.py:NAME of f(prompt, response, references) -> "
+                                     f"number, larger is better; or {', '.join(SHIPPED)}.", changeable=True,
+                                     repeated="NAME", **valid(
+        lambda name: name in SHIPPED or re.fullmatch(r".+\.py:\w+", name),
+        f"FILE.py:NAME or one of {', '.join(SHIPPED)}"))
     template: str = option("auto", r"Prompt template: text with {prompt}, in which \n is a line break, or chat, the "
                            "tokenizer's own; auto: chat for messages where there is one, else "
                            f"'{DEFAULT_TEMPLATE}'.", **valid(
@@ -185,7 +190,10 @@ class Args:
                         "but 4 to 64 batches.", **at_least(0))
     precision: str = option("auto", "bf16, fp32 or auto; auto: bf16 on a GPU, else fp32.",
                             choices=("auto", "bf16", "fp32"))
-    best: str = option("nll", "Held-out metric that selects the best iterate.", choices=tuple(METRICS), changeable=True)
+    best: str = option("nll", "Held-out metric that selects the best iterate; greedy_NAME or sampled_NAME where NAME "
+                       "is a function of --metric.", changeable=True)
+    log: tuple[str, ...] = option((), "Log to TensorBoard or W&B, too: both are optional packages.", changeable=True,
+                                  choices=("tensorboard", "wandb"))
     save_minutes: float = option(10.0, "Minutes of training between two checkpoints; 0: every step.", changeable=True,
                                  **at_least(0))
     dry_run: bool = option(False, "Check all inputs, print what the run would do and need, and write nothing.",
@@ -202,6 +210,8 @@ class Args:
         for name in ("beta", "lr", "epochs"):
             fits = len(getattr(self, name)) in (1, self.iterations)
             self.require(name, fits, f"1 value, or one for each of {self.iterations} iterations")
+        metrics = metrics_with(self.metric)
+        self.require("best", self.best in metrics, f"one of {', '.join(metrics)}")
         scratch = self.from_scratch
         self.require("adapter", not self.adapter or (self.rank and not scratch), "no --rank 0 or --from-scratch")
         self.require("fsdp", not (self.fsdp and self.rank), "--rank 0 with it; adapters need no cut")
@@ -349,7 +359,6 @@ def parse(script: str, argv: Sequence[str], args_class: type[AnyArgs] = Args, ab
 def overridden(script: str, argv: Sequence[str], args_class: type[Args]) -> list[str]:
     """What the command line says otherwise than its recipes, option by option: "--lr 0.0001 (recipe: 5e-05)"."""
     given, replaced = command_line(script, argv, args_class)
-
     lines = []
     for name, old in replaced.items():
         new, _ = given[name]

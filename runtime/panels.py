@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import report, storage
-from runtime.evaluate import METRICS, Row
+from runtime.evaluate import Row, sign_of
 from runtime.figures import BINS, NOISE, Mark, Panel, Series, bins, box, sheet
 from runtime.options import Args, flag_of
 
@@ -97,8 +97,9 @@ def number(row: Row, key: str) -> float | None:
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
-    """Names of the held-out metrics: those with a standard error."""
-    return [key for key in rows[0] if number(rows[0], f"{key}_se") is not None] if rows else []
+    """Names of the held-out metrics: those with a standard error, but for those that are 0 throughout."""
+    telling = report.telling(rows)
+    return [key for key in rows[0] if key in telling and number(rows[0], f"{key}_se") is not None] if rows else []
 
 
 def change_of(row: Row, key: str) -> tuple[float, float] | None:
@@ -133,7 +134,13 @@ def shown(value: float | None, key: str) -> str:
 
 
 def formats(key: str) -> str:
-    return (report.COLUMNS | report.SIGNALS | STEPS).get(key, ".4g")
+    """The format of a metric's or signal's values."""
+    return (report.SIGNALS | STEPS | report.columns_of([{key: 0, f"{key}_se": 0}])).get(key, ".4g")
+
+
+def sign(key: str) -> int:
+    """1 where a larger value of a held-out metric is better, -1 where a smaller one is, 0 for neither."""
+    return 0 if key == "kl" else sign_of(key)
 
 
 def difference(change: float, error: float, key: str) -> str:
@@ -166,7 +173,7 @@ def metric_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel]:
         change = change_of(rows[-1], key) if len(runs) == 1 and rows else None
         first, last = (shown(number(row, key), key) for row in (rows[0], rows[-1])) if rows else ("", "")
         note = f"{first} \u2192 {last} ({difference(*change, key)})" if change else ""
-        yield panel(label(key), series, formats(key), METRICS.get(key, 0), note, least=NOISE * (paired or single / 2))
+        yield panel(label(key), series, formats(key), sign(key), note, least=NOISE * (paired or single / 2))
 
 
 def signal_panels(rows: Sequence[Row]) -> Iterator[Panel]:

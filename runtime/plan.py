@@ -6,6 +6,7 @@ The arithmetic leaves out activations, which depend on device and kernels: `--dr
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from runtime.options import value_at
 from runtime.progress import duration, peak_memory
 
 FP32 = 4
-TOKEN = 8  # bytes of a token id in a JSON file, with comma and space
+TOKEN = 12  # bytes of a token in a JSON file: its id with comma and space, and its text
 
 
 class Needs(NamedTuple):
@@ -164,8 +165,19 @@ def rehearse(player: Any, examples: list[Example], run: Any) -> tuple[dict[str, 
     return seconds, peak
 
 
-def describe(examples: list[Example], run: Any, seconds: dict[str, float] | None = None, peak: int = 0) -> str:
-    """The plan of a run in words. `seconds` and `peak` are from `rehearse`; without them no time is known."""
+def describe(
+    examples: list[Example],
+    run: Any,
+    replaced: Sequence[str] = (),
+    seconds: dict[str, float] | None = None,
+    peak: int = 0,
+) -> str:
+    """The plan of a run in words.
+
+    Args:
+        replaced: options of recipes that the command line replaces, as `options.overridden` has them.
+        seconds, peak: from `rehearse`; without them no time is known.
+    """
     args, needs, supervised = run.args, run.needs, run.record["command"] == "sft"
     count = len(examples)
     prompts = min(args.prompts or count, count)
@@ -211,9 +223,11 @@ def describe(examples: list[Example], run: Any, seconds: dict[str, float] | None
         f"({phases})",
     }
     if not seconds:
-        del lines["time"]  # --dry-run measures it
+        lines["time"] = "told as soon as a phase has run; --dry-run measures it before"
     if ranks > 1:
         cut = "weights, gradients and optimizer state are cut over them" if args.fsdp else "each holds the whole model"
         shards = -(-prompts // run.shard_size(prompts, *run.shard_limits))
         lines["ranks"] = f"{ranks}, which share {shards} shards of prompts (--shard) and the batch of every step; {cut}"
+    if replaced:
+        lines["options"] = ", ".join(replaced)
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())

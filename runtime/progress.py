@@ -121,7 +121,8 @@ class Bar:
 
     def at(self, done: int) -> None:
         """Goes to an item: other ranks, or an earlier process, take those between."""
-        self.first += done - self.done  # they say nothing about the rate
+        if self.done == self.first:  # nothing is done yet: what an earlier process did says nothing about the rate
+            self.first = done
         self.done = self.drawn.n = done
 
     def update(self, count: int, **notes: str) -> None:

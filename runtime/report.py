@@ -1,8 +1,10 @@
-"""What people read about a run in a terminal: tables, examples and warnings. No dependencies."""
+"""What people read about a run in a terminal: tables, examples and warnings."""
 
 import shutil
 from collections.abc import Sequence
 from typing import Any
+
+from runtime.evaluate import DECODINGS, SHIPPED
 
 Row = dict[str, Any]
 
@@ -10,7 +12,6 @@ Row = dict[str, Any]
 COLUMNS = dict(iterate="d", greedy=".1%", sampled=".1%", greedy_error=".1%", sampled_error=".1%", nll=".4f", kl=".2f")
 SIGNALS = dict(iterate="d", pairs="d", identical="d", truncated=".2%", real_length=".1f", generated_length=".1f")
 SIGNALS |= dict(loss=".4f", margin=".3f", accuracy=".1%", real_logp=".3f", generated_logp=".3f", grad_norm=".2f")
-SIGNED = {name: fmt if name == "iterate" else f"+{fmt}" for name, fmt in COLUMNS.items()}
 
 FALL = 0.1  # nats a token that held-out real responses may lose in an iteration before a warning
 REMEDY = (
@@ -27,12 +28,35 @@ WIDTH = 120  # characters of a line where the terminal's width is not known
 def tables(rows: Sequence[Row]) -> str:
     """The tables of a finished run: held-out metrics, their changes against the start, and training signals."""
     changed = [{"iterate": row["iterate"]} | _changes(row["since_start"]) for row in rows if "since_start" in row]
-    changes = f"\nChanges against the start \u00b1 one paired standard error\n{table(changed, SIGNED)}\n"
+    columns = telling(rows)
+    changes = f"\nChanges against the start \u00b1 one paired standard error\n{table(changed, signed(columns))}\n"
     return (
-        f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, COLUMNS)}\n"
+        f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, columns)}\n"
         f"{changes if changed else ''}"
         f"\nTraining signals, means over the last tenth of an iteration's steps\n{table(rows[1:], SIGNALS)}"
     )
+
+
+def columns_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The held-out metrics that the rows have, those of --metric last, and the formats of their values."""
+    more = [key for row in rows for key in row if f"{key}_se" in row]
+    shares = {f"{decoding}_{name}" for decoding in DECODINGS for name in SHIPPED}
+    every = COLUMNS | {key: ".1%" if key in shares else ".3f" for key in more if key not in COLUMNS}
+    return {key: fmt for key, fmt in every.items() if any(key in row for row in rows)}
+
+
+def telling(rows: Sequence[Row]) -> dict[str, str]:
+    """The columns of held-out metrics, without those that are 0 throughout, as is an exact match of long answers."""
+
+    def tells(key: str) -> bool:
+        return any(row.get(key) or row.get(f"{key}_se") for row in rows)
+
+    return {key: fmt for key, fmt in columns_of(rows).items() if key == "iterate" or tells(key)}
+
+
+def signed(columns: dict[str, str]) -> dict[str, str]:
+    """The formats for changes: with + or -."""
+    return {key: fmt if key == "iterate" else f"+{fmt}" for key, fmt in columns.items()}
 
 
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
@@ -56,12 +80,14 @@ def changes(row: Row) -> list[str]:
     """A line each on what changed against the start and against the iterate before, with paired standard errors."""
     last = row["iterate"] - 1
     names = [("since_start", "the start"), ("since_last", f"iterate {last}")][: 2 if last > 0 else 1]
-    return [f"  against {name}: {line(_changes(row[key]), SIGNED)}" for key, name in names if key in row]
+    rows = {name: _changes(row[key]) for key, name in names if key in row}
+    return [f"  against {name}: {line(row, signed(columns_of([row])))}" for name, row in rows.items()]
 
 
 def change(row: Row, metric: str) -> str:
     """One metric's change against the start: "sampled +2.0% \u00b1 0.3% against the start"."""
-    return f"{line(_changes(row['since_start']), {metric: SIGNED[metric]})} against the start"
+    changed = _changes(row["since_start"])
+    return f"{line(changed, {metric: signed(columns_of([changed]))[metric]})} against the start"
 
 
 def _changes(since: dict[str, Sequence[float]]) -> Row:

@@ -21,16 +21,29 @@ from tokenizers import Tokenizer
 import lora
 from runtime import fsdp, page, panels, parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
-from runtime.evaluate import METRICS, Row, StartSamples, answers, better, changes, sample_start, summary
+from runtime.evaluate import (
+    DECODINGS,
+    Metric,
+    Row,
+    StartSamples,
+    answers,
+    better,
+    changes,
+    sample_start,
+    sign_of,
+    summary,
+)
 from runtime.export import export, write_card
 from runtime.options import Args
 from runtime.progress import Progress
 from runtime.stopping import SIGNALS, Stopped
+from runtime.trackers import Trackers
 from runtime.training import Training
 
 SHARDS = 32  # in a phase of generation or scoring, unless their limits, in batches or items, say otherwise
 SHARD_BATCHES = 4, 64  # fewest and most batches of responses in a shard
 SCORE_SHARD = 256, 1024  # fewest and most items in a shard of log-probabilities
+METRIC_SHARD = 1, 1024  # of values of a --metric, which may be slow
 
 
 def seed_of(seed: int, t: int, purpose: str) -> int:
@@ -53,6 +66,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # what run.json says
     found: dict[str, Any] | None = None  # what it said when `setup` read it
     needs: Any = None  # plan.Needs
+    metrics: dict[str, Metric] = field(default_factory=dict)  # of --metric, by name
     sharded: fsdp.Sharded | None = None  # the player's weights, where --fsdp cuts them over the ranks
     rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
     checksums: list[dict[str, str]] = field(default_factory=list)  # of the files of each of them, by name
@@ -60,6 +74,7 @@ class Run:
     start_samples: StartSamples | None = None
     said: dict[int, list[Row]] = field(default_factory=dict)  # to the held-out prompts, by the iterate
     progress: Progress = field(default_factory=Progress)
+    trackers: Trackers = field(default_factory=Trackers)  # of --log
 
     # ------------------------------------------------------------ iterations
 
@@ -140,6 +155,7 @@ class Run:
         Prints that row, with the responses to some held-out prompts.
         """
         self.rows.append(row)
+        self.trackers.iterate(row)
         model = self.model_to_save(player)
 
         def write() -> None:
@@ -156,7 +172,7 @@ class Run:
         parallel.on_writer(self.write_page)
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
-        line = report.line(row, report.COLUMNS) + self.progress.finish_iterate()
+        line = report.line(row, report.columns_of([row])) + self.progress.finish_iterate()
         print("\n".join([line, *report.changes(row)]), flush=True)
         if self.iterate in self.said:
             names = {t: f"iterate {t}" if t else "start" for t in sorted({0, max(0, self.iterate - 1), self.iterate})}
@@ -263,6 +279,26 @@ class Run:
 
         with bar, self.progress.timed(name):
             return self.shards(name, len(items), *SCORE_SHARD, work)
+
+    def measure(self, name: str, rows: Sequence[Row]) -> list[list[float]]:
+        """What a function of --metric gives each row's responses: one number for each of DECODINGS.
+
+        `rows` are those of `evaluate.answers`. Raises: Stopped where it gives no number.
+        """
+        bar = self.progress.bar(name, len(rows))
+
+        def measured(row: Row) -> list[float]:
+            values = [self.metrics[name](row["prompt"], row[decoding], row["references"]) for decoding in DECODINGS]
+            bar.update(1)
+            SIGNALS.check()  # a metric may take long
+            return values
+
+        def work(items: range) -> list[list[float]]:
+            bar.at(items.start)
+            return [measured(rows[i]) for i in items]
+
+        with bar, self.progress.timed(name):
+            return self.shards(f"metric-{name}", len(rows), *METRIC_SHARD, work)
 
     def shards(self, name: str, count: int, least: int, most: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
         """work(items) for items 0 to count - 1, in shards that the ranks share; what was finished before is read.
@@ -416,7 +452,7 @@ class Run:
         """Number of the best iterate by --best, of those that are better than the start; 0 where none is."""
         metric = self.args.best
         rows = [row for row in self.rows if better(row, metric)]
-        return max(rows, key=lambda row: METRICS[metric] * row[metric])["iterate"] if rows else 0
+        return max(rows, key=lambda row: sign_of(metric) * row[metric])["iterate"] if rows else 0
 
     # ------------------------------------------------------------ beginning and end
 
@@ -427,6 +463,7 @@ class Run:
             storage.remove_leftovers(self.out)
         parallel.barrier()
         parallel.on_writer(self._begin)
+        parallel.on_writer(self._begin_to_log)
         if parallel.local_rank() == 0 and record.read(self.out) != self.record:  # this host has a disk of its own
             shutil.rmtree(self.out / "resume", ignore_errors=True)  # shards of a run that is gone
             record.write(self.out, self.record)
@@ -437,25 +474,28 @@ class Run:
         if found is None:
             record.write(self.out, self.record)
             return
-        if found != (
-            self.found or self.record
-        ):  # the folder held no run, or another one, when `setup` compared options and inputs
+        expected = self.found or self.record  # `setup` compared options and inputs with it; none: there was no run
+        if found != expected:
             raise ValueError(f"--out {self.out}: another process was at work in it a moment ago; run the command again")
         if found["torch"] != torch.__version__:
             began, now = found["torch"], torch.__version__
             self.warn(f"the run began with torch {began}, this is {now}: results differ by rounding")
         rows, checksums = record.read_finished(self.out)
         record.check_files(self.out, checksums)
-        if found != self.record:  # more iterations
+        if found != self.record:  # --iterations has grown
             record.write(self.out, self.record)
         done = max(0, len(rows) - 1)
         print(f"resuming {self.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
+
+    def _begin_to_log(self) -> None:
+        self.trackers = Trackers(self.args.log, self.out, self.record)
 
     def finish(self, player: Any) -> None:
         """Writes final/, the plot and the record of a finished run; prints the tables."""
         model = self.model_to_save(player)
         parallel.on_writer(lambda: self._finish(model))
         shutil.rmtree(self.out / "resume", ignore_errors=True)
+        self.trackers.close()
 
     def _finish(self, model: Any) -> None:
         self.save_final(model)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 import lora
 from model import GPTNeo, GPTNeoConfig, GPTNeoSelfAttention, check_weights
-from runtime import fsdp, parallel, plan, record, storage
+from runtime import fsdp, functions, parallel, plan, record, storage, trackers
 from runtime.data import (
     Example,
     as_decoded,
@@ -44,6 +44,7 @@ def setup(args: Args, command: str = "spin") -> tuple[GPTNeo, list[Example], Run
     earlier = parallel.on_writer(lambda: record.read(Path(args.out)))
     examples, run = parallel.on_all(lambda: prepare(args, command, device, earlier))
     parallel.on_writer(lambda: check_unfinished(run, earlier))
+    parallel.on_writer(lambda: trackers.check(args.log))
     digests = parallel.on_writer(lambda: run.record["digests"])
     parallel.on_all(lambda: record.check_same_inputs("on rank 0", digests, run.record["digests"]))
     parallel.on_all(lambda: plan.check(run.needs, run.start, device, run.out))
@@ -76,7 +77,10 @@ def prepare(
     config = load_config(path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step
+    metrics = functions.load_metrics(args.metric)
     examples, heldout, template = load_data(args, tokenizer, config, path)
+    for measure in metrics.values() if heldout[0].references else ():  # it should fail now, not after a night
+        measure(heldout[0].prompt, heldout[0].response, heldout[0].references)
     needs, args = needs_of(config, args, examples + heldout, bf16)
     if earlier and (args.dropout or args.lora_dropout):  # which numbers dropout draws depends on how a batch is cut
         fixed = {"micro_tokens", "device"}
@@ -88,6 +92,8 @@ def prepare(
     digests |= {flag: digest(examples), "eval-data": digest(heldout)}
     if args.adapter:
         digests["adapter"] = storage.digest_of_adapter(Path(args.adapter))
+    if args.metric:
+        digests["metric"] = functions.digest(args.metric)
     digests |= args.digests()
     if earlier:
         record.check_same_inputs(f"that the run in {out} began with", earlier["digests"], digests)
@@ -97,6 +103,7 @@ def prepare(
     dtype = torch.bfloat16 if bf16 else torch.float32
     kept = record.continued(earlier, new)
     run = Run(args, tokenizer, config.eos_token_id, device, out, path, dtype, heldout, kept, earlier, needs)
+    run.metrics = metrics
     return examples, run
 
 

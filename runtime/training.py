@@ -55,6 +55,7 @@ class Training:
                 yield step, [self.items[i] for i in batch.tolist()]
                 progress.stepped(step + 1, sum(self.items[i].tokens for i in batch.tolist()))
                 last = self.log[-1]
+                self.run.trackers.step(last)
                 bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})
                 self._stop_if_not_finite()
                 self._save_if_due()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ def test_edit_distance_on_known_pairs():
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == 3
     assert edit_distance("abc", "") == 3
+
+
+def test_edit_distance_is_that_of_the_whole_table():
+    """Against the textbook's table of distances, on random lists of up to 90 words, longer than a machine word."""
+    rng = random.Random(0)
+    for _ in range(100):
+        a, b = ([rng.choice("abc") for _ in range(rng.randrange(90))] for _ in range(2))
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            diagonal, row[0] = row[0], i
+            for j, y in enumerate(b, 1):
+                diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+        assert edit_distance(a, b) == row[-1]
 
 
 def test_the_nearest_reference_has_the_lowest_error_rate():

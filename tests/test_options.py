@@ -116,7 +116,7 @@ def test_each_script_offers_its_own_options():
 def test_a_resumed_run_may_change_where_and_how_fast_it_computes_and_nothing_else():
     assert set(changeable(Args)) == {
         "model", "adapter", "data", "eval_data", "out", "device", "gen_batch", "gen_tokens", "micro_tokens",
-        "checkpoint", "best", "save_minutes", "dry_run", "fsdp",
+        "checkpoint", "best", "save_minutes", "dry_run", "fsdp", "metric", "log",
     }  # fmt: skip
     assert set(changeable(MoreArgs)) == {*changeable(Args), "loss"}
 

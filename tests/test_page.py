@@ -169,7 +169,7 @@ def test_the_page_of_a_real_run(finished):
     reader = Reader(text)
     shown = {attrs["aria-label"].partition(".")[0] for tag, attrs in reader.tags if tag == "svg"}
     assert {
-        "greedy accuracy", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "tokens a second", "length",
+        "greedy error", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "tokens a second", "length",
         "log-ratio, real", "log-ratio, generated", "held-out margin", "truncated", "dropped", "identical to the real",
     } <= shown  # fmt: skip
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)

@@ -65,7 +65,7 @@ def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_pat
     Losses of 20 steps agree within 1e-5 relative; the metrics are those of all held-out examples. Ranks of the world of
     three share no folder: each has a host of its own.
     """
-    argv = run_in(start, data, rank=rank, lr=1e-3, epochs=4, batch=14)
+    argv = run_in(start, data, rank=rank, lr=1e-3, epochs=4, batch=14, metric="edit_distance")
     one, two, a, b, c = folders(tmp_path, "one", "two", "a", "b", "c")
     for world in (launch(argv, [one]), launch(argv, [two, two]), launch(argv, [a, b, c])):
         whole(world)
@@ -77,6 +77,10 @@ def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_pat
         assert found["pairs-0.jsonl"] == expected["pairs-0.jsonl"]
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
         for here, there in zip(rows(one / "run/metrics.jsonl"), rows(folder / "run/metrics.jsonl"), strict=True):
+            for name in ("since_start", "since_last"):
+                for metric, change in here.pop(name, {}).items():
+                    assert there[name][metric] == pytest.approx(change, rel=1e-3, abs=1e-4)
+                there.pop(name, None)
             assert there == pytest.approx(here, rel=1e-3, abs=1e-4)
     assert sorted(tree(b / "run")) == ["run.json"], "a host of its own keeps the record and no shards"
 

@@ -27,11 +27,11 @@ def test_needs_on_hand_computed_numbers():
     got = plan.needs(model, bf16=False, **settings)
     cache = 5 * (10 + 4) * 2 * 8
     assert got[:4] == (100, 60, 400 + 60 * 3 * 4, 400 + cache * 4)
-    assert got.disk == 3 * (240 + 400) + 2 * 400 + 2 * 60 * 3 * 4 + 400
+    assert got.disk == 3 * (240 + 600) + 2 * 400 + 2 * 60 * 3 * 4 + 600
     assert got.optimizer == 60 * 2 * 4
     assert plan.needs(model, bf16=True, **settings)[2:4] == (240 + 80 + 720, 240 + 80 + 120 + cache * 2)
     more = plan.needs(model, bf16=False, **settings, keeps_responses=True, swaps_weights=True)
-    assert more.disk == got.disk + 3 * 400 + 400
+    assert more.disk == got.disk + 3 * 600 + 400
     assert more[:4] == got[:4]
 
 
@@ -90,7 +90,7 @@ def test_every_run_begins_with_its_plan(start, data, here, capsys):
     assert spin.main(argv) == 0
     plan, _, rest = capsys.readouterr().out.partition("\n\n")
     assert "68 examples to train on, 12 held out" in plan and "steps: 5" in plan and "training " in plan
-    assert "\ntime" not in plan and "iterate 0" in rest and "iterate 0" not in plan
+    assert "\ntime        told as soon as" in plan and "iterate 0" in rest and "iterate 0" not in plan
     assert plan.splitlines()[-1] == "options     --lr 0.01 (recipe: 0.001), --no-checkpoint (recipe: --checkpoint)"
 
 
@@ -129,7 +129,7 @@ def test_times_of_the_plan_add_up(start, data, tmp_path):
     """
     options = dict(rank=0, alpha=0.5, epochs="1,3", iterations=2, mix_previous=True, eval_limit=4, max_new_tokens=5)
     _, examples, run = begin(start, data, tmp_path / "run", command="family", **options)
-    text = plan.describe(examples, run, {"generate": 0.1, "score": 0.01, "train": 0.02}, peak=2**31)
+    text = plan.describe(examples, run, (), {"generate": 0.1, "score": 0.01, "train": 0.02}, peak=2**31)
     real = sum(len(e.real_ids) for e in examples)
     prompts = sum(len(e.prompt_ids) for e in examples)
     written = sum(min(len(e.real_ids), 5) for e in examples)

@@ -38,12 +38,14 @@ def test_a_line_at_most_every_30_seconds(clock, capsys):
     assert printed.err == ""
 
 
-def test_items_that_others_did_say_nothing_about_the_rate(clock):
+def test_items_of_an_earlier_process_say_nothing_about_the_rate_those_of_other_ranks_do(clock):
     bar = Progress(clock).bar("score", 100)
     bar.at(50)
     clock.now += 10
     bar.update(10)
     assert (bar.done, bar.rate, bar.seconds_left()) == (60, 1.0, 40.0)
+    bar.at(90)  # other ranks did 30 in the meantime, and do as many from here on
+    assert (bar.done, bar.rate) == (90, 4.0)
 
 
 def test_ranks_that_do_not_write_print_nothing(clock, capsys, monkeypatch):

@@ -1,6 +1,6 @@
 """runtime/report.py: warnings of degeneration, and the tables."""
 
-from runtime import report
+from runtime import panels, report
 
 
 def test_signs_of_degeneration_are_warned_of():
@@ -31,6 +31,21 @@ def test_tables_are_aligned_text_with_standard_errors():
     held_out, signals = report.tables(rows).split("\nTraining signals")
     assert "nll" in held_out and "loss" not in held_out, "metrics of all iterates"
     assert "0.5000" in signals and len(signals.splitlines()) == 3, "signals of all but the start"
+
+
+def test_metrics_that_are_0_throughout_are_left_out():
+    """As exact match is for long answers; one that is 0 for some iterates stays. Those of --metric come last."""
+    rows = [
+        {"iterate": 0, "greedy": 0, "greedy_se": 0, "sampled": 0, "sampled_se": 0, "greedy_f": 5.0, "greedy_f_se": 1.0},
+        {"iterate": 1, "greedy": 0, "greedy_se": 0, "sampled": 0.1, "sampled_se": 0, "greedy_f": 6.0, "nll": 2.0},
+    ]
+    assert report.telling(rows) == {"iterate": "d", "sampled": ".1%", "nll": ".4f", "greedy_f": ".3f"}
+    assert "greedy" in report.columns_of(rows)
+    rows[1] |= {"since_start": {"greedy": (0, 0), "sampled": (0.1, 0.1), "greedy_f": (1.0, 0.5)}}
+    assert "greedy  " not in report.tables(rows) and "greedy f" in report.tables(rows)
+    plot = panels.plot(rows, "title")
+    assert ">greedy accuracy<" not in plot and ">sampled accuracy<" in plot and ">greedy f<" in plot
+    assert report.change(rows[1], "greedy_f") == "greedy f +1.000 \u00b1 0.500 against the start"
 
 
 def test_changes_are_written_with_sign_and_paired_standard_error():

@@ -152,6 +152,7 @@ def test_paths_and_flags_in_the_documents_exist(document):
         assert (document.parent / link).exists(), link
     classes = [*ARGS.values(), RespondArgs]
     flags = {flag_of(field.name) for args in classes for field in dataclasses.fields(args)} | {"--help"}
+    flags |= {flag_of(f"no_{f.name}") for args in classes for f in dataclasses.fields(args) if f.type is bool}
     flags |= {"--max-restarts"}  # of torchrun
     for code in re.findall(r"`(--[^`]+)`", text):
         assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= flags, code

@@ -1,0 +1,168 @@
+"""runtime/functions.py: metrics of --metric, in the run, in its files, in --best and in respond.py.
+
+Functions of the user's files are tested with --scorer, too, in test_family.py.
+"""
+
+import contextlib
+import json
+import shutil
+from decimal import Decimal
+
+import pytest
+from helpers import begin, die_at, flags, refused, rows, tree
+
+import respond
+import sft
+import spin
+from runtime import functions
+from runtime.functions import load_metrics
+from runtime.run import Run
+
+SHARE = "def vowels(prompt, response, references):\n    return sum(c in 'AEIOU' for c in response) / 7 + len(prompt)\n"
+
+
+def share(prompt, response):
+    return sum(c in "AEIOU" for c in response) / 7 + len(prompt)
+
+
+@pytest.fixture
+def metric(tmp_path):
+    (tmp_path / "mine.py").write_text(SHARE)
+    return f"{tmp_path}/mine.py:vowels"
+
+
+def test_a_metric_is_computed_of_both_responses_and_stands_beside_the_others(
+    metric, start, data, tmp_path, monkeypatch, capsys
+):
+    """In the rows, the table, the plot and the changes; --best may name it, and a second one ships."""
+    argv = [*flags(start, data, tmp_path / "run", best="sampled_vowels"), "--metric", metric, "--metric", "exact"]
+    assert spin.main(argv) == 0
+    printed = capsys.readouterr().out
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    for t, row in enumerate(metrics):
+        lines = rows(tmp_path / f"run/heldout-{t}.jsonl")
+        for decoding in ("greedy", "sampled"):
+            values = [share(line["prompt"], line[decoding]) for line in lines]
+            assert [line["values"][f"{decoding}_vowels"][0] for line in lines] == values
+            assert row[f"{decoding}_vowels"] == sum(values) / len(values) and f"{decoding}_vowels_se" in row
+            assert f"{decoding}_exact" in row
+    assert "greedy_vowels" in metrics[1]["since_start"] and "greedy vowels +" in printed
+    assert "sampled vowels" in printed.partition("Held-out metrics")[2]
+    assert "by sampled vowels" in printed and "sampled vowels" in (tmp_path / "run/metrics.svg").read_text()
+    assert json.loads((tmp_path / "run/run.json").read_text())["best"]["metric"] == "sampled_vowels"
+
+
+def test_metrics_that_were_computed_are_found_again_when_a_run_resumes(metric, start, data, tmp_path, monkeypatch):
+    """They may be slow. The run ends like one that did not die; the function's file may move in between."""
+    argv = [*flags(start, data, tmp_path / "run", shard=4, prompts=20, eval_limit=6), "--metric"]
+    asked = []
+    die_at(Run, "finish_iterate", [*argv, metric], lambda run, *rest: run.iterate == 1)
+    moved = shutil.copytree(tmp_path, tmp_path / "moved", ignore=shutil.ignore_patterns("run")) / "mine.py"
+    moved.write_text(SHARE)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            functions, "_checked", lambda _, function: lambda *texts: (asked.append(texts), function(*texts))[1]
+        )
+        assert spin.main([*argv, f"{moved}:vowels"]) == 0
+    assert len(asked) == 1, "the check before the run"
+    died = tree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert spin.main([*argv, metric]) == 0
+    assert tree(tmp_path / "run") == died
+
+
+def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path, monkeypatch, capsys):
+    argv = flags(start, data, tmp_path / "run")
+    die_at(spin, "take_step", [*argv, "--metric", metric])
+    (tmp_path / "changed.py").write_text(SHARE.replace("7", "8"))
+    for other in ([], ["--metric", f"{tmp_path}/changed.py:vowels"], ["--metric", "exact"]):
+        assert spin.main([*argv, *other]) == 2
+        assert "--metric: not the contents that the run in" in capsys.readouterr().err
+    assert spin.main([*argv, "--metric", metric]) == 0
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        ("return None", "returned None for the prompt '"), ("return 'x'", "returned 'x' for the prompt '"),
+        ("return float('nan')", "returned nan for the prompt '"), ("return [1]", "returned [1] for the prompt '"),
+        ("raise KeyError('k')", "KeyError for the prompt '"), ("raise SystemExit", "SystemExit for the prompt '"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_fails_is_refused_before_the_run(body, says, start, data, tmp_path, capsys):
+    """File, function, what it returned and for which prompt. It is tried with a real response."""
+    (tmp_path / "bad.py").write_text(f"def f(prompt, response, references):\n    {body}\n")
+    name = f"{tmp_path}/bad.py:f"
+    error = refused(flags(start, data, tmp_path / "out", metric=name), tmp_path / "out", capsys)
+    assert f"--metric {name}: {says}" in error, error
+
+
+def test_a_metric_that_fails_later_stops_the_run(start, data, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text(
+        "def f(prompt, response, references):\n    return float(response in references) or 'none'\n"
+    )
+    assert sft.main(flags(start, data, tmp_path / "out", beta=None, metric=f"{tmp_path}/bad.py:f")) == 1
+    error = capsys.readouterr().err
+    assert "bad.py:f: returned 'none' for the prompt '" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--metric", "rouge"], "expected FILE.py:NAME or one of exact, edit_distance, last_number"),
+        (["--metric", "none.py:f"], "--metric none.py:f: no such file"),
+        (["--metric", "mine.py:f"], "AttributeError"), (["--metric", "mine.py:number"], "int, expected a function"),
+        (["--metric", "mine.py:vowels", "--metric", "mine.py:vowels"], "expected names that differ"),
+        (["--metric", "mine.py:error"], "none that is 'error'"),
+        (["--best", "greedy_exact"], "--best greedy_exact: expected one of nll, greedy, sampled, greedy_error, "),
+        (["--metric", "exact", "--best", "exact"], "sampled_error, greedy_exact, sampled_exact"),
+    ],
+)  # fmt: skip
+def test_metrics_that_are_refused(words, says, start, data, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(f"{SHARE}number = 1\nerror = vowels\n")
+    with contextlib.chdir(tmp_path):
+        assert says in refused([*flags(start, data, tmp_path / "out"), *words], tmp_path / "out", capsys)
+
+
+def test_a_metric_may_return_any_kind_of_number(tmp_path):
+    import numpy
+    import torch
+
+    for value in (True, 1, 1.0, numpy.bool_(True), numpy.float32(1), torch.tensor(1.0), torch.tensor([1])):
+        assert functions._checked("f", lambda *texts, value=value: value)("", "", []) == 1.0
+
+
+def test_metrics_that_ship_on_hand_computed_values():
+    exact, edits, number = load_metrics(["exact", "edit_distance", "last_number"]).values()
+    assert exact("", " The  cat.", ["a dog", "the cat"]) == 1 and exact("", "cat", ["the cat"]) == 0
+    assert edits("", "kitten", ["sitting", "kitchen!"]) == 3 / 8 and edits("", "", ["ab"]) == 1
+    for text in ("#### 1,234", "it is 7, so 1234.0", "5-1234", "is $1234."):
+        assert number("", text, ["7 days, so 1234"]) == 1, text
+    for text in ("1235", "-1234", "1234 or 5", "many", ""):
+        assert number("", text, ["1234"]) == 0, text
+    assert number("", "none", ["none"]) == 0 and number("", "so -2", ["x - y = -2"]) == 1
+    assert Decimal("1234.0") == Decimal("1234")
+
+
+def test_respond_evaluates_with_a_metric(metric, start, data, tmp_path, capsys):
+    """The values are those of the run's start, whose held-out examples are all of the data here."""
+    argv = flags(start, data, tmp_path / "run", eval_data=data, eval_share=None, metric=metric)
+    assert spin.main(argv) == 0
+    expected = rows(tmp_path / "run/metrics.jsonl")[0]
+    words = [f"{tmp_path}/run/iterate-0", "--eval-data", str(data), "--metric", metric, "--out", f"{tmp_path}/m"]
+    capsys.readouterr()
+    assert respond.main(words) == 0
+    (row,) = rows(tmp_path / "m")
+    assert (
+        row["greedy_vowels"] == pytest.approx(expected["greedy_vowels"]) and "greedy vowels" in capsys.readouterr().out
+    )
+
+
+def test_a_function_of_the_same_file_shares_its_module(tmp_path, start, data):
+    """So a model that it loads is loaded once."""
+    (tmp_path / "two.py").write_text(
+        "print('loaded')\nLIST = []\ndef a(*texts):\n    return 0\ndef b(*texts):\n    return 0\n"
+    )
+    a, b = (functions.load("--metric", f"{tmp_path}/two.py:{name}") for name in "ab")
+    assert a.__globals__ is b.__globals__
+    assert begin(start, data, tmp_path / "run", metric=f"{tmp_path}/two.py:a")[2].metrics.keys() == {"a"}

@@ -207,8 +207,9 @@ def step_panels(runs: Sequence[Loaded]) -> Iterator[Panel]:
     lines = [(start, f"iteration {t}" if len(starts) < 6 else str(t)) for t, start in enumerate(starts)]
     lines = lines if all(some == lengths[0][: len(some)] for some in lengths) else []
     common = {"kind": "curve", "x": (0, total), "lines": lines}
-    extra = [key for run in runs for steps in run.steps.values() for key in (steps or [{}])[0]]
-    for key in [key for key in STEPS if key in extra]:
+    found = dict.fromkeys(key for run in runs for steps in run.steps.values() for key in (steps or [{}])[0])
+    others = [key for key in found if key not in (*STEPS, "iteration", "step", "skipped")]  # of other methods
+    for key in [*(key for key in STEPS if key in found), *others]:
         series = []
         for n, run in enumerate(runs):
             values = [number(row, key) for steps in run.steps.values() for row in steps]

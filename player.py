@@ -1,7 +1,8 @@
 """A player: a language model that writes responses and tells how likely it finds given ones.
 
 Any object with these members can play SPIN: `model`, an nn.Module whose parameters with requires_grad are trained;
-`respond`, `response_logps` and `logps`, as below; `micro_batches`, which cuts a batch to fit the memory.
+`respond`, `response_logps` and `logps`, as below; `micro_batches`, which cuts a batch to fit the memory. With
+`logps_by_token` and `respond(with_logps=True)` the report page shows how likely each token of a response was.
 
 Shapes: B items of R responses each, packed into rows of T tokens; D hidden size; N response tokens of all rows.
 """
@@ -62,8 +63,11 @@ class Player:
         top_p: float = 1.0,
         max_new_tokens: int | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[tuple[list[int], bool]]:
+        with_logps: bool = False,
+    ) -> list[tuple]:
         """One response to each prompt: (ids, whether it ended by itself). Arguments as in sampling.respond.
+
+        `with_logps` adds the log-probability of every token, in nats, before temperature and filters.
 
         Raises: FloatingPointError where logits are not finite.
         """
@@ -86,7 +90,8 @@ class Player:
                 progress=progress,
                 attend=attend,
             )
-        return list(zip(responses.ids, responses.finished))
+        columns = responses if with_logps else responses[:2]
+        return list(zip(*columns))
 
     @contextlib.contextmanager
     def _weights_in_dtype(self) -> Iterator[None]:
@@ -116,13 +121,18 @@ class Player:
         segments that do not see each other, so the prompt is computed once. Lengths decide which positions count,
         never a token's id. Only the hidden states that predict a response token go through the head.
         """
+        R = len(items[0]) - 1
+        if R > 1 and max(sum(map(len, item)) for item in items) - R > MASKED_TOKENS and not self.packed:
+            apart = [[(item[0], item[n]) for item in items] for n in range(1, R + 1)]
+            return torch.cat([self.response_logps(some, temperature) for some in apart])
+        return self.token_logps(items, temperature).sum(2)
+
+    def token_logps(self, items: Sequence[Item], temperature: float = 1.0) -> Tensor:
+        """log p of every token of the responses: (R, B, longest) fp32, nats; 0 behind the end of a response."""
+        # A response's last token is no input: nothing behind it is predicted.
         rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
         width = max(map(len, rows))
         R = len(items[0]) - 1
-        if R > 1 and width > MASKED_TOKENS and not self.packed:
-            apart = [[(item[0], item[n]) for item in items] for n in range(1, R + 1)]
-            return torch.cat([self.response_logps(some, temperature) for some in apart])
-        # A response's last token is no input: nothing behind it is predicted.
         if self.packed:
             rows, width = [[token for row in rows for token in row]], 0
             layout = self._packed_layout(items)
@@ -140,18 +150,26 @@ class Player:
             )  # (N,)
         # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
         padded = logps.new_zeros(R * len(items) * longest).index_put((self._tensor(slots),), logps)
-        return padded.view(R, len(items), longest).sum(2)
+        return padded.view(R, len(items), longest)
 
-    @torch.no_grad()
     def logps(
         self, items: Sequence[Item], progress: Callable[[int], None] | None = None, temperature: float = 1.0
     ) -> list[list[float]]:
         """`response_logps` of any number of items, without gradient or dropout: R numbers an item, in nats."""
+        return self._in_chunks(items, lambda some: self.response_logps(some, temperature).T.tolist(), progress)
+
+    @onednn.products()
+    def logps_by_token(self, items: Sequence[Item], progress: Callable[[int], None] | None = None) -> list[list[float]]:
+        """`token_logps` of any number of (prompt, response): a number for each token of the response, in nats."""
+        rows = self._in_chunks(items, lambda some: self.token_logps(some)[0].tolist(), progress)
+        return [row[: len(response)] for row, (_, response) in zip(rows, items)]
+
+    @torch.no_grad()
+    def _in_chunks(self, items: Sequence[Item], compute: Callable, progress: Callable[[int], None] | None) -> list:
         self.model.eval()
-        result: list[list[float]] = [[] for _ in items]
+        result: list[Any] = [None for _ in items]
         for chunk in self.micro_batches([sum(map(len, item)) for item in items]):
-            columns = self.response_logps([items[i] for i in chunk], temperature).T.tolist()
-            for i, logps in zip(chunk, columns):
+            for i, logps in zip(chunk, compute([items[i] for i in chunk])):
                 result[i] = logps
             if progress is not None:
                 progress(len(chunk))

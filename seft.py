@@ -144,6 +144,7 @@ def revise(
         raise Stopped(f"iteration {t}: all {len(revisions)} revisions reached --max-new-tokens {args.max_new_tokens}")
     return pairs, {
         "pairs": len(pairs),
+        "generated": len(responses),
         "identical": sum(p.real_ids == p.generated_ids for p in pairs),
         "truncated": mean([not finished for _, finished in responses]),
         "real_length": mean([len(p.real_ids) for p in pairs]),

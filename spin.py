@@ -107,6 +107,7 @@ def select(pairs: list[Pair], t: int, run: Run, drop_identical: bool = True) -> 
         raise Stopped(f"iteration {t}: no pair is left, all {len(pairs)} were identical or unfinished")
     return wanted, {
         "pairs": len(wanted),
+        "generated": len(pairs),
         "identical": len(pairs) - len(different),
         "truncated": mean([not pair.finished for pair in pairs]),
         "real_length": mean([len(pair.real_ids) for pair in pairs]),

@@ -23,7 +23,7 @@ import lora
 import spin
 from kernels import linear_logprobs, onednn
 from player import Item, Player, head_rows
-from runtime import record, report, storage
+from runtime import panels, record, report, storage
 from runtime.data import as_decoded, digest, draw, encode, fit_context, load_examples, load_tokenizer, split
 from runtime.options import Args, changeable, parse
 from runtime.run import Run, seed_of
@@ -51,8 +51,9 @@ class CausalLM(Player):
 
     @torch.no_grad()
     def respond(
-        self, prompts, seed, *, rows=None, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=None, progress=None
-    ) -> list[tuple[list[int], bool]]:
+        self, prompts, seed, *, rows=None, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=None, progress=None,
+        with_logps=False,
+    ) -> list[tuple]:  # fmt: skip
         """One response to each prompt, by `generate`, in batches of prompts of like length, padded on the left."""
         sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
         settings = transformers.GenerationConfig(
@@ -77,10 +78,13 @@ class CausalLM(Player):
                 result[i] = response[: response.index(self.eos_token_id) + 1] if finished else response, finished
             if progress is not None:
                 progress(len(some), sum(len(result[i][0]) for i in some))
+        if with_logps:
+            logps = self.logps_by_token([(prompt, ids) for prompt, (ids, _) in zip(prompts, result)])
+            return [(*row, by_token) for row, by_token in zip(result, logps)]
         return result
 
-    def response_logps(self, items: list[Item], temperature: float = 1.0) -> Tensor:
-        """log p(response | prompt): (R, B) fp32, nats, summed over the response's tokens. A row for each response."""
+    def token_logps(self, items: list[Item], temperature: float = 1.0) -> Tensor:
+        """log p of every token of the responses: (R, B, longest) fp32, nats. A row for each response."""
         rows = [(item[0], item[n]) for n in range(1, len(items[0])) for item in items]  # R * B
         width = max(len(prompt) + len(response) - 1 for prompt, response in rows)
         ids = self._tensor([(p + r[:-1]) + [0] * (width - len(p) - len(r) + 1) for p, r in rows])
@@ -90,7 +94,7 @@ class CausalLM(Player):
             sources, targets, slots, longest = head_rows(rows, width)
             logps = linear_logprobs(hidden[self._tensor(sources)] / temperature, self.head, self._tensor(targets))
         padded = logps.new_zeros(len(rows) * longest).index_put((self._tensor(slots),), logps)
-        return padded.view(len(items[0]) - 1, len(items), longest).sum(2)
+        return padded.view(len(items[0]) - 1, len(items), longest)
 
 
 def setup(args: Args) -> tuple[CausalLM, list[Any], Run]:
@@ -153,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     with record.locked(run.out), onednn.products():
         run.begin()
         spin.play(player, examples, run, spin.generate, spin.score, spin.train)
-        storage.write_text(run.out / "metrics.svg", report.plot_of(run.rows, str(run.out)))
+        storage.write_text(run.out / "metrics.svg", panels.plot(run.rows, str(run.out)))
         print(report.tables(run.rows))
         lora.merge(player.model)
         lora.remove_lora(player.model)

@@ -40,7 +40,8 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
     """What the player says to each held-out prompt, as heldout-<t>.jsonl keeps it.
 
     A row has "prompt", "references", the responses "greedy" and "sampled" as text, and "values": for each metric
-    (value, weight). The metric is sum(values) / sum(weights) over all rows.
+    (value, weight). The metric is sum(values) / sum(weights) over all rows. "tokens" has the greedy and the real
+    response in pieces with their log-probabilities, which cost no pass of their own.
 
     greedy, sampled: whether the response equals one of the references, decoded greedily or sampled at temperature 1.
     greedy_error, sampled_error: edit distance to the nearest reference, weighted by its length in whitespace tokens.
@@ -51,23 +52,31 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
         so compare sampled metrics at equal entropy (docs/evidence.md).
     """
     heldout = run.heldout
-    rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}} for e in heldout]
+    rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}, "tokens": {}} for e in heldout]
     for name, temperature in DECODINGS.items():
         # The same random numbers for every iterate make the difference between two iterates less noisy.
-        responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature)
-        for row, example, (ids, _) in zip(rows, heldout, responses):
+        responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature, with_logps=True)
+        for row, example, (ids, _, *logps) in zip(rows, heldout, responses):
             row[name] = text = run.text(ids)
+            if logps and name == "greedy":
+                row["tokens"]["greedy"] = run.pieces(ids, *logps)
+            elif logps:
+                row["values"]["entropy"] = (-math.fsum(*logps), 1.0)
             edits, length = nearest_edits(text, example.references)
             row["values"] |= {
                 name: (float(text in example.references), 1.0),
                 f"{name}_error": (float(edits), float(length)),
             }
-    # One pass for both: `responses` are now the sampled ones, and the prompt is computed once.
-    logps = run.logps(player, [(e.prompt_ids, e.real_ids, ids) for e, (ids, _) in zip(heldout, responses)], "nll")
+    if not logps:  # the player does not tell them; `responses` are the sampled ones
+        items = [(e.prompt_ids, ids) for e, (ids, _) in zip(heldout, responses)]
+        for row, (logp,) in zip(rows, run.logps(player, items, "entropy")):
+            row["values"]["entropy"] = (-logp, 1.0)
+    real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll", by_token=True)
     now = run.logps(player, start.sequences, "kl")
-    for row, example, (real, sampled), before, (after,) in zip(rows, heldout, logps, start.logps, now):
-        row["values"] |= {"nll": (-real, float(len(example.real_ids))), "kl": (before - after, 1.0)}
-        row["values"]["entropy"] = (-sampled, 1.0)
+    for row, example, real_logps, before, (after,) in zip(rows, heldout, real, start.logps, now):
+        row["values"] |= {"nll": (-math.fsum(real_logps), float(len(example.real_ids))), "kl": (before - after, 1.0)}
+        if len(real_logps) == len(example.real_ids):
+            row["tokens"]["real"] = run.pieces(example.real_ids, real_logps)
     for name in run.metrics:
         for row, values in zip(rows, run.measure(name, rows)):
             row["values"] |= {f"{decoding}_{name}": (value, 1.0) for decoding, value in zip(DECODINGS, values)}

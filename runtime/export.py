@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from model import GPTNeo, GPTNeoConfig
-from runtime import report
+from runtime import panels, report
 from runtime.files import read_object, read_text, token_text
 from runtime.options import as_typed, flag_of
 from runtime.storage import write_text
@@ -151,7 +151,7 @@ def write_card(run: Any, iterate: int, folder: Path) -> None:
         tables=f"```{report.tables(run.rows)}\n```",
     )
     write_text(folder / "README.md", text)
-    write_text(folder / "metrics.svg", report.plot_of(run.rows, "Held-out metrics and training signals"))
+    write_text(folder / "metrics.svg", panels.plot(run.rows, "Held-out metrics and training signals"))
 
 
 def _public(name: str) -> str:

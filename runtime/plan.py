@@ -4,9 +4,7 @@ The arithmetic leaves out activations, which depend on device and kernels: `--dr
 """
 
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import nn
 from runtime import parallel
 from runtime.data import Example
 from runtime.options import value_at
-from runtime.progress import duration
+from runtime.progress import duration, peak_memory
 
 FP32 = 4
 TOKEN = 12  # bytes of a token in a JSON file: its id with comma and space, and its text
@@ -161,16 +159,10 @@ def rehearse(player: Any, examples: list[Example], run: Any) -> tuple[dict[str, 
             began = time.perf_counter()
             player.model.train()
             player.response_logps(items).sum().backward()
-            peak = _peak_memory(run.device) + run.needs.optimizer
+            peak = peak_memory(run.device) + run.needs.optimizer
             player.model.zero_grad()
             seconds["train"] = (time.perf_counter() - began) / tokens
     return seconds, peak
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(

@@ -1,16 +1,22 @@
 """How far a run has come: bars in a terminal, elsewhere a plain line at most every 30 seconds."""
 
 import contextlib
+import platform
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from runtime import parallel
 
 INTERVAL = 30.0  # seconds between two lines
+PACES = 50  # stretches of an iteration's steps whose pace is kept, at most
 
 
 class Progress:
@@ -29,6 +35,9 @@ class Progress:
         self.seconds: Counter[str] = Counter()  # of the finished phases of this iterate
         self.before: dict[str, float] = {}  # of all phases of the last iterate
         self.said = clock()  # when the last line was printed
+        self.device = torch.device("cpu")
+        self.memory: dict[str, int] = {}  # peak of each finished phase of this iterate, bytes
+        self.steps: list[tuple[int, int, float]] = []  # of this process: (number, tokens, when it was taken)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -37,10 +46,12 @@ class Progress:
             yield
             return
         self.phase, self.began = phase, self.clock()
+        reset_peak_memory(self.device)
         try:
             yield
         finally:
             self.seconds[phase] += self.clock() - self.began
+            self.memory[phase] = max(self.memory.get(phase, 0), peak_memory(self.device))
             self.phase = None
 
     def finish_iterate(self) -> str:
@@ -48,7 +59,28 @@ class Progress:
         text = "".join(f", {phase} {seconds:.0f} s" for phase, seconds in self.seconds.items())
         self.before = dict(self.seconds)
         self.seconds.clear()
+        self.memory.clear()
+        self.steps.clear()
         return text
+
+    def stepped(self, step: int, tokens: int) -> None:
+        """A training step was taken, on a batch of so many tokens."""
+        self.steps.append((step, tokens, self.clock()))
+
+    def times(self) -> dict[str, Any]:
+        """Seconds and peak memory of this iterate's phases, and tokens a second up to some of its training steps.
+
+        They are of this process, so where it resumed an iterate, of the rest of it.
+        """
+        size = -(-len(self.steps) // PACES)  # of a stretch, in steps
+        pace = []
+        for i in range(size, len(self.steps), size or 1):
+            tokens = sum(tokens for _, tokens, _ in self.steps[i - size + 1 : i + 1])
+            pace.append((self.steps[i][0], round(tokens / max(self.steps[i][2] - self.steps[i - size][2], 1e-9), 1)))
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        machine = f"{platform.system()} {platform.machine()}, {name or 'CPU'}, Python {platform.python_version()}"
+        seconds = {phase: round(seconds, 3) for phase, seconds in self.seconds.items()}
+        return {"seconds": seconds, "memory": dict(self.memory), "pace": pace, "machine": machine}
 
     def seconds_left(self, of_bar: float) -> float | None:
         """Seconds to the end of the last iterate, if the bar at work needs `of_bar` more; None where nobody can tell.
@@ -135,3 +167,19 @@ def duration(seconds: float) -> str:
 def number(value: Any) -> str:
     """A signal for a bar; None is a step that was skipped."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of a GPU those that torch allocated, on a CPU those of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins a new peak. Only Linux can do so for a process; elsewhere its peak stays that of all phases so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")

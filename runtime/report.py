@@ -1,8 +1,7 @@
-"""What people read about a run: tables as text, warnings, and a plot as SVG."""
+"""What people read about a run in a terminal: tables, examples and warnings."""
 
 import shutil
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from runtime.evaluate import DECODINGS, SHIPPED
@@ -128,60 +127,6 @@ def _cell(row: Row, key: str, fmt: str) -> str:
         return "-"
     se = row.get(f"{key}_se")
     return format(row[key], fmt) + (f" \u00b1 {format(se, fmt.lstrip('+'))}" if se is not None else "")
-
-
-def plot_of(rows: Sequence[Row], title: str) -> str:
-    """The plot of a run: all metrics and signals that its last iterate has and that tell something."""
-    shown = rows[-1].keys() - {"iterate", "pairs", "identical"}
-    return plot(rows, [key for key in telling(rows) | SIGNALS if key in shown], title)
-
-
-def plot(rows: Sequence[Row], keys: Sequence[str], title: str) -> str:
-    """An SVG with one small panel for each key: its values by row["iterate"], with bars of one standard error."""
-    width, height, columns = 240, 180, 4
-    lines = -(-len(keys) // columns)
-    panels = [
-        f'<g transform="translate({20 + i % columns * width} {50 + i // columns * height})">{_panel(rows, key)}</g>'
-        for i, key in enumerate(keys)
-    ]
-    style = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.line{stroke:#0b62a4;fill:none;stroke-width:2}"
-    size = f'width="{40 + columns * width}" height="{60 + lines * height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="white"/><text x="20" y="26" style="font-size:16px">{escape(title)}'
-        f"</text>{''.join(panels)}</svg>\n"
-    )
-
-
-def _panel(rows: Sequence[Row], key: str) -> str:
-    """One panel of 200 x 110 in its own coordinates."""
-    points = [(row["iterate"], row[key], row.get(f"{key}_se") or 0.0) for row in rows if row.get(key) is not None]
-    if not points:
-        return ""
-    low, high = min(y - se for _, y, se in points), max(y + se for _, y, se in points)
-    pad = 0.1 * (high - low) or 0.5 * abs(high) or 1.0
-    low, high = low - pad, high + pad
-    first, last = min(x for x, _, _ in points), max(x for x, _, _ in points)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 44 + 150 * (x - first) / max(last - first, 1), 20 + 100 * (high - y) / (high - low)
-
-    path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (at(x, y) for x, y, _ in points))
-    parts = [
-        f'<text x="44" y="10" style="font-weight:bold">{escape(_label(key))}</text>',
-        '<line class="axis" x1="38" y1="20" x2="38" y2="120"/><line class="axis" x1="38" y1="120" x2="200" y2="120"/>',
-        f'<polyline class="line" points="{path}"/>',
-    ]
-    for x, y, se in points:
-        px, py = at(x, y)
-        parts.append(
-            f'<line class="line" x1="{px:.1f}" y1="{at(x, y - se)[1]:.1f}" x2="{px:.1f}" y2="{at(x, y + se)[1]:.1f}"/>'
-        )
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="#0b62a4"/>')
-        parts.append(f'<text x="{px:.1f}" y="136" text-anchor="middle">{x}</text>')
-    for y in (low + pad, high - pad):
-        parts.append(f'<text x="34" y="{at(0, y)[1] + 4:.1f}" text-anchor="end" style="font-size:10px">{y:.3g}</text>')
-    return "".join(parts)
 
 
 def warnings_of(rows: Sequence[Row]) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 import lora
-from runtime import fsdp, parallel, record, report, storage
+from runtime import fsdp, page, panels, parallel, record, report, storage
 from runtime.data import Example, Pair, decode, shared
 from runtime.evaluate import (
     DECODINGS,
@@ -98,6 +98,7 @@ class Run:
     def enter(self, iterate: int) -> None:
         """Begins or resumes work on an iterate."""
         self.iterate = self.progress.iterate = iterate
+        self.progress.device = self.device
         self.progress.left = self.args.iterations - iterate
         for folder in (self.folder.parent, self.folder):  # not their parents: a run that was removed stays removed
             folder.mkdir(exist_ok=True)
@@ -168,6 +169,7 @@ class Run:
             self.draw()
 
         parallel.on_writer(write)
+        parallel.on_writer(self.write_page)
         if self.iterate:
             shutil.rmtree(self.folder, ignore_errors=True)
         line = report.line(row, report.columns_of([row])) + self.progress.finish_iterate()
@@ -183,7 +185,20 @@ class Run:
     def draw(self) -> None:
         """metrics.svg, of the iterates so far."""
         title = f"{self.args.out}: held-out metrics and training signals"
-        storage.write_text(self.out / "metrics.svg", report.plot_of(self.rows, title))
+        storage.write_text(self.out / "metrics.svg", panels.plot(self.rows, title))
+
+    def write_page(self) -> None:
+        """times.jsonl and report.html. They depend on the clock, so they have no checksum and nothing reads them again.
+
+        An error is a warning: it must not end a run that has trained.
+        """
+        try:
+            times = storage.readable_rows(self.out / "times.jsonl")
+            times = [row for row in times if row.get("iterate") != self.iterate]
+            storage.write_rows(self.out / "times.jsonl", [*times, {"iterate": self.iterate} | self.progress.times()])
+            storage.write_text(self.out / "report.html", page.page([self.out]))
+        except Exception as error:
+            self.warn(f"{self.out}/report.html: not written ({type(error).__name__}: {error})")
 
     def write_pairs(self, pairs: Sequence[Pair]) -> None:
         """pairs-<t>.jsonl: ids and log-probabilities, and the texts, by which the file is --pairs for another run."""
@@ -207,11 +222,14 @@ class Run:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-    ) -> list[tuple[list[int], bool]]:
+        with_logps: bool = False,
+    ) -> list[tuple]:
         """The player's response to each example's prompt: (ids, whether it ended), in shards, with a progress bar.
 
-        `name` says what the responses are for. Raises: Stopped where logits are not finite.
+        `name` says what the responses are for. `with_logps` adds log-probabilities of the tokens where the player can.
+        Raises: Stopped where logits are not finite.
         """
+        more = {"with_logps": True} if with_logps and hasattr(player, "logps_by_token") else {}
         bar = self.progress.bar(name, len(examples))
         began, written = self.progress.clock(), 0
 
@@ -225,7 +243,7 @@ class Run:
             bar.at(items.start)
             prompts = [examples[i].prompt_ids for i in items]
             return player.respond(
-                prompts, seed, rows=items, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress
+                prompts, seed, rows=items, temperature=temperature, top_k=top_k, top_p=top_p, progress=progress, **more
             )
 
         try:
@@ -235,12 +253,19 @@ class Run:
             raise Stopped(f"responses for '{name}': {error}") from None
 
     def logps(
-        self, player: Any, items: Sequence[tuple[list[int], ...]], name: str, temperature: float = 1.0
+        self,
+        player: Any,
+        items: Sequence[tuple[list[int], ...]],
+        name: str,
+        temperature: float = 1.0,
+        by_token: bool = False,
     ) -> list[list[float]]:
         """log p(response | prompt) of every response of every item, nats, in shards, with a progress bar.
 
-        An item is (prompt ids, response ids, ...), with as many responses in each item.
+        An item is (prompt ids, response ids, ...), with as many responses in each item. `by_token`, with one response
+        an item: a number for each of its tokens, where the player can tell.
         """
+        by_token = by_token and hasattr(player, "logps_by_token")
         bar = self.progress.bar(name, len(items))
 
         def progress(count: int) -> None:
@@ -249,7 +274,8 @@ class Run:
 
         def work(part: range) -> list[list[float]]:
             bar.at(part.start)
-            return player.logps(items[part.start : part.stop], progress, temperature)
+            some = items[part.start : part.stop]
+            return player.logps_by_token(some, progress) if by_token else player.logps(some, progress, temperature)
 
         with bar, self.progress.timed(name):
             return self.shards(name, len(items), *SCORE_SHARD, work)
@@ -313,6 +339,19 @@ class Run:
     def text(self, ids: list[int]) -> str:
         """The text of a response, without end-of-sequence tokens behind it and white space around it."""
         return decode(ids, self.tokenizer, self.eos_token_id)
+
+    def pieces(self, ids: list[int], logps: Sequence[float]) -> list[tuple[str, float]]:
+        """A response as (text, log-probability) of its tokens, rounded; tokens that are no whole character together."""
+        pieces: list[tuple[str, float]] = []
+        waiting: list[int] = []
+        total = 0.0
+        for token, logp in zip(ids, logps):
+            waiting, total = [*waiting, token], total + logp
+            text = "" if waiting == [self.eos_token_id] else self.tokenizer.decode(waiting, skip_special_tokens=False)
+            if not text.endswith("\ufffd") or len(waiting) == 4:  # bytes of a character in UTF-8
+                pieces.append((text, round(total, 3)))
+                waiting, total = [], 0.0
+        return pieces
 
     # ------------------------------------------------------------ random numbers, time, folders
 

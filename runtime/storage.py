@@ -8,8 +8,10 @@ Disks damage files, too. Shards and checkpoints carry a sha256 of their content:
 digests of finished results are kept in checksums.json (see run.py).
 """
 
+import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -153,6 +155,17 @@ def read_rows(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
     except (ValueError, RecursionError) as error:
         raise OSError(errno.EIO, f"damaged ({error})", str(path)) from None
+
+
+def readable_rows(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The objects in a file of JSON Lines, at most so many, without lines that are damaged; [] where there is none."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in itertools.islice(file, most):
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def digest_of_text(text: str) -> str:

@@ -53,6 +53,7 @@ class Training:
                 # Dropout's numbers depend on step and rank alone, so a checkpoint need not hold the generator's state.
                 torch.manual_seed(self.run.seed(self.t, f"dropout {step} {parallel.rank()}"))
                 yield step, [self.items[i] for i in batch.tolist()]
+                progress.stepped(step + 1, sum(self.items[i].tokens for i in batch.tolist()))
                 last = self.log[-1]
                 self.run.trackers.step(last)
                 bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})

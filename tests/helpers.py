@@ -43,7 +43,7 @@ def flags(start, data, out, **options) -> list[str]:
 def small(start, data, **options) -> list[str]:
     """A command line for a run in ./run, of two iterations, with dropout, previous pairs and many checkpoints."""
     defaults = dict(iterations=2, lora_dropout=0.1, mix_previous=True, save_minutes=0, gen_batch=2, shard=32)
-    return flags(start, data, "run", **(defaults | options))
+    return flags(start, data, options.pop("out", "run"), **(defaults | options))
 
 
 def small_sft(start, data, **options) -> list[str]:
@@ -88,8 +88,9 @@ def rows(path) -> list[Any]:
 
 
 def tree(folder) -> dict[str, bytes]:
-    """All files below a folder, by their relative paths."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All files below a folder, by their relative paths, but those that hold times: no two runs agree in them."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("times.jsonl", "report.html")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def refused(argv, out, capsys, script=spin) -> str:
@@ -121,6 +122,6 @@ def player_of(model: GPTNeo, dtype: torch.dtype = torch.float32, **options) -> P
 
 
 def script_responses(monkeypatch, ids: list[list[int]], finished: list[bool]) -> None:
-    """Every model now responds with these ids, whatever it is asked."""
-    responses = sampling.Responses(ids, finished, [[0.0] * len(i) for i in ids])
+    """Every model now responds with these ids, whatever it is asked, and says that each has the log-probability -1."""
+    responses = sampling.Responses(ids, finished, [[-1.0] * len(i) for i in ids])
     monkeypatch.setattr(sampling, "respond", lambda *a, **k: responses)

@@ -94,8 +94,7 @@ def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeyp
     assert row["greedy"] == row["sampled"] == 0.5
     logps = [logp for (logp,) in player.logps([(e.prompt_ids, e.real_ids) for e in run.heldout])]
     assert row["nll"] == pytest.approx(-sum(logps) / sum(len(e.real_ids) for e in run.heldout))
-    sampled = player.logps([(e.prompt_ids, ids) for e, ids in zip(run.heldout, [right, [1, 2]])])
-    assert row["entropy"] == pytest.approx(-sum(logp for (logp,) in sampled) / 2)
+    assert row["entropy"] == (len(right) + 2) / 2
 
 
 def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path, monkeypatch):
@@ -131,8 +130,12 @@ def test_kl_to_the_start_is_that_of_the_whole_distribution():
     assert abs(estimate["kl"] - exact) <= 5 * estimate["kl_se"]
 
 
-def test_the_entropy_is_that_of_the_whole_distribution():
-    """One-token responses, where the entropy is a sum over 11 tokens: the estimate agrees within 5 se."""
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_entropy_is_that_of_the_whole_distribution(tells):
+    """One-token responses, where the entropy is a sum over 11 tokens: the estimate agrees within 5 se.
+
+    Also for a player that does not tell the log-probabilities of what it samples.
+    """
     model = known_model()
     player = player_of(model, max_new_tokens=1)
     examples = [Example("", 1, "3", "5", ["5"], prompt_ids=[3], real_ids=[5, 10])] * 4000
@@ -141,10 +144,11 @@ def test_the_entropy_is_that_of_the_whole_distribution():
         metrics={},
         seed=lambda t, purpose: 0,
         text=str,
-        respond=lambda player, examples, name, seed, temperature: player.respond(
-            [e.prompt_ids for e in examples], seed, temperature=temperature
+        pieces=lambda ids, logps: [],
+        respond=lambda player, examples, name, seed, temperature, with_logps: player.respond(
+            [e.prompt_ids for e in examples], seed, temperature=temperature, with_logps=with_logps and tells
         ),
-        logps=lambda player, items, name: player.logps(items),
+        logps=lambda player, items, name, by_token=False: player.logps(items),
     )
     log_p = model.logits(model(torch.tensor([[3]])))[0, -1].detach().log_softmax(-1)
     row = evaluate(player, StartSamples([([3], [5])] * 4000, [0.0] * 4000), run)

@@ -1,10 +1,6 @@
-"""runtime/report.py: warnings of degeneration, the tables, and the plot."""
+"""runtime/report.py: warnings of degeneration, and the tables."""
 
-from xml.etree import ElementTree
-
-from runtime import report
-
-SVG = "{http://www.w3.org/2000/svg}"
+from runtime import panels, report
 
 
 def test_signs_of_degeneration_are_warned_of():
@@ -47,8 +43,8 @@ def test_metrics_that_are_0_throughout_are_left_out():
     assert "greedy" in report.columns_of(rows)
     rows[1] |= {"since_start": {"greedy": (0, 0), "sampled": (0.1, 0.1), "greedy_f": (1.0, 0.5)}}
     assert "greedy  " not in report.tables(rows) and "greedy f" in report.tables(rows)
-    plot = report.plot_of(rows, "title")
-    assert ">greedy<" not in plot and ">sampled<" in plot and ">greedy f<" in plot
+    plot = panels.plot(rows, "title")
+    assert ">greedy accuracy<" not in plot and ">sampled accuracy<" in plot and ">greedy f<" in plot
     assert report.change(rows[1], "greedy_f") == "greedy f +1.000 \u00b1 0.500 against the start"
 
 
@@ -81,16 +77,3 @@ def test_examples_are_aligned_and_in_one_line_each():
         "  iterate 1  d",
     ]
     assert "p2" in second and "p4" in third and max(map(len, text.splitlines())) <= 40
-
-
-def test_the_plot_is_well_formed_and_has_a_panel_for_each_metric_with_a_point_for_each_value():
-    rows = [
-        {"iterate": 0, "nll": 1.5, "nll_se": 0.1},
-        {"iterate": 1, "nll": 1.0, "loss": 0.5, "accuracy": None, "pairs": 3},
-        {"iterate": 2, "nll": 1.0, "loss": 0.5, "accuracy": None, "pairs": 3},
-    ]
-    root = ElementTree.fromstring(report.plot_of(rows, "a <title> & more"))
-    texts = [text.text for text in root.iter(f"{SVG}text")]
-    assert "a <title> & more" in texts and {"nll", "loss"} <= set(texts)
-    assert "pairs" not in texts and "accuracy" not in texts
-    assert len(list(root.iter(f"{SVG}polyline"))) == 2 and len(list(root.iter(f"{SVG}circle"))) == 3 + 2

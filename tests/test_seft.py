@@ -80,7 +80,9 @@ def test_given_pairs_are_revised_as_they_are(start, tmp_path, monkeypatch):
     asked = []
     original = Run.respond
     monkeypatch.setattr(
-        Run, "respond", lambda run, p, e, name, *a: (asked.append((name, len(e))), original(run, p, e, name, *a))[1]
+        Run,
+        "respond",
+        lambda run, p, e, name, *a, **k: (asked.append((name, len(e))), original(run, p, e, name, *a, **k))[1],
     )
     out = tmp_path / "run"
     assert seft.main(seft_flags(start, None, out, pairs=pairs, eval_data=heldout)) == 0

@@ -149,7 +149,8 @@ def test_a_damaged_checkpoint_or_shard_is_computed_again(start, data, here, caps
 def test_nothing_is_saved_by_pickle(start, data, here):
     """The state of training is tensors and JSON, both data."""
     die_at(Run, "evaluate", small(start, data), evaluates_a_trained_player)
-    assert {p.suffix for p in (here / "run").rglob("*") if p.is_file()} <= {".json", ".jsonl", ".safetensors", ".svg"}
+    names = {".json", ".jsonl", ".safetensors", ".svg", ".html"}
+    assert {p.suffix for p in (here / "run").rglob("*") if p.is_file()} <= names
     with safe_open(here / "run/resume/iterate-1/train.safetensors", framework="pt") as reader:
         metadata = reader.metadata()
     assert metadata.keys() == {"steps", "log", "sha256"} and metadata["steps"] == "5"

@@ -17,7 +17,7 @@ FONT = 'font-family="sans-serif" fill="#333"'
 WIDTH, HEIGHT = 300, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 290, 44, 166  # of the axes
 NOISE = 12.0  # paired standard errors that an axis spans at least
-BINS = 400  # of a curve, over the whole axis
+BINS = 120  # of a curve, over the whole axis
 
 
 @dataclass

@@ -135,7 +135,7 @@ def shown(value: float | None, key: str) -> str:
 
 def formats(key: str) -> str:
     """The format of a metric's or signal's values."""
-    return (report.SIGNALS | STEPS | report.columns_of([{key: 0, f"{key}_se": 0}])).get(key, ".4g")
+    return (report.columns_of([{key: 0, f"{key}_se": 0}]) | report.SIGNALS | STEPS)[key]
 
 
 def sign(key: str) -> int:

@@ -26,11 +26,18 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def finished(start, data, tmp_path_factory):
-    """The folder of a run of two iterations."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    assert spin.main(small(start, data, out=out)) == 0
-    return out
+def made(start, data, tmp_path_factory):
+    """(the folder of a run of two iterations, the page after each of its iterates)."""
+    out, seen, make = tmp_path_factory.mktemp("runs") / "finished", [], page.page
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "page", lambda folders: seen.append(make(folders)) or seen[-1])
+        assert spin.main(small(start, data, out=out)) == 0
+    return out, seen
+
+
+@pytest.fixture(scope="module")
+def finished(made):
+    return made[0]
 
 
 def heldout_row(i: int, text: str, nll: float, error: float) -> dict:
@@ -96,22 +103,19 @@ class Reader(html.parser.HTMLParser):
 # ---------------------------------------------------------------- what runs keep for it
 
 
-def test_a_run_writes_its_page_after_every_iterate(start, data, here, monkeypatch):
+def test_a_run_writes_its_page_after_every_iterate(made):
     """With all iterates so far; beside it times and memory of each phase, and the pace of training."""
-    seen = []
-    make = page.page
-    monkeypatch.setattr(page, "page", lambda folders: seen.append(make(folders)) or seen[-1])
-    assert spin.main(small(start, data)) == 0
+    out, seen = made
     assert [("is not finished: 1 of 2" in text, "Only the start" in text) for text in seen] == [
         (False, True), (True, False), (False, False),
     ]  # fmt: skip
-    assert (here / "run/report.html").read_text() == seen[-1]
-    times = rows(here / "run/times.jsonl")
+    assert (out / "report.html").read_text() == seen[-1]
+    times = rows(out / "times.jsonl")
     assert [row["iterate"] for row in times] == [0, 1, 2]
     assert set(times[1]["seconds"]) == set(times[1]["memory"]) == {"generate", "score", "train", "evaluate"}
-    steps = len(rows(here / "run/steps-0.jsonl"))
+    steps = len(rows(out / "steps-0.jsonl"))
     assert times[1]["pace"][-1][0] <= steps and all(rate > 0 for _, rate in times[1]["pace"])
-    names = {name for entry in json.loads((here / "run/checksums.json").read_text())["iterates"] for name in entry}
+    names = {name for entry in json.loads((out / "checksums.json").read_text())["iterates"] for name in entry}
     assert "metrics.jsonl" in names and not {"report.html", "times.jsonl"} & names
 
 
@@ -123,11 +127,10 @@ def test_a_page_that_cannot_be_written_is_a_warning(start, data, here, monkeypat
     assert (here / "run/final/model.safetensors").is_file() and not (here / "run/report.html").exists()
 
 
-def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(start, data, tmp_path):
+def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(finished, start, data, tmp_path):
     """Of the start's greedy responses and of references; their pieces make up the text."""
-    assert spin.main(small(start, data, out=tmp_path / "run")) == 0
     player, _, run = begin(start, data, tmp_path / "again")
-    for row, example in zip(rows(tmp_path / "run/heldout-0.jsonl"), run.heldout, strict=True):
+    for row, example in zip(rows(finished / "heldout-0.jsonl"), run.heldout, strict=True):
         for name, text in (("greedy", row["greedy"]), ("real", example.references[0])):
             pieces, logps = zip(*row["tokens"][name])
             assert "".join(pieces).strip() == text

@@ -23,6 +23,8 @@ class Finished(Exception):
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; `exit_code` is what a shell expects then."""
 
+    of_all_ranks = False  # whether every rank raises it, so that one may report it for all
+
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
@@ -65,7 +67,9 @@ class Signals:
     def check_agreed(self) -> None:
         """Raises Interrupted, on all ranks after the same step, if a signal has arrived at one of them."""
         if self.agreed:
-            raise Interrupted(self.agreed)
+            error = Interrupted(self.agreed)
+            error.of_all_ranks = True
+            raise error
 
 
 SIGNALS = Signals()  # signals belong to the process, so there is one of these

@@ -44,8 +44,10 @@ DAMAGES = {
 }
 
 
-# What a run that died in iteration 1 has no need of: metrics.jsonl has the evaluation of the start.
-NOT_READ = ("resume/iterate-0/greedy", "resume/iterate-0/sampled", "resume/iterate-0/nll", "resume/iterate-0/kl")
+CLOCK = ("report.html", "times.jsonl")  # hold times, so they have no checksum
+# What a run that died in iteration 1 has no need of: metrics.jsonl has the evaluation of the start; pages and plots are
+# drawn anew after every iterate.
+NOT_READ = tuple(f"resume/iterate-0/{name}" for name in ("greedy", "sampled", "nll", "kl")) + ("metrics.svg", *CLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,8 @@ def test_a_finished_run_has_all_its_files(start, data, here, capsys):
     """One missing or changed file of a finished run, final/ and earlier iterates included: exit code 2, one line."""
     assert spin.main(small(start, data)) == 0
     for name in names_of(here / "run"):
+        if name in CLOCK:
+            continue
         path = here / "run" / name
         content = path.read_bytes()
         for spoilt in (None, content[:-2]):

@@ -53,7 +53,9 @@ def block_of(name: str, found: dict) -> str:
         return special[name](found)
     if name not in found["regimes"]:
         raise KeyError(name)
-    return regime(found, name) if any(row["regime"] == name for row in found["summary"]) else ""
+    if not any(row["regime"] == name for row in found["summary"]):
+        return f'Not run yet: `python benchmarks/evidence.py --only "{name}"`.\n'
+    return regime(found, name) + (f"\n![](../{FIGURES}/{figure_of(name)})\n" if name in drawn(found) else "")
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -184,7 +186,7 @@ def answers(found: dict) -> str:
     """Greedy responses of the start, the control and self-play, of seed 0, to the same held-out prompts."""
     rows = [row for row in self_play(found) if "answers" in row]
     if not rows:
-        return ""
+        return "Not run yet.\n"
     best = max(rows, key=lambda row: lead_of(row, "over start")[0])
     control = next(row for row in found["summary"] if row["name"] == best["control"] and row["start"] == best["start"])
     models = [("the start", found["starts"][best["start"]]), (control["name"], control), (best["name"], best)]
@@ -203,9 +205,16 @@ STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:
 def figures(found: dict) -> dict[str, str]:
     """File name -> SVG."""
     result = {"evidence-frontiers.svg": frontiers(found)}
-    for name in dict.fromkeys(row["regime"] for row in self_play(found)):
-        result[f"evidence-{name.replace(' ', '-')}.svg"] = leads(found, name)
-    return result
+    return result | {figure_of(name): leads(found, name) for name in drawn(found)}
+
+
+def drawn(found: dict) -> list[str]:
+    """The regimes that have a figure."""
+    return list(dict.fromkeys(row["regime"] for row in self_play(found)))
+
+
+def figure_of(regime: str) -> str:
+    return f"evidence-{regime.replace(' ', '-')}.svg"
 
 
 def svg(width: int, height: int, body: str) -> str:

@@ -232,6 +232,8 @@ def page(folders: Iterable[Path]) -> str:
     said = responses(runs)
     count = min(map(len, said.values()), default=0)
     kinds = Counter(kind_of(*(list(said.values())[n][i] for n in (0, -1))) for i in range(count)) if count else {}
+    apart = not one and not said and any(run.heldout for run in runs)
+    other = ["the responses side by side: the runs were evaluated on different prompts"] if apart else []
     rest = {
         "runs": [(run.name, headline(run), warnings(run)) for run in runs],
         "title": one.name if one else f"{len(runs)} runs",
@@ -246,7 +248,7 @@ def page(folders: Iterable[Path]) -> str:
         "commands": [(run.name, visible(run.command)) for run in runs],
         "kinds": [(kind, name, kinds.get(kind, 0)) for kind, name in KINDS.items()],
         "count": count,
-        "missing": [f"{run.name}: {line}" for run in runs for line in run.missing],
+        "missing": [f"{run.name}: {line}" for run in runs for line in run.missing] + other,
         "kind_names": KINDS,
         "levels": LEVELS,
     }

@@ -177,7 +177,7 @@ def test_the_page_of_a_real_run(finished):
     } <= shown  # fmt: skip
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text
-    assert "python spin.py" in reader.text and "Files that are not there" not in reader.text
+    assert "python spin.py" in reader.text and "What is missing" not in reader.text
     digest = json.loads((finished / "run.json").read_text())["digests"]["model"]
     assert digest in reader.text
     scripts = [attrs for tag, attrs in reader.tags if tag == "script"]
@@ -199,7 +199,7 @@ def test_runs_without_some_files_still_get_a_page(finished, start, data, tmp_pat
     assert "No iterate has been evaluated yet." in Reader(page.page([older])).text
     assert sft.main([*small_sft(start, data, iterations=1, out=tmp_path / "sft")]) == 0
     text = Reader((tmp_path / "sft/report.html").read_text()).text
-    assert "Files that are not there" not in text and "python sft.py" in text
+    assert "What is missing" not in text and "python sft.py" in text
     assert "2 runs" in Reader(page.page([finished, older])).text
 
 
@@ -212,7 +212,8 @@ def test_several_runs_are_compared(tmp_path):
     assert "--lr" in table and "0.0005" in table and "--iterations" in table and "--best" not in table
     assert f'class="s1" fill="{COLOURS[1]}"' in text and "answer 2 to 4" in text and "answer 1 to 4" in text
     other = write_run(tmp_path / "other", [lines[1:] for lines in answers(5, 1, 4)])
-    assert "Responses to held-out" not in page.page([one, other])
+    text = page.page([one, other])
+    assert "Responses to held-out" not in text and "evaluated on different prompts" in text
 
 
 def test_the_command_says_which_options_are_not_the_defaults(finished):

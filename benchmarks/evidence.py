@@ -10,8 +10,7 @@ costs about as much. Where several learning rates of the control were run, the o
 words* stands for it: a choice that can only favour the control.
 
 CASES was written before any of them was run, and all of them are reported. The same command goes on where it was
-stopped. Writes benchmarks/results/evidence.json, the figures beside it, and the
-tables into docs/evidence.md and README.md.
+stopped. Writes benchmarks/results/evidence.json, the figures beside it, and the tables into docs/evidence.md.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 
 FIGURES = "benchmarks/results"
-DOCUMENTS = ("README.md", "docs/evidence.md")
+DOCUMENTS = ("docs/evidence.md",)
 OVER = ("over start", "over supervised")
 SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
 

@@ -24,6 +24,12 @@ def words(tmp_path_factory) -> Path:
     return path
 
 
+def test_the_documented_table_is_made_of_the_stored_results():
+    found = json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+    table = methods.table(found, list(methods.METHODS), 5)
+    assert f"<!-- methods -->\n{table}<!-- end of methods -->" in (ROOT / "docs/family.md").read_text()
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_line_is_a_command_that_parses_at_the_same_size(name, tmp_path):
     """Each with as many settings as the others, on the same data; only the method's own flags differ."""

@@ -1,4 +1,4 @@
-# make run    the default run on the embedded task (about a minute and a half on two cores)
+# make run    the default run on the embedded task (two to four minutes on two cores)
 # make test   all tests
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU, the most informative first; a part takes less than 8 minutes

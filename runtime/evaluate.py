@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 # Metric by metric: +1 if a larger value is better, -1 if a smaller one is.
 METRICS = {"nll": -1, "greedy": 1, "sampled": 1, "greedy_error": -1, "sampled_error": -1}
+NEITHER = ("kl", "entropy")  # metrics of which neither a larger nor a smaller value is better
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}  # of the responses that are evaluated, and their temperatures
 
 Row = dict[str, Any]
@@ -121,8 +122,11 @@ def better(row: Row, metric: str) -> bool:
 
 
 def sign_of(metric: str) -> int:
-    """+1 where a larger value of the metric is better, as it is for all functions of --metric but edit_distance."""
-    return METRICS.get(metric, -1 if metric.endswith("_edit_distance") else 1)
+    """+1 where a larger value of a metric is better, -1 where a smaller one is, 0 for neither.
+
+    Of the functions of --metric a larger value is better, but for edit_distance.
+    """
+    return 0 if metric in NEITHER else METRICS.get(metric, -1 if metric.endswith("_edit_distance") else 1)
 
 
 def name_of(metric: str) -> str:
@@ -131,7 +135,7 @@ def name_of(metric: str) -> str:
 
 
 def metrics_with(functions: Sequence[str]) -> list[str]:
-    """Names of all metrics that a run with these functions of --metric has, but kl, which is neither good nor bad."""
+    """Names of all metrics that a run with these functions of --metric has, but those of NEITHER."""
     return [*METRICS, *(f"{decoding}_{name_of(function)}" for function in functions for decoding in DECODINGS)]
 
 

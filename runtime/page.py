@@ -17,10 +17,10 @@ import jinja2
 from markupsafe import Markup
 
 from runtime import report
-from runtime.evaluate import Row, better
+from runtime.evaluate import Row, better, sign_of
 from runtime.figures import svg
 from runtime.options import flag_of
-from runtime.panels import Loaded, change_of, difference, figures, label, load, metrics_of, number, shown, sign
+from runtime.panels import Loaded, change_of, difference, figures, label, load, metrics_of, number, shown
 
 PAGE = 950_000  # bytes of a page, at most
 PROMPTS = 1000  # in the table of responses, at most
@@ -44,12 +44,12 @@ def headline(run: Loaded) -> list[str]:
         ]
     sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []
     moved, still = [], []
-    for key in [key for key in values if key != "kl" and change_of(last, key)]:
+    for key in [key for key in values if sign_of(key) and change_of(last, key)]:
         change, error = change_of(last, key)
         if abs(change) <= 2 * error:
             still.append(label(key))
             continue
-        verdict = {1: ", better", -1: ", worse"}.get(sign(key) * (1 if change > 0 else -1), "")
+        verdict = {1: ", better", -1: ", worse"}.get(sign_of(key) * (1 if change > 0 else -1), "")
         word = "rose" if change > 0 else "fell"
         now = f"from {values[key][0]} to {values[key][1]} ({difference(change, error, key)}{verdict})"
         moved.append(f"{label(key)} {word} {now}")
@@ -61,7 +61,7 @@ def headline(run: Loaded) -> list[str]:
         names = " and ".join([*([", ".join(still[:-1])] if len(still) > 1 else []), still[-1]])
         sentences.append(f"{_capital(names)} did not change by more than two standard errors.")
     improved = [row for row in run.rows if change_of(row, metric) and better(row, metric)]
-    best = max(improved, key=lambda row: sign(metric) * row[metric])["iterate"] if improved else None
+    best = max(improved, key=lambda row: sign_of(metric) * row[metric])["iterate"] if improved else None
     said = f"The best iterate by {label(metric)} is {best}." if best else f"No iterate is better by {label(metric)}."
     return [*sentences, said]
 

@@ -99,7 +99,7 @@ def number(row: Row, key: str) -> float | None:
 def metrics_of(rows: Sequence[Row]) -> list[str]:
     """Names of the held-out metrics: those with a standard error, but for those that are 0 throughout."""
     telling = report.telling(rows)
-    return [key for key in rows[0] if key in telling and number(rows[0], f"{key}_se") is not None] if rows else []
+    return [key for key in telling if number(rows[0], f"{key}_se") is not None] if rows else []
 
 
 def change_of(row: Row, key: str) -> tuple[float, float] | None:
@@ -138,11 +138,6 @@ def formats(key: str) -> str:
     return (report.columns_of([{key: 0, f"{key}_se": 0}]) | report.SIGNALS | STEPS)[key]
 
 
-def sign(key: str) -> int:
-    """1 where a larger value of a held-out metric is better, -1 where a smaller one is, 0 for neither."""
-    return 0 if key == "kl" else sign_of(key)
-
-
 def difference(change: float, error: float, key: str) -> str:
     """+2.0 ± 0.3 points for shares, else in the metric's unit."""
     fmt = formats(key)
@@ -173,7 +168,7 @@ def metric_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel]:
         change = change_of(rows[-1], key) if len(runs) == 1 and rows else None
         first, last = (shown(number(row, key), key) for row in (rows[0], rows[-1])) if rows else ("", "")
         note = f"{first} \u2192 {last} ({difference(*change, key)})" if change else ""
-        yield panel(label(key), series, formats(key), sign(key), note, least=NOISE * (paired or single / 2))
+        yield panel(label(key), series, formats(key), sign_of(key), note, least=NOISE * (paired or single / 2))
 
 
 def signal_panels(rows: Sequence[Row]) -> Iterator[Panel]:

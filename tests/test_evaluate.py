@@ -82,6 +82,7 @@ def test_an_iterate_is_better_than_the_start_by_more_than_two_standard_errors():
     assert not better({"since_start": {"nll": (-0.2, 0.1)}}, "nll"), "exactly two"
     assert not better({"since_start": {"greedy": (-1, 0.1)}}, "greedy"), "worse"
     assert not better({}, "nll"), "the start itself"
+    assert not better({"since_start": {"entropy": (1, 0)}}, "entropy"), "neither direction is better"
 
 
 def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeypatch):

@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.png and not args.figures:
             raise ValueError("--png: expected --figures DIR with it")
         out = args.out or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
-        storage.write_text(out, page.page(args.runs))
+        try:
+            text = page.page(args.runs)
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            names = ", ".join(map(str, args.runs))
+            raise ValueError(f"{names}: a file has other values than a run writes ({error!r})") from None
+        storage.write_text(out, text)
         print(f"The page is {out}.")
         if args.figures:
             print(f"{write_figures(args.runs, args.figures, args.png)} figures are in {args.figures}.")

@@ -268,6 +268,15 @@ def test_tokens_are_encoded_in_two_characters():
 # ---------------------------------------------------------------- report.py
 
 
+def test_files_with_other_values_are_one_line(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", answers(3, 2, 1))
+    line = json.dumps({"prompt": "p", "references": 4, "greedy": 5, "values": 6, "tokens": 7})
+    (folder / "heldout-1.jsonl").write_text(3 * f"{line}\n")
+    assert script.main([str(folder), "--out", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{folder}: a file has other values than a run writes" in error
+
+
 def test_report_py_writes_pages_and_figures(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(finished, tmp_path / "copy")

@@ -189,7 +189,7 @@ GOOD = '{"prompt": "a", "response": "b"}'
         ("x.jsonl", b"PK\3\4\0\0", "looks like a zip archive: expected JSON Lines"),
         ("x.jsonl", GOOD.encode("utf-16"), "looks like UTF-16: expected JSON Lines"),
         ("x.jsonl", b"PAR1\x15\x04\xff\n", "x.jsonl:1: not readable as Parquet"),
-        ("x.jsonl.gz", gzip.compress(b"PAR1\x15\x04\xff\n"), "Parquet has its own compression"),
+        ("x.jsonl.gz", gzip.compress(b"PAR1\x15\x04\xff\n", mtime=0), "Parquet has its own compression"),
         ("x.gz", GOOD, "x.gz:1: not readable as UTF-8 text (Not a gzipped file"),
     ],
 )  # fmt: skip

@@ -82,7 +82,7 @@ def test_no_damage_to_any_file_is_silent(died, start, data, here, capsys):
     rng = random.Random(0)
     ends = []
     for name in read:
-        for damage, spoil in DAMAGES.items():
+        for damage, spoil in rng.sample(list(DAMAGES.items()), 2):
             shutil.rmtree(here / "run", ignore_errors=True)
             shutil.copytree(folder, here / "run")
             path = here / "run" / name

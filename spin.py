@@ -190,6 +190,7 @@ def take_step(
     they are, "skipped" is true, and values that are not finite are None, since JSON has no NaN.
     """
     sums: dict[str, Tensor] = {}
+    # The weight is 1, or 0 where a rank repeats a micro-batch because others have more (see docs/scaling.md).
     for micro_batch, weight in parallel.micro_batches([item.tokens for item in batch], player.micro_batches):
         values = loss_of([batch[i] for i in micro_batch])
         (weight * values["loss"].sum() / len(batch)).backward()

@@ -1,8 +1,8 @@
 """What self-play does beyond sharpening: every case beside its two controls, over seeds.
 
-    python benchmarks/evidence.py                      all cases, then the tables and figures (make reproduce)
-    python benchmarks/evidence.py --only beta,few      those regimes
-    python benchmarks/evidence.py --write              tables and figures from the stored results
+    python benchmarks/evidence.py                            all cases, then the tables and figures (make reproduce)
+    python benchmarks/evidence.py --only "few words,start"   those regimes
+    python benchmarks/evidence.py --write                    tables and figures from the stored results
 
 A case wins where its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
 at other temperatures, and continued supervised training of the start on the same prompts, with twice the epochs, which
@@ -495,6 +495,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
+    regimes = list(dict.fromkeys(case.regime for case in cases()))
+    for name in args.only or ():
+        if name not in regimes:
+            parser.error(f"--only: no regime {name!r}; expected some of {', '.join(regimes)}")
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
@@ -509,7 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
-        found["regimes"] = list(dict.fromkeys(case.regime for case in cases()))
+        found["regimes"] = regimes
         wanted = [case for case in cases() if not args.only or case.regime in args.only]
         deadline = time.monotonic() + 60 * args.minutes
         context = multiprocessing.get_context("spawn")

@@ -128,18 +128,19 @@ def test_a_page_that_cannot_be_written_is_a_warning(start, data, here, monkeypat
 
 
 def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(finished, start, data, tmp_path):
-    """Of the start's greedy responses and of references; their pieces make up the text."""
+    """Of the start's greedy responses and of the real ones, token by token; the pieces of these make up the text."""
     player, _, run = begin(start, data, tmp_path / "again")
-    for row, example in zip(rows(finished / "heldout-0.jsonl"), run.heldout, strict=True):
-        for name, text in (("greedy", row["greedy"]), ("real", example.references[0])):
+    responses = player.respond([e.prompt_ids for e in run.heldout], 0, temperature=0.0)
+    for row, example, (greedy, _) in zip(rows(finished / "heldout-0.jsonl"), run.heldout, responses, strict=True):
+        for name, ids in (("greedy", greedy), ("real", example.real_ids)):
+            (by_token,) = player.logps_by_token([(example.prompt_ids, ids)])
+            (first,) = player.response_logps([(example.prompt_ids, ids[:1])]).tolist()
+            assert by_token[0] == pytest.approx(first[0], abs=1e-4)
             pieces, logps = zip(*row["tokens"][name])
-            assert "".join(pieces).strip() == text
-            ids = run.tokenizer.encode("".join(pieces), add_special_tokens=False).ids
-            if name == "real":
-                assert sum(logps) == pytest.approx(-row["values"]["nll"][0], abs=0.001 * len(logps))
-            elif pieces[-1] == "" and len(ids) == len(pieces) - 1:
-                (expected,) = player.response_logps([(example.prompt_ids, [*ids, run.eos_token_id])]).tolist()
-                assert sum(logps) == pytest.approx(expected[0], abs=0.01)
+            expected, expected_logps = zip(*run.pieces(ids, by_token))
+            assert pieces == expected and list(logps) == pytest.approx(expected_logps, abs=0.002)
+        assert "".join(pieces).strip() == example.references[0]
+        assert sum(logps) == pytest.approx(-row["values"]["nll"][0], abs=0.001 * len(logps))  # of the real response
 
 
 def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):

@@ -77,6 +77,7 @@ STARTS = {
     "underfitted": Start("", ""),  # the shipped start
     "converged": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", origin="underfitted"),
     "narrow": Start("all", "--epochs 4 --lr 5e-3 --weight-decay 0.1", width=32),
+    "wide": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", width=96),
     "few words": Start("few", "--epochs 20 --batch 64 --lr 3e-3 --weight-decay 0.3", play="few"),
     "glosses": Start(
         "glosses", "--epochs 6 --lr 3e-3 --batch 64 --weight-decay 0.1", width=96, play="glosses", test="test-glosses",
@@ -154,8 +155,11 @@ def cases() -> list[Case]:
         add("few words", "few words", f"SPIN, NLL term, lr {rate}", f"--nll-weight 1 --lr {rate}", "family", **size)
     for rate in ("1e-4", "3e-4"):
         add("few words", "few words", f"SPIN, LoRA 16, lr {rate}", f"--rank 16 --lr {rate}", **size)
-    # Strength of the start, and a start that was tuned on other data.
-    for start in ("underfitted", "narrow", "few words, other words"):
+    size = dict(prompts=8000, iterations=4, iterates=(4,))
+    case = add("few words", "few words", "SPIN, lr 1e-5, four iterations", "--lr 1e-5", **size)
+    all_cases.extend(supervised(case, "1e-5"))
+    # Strength and size of the start, and a start that was tuned on other data.
+    for start in ("underfitted", "narrow", "wide", "few words, other words"):
         for rate in ("1e-4", "3e-4"):
             case = add("start", start, f"SPIN, lr {rate}", f"--lr {rate}")
         all_cases.extend(supervised(case, "1e-4", "3e-4"))
@@ -176,7 +180,7 @@ def cases() -> list[Case]:
         case = add("hot opponent", "converged", f"SPIN, T 1.5, beta {beta}", flags, **size)
     all_cases.extend(supervised(case, "1e-4"))
     # Number of pairs, iterations, adapters.
-    for prompts in (1250, 20_000):
+    for prompts in (625, 10_000):
         case = add("pairs", "converged", f"SPIN, {prompts} prompts", prompts=prompts)
         all_cases.extend(supervised(case, "1e-4"))
     case = add("iterations", "converged", "SPIN", iterations=6, iterates=(1, 2, 4, 6), prompts=2500)

@@ -56,7 +56,7 @@ class Size:
     words: int = 20_000  # that self-play draws its prompts from
     few: int = 8_000  # words of the start that knows few
     test: int = 2_500  # held-out words
-    lines: int = 20_000  # of three words each, for the task with long responses
+    lines: int = 40_000  # of two words each, for the task with long responses
     share: float = 1.0  # of the prompts, epochs and temperatures of every start and case: for tests
 
 
@@ -75,7 +75,7 @@ class Start:
 
 STARTS = {
     "underfitted": Start("", ""),  # the shipped start
-    "converged": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", origin="underfitted"),
+    "converged": Start("all", "--epochs 10 --lr 3e-3 --weight-decay 0.1"),
     "narrow": Start("all", "--epochs 4 --lr 5e-3 --weight-decay 0.1", width=32),
     "wide": Start("all", "--epochs 4 --lr 3e-3 --weight-decay 0.1", width=96),
     "few words": Start("few", "--epochs 20 --batch 64 --lr 3e-3 --weight-decay 0.3", play="few"),
@@ -84,7 +84,7 @@ STARTS = {
         model="glosses/start",
     ),
     "long": Start(
-        "long", "--epochs 3 --batch 64 --lr 2e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"
+        "long", "--epochs 4 --batch 64 --lr 3e-3 --weight-decay 0.1", "underfitted", play="long", test="test-long"
     ),
 }  # fmt: skip
 # The same weights, given words that they were not trained on.
@@ -121,9 +121,10 @@ def supervised(case: Case, *rates: str) -> list[Case]:
     return [make(name=f"supervised, lr {rate}", flags=f"--epochs 2 --lr {rate}") for rate in rates]
 
 
-COMMON = "--max-new-tokens {tokens} --gen-batch 1024 --eval-limit 50 --rank 0 --batch 32 --epochs 1 --weight-decay 0"
+COMMON = "--max-new-tokens {tokens} --gen-batch 1024 --eval-limit 50 --eval-temperatures 1"
+COMMON += " --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
-TOKENS_OF = {"test": 32, "test-long": 80, "test-glosses": 48}  # of a response at most
+TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48}  # of a response at most
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
 
 
@@ -215,13 +216,13 @@ def write_data(size: Size, folder: Path) -> None:
     for name, examples in parts.items():
         lines = [dict(prompt=e.prompt, response=e.response, references=e.references) for e in examples]
         save(folder / f"{name}.jsonl", lines)
-    for name, source, count in (("long", train, size.lines), ("test-long", tests[50:], size.test // 3)):
+    for name, source, count in (("long", train, size.lines), ("test-long", tests[50:], size.test // 2)):
         order = list(source)
         rng.shuffle(order)
         lines = []
-        for three in zip(*(order[i : 3 * count : 3] for i in range(3))):
-            responses = [" ".join(some) for some in itertools.product(*(e.references[:3] for e in three))]
-            lines.append(dict(prompt=" ".join(e.prompt for e in three), response=responses[0], references=responses))
+        for two in zip(order[: 2 * count : 2], order[1 : 2 * count : 2]):
+            responses = [" ".join(some) for some in itertools.product(*(e.references[:3] for e in two))]
+            lines.append(dict(prompt=" ".join(e.prompt for e in two), response=responses[0], references=responses))
         save(folder / f"{name}.jsonl", lines)
     train, heldout = split(load_examples(str(ROOT / size.glosses)), 0.1)
     for name, examples in (("glosses", train), ("test-glosses", draw(heldout, size.test // 2))):

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from player import Player  # noqa: E402
-from runtime.evaluate import Row, StartSamples, evaluate, nearest_edits, sample_start  # noqa: E402
+from runtime.evaluate import Row, StartSamples, evaluate, interpolation, nearest_edits, sample_start  # noqa: E402
 from runtime.options import Args, parse  # noqa: E402
 from runtime.run import Run  # noqa: E402
 from runtime.setup import setup  # noqa: E402
@@ -180,9 +180,8 @@ def lead(mine: Frontier, control: Frontier, metric: str) -> np.ndarray | None:
 
 
 def through(place: float, x: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The polynomial through all points, at one place (Lagrange's formula)."""
-    weights = [np.prod((place - np.delete(x, i)) / (x[i] - np.delete(x, i))) for i in range(len(x))]
-    return np.tensordot(weights, points.astype(np.float64), 1)
+    """The polynomial through all points, at one place."""
+    return np.tensordot(interpolation(place, x), points.astype(np.float64), 1)
 
 
 def best_nll(points: Frontier) -> np.ndarray:

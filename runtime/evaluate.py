@@ -1,5 +1,6 @@
 """Held-out metrics of an iterate, each with its standard error over examples."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -50,7 +51,7 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
     nll: negative log-probability of the real response in nats, weighted by its tokens.
     kl: log p_0(y) - log p(y) in nats, of the start's response y: a sample of KL(theta_0 || player).
     entropy: minus the log-probability of the sampled response, nats. A model that is only sharper samples better, too,
-        so compare sampled metrics at equal entropy (docs/evidence.md).
+        so compare sampled metrics at equal entropy (`at_equal_entropy`).
     """
     heldout = run.heldout
     rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}, "tokens": {}} for e in heldout]
@@ -82,6 +83,84 @@ def answers(player: Any, start: StartSamples, run: Any) -> list[Row]:
         for row, values in zip(rows, run.measure(name, rows)):
             row["values"] |= {f"{decoding}_{name}": (value, 1.0) for decoding, value in zip(DECODINGS, values)}
     return rows
+
+
+def add_temperatures(player: Any, rows: list[Row], run: Any) -> None:
+    """Samples at the temperatures of --eval-temperatures, too.
+
+    Row by row of `answers`, "by_temperature" gets the sampled metrics and the entropy by the temperature, as text.
+    """
+    for temperature in sorted({*run.args.eval_temperatures} - {1.0}):
+        key = f"{temperature:g}"
+        responses = run.respond(player, run.heldout, f"sampled-{key}", run.seed(0, "evaluate"), temperature)
+        items = [(e.prompt_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
+        logps = run.logps(player, items, f"entropy-{key}", temperature)
+        said = [row | {"sampled": run.text(ids)} for row, (ids, _) in zip(rows, responses)]
+        measured = {name: run.measure(name, said, ("sampled",), f"-{key}") for name in run.metrics}
+        for i, (row, answer, (logp,)) in enumerate(zip(rows, said, logps)):
+            edits, length = nearest_edits(answer["sampled"], row["references"])
+            values = {"sampled": (float(answer["sampled"] in row["references"]), 1.0)}
+            values |= {"sampled_error": (float(edits), float(length)), "entropy": (-logp, 1.0)}
+            values |= {f"sampled_{name}": (numbers[i][0], 1.0) for name, numbers in measured.items()}
+            row.setdefault("by_temperature", {})[key] = values
+
+
+def frontier(rows: list[Row]) -> list[Row]:
+    """The sampled metrics and the entropy at every temperature, each with its "temperature", in rising order."""
+    points = []
+    for temperature, values in _by_temperature(rows):
+        point: Row = {"temperature": temperature}
+        points.append(point | {name: _ratio([value[name] for value in values])[0] for name in values[0]})
+    return points
+
+
+def _by_temperature(rows: list[Row]) -> list[tuple[float, list[Row]]]:
+    """(temperature, each row's values), with those of temperature 1, in rising order."""
+    sampled = rows[0].get("by_temperature", {})
+    names = ["entropy", *(name for name in rows[0]["values"] if name.startswith("sampled"))]
+    at_one = [{name: row["values"][name] for name in names} for row in rows]
+    others = [(float(key), [row["by_temperature"][key] for row in rows]) for key in sampled]
+    return sorted([(1.0, at_one), *others], key=lambda item: item[0])
+
+
+def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
+    """What an iterate gained over the start sampled at the temperature at which it has the iterate's entropy.
+
+    Lower temperatures improve sampled metrics without training, so only what is left here has been learned. Between
+    its temperatures, the start is the polynomial through all of them.
+
+    Returns: {"temperature": the start's, metric: (change, paired standard error)} for the sampled metrics. The error
+    accounts for the noise of both entropies (delta method). {} where the start's temperatures do not reach the entropy.
+    """
+    temperatures, values = zip(*_by_temperature(start))
+    curves = {name: [_ratio([value[name] for value in at]) for at in values] for name in values[0][0]}
+    entropies = [entropy for entropy, _ in curves["entropy"]]
+    if "entropy" not in now[0]["values"] or any(b <= a for a, b in itertools.pairwise(entropies)):
+        return {}  # too few examples to tell the temperatures apart
+    entropy, noise = _ratio([row["values"]["entropy"] for row in now])
+    if not entropies[0] <= entropy <= entropies[-1]:
+        return {}
+
+    def at(entropy: float, points: Sequence[float]) -> float:
+        return sum(weight * point for weight, point in zip(interpolation(entropy, entropies), points))
+
+    def noise_of_start(name: str) -> list[float]:
+        return [at(entropy, residuals) for residuals in zip(*(residuals for _, residuals in curves[name]))]
+
+    result: Row = {"temperature": at(entropy, temperatures)}
+    noise = [a - b for a, b in zip(noise, noise_of_start("entropy"))]
+    for name in [name for name in curves if name != "entropy"]:
+        curve = [ratio for ratio, _ in curves[name]]
+        slope = (at(entropy + 1e-4, curve) - at(entropy, curve)) / 1e-4
+        ratio, residuals = _ratio([row["values"][name] for row in now])
+        columns = zip(residuals, noise_of_start(name), noise)
+        result[name] = (ratio - at(entropy, curve), math.sqrt(sum((a - b - slope * c) ** 2 for a, b, c in columns)))
+    return result
+
+
+def interpolation(place: float, xs: Sequence[float]) -> list[float]:
+    """Weights of the values at `xs` that give the polynomial through all of them at one place (Lagrange's formula)."""
+    return [math.prod((place - b) / (a - b) for j, b in enumerate(xs) if j != i) for i, a in enumerate(xs)]
 
 
 def summary(rows: list[Row]) -> Row:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#3a86c8", "#444444")
+LINE = len(COLOURS) - 1  # the colour of a line without points, among points
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 FONT = 'font-family="sans-serif" fill="#333"'
 WIDTH, HEIGHT = 300, 190
@@ -48,7 +49,7 @@ class Panel:
     format: str = ".3g"
     better: int = 0
     note: str = ""  # below the title
-    kind: str = "points"  # points, curve or boxes
+    kind: str = "points"  # points, places (on an axis that does not count), curve or boxes
     least: float = 0.0  # that the axis spans
     x: tuple[float, float] = (0, 1)  # ends of the axis
     lines: Sequence[tuple[float, str]] = ()  # verticals with a label, where iterations begin
@@ -133,13 +134,17 @@ def svg(panel: Panel, standalone: bool = False) -> str:
     for x, text in panel.lines:
         parts.append(f'<path class="grid" d="M{px(x):.1f} {TOP}V{BOTTOM}" stroke="#ddd"/>')
         parts.append(f'<text x="{px(x) + 3:.1f}" y="{TOP - 3}" class="dim" font-size="9">{escape(text)}</text>')
-    whole = [x for x in ticks(x0, x1, 6) if x == int(x)] if x1 > x0 else [x0]
-    parts += [f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.0f}</text>' for x in whole]
+    shown = ticks(x0, x1, 6) if x1 > x0 else [x0]
+    if panel.kind != "places":
+        shown = [x for x in shown if x == int(x)]
+    parts += [f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.6g}</text>' for x in shown]
     for n, series in enumerate(panel.series):
         if series.marks:
-            drawn = _curve if panel.kind == "curve" else _boxes if panel.kind == "boxes" else _points
+            line = panel.kind == "curve" or (panel.kind == "places" and series.colour == LINE)
+            drawn = _curve if line else _boxes if panel.kind == "boxes" else _points
             colour = COLOURS[series.colour % len(COLOURS)]
             shift = (n - (len(panel.series) - 1) / 2) * min(10, 60 / len(panel.series))
+            shift = 0.0 if panel.kind == "places" else shift
             parts.append(f'<g class="s{series.colour % len(COLOURS)}" fill="{colour}" stroke="{colour}">')
             parts += [drawn(series, px, py, shift), "</g>"]
     return "".join(parts) + "</svg>"

@@ -128,6 +128,9 @@ class Args:
     eval_share: float = option(0.05, "Share of --data to hold out, chosen by a hash of the prompt.",
                                **valid(lambda share: 0 < share < 1, "between 0 and 1"))
     eval_limit: int = option(1000, "Number of held-out examples to evaluate on, at most; 0: all.", **at_least(0))
+    eval_temperatures: tuple[float, ...] = option(
+        (0.7, 0.85, 1.2), "Temperatures at which the start is sampled, too, so that iterates are compared with it at "
+        "equal entropy; 1: no others.", **valid(lambda x: 1e-3 <= x < math.inf, "at least 0.001"))
     metric: tuple[str, ...] = option((), "Adds a held-out metric: FILE.py:NAME of f(prompt, response, references) -> "
                                      f"number, larger is better; or {', '.join(SHIPPED)}.", changeable=True,
                                      repeated="NAME", **valid(

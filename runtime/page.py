@@ -20,7 +20,18 @@ from runtime import report
 from runtime.evaluate import Row, better, sign_of
 from runtime.figures import svg
 from runtime.options import flag_of
-from runtime.panels import Loaded, change_of, difference, figures, label, load, metrics_of, number, shown
+from runtime.panels import (
+    Loaded,
+    change_of,
+    difference,
+    equal_entropy_of,
+    figures,
+    label,
+    load,
+    metrics_of,
+    number,
+    shown,
+)
 
 PAGE = 950_000  # bytes of a page, at most
 PROMPTS = 1000  # in the table of responses, at most
@@ -60,6 +71,10 @@ def headline(run: Loaded) -> list[str]:
     if still:
         names = " and ".join([*([", ".join(still[:-1])] if len(still) > 1 else []), still[-1]])
         sentences.append(f"{_capital(names)} did not change by more than two standard errors.")
+    temperature, leads = equal_entropy_of(last)
+    if temperature is not None and leads:
+        said = ", ".join(f"{label(key)} {difference(*lead, key)}" for key, lead in leads.items())
+        sentences.append(f"Against the start at temperature {temperature:.2f}, which has the same entropy: {said}.")
     improved = [row for row in run.rows if change_of(row, metric) and better(row, metric)]
     best = max(improved, key=lambda row: sign_of(metric) * row[metric])["iterate"] if improved else None
     said = f"The best iterate by {label(metric)} is {best}." if best else f"No iterate is better by {label(metric)}."

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime import report, storage
-from runtime.evaluate import Row, sign_of
-from runtime.figures import BINS, NOISE, Mark, Panel, Series, bins, box, sheet
+from runtime.evaluate import Row, interpolation, sign_of
+from runtime.figures import BINS, LINE, NOISE, Mark, Panel, Series, bins, box, sheet
 from runtime.options import Args, flag_of
 
 SAMPLE = 5000  # pairs of an iteration whose lengths are shown; a file of pairs is in random order
@@ -112,6 +112,21 @@ def change_of(row: Row, key: str) -> tuple[float, float] | None:
     return None if None in both else tuple(both)
 
 
+def frontier_of(rows: Sequence[Row]) -> list[Row]:
+    """The start's sampled metrics by temperature, where the first row has them."""
+    found = rows[0].get("frontier") if rows else None
+    found = [point for point in found if isinstance(point, dict)] if isinstance(found, list) else []
+    return [point for point in found if None not in (number(point, "temperature"), number(point, "entropy"))]
+
+
+def equal_entropy_of(row: Row) -> tuple[float | None, dict[str, tuple[float, float]]]:
+    """The start's temperature that gives it the entropy of an iterate, and the iterate's changes against that."""
+    found = row.get("at_equal_entropy")
+    found = found if isinstance(found, dict) else {}
+    changes = {key: change_of({"since_start": found}, key) for key in found}
+    return number(found, "temperature"), {key: change for key, change in changes.items() if change}
+
+
 def load(folders: Iterable[Path]) -> list[Loaded]:
     runs = [Loaded(Path(folder)) for folder in folders]
     names = Counter(run.name for run in runs)
@@ -171,6 +186,63 @@ def metric_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel]:
         yield panel(label(key), series, formats(key), sign_of(key), note, least=NOISE * (paired or single / 2))
 
 
+def equal_entropy_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel]:
+    """By iterate, how much better sampled metrics are than those of the start at the temperature of equal entropy."""
+    for key in dict.fromkeys(key for _, rows in runs for row in rows for key in equal_entropy_of(row)[1]):
+        series, last = [], (0.0, 0.0)
+        for n, (name, rows) in enumerate(runs):
+            marks = [Mark(row["iterate"], 0.0, note="the start") for row in rows[:1]]
+            for row in rows:
+                temperature, changes = equal_entropy_of(row)
+                if temperature is not None and key in changes:
+                    last = change, error = changes[key]
+                    note = f"iterate {row['iterate']}: {difference(change, error, key)}; start at {temperature:.2f}"
+                    marks.append(Mark(row["iterate"], change, change - error, change + error, note=note))
+            series.append(Series(name, marks, n))
+        note = "change from the start" + (f": {difference(*last, key)}" if len(runs) == 1 else "")
+        yield panel(f"{label(key)}, equal entropy", series, formats(key), sign_of(key), note, least=NOISE * last[1])
+
+
+def frontier_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel]:
+    """Sampled metrics against entropy: the start by temperature, and the path of the iterates at temperature 1.
+
+    An iterate has learned something where it lies on the better side of the start's line. Bars are standard errors of
+    its distance to the line.
+    """
+    lines = [frontier_of(rows) for _, rows in runs]
+    lines = [line for n, line in enumerate(lines) if line and line not in lines[:n]]
+    for key in dict.fromkeys(key for _, rows in runs for key in metrics_of(rows) if key.startswith("sampled")):
+        series = []
+        for n, (name, rows) in enumerate(runs):
+            marks = []
+            for row in rows:
+                x, y = number(row, "entropy"), number(row, key)
+                if x is not None and y is not None:
+                    error = equal_entropy_of(row)[1].get(key, (0.0, 0.0))[1]
+                    marks.append(Mark(x, y, y - error, y + error, note=f"iterate {row['iterate']}"))
+            series.append(Series(name, marks, n))
+        xs = [mark.x for one in series for mark in one.marks]
+        lines_of_key = [[(p["entropy"], y) for p in line if (y := number(p, key)) is not None] for line in lines]
+        drawn = [Series("start", near(line, xs), LINE) for line in lines_of_key if len(line) > 1 and xs]
+        note = "entropy in nats; grey: the start by temperature"
+        found = panel(f"{label(key)} by entropy", [*drawn, *series], formats(key), sign_of(key), note, kind="places")
+        if drawn:
+            xs += [mark.x for one in drawn for mark in one.marks]
+            found.x = (min(xs), max(xs))
+            yield found
+
+
+def near(line: Sequence[tuple[float, float]], xs: Sequence[float]) -> list[Mark]:
+    """The polynomial through all points of a line, as far as the points around `xs`."""
+    places, values = zip(*sorted(line))
+    if len(set(places)) < len(places):
+        return []
+    low = max([x for x in places if x < min(xs)], default=places[0])
+    high = min([x for x in places if x > max(xs)], default=places[-1])
+    steps = [low + (high - low) * n / 40 for n in range(41)]
+    return [Mark(x, sum(w * y for w, y in zip(interpolation(x, places), values))) for x in steps]
+
+
 def signal_panels(rows: Sequence[Row]) -> Iterator[Panel]:
     """Training signals by iterate."""
     for key, fmt in report.SIGNALS.items():
@@ -181,10 +253,12 @@ def signal_panels(rows: Sequence[Row]) -> Iterator[Panel]:
 
 def plot(rows: Sequence[Row], title: str) -> str:
     """metrics.svg: held-out metrics and training signals by iterate."""
-    panels = [one for one in [*metric_panels([("", rows)]), *signal_panels(rows)] if one.series]
-    for one in panels:
+    metrics, signals = (
+        [one for one in some if one.series] for some in (metric_panels([("", rows)]), signal_panels(rows))
+    )
+    for one in metrics + signals:
         one.x = (0, max(rows[-1]["iterate"], 1))
-    return sheet(title, panels)
+    return sheet(title, [*metrics, *signals])
 
 
 def panel(name: str, series: list[Series], fmt: str, better: int = 0, note: str = "", **more: Any) -> Panel:
@@ -290,12 +364,14 @@ def share_panels(runs: Sequence[Loaded]) -> Iterator[Panel]:
 def figures(runs: Sequence[Loaded]) -> dict[str, list[Panel]]:
     """All panels of the page, by the section."""
     last = max((run.rows[-1]["iterate"] for run in runs if run.rows), default=0)
+    named = [(run.name, run.rows) for run in runs]
     found = {
-        "metrics": list(metric_panels([(run.name, run.rows) for run in runs])),
+        "metrics": [*metric_panels(named), *equal_entropy_panels(named)],
         "training": list(step_panels(runs)),
         "distributions": list(distribution_panels(runs)),
     }
     found = {name: [one for one in panels if one.series] for name, panels in found.items()}
     for one in found["metrics"] + found["distributions"]:
         one.x = (0, max(last, 1))
+    found["metrics"] += frontier_panels(named)
     return found

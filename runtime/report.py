@@ -27,15 +27,18 @@ WIDTH = 120  # characters of a line where the terminal's width is not known
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The tables of a finished run: held-out metrics, their changes against the start, and training signals."""
-    changed = [{"iterate": row["iterate"]} | _changes(row["since_start"]) for row in rows if "since_start" in row]
+    """The tables of a finished run: held-out metrics, their changes, also at equal entropy, and training signals."""
     columns = telling(rows)
-    changes = f"\nChanges against the start \u00b1 one paired standard error\n{table(changed, signed(columns))}\n"
-    return (
-        f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, columns)}\n"
-        f"{changes if changed else ''}"
-        f"\nTraining signals, means over the last tenth of an iteration's steps\n{table(rows[1:], SIGNALS)}"
-    )
+    found = f"\nHeld-out metrics \u00b1 one standard error\n{table(rows, columns)}\n"
+    changed = [{"iterate": row["iterate"]} | _changes(row["since_start"]) for row in rows if "since_start" in row]
+    if changed:
+        found += f"\nChanges against the start \u00b1 one paired standard error\n{table(changed, signed(columns))}\n"
+    equal = [{"iterate": row["iterate"]} | _at_equal_entropy(row) for row in rows if row.get("at_equal_entropy")]
+    if equal:
+        shown = {"iterate": "d", "temperature": ".2f"} | signed(columns)
+        found += f"\nThe same against the start at the temperature that gives it equal entropy\n{table(equal, shown)}\n"
+    signals = table(rows[1:], SIGNALS)
+    return f"{found}\nTraining signals, means over the last tenth of an iteration's steps\n{signals}"
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -78,10 +81,13 @@ def line(row: Row, columns: dict[str, str]) -> str:
 
 
 def changes(row: Row) -> list[str]:
-    """A line each on what changed against the start and against the iterate before, with paired standard errors."""
+    """A line each on what changed against the start, the iterate before, and the start at equal entropy."""
     last = row["iterate"] - 1
     names = [("since_start", "the start"), ("since_last", f"iterate {last}")][: 2 if last > 0 else 1]
     rows = {name: _changes(row[key]) for key, name in names if key in row}
+    if row.get("at_equal_entropy"):
+        equal = _at_equal_entropy(row)
+        rows[f"the start at temperature {equal.pop('temperature'):.2f}, of equal entropy"] = equal
     return [f"  against {name}: {line(row, signed(columns_of([row])))}" for name, row in rows.items()]
 
 
@@ -89,6 +95,11 @@ def change(row: Row, metric: str) -> str:
     """One metric's change against the start: "sampled +2.0% \u00b1 0.3% against the start"."""
     changed = _changes(row["since_start"])
     return f"{line(changed, {metric: signed(columns_of([changed]))[metric]})} against the start"
+
+
+def _at_equal_entropy(row: Row) -> Row:
+    found = dict(row["at_equal_entropy"])
+    return {"temperature": found.pop("temperature")} | _changes(found)
 
 
 def _changes(since: dict[str, Sequence[float]]) -> Row:

@@ -26,9 +26,12 @@ from runtime.evaluate import (
     Metric,
     Row,
     StartSamples,
+    add_temperatures,
     answers,
+    at_equal_entropy,
     better,
     changes,
+    frontier,
     sample_start,
     sign_of,
     summary,
@@ -136,10 +139,15 @@ class Run:
         """Held-out metrics of the player as the next iterate, and their changes against the start and the last one."""
         with self.progress.timed("evaluate"):
             now = answers(player, self.start_samples, self)
+            if not self.iterate:
+                add_temperatures(player, now, self)
         row = {"iterate": self.iterate} | summary(now)
         if self.iterate:
             row["since_start"] = changes(self.answers_of(0), now)
             row["since_last"] = changes(self.answers_of(self.iterate - 1), now)
+            row["at_equal_entropy"] = at_equal_entropy(self.answers_of(0), now)
+        else:
+            row["frontier"] = frontier(now)
         self.said[self.iterate] = now
         return row
 
@@ -280,15 +288,18 @@ class Run:
         with bar, self.progress.timed(name):
             return self.shards(name, len(items), *SCORE_SHARD, work)
 
-    def measure(self, name: str, rows: Sequence[Row]) -> list[list[float]]:
-        """What a function of --metric gives each row's responses: one number for each of DECODINGS.
+    def measure(
+        self, name: str, rows: Sequence[Row], decodings: Iterable[str] = DECODINGS, where: str = ""
+    ) -> list[list[float]]:
+        """What a function of --metric gives each row's responses: one number for each of `decodings`.
 
-        `rows` are those of `evaluate.answers`. Raises: Stopped where it gives no number.
+        `rows` are those of `evaluate.answers`; `where` tells one set of responses from others. Raises: Stopped where it
+        gives no number.
         """
         bar = self.progress.bar(name, len(rows))
 
         def measured(row: Row) -> list[float]:
-            values = [self.metrics[name](row["prompt"], row[decoding], row["references"]) for decoding in DECODINGS]
+            values = [self.metrics[name](row["prompt"], row[decoding], row["references"]) for decoding in decodings]
             bar.update(1)
             SIGNALS.check()  # a metric may take long
             return values
@@ -298,7 +309,7 @@ class Run:
             return [measured(rows[i]) for i in items]
 
         with bar, self.progress.timed(name):
-            return self.shards(f"metric-{name}", len(rows), *METRIC_SHARD, work)
+            return self.shards(f"metric-{name}{where}", len(rows), *METRIC_SHARD, work)
 
     def shards(self, name: str, count: int, least: int, most: int, work: Callable[[range], Sequence[Any]]) -> list[Any]:
         """work(items) for items 0 to count - 1, in shards that the ranks share; what was finished before is read.

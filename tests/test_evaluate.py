@@ -11,7 +11,21 @@ from helpers import begin, flags, known_model, player_of, script_responses, spy
 
 import spin
 from runtime.data import Example
-from runtime.evaluate import StartSamples, better, changes, edit_distance, evaluate, nearest_edits, with_se
+from runtime.evaluate import (
+    StartSamples,
+    add_temperatures,
+    answers,
+    at_equal_entropy,
+    better,
+    changes,
+    edit_distance,
+    evaluate,
+    frontier,
+    interpolation,
+    nearest_edits,
+    sample_start,
+    with_se,
+)
 from runtime.run import Run
 
 
@@ -107,8 +121,13 @@ def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path
     _, _, run = begin(start, data, tmp_path / "again")
     heldout = [e.prompt_ids for e in run.heldout]
     (generated,), (pairs,) = asked.pop("generate"), scored.pop("score")
-    assert asked == {"start": [heldout], "greedy": [heldout] * 2, "sampled": [heldout] * 2}
-    assert scored == {"start-logps": [heldout], "nll": [heldout] * 2, "kl": [heldout] * 2}
+    colder = [f"{temperature:g}" for temperature in run.args.eval_temperatures]
+    assert asked == {"start": [heldout], "greedy": [heldout] * 2, "sampled": [heldout] * 2} | {
+        f"sampled-{temperature}": [heldout] for temperature in colder
+    }
+    assert scored == {"start-logps": [heldout], "nll": [heldout] * 2, "kl": [heldout] * 2} | {
+        f"entropy-{temperature}": [heldout] for temperature in colder
+    }
     assert all(prompt not in heldout for prompt in generated + pairs)
 
 
@@ -155,3 +174,73 @@ def test_the_entropy_is_that_of_the_whole_distribution(tells):
     row = evaluate(player, StartSamples([([3], [5])] * 4000, [0.0] * 4000), run)
     exact = -(log_p.exp() * log_p).sum().item()
     assert 1 < exact and abs(row["entropy"] - exact) <= 5 * row["entropy_se"] < 0.1
+
+
+def at_temperatures(rng, n, better=0.0, colder=0.0):
+    """Held-out rows, as of `answers`, of a start whose accuracy falls, in a curve, with entropy. Examples differ, and
+    an example of larger entropy is answered worse."""
+
+    def values(temperature):
+        temperature = temperature - colder
+        noise = rng.gauss(0, 0.5)
+        right = 0.6 - 0.05 * temperature**3 + better - 0.5 * noise + rng.gauss(0, 0.2)
+        return {"entropy": (3 * temperature**2 + noise, 1.0), "sampled": (right, 1.0), "sampled_error": (2.0, 4.0)}
+
+    others = (0.5, 0.75, 1.2)
+    return [{"values": values(1.0), "by_temperature": {str(t): values(t) for t in others}} for _ in range(n)]
+
+
+def test_a_gain_at_equal_entropy_is_what_a_lower_temperature_does_not_give():
+    """A synthetic iterate that is only colder gains nothing; the temperature of equal entropy is found."""
+    rng = random.Random(0)
+    start = at_temperatures(rng, 20_000)
+    for gain in (0.0, 0.03):
+        found = at_equal_entropy(start, at_temperatures(rng, 20_000, gain, 0.1))
+        assert found["temperature"] == pytest.approx(0.9, abs=0.01)
+        assert found["sampled"][0] == pytest.approx(gain, abs=0.02)
+        assert abs(found["sampled"][0] - gain) <= 4 * found["sampled"][1]
+        assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-12), "the same at every entropy"
+    assert at_equal_entropy(start, at_temperatures(rng, 20_000, 0.0, -0.3)) == {}, "beyond the hottest"
+    assert at_equal_entropy([{"values": row["values"]} for row in start], start) == {
+        "temperature": 1.0, "sampled": (0.0, 0.0), "sampled_error": (0.0, 0.0)
+    }, "no other temperatures, and the start itself"  # fmt: skip
+
+
+def test_the_standard_error_at_equal_entropy_is_the_spread():
+    """Over 200 data sets. It counts the noise of both entropies, with which accuracy is tied."""
+    rng = random.Random(1)
+    found = [at_equal_entropy(at_temperatures(rng, 200), at_temperatures(rng, 200, 0.0, 0.1)) for _ in range(200)]
+    changes, errors = zip(*(one["sampled"] for one in found))
+    spread = torch.tensor(changes).std().item()
+    assert spread == pytest.approx(sum(errors) / len(errors), rel=0.2)
+
+
+def test_a_polynomial_is_reproduced_by_interpolation():
+    xs = [0.5, 1.0, 2.0, 2.5]
+    weights = interpolation(1.7, xs)
+    assert sum(w * (x**3 - 2 * x) for w, x in zip(weights, xs)) == pytest.approx(1.7**3 - 2 * 1.7)
+    assert interpolation(2.0, xs) == pytest.approx([0, 0, 1, 0])
+
+
+def test_a_model_that_is_only_sharper_gains_nothing_at_equal_entropy(start, data, tmp_path):
+    """Logits divided by 0.7 are sampled like the start at temperature 0.7, example by example."""
+    player, _, run = begin(start, data, tmp_path / "run", eval_temperatures="0.7,1,1.3", metric="exact")
+    samples = sample_start(player, run)
+    before = answers(player, samples, run)
+    add_temperatures(player, before, run)
+    assert [point["temperature"] for point in frontier(before)] == [0.7, 1.0, 1.3]
+    entropies = [point["entropy"] for point in frontier(before)]
+    assert entropies == sorted(entropies)
+    with torch.no_grad():
+        for parameter in player.model.transformer["ln_f"].parameters():
+            parameter /= 0.7
+    now = answers(player, samples, run)
+    for row, sharper in zip(before, now):
+        at = row["by_temperature"]["0.7"]
+        assert at["sampled_error"] == sharper["values"]["sampled_error"]
+        assert at["sampled_exact"] == sharper["values"]["sampled_exact"]
+        assert at["entropy"][0] == pytest.approx(sharper["values"]["entropy"][0], rel=1e-4)
+    found = at_equal_entropy(before, now)
+    assert found["temperature"] == pytest.approx(0.7, abs=1e-3)
+    assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-3)
+    assert set(found) == {"temperature", "sampled", "sampled_error", "sampled_exact"}

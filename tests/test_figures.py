@@ -45,6 +45,28 @@ def test_an_axis_spans_twelve_paired_standard_errors():
     assert figures.span(zero)[0] == 0 and figures.span(zero)[1] == pytest.approx(0.05)
 
 
+def test_iterates_are_drawn_beside_the_line_of_the_start():
+    """The line is the polynomial through the start's temperatures, as far as those around the iterates' entropies."""
+    points = [{"temperature": t, "entropy": 4 * t, "sampled": 0.5 - 0.2 * t**2} for t in (0.5, 0.75, 1.0, 1.5)]
+    rows = [
+        {"iterate": 0, "sampled": 0.3, "sampled_se": 0.02, "entropy": 4.0, "frontier": points},
+        {"iterate": 1, "sampled": 0.36, "sampled_se": 0.02, "entropy": 3.5}
+        | {"at_equal_entropy": {"temperature": 0.875, "sampled": [0.013, 0.004]}},
+    ]
+    (panel,) = panels.frontier_panels([("run", rows)])
+    line, iterates = panel.series
+    assert panel.x == (3.0, 6.0) and (line.marks[0].x, line.marks[-1].x) == (3.0, 6.0)
+    assert [mark.y for mark in line.marks] == pytest.approx([0.5 - 0.2 * (mark.x / 4) ** 2 for mark in line.marks])
+    assert [(m.x, m.y, m.low, m.high) for m in iterates.marks] == [(4.0, 0.3, 0.3, 0.3), (3.5, 0.36, 0.356, 0.364)]
+    (gains,) = panels.equal_entropy_panels([("run", rows)])
+    assert [(m.x, m.y) for m in gains.series[0].marks] == [(0, 0.0), (1, 0.013)]
+    assert gains.note == "change from the start: +1.3 \u00b1 0.4 points"
+    for damaged in ([], "x", [1], [{"temperature": 1, "entropy": 4.0}] * 2):
+        rows[0]["frontier"] = damaged
+        assert list(panels.frontier_panels([("run", rows)])) == []
+    assert list(panels.equal_entropy_panels([("run", rows[:1])])) == []
+
+
 def test_ticks_are_round_numbers_inside_the_axis():
     assert figures.ticks(0, 3) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     assert figures.ticks(0.487, 0.523) == pytest.approx([0.49, 0.5, 0.51, 0.52])

@@ -162,6 +162,11 @@ def test_the_headline_tells_changes_from_noise(tmp_path):
         "NLL did not change by more than two standard errors.",
         "No iterate is better by NLL.",
     ]
+    assert not any("entropy" in sentence for sentence in sentences)
+    run.rows[-1]["at_equal_entropy"] = {"temperature": 0.93, "sampled": [0.004, 0.003], "other": "damaged"}
+    assert page.headline(run)[2] == (
+        "Against the start at temperature 0.93, which has the same entropy: sampled accuracy +0.4 \u00b1 0.3 points."
+    )
     run.args |= {"best": "sampled", "iterations": 3}
     assert page.headline(run)[0] == "The run is not finished: 2 of 3 iterations."
     assert page.headline(run)[-1] == "The best iterate by sampled accuracy is 2."
@@ -175,6 +180,7 @@ def test_the_page_of_a_real_run(finished):
     assert {
         "greedy error", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "tokens a second", "length",
         "log-ratio, real", "log-ratio, generated", "held-out margin", "truncated", "dropped", "identical to the real",
+        "sampled error by entropy",
     } <= shown  # fmt: skip
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text

@@ -60,6 +60,14 @@ def test_changes_are_written_with_sign_and_paired_standard_error():
         "  against iterate 1: sampled +0.0% \u00b1 0.0%",
     ]
     assert len(report.changes(row | {"iterate": 1})) == 1, "the start is the iterate before"
+    equal = row | {"at_equal_entropy": {"temperature": 0.931, "sampled": [0.004, 0.003]}}
+    line = "  against the start at temperature 0.93, of equal entropy: sampled +0.4% \u00b1 0.3%"
+    assert report.changes(equal)[-1] == line
+    text = report.tables([{"iterate": 0, "sampled": 0.3}, equal | {"sampled": 0.32}, row | {"at_equal_entropy": {}}])
+    assert text.split("equal entropy\n")[1].splitlines()[:2] == [
+        "iterate  temperature       sampled",
+        "      2         0.93  +0.4% \u00b1 0.3%",
+    ]
     assert report.changes({"iterate": 0}) == []
     assert "Changes against the start" in report.tables([{"iterate": 0, "nll": 1.0}, row | {"nll": 1.0}])
 

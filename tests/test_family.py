@@ -311,7 +311,8 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
         asked = []
         spy(patch, Run, "respond", lambda args, _: asked.append(args[3]))
         assert family.main(argv) == 0
-    assert asked == ["start", "greedy", "sampled", "greedy", "sampled"], "responses to the held-out prompts only"
+    held_out = ["start", "greedy", "sampled", "sampled-0.8", "greedy", "sampled"]
+    assert asked == held_out, "responses to the held-out prompts only"
     player, _, run = begin(start, data, tmp_path / "again")
     stored = rows(tmp_path / "run/pairs-0.jsonl")
     texts = [(run.text(pair["real_ids"]), run.text(pair["generated_ids"]), pair["wins"][0]) for pair in stored]
@@ -573,7 +574,8 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     spy(monkeypatch, sampling, "respond", look)
     options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, iterations=1, shard=100)
     assert family.main(flags(start, prompts, tmp_path / "run", **options)) == 0
-    assert enabled == [True] * 3 + [True, False] + [True] * 2  # start, greedy, sampled; tuned, untuned; greedy, sampled
+    evaluated = [True] * 4, [True] * 2  # the start's for KL, greedy, sampled, at 0.8; greedy and sampled of the player
+    assert enabled == [*evaluated[0], True, False, *evaluated[1]]  # tuned, untuned
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert {"adapter"} <= record["digests"].keys()
     pairs = rows(tmp_path / "run/pairs-0.jsonl")

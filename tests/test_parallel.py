@@ -77,7 +77,9 @@ def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_pat
         assert found["pairs-0.jsonl"] == expected["pairs-0.jsonl"]
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
         for here, there in zip(rows(one / "run/metrics.jsonl"), rows(folder / "run/metrics.jsonl"), strict=True):
-            for name in ("since_start", "since_last"):
+            for point, other in zip(here.pop("frontier", []), there.pop("frontier", []), strict=True):
+                assert other == pytest.approx(point, rel=1e-3, abs=1e-4)
+            for name in ("since_start", "since_last", "at_equal_entropy"):
                 for metric, change in here.pop(name, {}).items():
                     assert there[name][metric] == pytest.approx(change, rel=1e-3, abs=1e-4)
                 there.pop(name, None)

@@ -198,9 +198,9 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
     settings = [(k["temperature"], k["top_k"], k["top_p"]) for k in sampled]
     evaluation = [(0.0, 0, 1.0), (1.0, 0, 1.0)]
-    assert settings == [(1.0, 0, 1.0), *evaluation] + [(1.5, 7, 0.9), *evaluation] * 2
-    assert sampled[3]["seed"] != sampled[6]["seed"], "the opponent's noise is the same in every iteration"
-    assert sampled[1]["seed"] == sampled[4]["seed"], "evaluation noise is shared by all iterates"
+    assert settings == [(1.0, 0, 1.0), *evaluation, (0.8, 0, 1.0)] + [(1.5, 7, 0.9), *evaluation] * 2
+    assert sampled[4]["seed"] != sampled[7]["seed"], "the opponent's noise is the same in every iteration"
+    assert sampled[1]["seed"] == sampled[5]["seed"], "evaluation noise is shared by all iterates"
     assert {k["max_new_tokens"] for k in sampled} == {8}
     assert set(betas[: len(betas) // 2]) == {0.5}
     assert set(betas[len(betas) // 2 :]) == {2.0}

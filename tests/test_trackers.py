@@ -79,7 +79,8 @@ def expected(folder):
     for t, iterate in enumerate(rows(folder / "metrics.jsonl")):
         for group, lines in (("train", rows(folder / f"steps-{t - 1}.jsonl") if t else []), ("iterate", [iterate])):
             for line in lines:
-                for name in line.keys() - {"iteration", "step", "iterate", "since_start", "since_last"}:
+                nested = {"since_start", "since_last", "at_equal_entropy", "frontier"}
+                for name in line.keys() - nested - {"iteration", "step", "iterate"}:
                     if line[name] is not None:
                         shown[f"{group}/{name}"][number] = line[name]
                 number += 1

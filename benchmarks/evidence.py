@@ -25,6 +25,7 @@ import platform
 import random
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +129,8 @@ TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48}  # of a response a
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
 
 
+DEFAULT_RUNS = {"spin": [], "sft": [f"@{ROOT}/recipes/pronounce-continue.args"]}
+CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of theory.limited_capacity
 SHOWN = 6  # answers of each model
 
 
@@ -484,6 +487,27 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     found["summary"] = summary(found["starts"], found["runs"], work)
 
 
+def default_runs(work: Path) -> Row:
+    """The default run, and supervised training at its cost, one after the other as a user begins them."""
+    found: Row = {"commit": commit(), "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for script, words in DEFAULT_RUNS.items():
+        folder = work / "default" / script
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command, began = [sys.executable, str(ROOT / f"{script}.py"), *words], time.perf_counter()
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        (out,) = (folder / "runs").iterdir()
+        found[script] = {
+            "command": " ".join([f"python {script}.py", *words]).replace(f"{ROOT}/", ""),
+            "seconds": time.perf_counter() - began,
+            "printed": done.stdout[done.stdout.index("Held-out metrics") :].strip(),
+            "rows": [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
+            "plot": (out / "metrics.svg").read_text(),
+        }
+    return found
+
+
 def gradients(name: str, size: Size, work: Path) -> Row:
     """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
     player, run, _ = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
@@ -536,7 +560,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                             other.cancel()
 
             play(wanted, found, Size(), args.work, do)
-        write(args.out, found)
+    found["capacity"] = [
+        {"temperature": t, "beta": beta, "nats": theory.limited_capacity(t, beta, 6)} for t, beta in CAPACITY
+    ]
+    write(args.out, found)
     evidence_report.write_all(found, ROOT)
 
 

@@ -1,6 +1,6 @@
 """Theory beside measurement: the sharpening exponent, the expected gradient at a start, iterates of a softmax table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -64,28 +64,68 @@ def exponents(temperature: float, beta: float, iterations: int) -> list[float]:
     return found
 
 
+DATA = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()  # of seven responses
+
+
 def table_exponents(temperature: float, beta: float, iterations: int) -> list[float]:
     """The same, of a softmax table over seven responses that is trained on the expected loss of Eq. 4.7."""
-    data = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()
-    logits, found = data.clone(), [1.0]
+    logits, found = DATA.clone(), [1.0]
     for _ in range(iterations):
-        opponent = logits.detach().log_softmax(0)
-        weights = data.exp()[:, None] * (opponent / temperature).softmax(0)  # (real, generated)
-        logits = opponent.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-        def closure(logits=logits, opponent=opponent, weights=weights, optimizer=optimizer) -> torch.Tensor:
-            optimizer.zero_grad()
-            ratios = logits.log_softmax(0) - opponent
-            real, generated = ratios[:, None].expand(7, 7), ratios[None].expand(7, 7)
-            loss = (weights * spin_loss(real, generated, beta)).sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        x, y = data - data.mean(), logits.detach() - logits.detach().mean()
+        logits = played(lambda logits: logits.log_softmax(0), logits, temperature, beta)
+        x, y = DATA - DATA.mean(), logits - logits.mean()
         found.append(float((x * y).sum() / (x * x).sum()))
     return found
+
+
+def limited_capacity(temperature: float, beta: float, iterations: int) -> list[float]:
+    """Of a model with one parameter for seven responses, which cannot be the data: how far it is from the best.
+
+    That is the one of the highest likelihood, which supervised training ends at. At temperature 1 the opponent's own
+    samples have expected score 0, so an iterate that self-play does not change has E_data s(y) = 0: it is a stationary
+    point of supervised training, whatever the model can represent.
+
+    Returns KL(p_data || p_t) less its least value, nats, of the start, which is uniform, and of every iterate.
+    """
+    features = torch.tensor([[0, 1, 0, 1, 0, 1, 2]], dtype=torch.float64).T
+
+    def log_p(weights: torch.Tensor) -> torch.Tensor:
+        return (features @ weights).log_softmax(0)
+
+    def nll(weights: torch.Tensor) -> torch.Tensor:
+        return -(DATA.exp() * log_p(weights)).sum()
+
+    weights = torch.zeros(1, dtype=torch.float64)
+    least, found = nll(minimised(nll, weights)), [weights]
+    for _ in range(iterations):
+        found.append(played(log_p, found[-1], temperature, beta))
+    return [float(nll(weights) - least) for weights in found]
+
+
+def played(log_p: Callable, weights: torch.Tensor, temperature: float, beta: float) -> torch.Tensor:
+    """The minimiser of the expected loss of Eq. 4.7, from the opponent's `weights` on; log_p(weights): (responses,)."""
+    opponent = log_p(weights).detach()
+    pairs = DATA.exp()[:, None] * (opponent / temperature).softmax(0)  # probabilities of (real, generated)
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        ratios = log_p(weights) - opponent
+        real, generated = ratios[:, None].expand_as(pairs), ratios[None].expand_as(pairs)
+        return (pairs * spin_loss(real, generated, beta)).sum()
+
+    return minimised(loss, weights)
+
+
+def minimised(loss: Callable, weights: torch.Tensor) -> torch.Tensor:
+    weights = weights.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss(weights)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return weights.detach()
 
 
 # ---------------------------------------------------------------- the gradient

@@ -15,7 +15,7 @@ import pytest
 import theory
 import torch
 from evidence import Case, Size
-from helpers import ARGS, ROOT, known_model, player_of
+from helpers import ARGS, ROOT, flags, known_model, player_of
 
 from runtime.options import Args, parse
 
@@ -102,6 +102,24 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     assert asked == []
 
 
+def test_the_default_run_and_its_control_are_made_as_a_user_makes_them(start, data, tmp_path, monkeypatch):
+    """Here with tiny commands; the document has what they print, and the plot is theirs."""
+    one = dict(iterations=1, eval_temperatures="0.9,1.1")
+    argv = {"spin": flags(start, data, "runs/spin", **one), "sft": flags(start, data, "runs/on", beta=None, **one)}
+    monkeypatch.setattr(evidence, "DEFAULT_RUNS", argv)
+    found = {"default": json.loads(json.dumps(evidence.default_runs(tmp_path))), "summary": []}
+    text = evidence_report.filled("<!-- evidence: default run -->\n<!-- end -->\n", found)
+    assert "\nHeld-out metrics" in text and "The plot is runs/spin/metrics.svg" in text
+    plot = (tmp_path / "default/spin/runs/spin/metrics.svg").read_text()
+    assert found["default"]["spin"]["plot"] == plot
+    found["default"]["sft"]["rows"][-1]["at_equal_entropy"] = {
+        "temperature": 0.9, "sampled": [0.02, 0.01], "sampled_error": [-0.03, 0.005]
+    }  # fmt: skip
+    table = evidence_report.default_controls(found).splitlines()
+    assert table[-1].endswith("| T 0.90 | +2.0 \u00b1 1.0 | +3.0 \u00b1 0.5 |")
+    assert {line.count("|") for line in table} == {10}
+
+
 def test_a_lead_has_the_errors_of_examples_and_of_seeds():
     """Greedy: the mean over seeds; its error adds that over examples, of the seeds' mean, and that over seeds."""
     rng = np.random.default_rng(0)
@@ -123,6 +141,15 @@ def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(tempe
     assert theory.table_exponents(temperature, beta, 4) == pytest.approx(expected, abs=1e-3)
     assert expected[1] == pytest.approx(theory.sharpening(temperature, beta))
     assert theory.exponents(temperature, beta, 200)[-1] == pytest.approx(temperature), "it ends at p_data^T"
+
+
+def test_self_play_ends_at_the_likeliest_model_even_where_that_is_not_the_data():
+    """At temperature 1, with one parameter for seven responses. Not with a hot opponent or a small beta."""
+    steps = theory.limited_capacity(1, 1, 6)
+    assert steps[0] > 0.05 and steps[1] > 1e-4 and abs(steps[-1]) < 1e-7
+    slower = theory.limited_capacity(1, 3, 6)
+    assert all(0 < after < before for before, after in itertools.pairwise(slower))
+    assert theory.limited_capacity(1, 0.3, 6)[-1] > 1 and theory.limited_capacity(1.5, 1, 6)[-1] > 0.01
 
 
 def test_the_exponent_of_a_tempered_model_is_one_over_its_temperature():

@@ -90,6 +90,8 @@ STARTS = {
 }  # fmt: skip
 # The same weights, given words that they were not trained on.
 STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")
+# And measured on prompts on which no setting was chosen.
+STARTS["glosses, other prompts"] = dataclasses.replace(STARTS["glosses"], test="test-glosses-again")
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,16 @@ class Case:
     prompts: int = 5000  # an iteration
     iterations: int = 2
     iterates: tuple[int, ...] = ()  # that are measured; (): the last
+    first: int = 0  # seed
 
     @property
     def group(self) -> tuple:
         """Cases that share a control."""
-        return self.start, self.prompts, self.iterations
+        return self.start, self.prompts, self.iterations, self.first
+
+    @property
+    def every_seed(self) -> range:
+        return range(self.first, self.first + self.seeds)
 
     @property
     def key(self) -> str:
@@ -125,7 +132,7 @@ def supervised(case: Case, *rates: str) -> list[Case]:
 COMMON = "--max-new-tokens {tokens} --gen-batch 1024 --eval-limit 50 --eval-temperatures 1"
 COMMON += " --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
-TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48}  # of a response at most
+TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48, "test-glosses-again": 48}  # of a response at most
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
 
 
@@ -177,6 +184,11 @@ def cases() -> list[Case]:
     for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
         case = add("definitions", "glosses", f"SPIN, {flags[2:]}", flags, **size)
     all_cases.extend(supervised(case, "3e-5", "1e-4", "3e-4"))
+    # Chosen after those of "definitions" were run.
+    for flags in ("--temperature 1.5", "--temperature 1.5 --beta 3", "--temperature 2 --beta 3"):
+        add("definitions, hot opponents", "glosses", f"SPIN, {flags[2:]}".replace("--", ""), flags, **size)
+    for flags in ("--temperature 1.2 --lr 3e-5", "--temperature 1.5 --lr 3e-5"):
+        add("definitions, hot opponents", "glosses", f"SPIN, {flags[2:]}".replace("--", ""), flags, **size)
     # A hot opponent, iteration by iteration, beside theory.exponents.
     size = dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2)
     for beta in (1, 3):
@@ -228,7 +240,9 @@ def write_data(size: Size, folder: Path) -> None:
             lines.append(dict(prompt=" ".join(e.prompt for e in two), response=responses[0], references=responses))
         save(folder / f"{name}.jsonl", lines)
     train, heldout = split(load_examples(str(ROOT / size.glosses)), 0.1)
-    for name, examples in (("glosses", train), ("test-glosses", draw(heldout, size.test // 2))):
+    tests = draw(heldout, size.test // 2)
+    others = draw([e for e in heldout if e not in tests], size.test)
+    for name, examples in (("glosses", train), ("test-glosses", tests), ("test-glosses-again", others)):
         save(folder / f"{name}.jsonl", [dict(prompt=e.prompt, response=e.response) for e in examples])
 
 
@@ -330,7 +344,7 @@ def look(start: str, weights: Path, path: Path, size: Size, work: Path) -> Row:
     """Measures weights, writes the values of each example to `path`, and returns their means."""
     player, run, samples = yardstick(start, work)
     player.model.load_weights(weights)
-    agreement = measuring.overlap if start == "glosses" else measuring.equal
+    agreement = measuring.overlap if STARTS[start].data == "glosses" else measuring.equal
     points = measuring.frontier(player, run, TEMPERATURES, agreement)
     greedy = run.respond(player, run.heldout, "greedy", run.seed(0, "evaluate"), 0.0)
     texts = [run.text(ids) for ids, _ in greedy]
@@ -339,7 +353,7 @@ def look(start: str, weights: Path, path: Path, size: Size, work: Path) -> Row:
     np.savez(path, frontier=points, greedy=right)
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(measuring.MEASURED)}
     means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
-    if start == "glosses":  # for readers
+    if STARTS[start].data == "glosses":  # for readers
         means["answers"] = [[e.prompt, e.references[0], text] for e, text in zip(run.heldout[:SHOWN], texts)]
     return means
 
@@ -369,7 +383,7 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Ro
         for name, row in starts.items()
     }
     for case in cases():
-        done = [seed for seed in range(case.seeds) if f"{case.key} | {seed}" in runs]
+        done = [seed for seed in case.every_seed if f"{case.key} | {seed}" in runs]
         for t in case.iterates or (case.iterations,):
             if len(done) < case.seeds:
                 continue
@@ -414,13 +428,13 @@ def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
     """The supervised case of the same group with the lowest NLL."""
 
     def measured(c: Case) -> bool:
-        return all(str(t) in runs.get(f"{c.key} | {seed}", {}).get("iterates", {}) for seed in range(case.seeds))
+        return all(str(t) in runs.get(f"{c.key} | {seed}", {}).get("iterates", {}) for seed in case.every_seed)
 
     found = [c for c in cases() if c.script == "sft" and c.group == case.group and measured(c)]
     at_one = TEMPERATURES.index(1.0)
 
     def nll(control: Case) -> float:
-        rows = [runs[f"{control.key} | {seed}"]["iterates"][str(t)] for seed in range(control.seeds)]
+        rows = [runs[f"{control.key} | {seed}"]["iterates"][str(t)] for seed in control.every_seed]
         return float(np.mean([row["nll"][at_one] for row in rows]))
 
     return min(found, key=nll, default=None)
@@ -473,16 +487,16 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     for names in (list(weights.values()), [name for name in needed if name not in weights.values()]):
         missing = [name for name in names if name not in found["starts"] or not place_of(name, work).exists()]
         for name, row in do(first, missing):
-            found["starts"][name] = row
+            found["starts"][name] = row | {"commit": found["commit"]}
             print(f"start {name}: greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
     jobs = [name for name in needed if name not in found["theory"] and name in ("underfitted", "converged")]
     for name, row in do(functools.partial(gradients, size=size, work=work), jobs):
         found["theory"][name] = row
-    jobs = [(case, seed) for case in wanted for seed in range(case.seeds)]
+    jobs = [(case, seed) for case in wanted for seed in case.every_seed]
     jobs = [(case, seed) for case, seed in jobs if f"{case.key} | {seed}" not in found["runs"]]
     jobs = list({f"{case.key} | {seed}": (case, seed) for case, seed in jobs}.values())
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
-        found["runs"][f"{case.key} | {seed}"] = row
+        found["runs"][f"{case.key} | {seed}"] = row | {"commit": found["commit"]}
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
     found["summary"] = summary(found["starts"], found["runs"], work)
 
@@ -532,12 +546,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
         about = {
-            "commit": commit(),
             "machine": machine,
             "size": dataclasses.asdict(Size()),
             "temperatures": list(TEMPERATURES),
         }
         found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
+        found["commit"] = commit()  # of what is run now; each row has its own
         for name, value in about.items():
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")

@@ -19,7 +19,7 @@ MEASURE = {"glosses": ("sampled", "F1")}
 
 def measure_of(start: str) -> tuple[str, str]:
     """(metric, its name) of a start's task, both in points where scaled by 100."""
-    return MEASURE.get(start, ("sampled_error", "error"))
+    return MEASURE.get(start.partition(",")[0], ("sampled_error", "error"))
 
 
 # ---------------------------------------------------------------- documents
@@ -94,10 +94,11 @@ def judged(row: Row) -> str:
 
 
 def about(found: dict) -> str:
-    seconds = sum(row["seconds"] for part in ("starts", "runs") for row in found[part].values())
+    rows = [row for part in ("starts", "runs") for row in found[part].values()]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return (
-        f"`{found['command']}`, commit {found['commit']}, {found['machine']}: {len(found['runs'])} runs, "
-        f"{seconds / 60:.0f} minutes of CPU time for training.\n"
+        f"`{found['command']}`, {'commits' if ',' in commits else 'commit'} {commits}, {found['machine']}: "
+        f"{len(found['runs'])} runs, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of CPU time for training.\n"
     )
 
 
@@ -107,7 +108,7 @@ def verdict(found: dict) -> str:
     ahead = [row for row in rows if sign(row, "over start") > 0]
     below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
     text = (
-        f"Of {len(rows)} settings of self-play, each over two or three seeds, {len(wins) or 'none'} "
+        f"Of {len(rows)} settings of self-play, each over two to five seeds, {len(wins) or 'none'} "
         f"{'has' if len(wins) == 1 else 'have'} made fewer errors than both controls at equal entropy by more than "
         f"{SURE} standard errors, {len(ahead) or 'none'} than the start alone; {len(below) or 'none'} "
         f"{'is' if len(below) == 1 else 'are'} worse than one of the controls by as much."

@@ -186,9 +186,9 @@ def cases() -> list[Case]:
     all_cases.extend(supervised(case, "3e-5", "1e-4", "3e-4"))
     # Chosen after those of "definitions" were run.
     for flags in ("--temperature 1.5", "--temperature 1.5 --beta 3", "--temperature 2 --beta 3"):
-        add("definitions, hot opponents", "glosses", f"SPIN, {flags[2:]}".replace("--", ""), flags, **size)
+        add("hot definitions", "glosses", f"SPIN, {flags[2:]}".replace("--", ""), flags, **size)
     for flags in ("--temperature 1.2 --lr 3e-5", "--temperature 1.5 --lr 3e-5"):
-        add("definitions, hot opponents", "glosses", f"SPIN, {flags[2:]}".replace("--", ""), flags, **size)
+        add("hot definitions", "glosses", f"SPIN, {flags[2:]}".replace("--", ""), flags, **size)
     # A hot opponent, iteration by iteration, beside theory.exponents.
     size = dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2)
     for beta in (1, 3):

@@ -14,12 +14,12 @@ OVER = ("over start", "over supervised")
 SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
 
 # By what a case is judged: many definitions are good ones, and short ones have a low edit distance.
-MEASURE = {"glosses": ("sampled", "F1")}
+MEASURE = {"glosses": ("sampled", "F1"), "glosses, other prompts": ("content", "content F1")}
 
 
 def measure_of(start: str) -> tuple[str, str]:
     """(metric, its name) of a start's task, both in points where scaled by 100."""
-    return MEASURE.get(start.partition(",")[0], ("sampled_error", "error"))
+    return MEASURE.get(start, ("sampled_error", "error"))
 
 
 # ---------------------------------------------------------------- documents
@@ -108,10 +108,9 @@ def verdict(found: dict) -> str:
     ahead = [row for row in rows if sign(row, "over start") > 0]
     below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
     text = (
-        f"Of {len(rows)} settings of self-play, each over two to five seeds, {len(wins) or 'none'} "
-        f"{'has' if len(wins) == 1 else 'have'} made fewer errors than both controls at equal entropy by more than "
-        f"{SURE} standard errors, {len(ahead) or 'none'} than the start alone; {len(below) or 'none'} "
-        f"{'is' if len(below) == 1 else 'are'} worse than one of the controls by as much."
+        f"Of {len(rows)} settings of self-play, each over two to five seeds, **{counted(wins)} better than both "
+        f"controls at equal entropy** by more than {SURE} standard errors, {counted(ahead)} better than the start, and "
+        f"{counted(below)} worse than one of the controls or both by as much."
     )
     for row in wins:
         over_start, over_supervised = (signed(lead_of(row, over), 100, 2) for over in OVER)
@@ -119,6 +118,10 @@ def verdict(found: dict) -> str:
         text += f"\n- {row['start']}: {row['name']} ({over_start} points of {name} over the start, "
         text += f"{over_supervised} over supervised training)"
     return text + "\n"
+
+
+def counted(rows: Sequence[Row]) -> str:
+    return "none is" if not rows else "one is" if len(rows) == 1 else f"{len(rows)} are"
 
 
 def starts(found: dict) -> str:
@@ -238,12 +241,13 @@ def answers(found: dict) -> str:
 # ---------------------------------------------------------------- figures
 
 COLOURS = ("#888888", "#d1690e", "#0b62a4")  # the start, supervised training, self-play
+STARTS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
 
 
 def figures(found: dict) -> dict[str, str]:
     """File name -> SVG."""
-    result = {"evidence-frontiers.svg": frontiers(found)}
+    result = {"evidence-frontiers.svg": frontiers(found), "evidence-settings.svg": settings(found)}
     result |= {"pronounce.svg": found["default"]["spin"]["plot"]} if "default" in found else {}
     return result | {figure_of(name): leads(found, name) for name in drawn(found)}
 
@@ -289,6 +293,55 @@ def frontiers(found: dict) -> str:
     return svg(40 + 3 * width, 50 + -(-len(panels) // 3) * height, body)
 
 
+def settings(found: dict) -> str:
+    """A mark for every setting of self-play: its leads over both controls at equal entropy, in standard errors."""
+    rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
+    names = list(dict.fromkeys(row["start"] for row in rows))
+    most = 8.0  # marks beyond lie on the edge
+
+    def at(lead: Sequence[float]) -> float:
+        return max(-most, min(most, lead[0] / lead[1])) if lead[1] else 0.0
+
+    def x(value: float) -> float:
+        return 60 + 380 * (value + most) / (2 * most)
+
+    def y(value: float) -> float:
+        return 430 - 380 * (value + most) / (2 * most)
+
+    body = label(
+        20, 22, "Every setting of self-play beside both controls, at equal entropy, in standard errors", kind="bold"
+    )
+    edge = x(most) - x(SURE)
+    body += f'<rect x="{x(SURE):.1f}" y="50" width="{edge:.1f}" height="{edge:.1f}" fill="#dcefdc"/>'
+    body += label(x((SURE + most) / 2), 66, "self-play wins", "middle", "small")
+    side = x(SURE) - x(-SURE)
+    body += f'<rect x="{x(-SURE):.1f}" y="{y(SURE):.1f}" width="{side:.1f}" height="{side:.1f}" fill="#eee"/>'
+    body += label(x(0), y(SURE) + 14, "level, within the noise", "middle", "small")
+    for value in (-6, -3, 0, 3, 6):
+        body += f'<line class="axis" x1="{x(value):.1f}" y1="430" x2="{x(value):.1f}" y2="434"/>'
+        body += f'<line class="axis" x1="56" y1="{y(value):.1f}" x2="60" y2="{y(value):.1f}"/>'
+        body += label(x(value), 446, f"{value:g}", "middle", "small") + label(
+            52, y(value) + 4, f"{value:g}", "end", "small"
+        )
+    body += '<path class="axis" fill="none" d="M60 50V430H440"/>'
+    body += label(250, 464, "better than the start \u2192", "middle", "small")
+    body += '<g transform="rotate(-90 24 240)">' + label(
+        24, 240, "better than supervised training \u2192", "middle", "small"
+    )
+    body += "</g>"
+    for i, name in enumerate(names):
+        colour = STARTS[i % len(STARTS)]
+        mine = [row for row in rows if row["start"] == name]
+        for row in mine:
+            place = x(at(lead_of(row, OVER[0]))), y(at(lead_of(row, OVER[1])))
+            title = f"<title>{escape(name)}: {escape(row['name'])}</title>"
+            body += f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4" fill="{colour}" fill-opacity="0.75">'
+            body += f"{title}</circle>"
+        body += f'<circle cx="470" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
+        body += label(480, 70 + 20 * i, f"{name} ({len(mine)})", kind="small")
+    return svg(660, 480, body)
+
+
 def panel(start: str, lines: Sequence[tuple[str, Row]]) -> str:
     metric, name = measure_of(start)
     points = [(x, 100 * y) for _, row in lines for x, y in zip(row["entropy"], row[metric])]
@@ -327,7 +380,8 @@ def leads(found: dict, name: str) -> str:
         return 330 + 380 * (value - low) / (high - low)
 
     bottom = 60 + 26 * len(rows)
-    better = {"error": "less error", "F1": "more F1"}[measure_of(rows[0]["start"])[1]]
+    measure = measure_of(rows[0]["start"])[1]
+    better = "less error" if measure == "error" else f"more {measure}"
     title = f"{name}: {better} than the controls at equal entropy, in points (bars: two standard errors)"
     body = label(20, 22, title, kind="bold")
     body += f'<line class="axis" x1="{x(0):.1f}" y1="50" x2="{x(0):.1f}" y2="{bottom}"/>'

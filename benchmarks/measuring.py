@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many processes as cores, each on one thread
@@ -119,23 +119,33 @@ def at_entropy(entropy: float, curve: Sequence[Row]) -> Row | None:
 # (temperatures, metrics, examples): for each metric a value of each example, whose mean over examples is the metric.
 Frontier = np.ndarray
 MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats a response, share, rate, nats a token
+OF_TEXTS = (
+    "content",
+    "frequent",
+)  # of definitions: F1 without the most frequent words, and how many of these there are
 
 
 def equal(text: str, references: Sequence[str]) -> float:
     return float(text in references)
 
 
-def overlap(text: str, references: Sequence[str]) -> float:
-    """F1 of the words that a text shares with a reference, each as often as it stands there; the best reference's."""
-    words = Counter(text.split())
-    found = [(2 * (words & Counter(r.split())).total(), words.total() + len(r.split())) for r in references]
-    return max(shared / total for shared, total in found)
+def overlap(text: str, references: Sequence[str], without: Collection[str] = ()) -> float:
+    """F1 of the words that a text shares with a reference, each as often as it stands there; the best reference's.
+
+    Words of `without` do not count.
+    """
+    words = Counter(word for word in text.split() if word not in without)
+    others = [Counter(word for word in r.split() if word not in without) for r in references]
+    return max(2 * (words & other).total() / max(words.total() + other.total(), 1) for other in others)
 
 
-def frontier(player: Player, run: Run, temperatures: Sequence[float], agreement: Callable = equal) -> Frontier:
+def frontier(
+    player: Player, run: Run, temperatures: Sequence[float], agreement: Callable = equal, more: Sequence[Callable] = ()
+) -> Frontier:
     """A player's held-out metrics at every sampling temperature, with the same random numbers for all players.
 
-    `agreement(text, references)` is what "sampled" is the mean of: whether they are equal, or `overlap`.
+    `agreement(text, references)` is what "sampled" is the mean of: whether they are equal, or `overlap`. Those of
+    `more` follow behind the metrics of MEASURED.
 
     A rate, such as edits over tokens, is linearised: its values are rate + (edits - rate * tokens) / mean tokens, whose
     mean is the rate and whose standard error is that of the rate.
@@ -149,7 +159,8 @@ def frontier(player: Player, run: Run, temperatures: Sequence[float], agreement:
         right = [agreement(text, e.references) for text, e in zip(texts, run.heldout)]
         edits, words = np.array([nearest_edits(text, e.references) for text, e in zip(texts, run.heldout)]).T
         tokens = np.array([len(e.real_ids) for e in run.heldout])
-        points.append([-logps[:, 1], right, linearised(edits, words), linearised(-logps[:, 0], tokens)])
+        others = [np.array([f(text, e.references) for text, e in zip(texts, run.heldout)]) for f in more]
+        points.append([-logps[:, 1], right, linearised(edits, words), linearised(-logps[:, 0], tokens), *others])
     return np.array(points, dtype=np.float32)
 
 
@@ -166,7 +177,9 @@ def lead(mine: Frontier, control: Frontier, metric: str) -> np.ndarray | None:
     control is interpolated by the cubic through the four nearest. The values account for the noise of both entropies
     (delta method), so the standard error of their mean is std / sqrt(n). None where the frontiers share no entropy.
     """
-    k = MEASURED.index(metric)
+    k = (MEASURED + OF_TEXTS).index(metric)
+    if k >= mine.shape[1]:
+        return None  # was not measured
     x = control[:, 0].mean(1)
     found = []
     for point in mine:

@@ -143,8 +143,7 @@ def regime(found: dict, name: str) -> str:
     title += [f"{name} {over}" for over in OVER for name in (measure, "best NLL")]
     lines = [[*title, "greedy over start", "CPU s", "at equal entropy"]]
     for row in rows:
-        label = row["name"] + (f", iterate {row['iterate']}" if several(found, row) else "")
-        cells = [row["start"], label, f"{100 * row['greedy']:.1f}%", f"{100 * row['sampled']:.1f}%"]
+        cells = [row["start"], label_of(found, row), f"{100 * row['greedy']:.1f}%", f"{100 * row['sampled']:.1f}%"]
         cells += [f"{100 * row['sampled_error']:.1f}%", f"{row['nll']:.4f}", f"{row['entropy']:.2f}"]
         for over in OVER:
             found_leads = row.get(over, {})
@@ -156,7 +155,19 @@ def regime(found: dict, name: str) -> str:
 
 
 def several(found: dict, row: Row) -> bool:
-    return len([r for r in found["summary"] if all(r[k] == row[k] for k in ("regime", "start", "name"))]) > 1
+    """Whether several iterates of one run are shown."""
+    same = ("regime", "start", "name", "prompts", "iterations")
+    return len([r for r in found["summary"] if all(r[k] == row[k] for k in same)]) > 1
+
+
+def label_of(found: dict, row: Row) -> str:
+    """A setting's name, with what tells it from others of the same name in its regime."""
+    others = [r for r in found["summary"] if all(r[k] == row[k] for k in ("regime", "start", "name"))]
+    text = row["name"] + (f", iterate {row['iterate']}" if several(found, row) else "")
+    for key in ("prompts", "iterations"):
+        if any(r[key] != row[key] for r in others):
+            text += f", {row[key]:,} {key}"
+    return text
 
 
 def gradients(found: dict) -> str:
@@ -392,8 +403,7 @@ def leads(found: dict, name: str) -> str:
         body += label(350 + 130 * i, 42, over, kind="small")
     for i, row in enumerate(rows):
         y = 66 + 26 * i
-        more = f", iterate {row['iterate']}" if several(found, row) else ""
-        body += label(320, y + 4, f"{row['start']}: {row['name']}{more}", "end", "small")
+        body += label(320, y + 4, f"{row['start']}: {label_of(found, row)}", "end", "small")
         for k, over in enumerate(OVER):
             lead, error = (100 * value for value in lead_of(row, over))
             body += f'<line x1="{x(lead - 2 * error):.1f}" x2="{x(lead + 2 * error):.1f}" y1="{y - 4 + 8 * k}" '

@@ -597,6 +597,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                             other.cancel()
 
             play(wanted, found, Size(), args.work, do)
+        if not args.only and "default" not in found:
+            found["default"] = default_runs(args.work)
     found["regimes"] = regimes
     found["capacity"] = [
         {"temperature": t, "beta": beta, "nats": theory.limited_capacity(t, beta, 6)} for t, beta in CAPACITY

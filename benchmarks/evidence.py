@@ -42,6 +42,7 @@ import theory
 from measuring import ROOT, commit, flags_of, run_script, write
 
 from player import Player
+from runtime import panels
 from runtime.data import draw, load_examples, split
 from runtime.evaluate import Row
 from runtime.run import Run
@@ -541,7 +542,6 @@ def default_runs(work: Path) -> Row:
             "seconds": time.perf_counter() - began,
             "printed": done.stdout[done.stdout.index("Held-out metrics") :].strip(),
             "rows": [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
-            "plot": (out / "metrics.svg").read_text(),
         }
     return found
 
@@ -600,6 +600,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.only and "default" not in found:
             found["default"] = default_runs(args.work)
     found["regimes"] = regimes
+    if "default" in found:
+        title = "runs/spin: held-out metrics and training signals"
+        found["default"]["plot"] = panels.plot(found["default"]["spin"]["rows"], title)
     found["capacity"] = [
         {"temperature": t, "beta": beta, "nats": theory.limited_capacity(t, beta, 6)} for t, beta in CAPACITY
     ]

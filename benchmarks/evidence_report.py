@@ -259,7 +259,7 @@ STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:
 def figures(found: dict) -> dict[str, str]:
     """File name -> SVG."""
     result = {"evidence-frontiers.svg": frontiers(found), "evidence-settings.svg": settings(found)}
-    result |= {"pronounce.svg": found["default"]["spin"]["plot"]} if "default" in found else {}
+    result |= {"pronounce.svg": found["default"]["plot"]} if "default" in found else {}
     return result | {figure_of(name): leads(found, name) for name in drawn(found)}
 
 
@@ -335,6 +335,7 @@ def settings(found: dict) -> str:
             52, y(value) + 4, f"{value:g}", "end", "small"
         )
     body += '<path class="axis" fill="none" d="M60 50V430H440"/>'
+    body += label(460, 430, "Marks on the edge lie beyond it.", kind="small")
     body += label(250, 464, "better than the start \u2192", "middle", "small")
     body += '<g transform="rotate(-90 24 240)">' + label(
         24, 240, "better than supervised training \u2192", "middle", "small"

@@ -200,7 +200,9 @@ def equal_entropy_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[
                     marks.append(Mark(row["iterate"], change, change - error, change + error, note=note))
             series.append(Series(name, marks, n))
         note = "change from the start" + (f": {difference(*last, key)}" if len(runs) == 1 else "")
-        yield panel(f"{label(key)}, equal entropy", series, formats(key), sign_of(key), note, least=NOISE * last[1])
+        yield panel(
+            key.replace("_", " ") + ", equal entropy", series, formats(key), sign_of(key), note, least=NOISE * last[1]
+        )
 
 
 def frontier_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel]:
@@ -253,9 +255,8 @@ def signal_panels(rows: Sequence[Row]) -> Iterator[Panel]:
 
 def plot(rows: Sequence[Row], title: str) -> str:
     """metrics.svg: held-out metrics and training signals by iterate."""
-    metrics, signals = (
-        [one for one in some if one.series] for some in (metric_panels([("", rows)]), signal_panels(rows))
-    )
+    metrics = [*metric_panels([("", rows)]), *equal_entropy_panels([("", rows)])]
+    metrics, signals = ([one for one in some if one.series] for some in (metrics, signal_panels(rows)))
     for one in metrics + signals:
         one.x = (0, max(rows[-1]["iterate"], 1))
     return sheet(title, [*metrics, *signals])

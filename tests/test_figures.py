@@ -61,6 +61,7 @@ def test_iterates_are_drawn_beside_the_line_of_the_start():
     (gains,) = panels.equal_entropy_panels([("run", rows)])
     assert [(m.x, m.y) for m in gains.series[0].marks] == [(0, 0.0), (1, 0.013)]
     assert gains.note == "change from the start: +1.3 \u00b1 0.4 points"
+    assert ">sampled, equal entropy<" in panels.plot(rows, "title")
     for damaged in ([], "x", [1], [{"temperature": 1, "entropy": 4.0}] * 2):
         rows[0]["frontier"] = damaged
         assert list(panels.frontier_panels([("run", rows)])) == []

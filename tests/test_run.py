@@ -18,6 +18,7 @@ import spin
 from model import GPTNeo, GPTNeoConfig
 from player import Player
 from runtime import cli, record
+from runtime.evaluate import at_equal_entropy
 from runtime.record import locked
 from runtime.run import Run, seed_of
 
@@ -405,7 +406,7 @@ def test_a_run_that_does_not_help_says_so_and_names_no_best_iterate(start, data,
 
 def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
     """heldout-<t>.jsonl has all of them, from which every metric can be computed; three are printed, aligned."""
-    assert spin.main(small(start, data)) == 0
+    assert spin.main(small(start, data, eval_temperatures="0.5,2")) == 0
     printed = capsys.readouterr().out
     metrics = rows(here / "run/metrics.jsonl")
     for t, row in enumerate(metrics):
@@ -419,10 +420,13 @@ def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
         if t:
             assert row["since_start"]["nll"][0] == row["nll"] - metrics[0]["nll"]
             assert row["since_last"]["nll"][0] == row["nll"] - metrics[t - 1]["nll"]
+            equal = at_equal_entropy(rows(here / "run/heldout-0.jsonl"), lines)
+            assert equal and row["at_equal_entropy"] == json.loads(json.dumps(equal))
         for i in (0, 4, 8):
             assert f"  prompt     {lines[i]['prompt']}\n  reference  {lines[i]['references'][0]}" in printed
     assert printed.count("  start      ") == 9 and printed.count("  iterate 1  ") == 6
-    assert "against the start: " in printed and "against iterate 1: " in printed
+    assert "against the start: " in printed and "against iterate 1: " in printed and "of equal entropy: " in printed
+    assert [point["temperature"] for point in metrics[0]["frontier"]] == [0.5, 1.0, 2.0]
 
 
 def test_best_of_a_full_run_is_a_copy_of_its_iterate_and_goes_where_it_is_not_wanted(start, data, here, monkeypatch):

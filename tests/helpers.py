@@ -29,9 +29,9 @@ TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]]
 def flags(start, data, out, **options) -> list[str]:
     """A command line for a run of seconds; `options` override it, None leaves a flag out."""
     defaults = {
-        "model": start, "data": data, "out": out, "eval_share": 0.2, "iterations": 1, "max_new_tokens": 8, "rank": 4,
+        "model": start, "data": data, "out": out, "eval_share": 0.2, "eval_temperatures": 0.8,
+        "iterations": 1, "max_new_tokens": 8, "rank": 4,
         "lr": 1e-2, "epochs": 1, "batch": 16, "micro_tokens": 800, "beta": 1.0, "device": "cpu", "precision": "fp32",
-        "eval_temperatures": 0.8,
     }  # fmt: skip
     argv = []
     for name, value in (defaults | options).items():

@@ -173,12 +173,15 @@ def test_a_signal_in_generation_keeps_the_shards_that_are_finished(start, data, 
 def test_hangup_stops_a_run_and_ignored_signals_stay_ignored(start, data, here, monkeypatch, capsys):
     """A closed terminal (SIGHUP) is like SIGTERM; nohup, and `&` in a script, make a process ignore signals."""
     argv = small(start, data, iterations=1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever ran the tests may ignore it
     spy(monkeypatch, spin, "take_step", lambda *a: signal.raise_signal(signal.SIGHUP))
-    assert spin.main(argv) == 128 + signal.SIGHUP
-    assert "stopped by SIGHUP" in capsys.readouterr().err
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
-    spy(monkeypatch, spin, "score", lambda *a: signal.raise_signal(signal.SIGINT))
     try:
+        assert spin.main(argv) == 128 + signal.SIGHUP
+        assert "stopped by SIGHUP" in capsys.readouterr().err
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        spy(monkeypatch, spin, "score", lambda *a: signal.raise_signal(signal.SIGINT))
         assert spin.main(argv) == 0
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:

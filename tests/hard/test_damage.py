@@ -47,7 +47,10 @@ DAMAGES = {
 CLOCK = ("report.html", "times.jsonl")  # hold times, so they have no checksum
 # What a run that died in iteration 1 has no need of: metrics.jsonl has the evaluation of the start; pages and plots are
 # drawn anew after every iterate.
-NOT_READ = tuple(f"resume/iterate-0/{name}" for name in ("greedy", "sampled", "nll", "kl")) + ("metrics.svg", *CLOCK)
+NOT_READ = tuple(f"resume/iterate-0/{name}" for name in ("greedy", "sampled", "entropy", "nll", "kl")) + (
+    "metrics.svg",
+    *CLOCK,
+)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 # make test   all tests
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU, the most informative first; a part takes less than 8 minutes
-# make reproduce  every figure and number of docs/evidence.md from seeds, in less than an hour on two cores; resumes
+# make reproduce  every figure and number of docs/evidence.md from seeds, in about 90 minutes on two cores; resumes
 # make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python

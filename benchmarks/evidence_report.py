@@ -252,7 +252,7 @@ def answers(found: dict) -> str:
 # ---------------------------------------------------------------- figures
 
 COLOURS = ("#888888", "#d1690e", "#0b62a4")  # the start, supervised training, self-play
-STARTS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
+COLOURS_OF_STARTS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
 
 
@@ -342,7 +342,7 @@ def settings(found: dict) -> str:
     )
     body += "</g>"
     for i, name in enumerate(names):
-        colour = STARTS[i % len(STARTS)]
+        colour = COLOURS_OF_STARTS[i % len(COLOURS_OF_STARTS)]
         mine = [row for row in rows if row["start"] == name]
         for row in mine:
             place = x(at(lead_of(row, OVER[0]))), y(at(lead_of(row, OVER[1])))

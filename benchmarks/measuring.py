@@ -175,7 +175,8 @@ def lead(mine: Frontier, control: Frontier, metric: str) -> np.ndarray | None:
 
     Averaged over those temperatures of `mine` whose entropy the control reaches, too. Between its temperatures the
     control is interpolated by the cubic through the four nearest. The values account for the noise of both entropies
-    (delta method), so the standard error of their mean is std / sqrt(n). None where the frontiers share no entropy.
+    (delta method), so the standard error of their mean is std / sqrt(n). None where the frontiers share no
+    entropy, or the metric was not measured.
     """
     k = (MEASURED + OF_TEXTS).index(metric)
     if k >= mine.shape[1]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#3a86c8", "#444444")
-LINE = len(COLOURS) - 1  # the colour of a line without points, among points
+GREY = len(COLOURS) - 1
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 FONT = 'font-family="sans-serif" fill="#333"'
 WIDTH, HEIGHT = 300, 190
@@ -38,6 +38,7 @@ class Series:
     name: str
     marks: list[Mark] = field(default_factory=list)
     colour: int = 0
+    line: bool = False  # a line without points, in any kind of panel
 
 
 @dataclass
@@ -140,8 +141,7 @@ def svg(panel: Panel, standalone: bool = False) -> str:
     parts += [f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.6g}</text>' for x in shown]
     for n, series in enumerate(panel.series):
         if series.marks:
-            line = panel.kind == "curve" or (panel.kind == "places" and series.colour == LINE)
-            drawn = _curve if line else _boxes if panel.kind == "boxes" else _points
+            drawn = _curve if panel.kind == "curve" or series.line else _boxes if panel.kind == "boxes" else _points
             colour = COLOURS[series.colour % len(COLOURS)]
             shift = (n - (len(panel.series) - 1) / 2) * min(10, 60 / len(panel.series))
             shift = 0.0 if panel.kind == "places" else shift

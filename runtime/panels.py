@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime import report, storage
 from runtime.evaluate import Row, interpolation, sign_of
-from runtime.figures import BINS, LINE, NOISE, Mark, Panel, Series, bins, box, sheet
+from runtime.figures import BINS, GREY, NOISE, Mark, Panel, Series, bins, box, sheet
 from runtime.options import Args, flag_of
 
 SAMPLE = 5000  # pairs of an iteration whose lengths are shown; a file of pairs is in random order
@@ -225,7 +225,7 @@ def frontier_panels(runs: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[Panel
             series.append(Series(name, marks, n))
         xs = [mark.x for one in series for mark in one.marks]
         lines_of_key = [[(p["entropy"], y) for p in line if (y := number(p, key)) is not None] for line in lines]
-        drawn = [Series("start", near(line, xs), LINE) for line in lines_of_key if len(line) > 1 and xs]
+        drawn = [Series("start", near(line, xs), GREY, line=True) for line in lines_of_key if len(line) > 1 and xs]
         note = "entropy in nats; grey: the start by temperature"
         found = panel(f"{label(key)} by entropy", [*drawn, *series], formats(key), sign_of(key), note, kind="places")
         if drawn:

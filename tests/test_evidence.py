@@ -35,6 +35,14 @@ def test_documents_and_figures_say_what_is_stored(name):
         assert (ROOT / evidence_report.FIGURES / figure).read_text() == svg, figure
 
 
+def test_what_is_stored_is_every_case_and_no_other():
+    if not STORED.exists():
+        return
+    found = json.loads(STORED.read_text())
+    assert set(found["runs"]) == {f"{case.key} | {seed}" for case in evidence.cases() for seed in case.every_seed}
+    assert all(row["commit"] and "command" in row for part in ("starts", "runs") for row in found[part].values())
+
+
 def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
     """Twice the epochs of the same prompts, for every case of self-play; no setting stands twice in a regime."""
     cases = evidence.cases()

@@ -58,6 +58,7 @@ def test_iterates_are_drawn_beside_the_line_of_the_start():
     assert panel.x == (3.0, 6.0) and (line.marks[0].x, line.marks[-1].x) == (3.0, 6.0)
     assert [mark.y for mark in line.marks] == pytest.approx([0.5 - 0.2 * (mark.x / 4) ** 2 for mark in line.marks])
     assert [(m.x, m.y, m.low, m.high) for m in iterates.marks] == [(4.0, 0.3, 0.3, 0.3), (3.5, 0.36, 0.356, 0.364)]
+    assert figures.svg(panel).count('stroke="none"') == 2, "points of the iterates, none of the line"
     (gains,) = panels.equal_entropy_panels([("run", rows)])
     assert [(m.x, m.y) for m in gains.series[0].marks] == [(0, 0.0), (1, 0.013)]
     assert gains.note == "change from the start: +1.3 \u00b1 0.4 points"

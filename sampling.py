@@ -2,7 +2,7 @@
 
 Needs torch only; copy this file alone into another code base. Works with any model that has the interface of
 model.GPTNeo: `model(input_ids, update_cache=...)`, `model.decode(tokens, positions, masks, update_cache)`,
-`model.logits(hidden)` (in fp32: in 16 bits near logits tie), `model.head_weight` and `model.config`.
+`model.logits(hidden)` (in fp32, because near logits tie in 16 bits), `model.head_weight` and `model.config`.
 
 Every active row has a slot of a preallocated cache. When a row finishes, the next prompt takes its slot immediately, so
 the batch stays full until no prompt is waiting; then it shrinks. All tensors of a step stay at fixed addresses. On CUDA
@@ -14,7 +14,7 @@ K head size.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,10 +27,6 @@ REFILL_SHARE = 1 / 16  # prompts are admitted when this share of the slots is id
 SHRINK_SHARE = 2 / 3  # once no prompt is waiting, idle slots are dropped when at most this share is active
 PREFILL_TOKENS = 2**14  # upper bound on the padded prompt tokens of one forward pass: bounds its activations
 DRAW_BLOCK = 256  # tokens per block of the two-step search in `draw`
-
-# Attention of one new token per row, q (B, H, 1, K), to the first min(lengths, S) entries of k and v (B, H, S, K), with
-# lengths (B,) int64: called as attend(q, k, v, lengths=lengths), returns (B, H, 1, K).
-Attend = Callable[..., Tensor]
 
 
 class Responses(NamedTuple):
@@ -56,47 +52,41 @@ def respond(
     batch_size: int = 64,
     cache_tokens: int = 2**17,
     progress: Callable[[int, int], None] | None = None,
-    attend: Attend | None = None,
 ) -> Responses:
     """Samples one response to every prompt, with the model in evaluation mode.
 
     Args:
         prompts: token ids, each prompt of 1 to max_position_embeddings - max_new_tokens tokens.
-        eos_token_id: a response ends after this token; None: every response has max_new_tokens tokens.
-        temperature: divides the logits; 0: greedy decoding, without randomness.
-        top_k: draw from the k likeliest tokens only; 0: from all.
-        top_p: draw from the fewest likeliest tokens whose total probability reaches top_p; 1: from all.
+        eos_token_id: a response ends after this token. If None, every response has max_new_tokens tokens.
+        temperature: divides the logits; 0 means greedy decoding. Other values below 0.001 may overflow fp32.
+        top_k: draw from the k likeliest tokens only; 0 means all tokens.
+        top_p: draw from the fewest likeliest tokens whose total probability reaches top_p; 1 means all tokens.
         seed, rows: the randomness of a token depends only on the seed, the number of its row and its position in the
-            row: not on the other rows, the batch size or the process. `rows` are the row numbers of the prompts; None:
-            0, 1, 2, ...
+            row, not on other rows, batch size or process. `rows` are the prompts' numbers, 0, 1, 2, ... by default.
         batch_size: upper bound on the number of active rows.
-        cache_tokens: upper bound on the tokens that the cache can hold, which also bounds the batch. The cache always
-            has space for at least one row.
+        cache_tokens: upper bound on the tokens that the cache can hold, which bounds the batch, too; at least one row.
         progress: called at least every STEPS_PER_CHECK steps with the numbers of rows that finished since the last call
-            and of their new tokens. An exception raised here aborts generation.
-        attend: attention that reads each row's own entries, such as kernels.triton_attention.decode_attention. The
-            model's `decode` must accept functions as masks. None: attention to the longest row's length, under a mask.
+            and of their new tokens. An exception in it aborts generation.
 
-    Raises: ValueError naming the argument or the prompt that is invalid; FloatingPointError if logits are not finite.
+    Raises: ValueError naming the prompt that is empty or too long; FloatingPointError if logits are not finite.
     """
-    _check_arguments(model.config, prompts, max_new_tokens, temperature, top_k, top_p, batch_size, cache_tokens)
+    limit = model.config.max_position_embeddings - max_new_tokens
+    for row, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= limit:
+            expected = f"1 to max_position_embeddings - max_new_tokens = {limit}"
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens, expected {expected}")
     if not prompts:
         return Responses([], [], [])
     capacity = max(map(len, prompts)) + max_new_tokens
     size = min(batch_size, len(prompts), max(1, cache_tokens // capacity))
     numbers = range(len(prompts)) if rows is None else rows
-
-    def uniforms_of(indices: list[int]) -> Tensor:
-        return uniforms(seed, [numbers[i] for i in indices], max_new_tokens)
-
     was_training = model.training
     model.eval()
     try:
         with torch.cuda.device_of(model.head_weight):  # graphs are captured on the current device
             sampler = Sampler(temperature, top_k, top_p)
-            batch = Batch(model, size, capacity, max_new_tokens, eos_token_id, sampler)
-            batch.cache.attend = attend
-            return _respond_all(batch, prompts, uniforms_of, progress)
+            batch = Batch(model, size, capacity, max_new_tokens, eos_token_id, sampler, seed)
+            return _respond_all(batch, prompts, numbers, progress)
     finally:
         model.train(was_training)
 
@@ -104,16 +94,18 @@ def respond(
 def _respond_all(
     batch: "Batch",
     prompts: Sequence[list[int]],
-    uniforms_of: Callable[[list[int]], Tensor],
+    numbers: Sequence[int],
     progress: Callable[[int, int], None] | None,
 ) -> Responses:
-    """Passes all prompts through the batch; `uniforms_of` returns the randomness (n, M) of the prompts of n indices."""
+    """Passes all prompts through the batch. `numbers` are their row numbers, see `respond`."""
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # popped from the end: longest prompt first
     results: list[Any] = [None] * len(prompts)
     while waiting or batch.active_rows:
         admitted = [waiting.pop() for _ in range(min(len(waiting), batch.size - batch.active_rows))]
-        for group in _prefill_groups(admitted, prompts):
-            batch.admit(group, [prompts[i] for i in group], uniforms_of(group))
+        while admitted:
+            count = max(1, PREFILL_TOKENS // len(prompts[admitted[0]]))  # the first prompt is the longest
+            group, admitted = admitted[:count], admitted[count:]
+            batch.admit(group, [prompts[i] for i in group], [numbers[i] for i in group])
         batch.run(math.ceil(batch.size * (REFILL_SHARE if waiting else 1 - SHRINK_SHARE)), progress)
         finished = batch.collect()
         for i, result in finished:
@@ -123,45 +115,6 @@ def _respond_all(
         if not waiting:
             batch.shrink()
     return Responses(*map(list, zip(*results)))
-
-
-def _prefill_groups(indices: list[int], prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Cuts `indices`, longest prompt first, into groups of at most PREFILL_TOKENS padded tokens (or one prompt)."""
-    while indices:
-        count = max(1, PREFILL_TOKENS // len(prompts[indices[0]]))
-        yield indices[:count]
-        indices = indices[count:]
-
-
-def _check_arguments(
-    config: Any,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    batch_size: int,
-    cache_tokens: int,
-) -> None:
-    """Raises ValueError naming the first argument or prompt that is invalid."""
-    for name, value, valid, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        # Far below 0.001 the divided logits would overflow fp32.
-        ("temperature", temperature, temperature == 0 or 1e-3 <= temperature < float("inf"), "0 (greedy) or >= 0.001"),
-        ("top_k", top_k, top_k >= 0, "0 (all) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-        ("cache_tokens", cache_tokens, cache_tokens >= 1, "at least 1"),
-    ):
-        if not valid:
-            raise ValueError(f"{name} = {value!r}: expected {expected}")
-    limit = config.max_position_embeddings - max_new_tokens
-    for row, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= limit:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens: expected 1 to {limit} "
-                f"(max_position_embeddings {config.max_position_embeddings} - max_new_tokens {max_new_tokens})"
-            )
 
 
 # ---- drawing a token ----
@@ -190,11 +143,7 @@ class Sampler(NamedTuple):
     top_p: float
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Selects one token per row.
-
-        Args:
-            logits: (n, V) fp32.
-            uniform: (n,) fp32 in [0, 1), the randomness of each row.
+        """Selects one token per row, from logits (n, V) fp32 and random numbers (n,) fp32 in [0, 1).
 
         Returns: tokens (n,) int64 and their log-probabilities (n,) fp32, in nats, under `logits` before the filters.
         """
@@ -206,13 +155,9 @@ class Sampler(NamedTuple):
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Applies temperature, then top-k, then top-p, in the order of transformers.
+    """Applies temperature > 0, then top-k, then top-p, as in `respond` and in the order of transformers.
 
-    Args:
-        logits: (n, V), any float dtype.
-        temperature, top_k, top_p: as in `respond`; temperature > 0.
-
-    Returns: (n, V), -inf where a token is excluded.
+    Takes logits (n, V) of any float dtype; returns (n, V), -inf where a token is excluded.
     """
     if temperature != 1:
         logits = logits / temperature
@@ -233,11 +178,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     are cumulated. They are cumulated in fp64, because V = 50257 roundings in fp32 would bias the tail. A token of
     probability 0 is never drawn.
 
-    Args:
-        logits: (n, V) fp32.
-        uniform: (n,) in [0, 1).
-
-    Returns: (n,) int64.
+    Takes logits (n, V) fp32 and uniform numbers (n,) in [0, 1); returns (n,) int64.
     """
     n, V = logits.shape
     p = logits.new_zeros(n, -(-V // DRAW_BLOCK) * DRAW_BLOCK)
@@ -250,11 +191,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds the entry of each row in which the fraction `uniform` of the row's total weight falls.
-
-    Args:
-        weights: (n, W), not negative.
-        uniform: (n,) fp64 in [0, 1).
+    """Finds the entry of each row of weights (n, W) in which the fraction `uniform`, (n,), of the row's total falls.
 
     Returns: the entry (n,) int64, and the position inside the entry (n,) fp64 in [0, 1).
     """
@@ -288,26 +225,21 @@ class KVCache:
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
         H = config.num_heads
         K = config.hidden_size // H
-        window = config.window_size
-        lengths = [min(capacity, window) if kind == "local" else capacity for kind in config.attention_layers]
+        self.window = config.window_size
+        self.capacity = capacity
+        lengths = [min(capacity, self.window) if kind == "local" else capacity for kind in config.attention_layers]
         # Zeros, because an empty entry has weight 0 in attention, but 0 * nan would be nan.
         self.keys = [torch.zeros(size, H, S, K, dtype=dtype, device=device) for S in lengths]
-        self.values = [torch.zeros(size, H, S, K, dtype=dtype, device=device) for S in lengths]
-        self.window = window
-        self.capacity = capacity
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)  # tokens of each row so far
         self.rows = torch.arange(size, device=device)
-        self.read_length = capacity  # attention under masks reads this many entries; no row may be longer
-        self.attend: Attend | None = None  # see `respond`; None: under masks
+        self.read_length = capacity  # the number of entries that attention reads; no row may be longer
 
     def fill(self, rows: Tensor, lengths: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's keys and values of new prompts in `rows` (n,). The caller sets self.lengths[rows].
 
-        Args:
-            lengths: (n,) int64, the prompts' numbers of tokens.
-            k, v: (n, H, P, K), padded on the right.
-
-        Returns: k and v, to which the prompts' own tokens attend.
+        Takes the prompts' numbers of tokens, (n,) int64, and k and v, (n, H, P, K), padded on the right. Returns k and
+        v, to which the prompts' own tokens attend.
         """
         P = k.shape[2]
         for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
@@ -330,14 +262,8 @@ class KVCache:
         values[self.rows, :, entry] = v[:, :, 0]
         return keys[:, :, : self.read_length], values[:, :, : self.read_length]
 
-    def masks(self) -> dict[str, Any]:
-        """For each kind of layer what lets the new token see those so far and itself: a mask or a function.
-
-        A mask is (B, 1, 1, read_length or fewer) bool. A function is `attend` with the lengths of the rows. They exceed
-        the length of a ring buffer once it is full: all of its entries count then.
-        """
-        if self.attend is not None:
-            return dict.fromkeys(("global", "local"), partial(self.attend, lengths=self.lengths + 1))
+    def masks(self) -> dict[str, Tensor]:
+        """For each kind of layer the entries that the new token sees: (B, 1, 1, read_length or fewer) bool."""
         seen = (torch.arange(self.read_length, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
         return {"global": seen, "local": seen[..., : self.window]}
 
@@ -354,20 +280,23 @@ class Batch:
 
     Args:
         size: B, the number of slots.
-        capacity: the most tokens of a row, prompt included.
+        capacity: the most tokens of a row, including its prompt.
         max_new_tokens: M.
         eos: the end-of-sequence token, or None.
+        seed: see `respond`.
     """
 
     def __init__(
-        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int, eos: int | None, sampler: Sampler
-    ) -> None:
+        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int, eos: int | None, sampler: Sampler,
+        seed: int,
+    ) -> None:  # fmt: skip
         device = model.head_weight.device
         self.model = model
         self.cache = KVCache(model, size, capacity)
         self.sampler = sampler
+        self.seed = seed
         self.eos = -1 if eos is None else eos
-        self.prompt_of_slot: list[int | None] = [None] * size  # index of the prompt; None: the slot is idle
+        self.prompt_of_slot: list[int | None] = [None] * size  # the index of its prompt, or None if the slot is idle
         self.longest = 0  # upper bound on the tokens of an active row
         self.tokens = torch.zeros(size, dtype=torch.long, device=device)  # last token of each row: the next input
         self.active = torch.zeros(size, dtype=torch.bool, device=device)
@@ -389,12 +318,10 @@ class Batch:
         """The number of slots with a row."""
         return self.size - self.prompt_of_slot.count(None)
 
-    def admit(self, indices: list[int], prompts: list[list[int]], uniform: Tensor) -> None:
+    def admit(self, indices: list[int], prompts: list[list[int]], numbers: list[int]) -> None:
         """Assigns prompts to idle slots, runs the model on all of them at once and draws their first tokens.
 
-        Args:
-            indices: the index of each prompt, which `collect` returns with its response.
-            uniform: (n, M) fp32 in [0, 1), the randomness of each new token.
+        `collect` returns a prompt's index with its response; its row number determines its random numbers.
         """
         device, width = self.tokens.device, max(map(len, prompts))
         slots = [slot for slot, prompt in enumerate(self.prompt_of_slot) if prompt is None][: len(indices)]
@@ -405,7 +332,7 @@ class Batch:
         input_ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)  # (n, P)
         hidden = self.model(input_ids, update_cache=partial(self.cache.fill, rows, lengths))
         self.cache.lengths[rows] = lengths
-        self.uniform[rows] = uniform.to(device)
+        self.uniform[rows] = uniforms(self.seed, numbers, self.ids.shape[1]).to(device)
         self.counts[rows] = 0
         self.active[rows] = True
         self._draw_next(hidden[torch.arange(len(prompts), device=device), lengths - 1], rows)
@@ -416,9 +343,8 @@ class Batch:
         remaining = max(0, self.active_rows - count)
         while int(self.active.sum()) > remaining:
             for _ in range(STEPS_PER_CHECK if self.tokens.is_cuda else 1):
-                if self.cache.attend is None:  # else one graph serves all lengths
-                    read_length = (self.longest // READ_MULTIPLE + 1) * READ_MULTIPLE
-                    self.cache.read_length = min(self.cache.capacity, read_length)
+                read_length = (self.longest // READ_MULTIPLE + 1) * READ_MULTIPLE
+                self.cache.read_length = min(self.cache.capacity, read_length)
                 self._advance()
                 self.longest += 1
             if progress is not None:

@@ -1,15 +1,15 @@
-"""Log-probabilities of given tokens in little memory; onednn.py: faster fp32 products on a CPU; triton_attention.py:
-attention of one new token per row, for generation.
+"""Log-probabilities of given tokens in little memory; onednn.py makes fp32 products on a CPU faster.
 
-Importing this package registers four operators with torch.library, in the namespace "logprobs". They are registered
-here and not on first use because torch.compile, which alone calls them, cannot trace a registration. The import
-changes nothing else: triton is imported on first use, and onednn.py patches torch only inside `onednn.products()`.
+The import registers four operators with torch.library, in the namespace "logprobs". Only torch.compile calls them, but
+it cannot trace a registration, so it must not wait for the first use. Nothing else changes: triton is imported on first
+use, and onednn.py patches torch only inside `onednn.products()`.
 
-Hugging Face has a package of the same name, which transformers imports where it is installed. This folder, which comes
-first in sys.path, would hide it. So its modules are found beside ours, and its names here, when somebody asks for them.
+Hugging Face has a package of the same name, and transformers imports names from it if it is installed. This folder
+comes first in sys.path and would hide it, so the names and modules of the other package can be imported from this one.
 """
 
 import types
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import extend_path
 from typing import Any
@@ -17,23 +17,24 @@ from typing import Any
 from .logprobs import linear_logprobs, token_logprobs
 
 __all__ = ["linear_logprobs", "token_logprobs"]
-__path__ = extend_path(__path__, __name__)  # other packages of this name, behind this one
+
+# Further packages of this name in sys.path. This folder itself may be there again, through a link or as a copy.
+_others = [
+    folder
+    for folder in extend_path(__path__, __name__)
+    if Path(folder, "__init__.py").is_file() and not Path(folder, "logprobs.py").exists()
+]
+__path__ += _others
 _other: types.ModuleType | None = None
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the other package: its __init__.py is run, once, when it is first asked for one."""
+    """Returns a name of the other package, whose __init__.py runs when a name is first asked for."""
     global _other
-    file = next((file for folder in __path__[1:] if (file := Path(folder, "__init__.py")).is_file()), None)
-    if file is None or (name.startswith("__") and name != "__version__"):
+    if not _others or (name.startswith("__") and name != "__version__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _other is None:
-        module = types.ModuleType(__name__)
-        module.__file__, module.__path__, module.__package__ = str(file), __path__, __name__
-        _other = module  # first, since its own modules may ask for its names
-        try:
-            exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
-        except BaseException:
-            _other = None
-            raise
+        spec = spec_from_file_location(__name__, Path(_others[0], "__init__.py"), submodule_search_locations=__path__)
+        _other = module_from_spec(spec)  # assigned first, because its own modules may ask for its names
+        spec.loader.exec_module(_other)
     return getattr(_other, name)

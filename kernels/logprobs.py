@@ -7,7 +7,7 @@
 linear_logprobs never holds the N x V logits. It computes one tile of them at a time, some rows by some columns, in a
 buffer that all tiles share. The upstream gradient is one number per row and only scales d logp_i / d h_i. With a
 frozen W (LoRA, a tied head) the forward pass therefore also computes this N x D gradient, while a tile's logits are
-available, and the backward pass is a single elementwise product: two matrix products in total, where recomputing the
+available, and the backward pass is a single elementwise product: two matrix products in total. Recomputing the
 logits would take three. The sum over v is accumulated tile by tile, as attention accumulates its values, here the rows
 of W: each is weighted by exp(z_v - shift), and the sum is scaled down whenever a tile raises the shift. With a trained
 W the backward pass does recompute the logits. If no gradient is wanted, there is one product and nothing is saved.
@@ -15,7 +15,7 @@ W the backward pass does recompute the logits. If no gradient is wanted, there i
 triton_rows.py processes the tiles on CUDA, torch_rows.py on other devices. With TRITON_INTERPRET=1 in the environment,
 CPU tensors go through the Triton kernels too: this is slow, but tests the kernels without a GPU.
 
-Legend: N rows (tokens), D hidden width, V vocabulary entries, P padding rows. All log-probabilities are in nats.
+Legend: N rows (tokens), D hidden width, V vocabulary entries. All log-probabilities are in nats.
 """
 
 import os
@@ -30,7 +30,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import torch_rows
-from .tiles import accumulator, add_product, empty, round_into, scratch_rows, slices, tiles
+from .tiles import Rows, add_product, scratch_rows, slices, tiles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -52,32 +52,23 @@ def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
         ValueError: shapes or devices do not match, or a target is neither ignore_index nor in [0, V). On CUDA a target
             out of range gives nan as value and gradient instead: an error would have to wait for the GPU.
     """
-    _check_matrix("logits", logits)
-    targets = _checked_targets(targets, logits, logits.shape[1])
+    targets = _checked("logits", logits, targets)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _TokenLogprobs.apply(logits, targets, ignore_index)
     return _token_forward(logits, targets, ignore_index)[0]
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, *, padding_rows: int = 0
-) -> Tensor:
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """token_logprobs(hidden @ weight.T, targets) with fp32 logits, of which only one tile exists at a time.
 
     Pass only the rows you need: an ignored row costs as much as any other. With a frozen weight and a hidden that
-    requires grad, the forward pass does the work of the backward pass; where no gradient is wanted, call this under
+    requires grad, the forward pass does the work of the backward pass. If no gradient is wanted, call this under
     torch.no_grad().
 
     Args:
         hidden: (N, D), float16, bfloat16 or float32, any strides.
         weight: (V, D), same dtype as hidden, any strides. Inside torch.autocast both are first cast to its dtype.
-        targets: (N,), any integer dtype.
-        ignore_index: rows with this target return 0 and get a zero gradient, whatever their upstream gradient is.
-        padding_rows: P, the number of rows of D finite numbers, best zeros, that the caller guarantees to lie directly
-            behind a contiguous weight in the same storage. The matrix products include them, for aligned shapes; they
-            do not change the result. Best is a P that makes V + P a multiple of 64. The rows are left out where they
-            would not help (on a CPU) and where weight may be copied without them (by a cast of autocast, or under
-            torch.compile). With the default, 0, no memory outside of weight is read.
+        targets, ignore_index: as in token_logprobs.
 
     Returns:
         (N,) fp32, in nats. Differentiable once with respect to hidden and weight. Saves N x D fp32 numbers and N bools
@@ -85,52 +76,40 @@ def linear_logprobs(
 
     Raises:
         TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside of autocast.
-        ValueError: as in token_logprobs; or padding_rows is negative, weight is not contiguous although padding_rows
-            is not 0, or the storage of weight ends before the padding does.
+        ValueError: as in token_logprobs.
 
     Source: gradients in the forward pass as in Liger Kernel, arXiv:2410.10989; the running sum over tiles as in
     FlashAttention, arXiv:2205.14135.
     """
-    _check_matrix("hidden", hidden)
-    _check_matrix("weight", weight)
-    if hidden.shape[1] != weight.shape[1] or hidden.device != weight.device:
+    targets = _checked("hidden", hidden, targets)
+    if weight.shape[1:] != hidden.shape[1:] or weight.device != hidden.device:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} on {hidden.device} fits no weight {tuple(weight.shape)} on {weight.device}"
         )
-    targets = _checked_targets(targets, hidden, len(weight))
-    padding_rows = _checked_padding(weight, padding_rows)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        if weight.dtype != dtype:
-            padding_rows = 0  # the cast below copies the V rows only
         hidden, weight = hidden.to(dtype), weight.to(dtype)  # cast here, so that autograd casts the gradients back
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index, padding_rows)
-    V, padded = len(weight), _with_padding(weight, padding_rows)
+        return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _FrozenHeadLogprobs.apply(hidden, padded, V, targets, ignore_index)
-    return _linear_forward(hidden, padded, V, targets, ignore_index, False)[0]
+        return _FrozenHeadLogprobs.apply(hidden, weight, targets, ignore_index)
+    return _linear_forward(hidden, weight, targets, ignore_index, False)[0]
 
 
-def _check_matrix(name: str, matrix: Tensor) -> None:
-    if matrix.dim() != 2:
-        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(matrix.shape)}")
-    if matrix.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {matrix.dtype}")
-
-
-def _checked_targets(targets: Tensor, rows: Tensor, V: int) -> Tensor:
-    """The targets as contiguous int64, checked against `rows`, (N, any width), and the vocabulary size."""
+def _checked(name: str, rows: Tensor, targets: Tensor) -> Tensor:
+    """The targets as contiguous int64. Checks them and `rows`, which the caller knows as `name`."""
+    if rows.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(rows.shape)}")
+    if rows.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {rows.dtype}")
     if targets.dtype not in INTEGERS:
         raise TypeError(f"targets must be integers, got {targets.dtype}")
     if targets.shape != rows.shape[:1] or targets.device != rows.device:
         raise ValueError(
             f"targets must have shape ({len(rows)},) on {rows.device}, got {tuple(targets.shape)} on {targets.device}"
         )
-    if V == 0:
-        raise ValueError("the vocabulary must have at least 1 entry, got V = 0")
     return targets.to(torch.int64).contiguous()
 
 
@@ -144,30 +123,13 @@ def _check_range(targets: Tensor, V: int, ignore_index: int) -> None:
         raise ValueError(f"targets[{i}] = {targets[i]} is not in [0, V) with V = {V}, nor ignored ({ignore_index})")
 
 
-def _checked_padding(weight: Tensor, padding_rows: int) -> int:
-    """The number of padding rows to use: `padding_rows`, or 0 where they would not help or may be lost."""
-    if not isinstance(padding_rows, int) or padding_rows < 0:
-        raise ValueError(f"padding_rows = {padding_rows!r}: expected an integer of 0 or more")
-    if padding_rows == 0 or torch.compiler.is_compiling():
-        return 0  # a compiled graph may pass the operators a copy of weight, and other memory lies behind a copy
-    if not weight.is_contiguous():
-        raise ValueError(f"padding_rows = {padding_rows}: weight must be contiguous, its strides are {weight.stride()}")
-    available = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
-    rows = len(weight) + padding_rows
-    if available < rows * weight.shape[1]:
-        raise ValueError(
-            f"padding_rows = {padding_rows}: weight and padding take {rows * weight.shape[1]} numbers, the storage "
-            f"of weight holds {available}"
-        )
-    return padding_rows if _backend(weight.device) is not torch_rows else 0
+def _backend(device: torch.device) -> ModuleType:
+    """The module whose functions process the tiles on this device."""
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        from . import triton_rows  # imported here, so that everything else works without triton
 
-
-def _with_padding(weight: Tensor, padding_rows: int) -> Tensor:
-    """(V + P, D): the weight and the rows directly behind it, which `_checked_padding` found in its storage."""
-    if padding_rows == 0:
-        return weight
-    V, D = weight.shape
-    return weight.as_strided((V + padding_rows, D), (D, 1))
+        return triton_rows
+    return torch_rows
 
 
 def _compilable(fake: Callable) -> Callable:
@@ -208,178 +170,131 @@ class _TokenLogprobs(Function):
         return _token_backward(*ctx.saved_tensors, upstream, ctx.ignore_index), None, None
 
 
-@_compilable(lambda logits, *_: _empty_statistics(logits))
+@_compilable(lambda logits, targets, *_: Rows.empty(targets)[1:])
 def _token_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """logp, shift and log_sum, each (N,) fp32."""
     V = logits.shape[1]
     _check_range(targets, V, ignore_index)
-    logp, shift, log_sum = _empty_statistics(logits)
+    rows = Rows.empty(targets)
     backend = _backend(logits.device)
-    for rows, chunk in _fp32_chunks(logits):
-        backend.row_logprobs(chunk, targets[rows], ignore_index, 0, V, logp[rows], shift[rows], log_sum[rows])
-    return logp, shift, log_sum
+    for r, chunk in _chunks(logits):
+        backend.row_logprobs(chunk, rows.part(r), ignore_index, 0, V)
+    return rows[1:]
 
 
-@_compilable(lambda logits, *_: _empty_gradient(logits))
+@_compilable(lambda logits, *_: logits.new_empty(logits.shape))
 def _token_backward(
     logits: Tensor, targets: Tensor, logp: Tensor, shift: Tensor, log_sum: Tensor, upstream: Tensor, ignore_index: int
 ) -> Tensor:
     upstream = upstream.contiguous()  # (N,); the gradient of sum() has stride 0
-    grad = _empty_gradient(logits)
+    rows = Rows(targets, logp, shift, log_sum)
+    grad = logits.new_empty(logits.shape)
     backend = _backend(logits.device)
-    for rows, chunk in _fp32_chunks(logits):
-        row_tensors = (s[rows] for s in (logp, shift, log_sum, upstream))
-        out = grad[rows] if backend is not torch_rows else chunk
-        backend.row_gradient(chunk, targets[rows], ignore_index, 0, *row_tensors, out)
-        if out is chunk:
-            grad[rows] = chunk
+    for r, chunk in _chunks(logits):
+        backend.row_gradient(chunk, rows.part(r), ignore_index, 0, upstream[r], grad[r])
     return grad
 
 
-def _fp32_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, their logits): fp32 scratch copies of some rows for torch_rows, all rows at once for Triton."""
     N, V = logits.shape
     if _backend(logits.device) is not torch_rows:
         yield slice(0, N), logits if logits.stride(1) == 1 else logits.contiguous()
         return
     step = max(1, min(N, scratch_rows(V)))
-    scratch = torch.empty(step, V, dtype=torch.float32, device=logits.device)
+    scratch = logits.new_empty(step, V, dtype=torch.float32)
     for rows in slices(N, step):
         yield rows, scratch[: rows.stop - rows.start].copy_(logits[rows])
 
 
 # ---- from hidden states ----
-# Here `padded` is the weight with its padding, (V + P, D).
 
 
 class _FrozenHeadLogprobs(Function):
     """Differentiates hidden only. The forward pass computes the gradient, except for the upstream factor."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, _, _, d_hidden = _linear_forward(hidden, padded, V, targets, ignore_index, True)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        logp, _, _, d_hidden = _linear_forward(hidden, weight, targets, ignore_index, True)
         ctx.save_for_backward(d_hidden, targets == ignore_index)
         ctx.dtype = hidden.dtype
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         d_hidden, ignored = ctx.saved_tensors
         upstream = upstream.masked_fill(ignored, 0.0)  # it may be inf or nan: 0 * nan is nan
         grad = torch.empty_like(d_hidden, dtype=ctx.dtype)
         # `*` would return fp32 and need another pass to round it. Not in place, since backward may run again.
         torch.mul(d_hidden, upstream.unsqueeze(1), out=grad)
-        return grad, None, None, None, None
+        return grad, None, None, None
 
 
 class _TrainedHeadLogprobs(Function):
     """Differentiates weight, and hidden if it requires grad. The backward pass computes the logits again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, padding_rows: int
-    ) -> Tensor:
-        V, padded = len(weight), _with_padding(weight, padding_rows)
-        logp, shift, log_sum, _ = _linear_forward(hidden, padded, V, targets, ignore_index, False)
-        # Save the padding too: a hook on saved tensors may copy what is saved here, and only that.
-        ctx.save_for_backward(hidden, padded, targets, logp, shift, log_sum)
-        ctx.V = V
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        logp, shift, log_sum, _ = _linear_forward(hidden, weight, targets, ignore_index, False)
+        ctx.save_for_backward(hidden, weight, targets, logp, shift, log_sum)
         ctx.ignore_index = ignore_index
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
-        hidden, padded, *row_tensors = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         with_hidden = ctx.needs_input_grad[0]
-        d_hidden, d_weight = _linear_backward(
-            hidden, padded, ctx.V, *row_tensors, upstream, ctx.ignore_index, with_hidden
-        )
-        return d_hidden if with_hidden else None, d_weight, None, None, None
+        d_hidden, d_weight = _linear_backward(*ctx.saved_tensors, upstream, ctx.ignore_index, with_hidden)
+        return d_hidden if with_hidden else None, d_weight, None, None
 
 
-def _fake_linear_forward(
-    hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int, with_gradient: bool
-) -> tuple[Tensor, ...]:
-    return (*_empty_statistics(hidden), _empty_gradient(hidden, with_gradient, torch.float32))
+def _d_hidden(hidden: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
+    """An uninitialised gradient of hidden, or an empty tensor: operators of torch.compile cannot return None."""
+    return hidden.new_empty(hidden.shape if wanted else 0, dtype=dtype)
 
 
-@_compilable(_fake_linear_forward)
+@_compilable(lambda h, w, targets, _, wanted: (*Rows.empty(targets)[1:], _d_hidden(h, wanted, torch.float32)))
 def _linear_forward(
-    hidden: Tensor, padded: Tensor, V: int, targets: Tensor, ignore_index: int, with_gradient: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, shift, log_sum, each (N,), and d logp_i / d h_i, (N, D) or empty if not wanted. All are fp32."""
+    V = len(weight)
     _check_range(targets, V, ignore_index)
-    logp, shift, log_sum = _empty_statistics(hidden)
-    d_hidden = _empty_gradient(hidden, with_gradient, torch.float32)  # fp32: to be rounded after the upstream factor
+    rows = Rows.empty(targets)
+    d_hidden = _d_hidden(hidden, with_gradient, torch.float32)  # fp32: to be rounded after the upstream factor
     backend = _backend(hidden.device)
-    for tile in tiles(hidden, padded, V, with_gradient):
+    for tile in tiles(hidden, weight, with_gradient):
         r, first = tile.rows, tile.columns.start
-        weighted = (tile.terms, d_hidden[r]) if with_gradient else ()
-        backend.row_logprobs(tile.logits, targets[r], ignore_index, first, V, logp[r], shift[r], log_sum[r], *weighted)
+        sums = (tile.terms, d_hidden[r]) if with_gradient else ()
+        backend.row_logprobs(tile.logits, rows.part(r), ignore_index, first, V, *sums)
         if with_gradient:
             add_product(d_hidden[r], tile.terms, tile.weight, fresh=first == 0)
     if with_gradient:
-        backend.hidden_gradient(d_hidden, padded[:V], targets, ignore_index, logp, log_sum)
-    return logp, shift, log_sum, d_hidden
+        backend.hidden_gradient(d_hidden, weight, rows, ignore_index)
+    return *rows[1:], d_hidden
 
 
-def _fake_linear_backward(hidden: Tensor, padded: Tensor, V: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    with_hidden = rest[-1]
-    return _empty_gradient(hidden, with_hidden), _empty_gradient(padded[:V])
-
-
-@_compilable(_fake_linear_backward)
+@_compilable(lambda hidden, weight, *rest: (_d_hidden(hidden, rest[-1], hidden.dtype), weight.new_empty(weight.shape)))
 def _linear_backward(
-    hidden: Tensor,
-    padded: Tensor,
-    V: int,
-    targets: Tensor,
-    logp: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
-    upstream: Tensor,
-    ignore_index: int,
-    with_hidden: bool,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, logp: Tensor, shift: Tensor, log_sum: Tensor, upstream: Tensor,
+    ignore_index: int, with_hidden: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """d_hidden, (N, D) or empty if not wanted, and d_weight, (V, D), in the dtype of hidden."""
     upstream = upstream.contiguous()  # (N,)
-    d_weight = _empty_gradient(padded[:V]).zero_()  # zeros for N = 0, where there is no tile
-    d_hidden = _empty_gradient(hidden, with_hidden)
-    hidden_sum = accumulator(d_hidden)
+    rows = Rows(targets, logp, shift, log_sum)
+    d_hidden = _d_hidden(hidden, with_hidden, torch.float32)
+    d_weight = weight.new_zeros(weight.shape)  # zeros for N = 0, where there is no tile
+    in_fp32 = d_weight.dtype == torch.float32  # if so, the sums need no buffer of their own
     backend = _backend(hidden.device)
-    for tile in tiles(hidden, padded, V, True):
+    for tile in tiles(hidden, weight, True):
         r, c = tile.rows, tile.columns
-        backend.row_gradient(
-            tile.logits, targets[r], ignore_index, c.start, logp[r], shift[r], log_sum[r], upstream[r], tile.terms
-        )
+        backend.row_gradient(tile.logits, rows.part(r), ignore_index, c.start, upstream[r], tile.terms)
         if r.start == 0:
-            weight_sum = accumulator(d_weight[c])
-        add_product(weight_sum, tile.terms[:, : len(weight_sum)].t(), tile.hidden, fresh=r.start == 0)
+            weight_sum = d_weight[c] if in_fp32 else torch.empty_like(d_weight[c], dtype=torch.float32)
+        add_product(weight_sum, tile.terms.t(), tile.hidden, fresh=r.start == 0)
         if with_hidden:
-            add_product(hidden_sum[r], tile.terms, tile.weight, fresh=c.start == 0)
-        if r.stop == len(hidden):
-            round_into(d_weight[c], weight_sum)
-    round_into(d_hidden, hidden_sum)
-    return d_hidden, d_weight
-
-
-def _empty_gradient(of: Tensor, wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor of the shape of `of`, or of shape (0,) if it is not wanted."""
-    return empty(of.shape if wanted else (0,), of, dtype or of.dtype)
-
-
-def _empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised logp, shift and log_sum, each (N,) fp32; triton_rows.py defines them."""
-    logp, shift, log_sum = (empty((len(rows),), rows, torch.float32) for _ in range(3))
-    return logp, shift, log_sum
-
-
-def _backend(device: torch.device) -> ModuleType:
-    """The module whose functions process the tiles on this device."""
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        from . import triton_rows  # imported here, so that everything else works without triton
-
-        return triton_rows
-    return torch_rows
+            add_product(d_hidden[r], tile.terms, tile.weight, fresh=c.start == 0)
+        if r.stop == len(hidden) and not in_fp32:
+            d_weight[c] = weight_sum
+    return d_hidden.to(hidden.dtype), d_weight

@@ -7,8 +7,8 @@ EPYC with AVX-512, oneDNN was about twice as fast at most sizes and never slower
     with onednn.products():
         model(input_ids)
 
-Inside the context, F.linear, torch.mm and torch.addmm are replaced in all threads. Calls with other devices or dtypes
-run as before, as does everything if torch was built without oneDNN. Results are as accurate, but not bit-identical.
+Inside the context, F.linear and torch.addmm are replaced in all threads. Calls with other devices or dtypes run as
+before, as does everything if torch was built without oneDNN. Results are as accurate, but not bit-identical.
 
 Needs torch only; copy this file alone into another code base.
 """
@@ -26,8 +26,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 # oneDNN compiles code for every new shape. It caches the last 1024 pieces, and ideep, torch's wrapper, as many of its
-# own; where shapes vary, both fill up. 150 training steps of a small model grew the process by 960 MB, by 280 MB with
-# these bounds, no slower. With 128 pieces, generation at 40 batch sizes compiled in every step and was 10 times slower.
+# own. If shapes vary, both caches fill up: 150 training steps of a small model grew the process by 960 MB, but by 280
+# MB with these bounds, and were no slower. With 128 pieces, generation at 40 batch sizes compiled in every step and was
+# 10 times slower.
 CACHE_BOUNDS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
 
 
@@ -41,55 +42,47 @@ def products() -> Iterator[None]:
     """Context manager: inside it, oneDNN computes the fp32 products on the CPU, if it is available.
 
     Bounds oneDNN's caches, for the whole process, by environment variables; those that are set already stay as they
-    are. oneDNN reads them once: if the process has used oneDNN before, they have no effect. Contexts nest; a function
-    may be decorated, too.
+    are. oneDNN reads them once: if the process has used oneDNN before, they have no effect.
     """
-    if hasattr(F.linear, "before_onednn"):
-        yield  # inside another context
-        return
     for name, value in CACHE_BOUNDS.items():
         os.environ.setdefault(name, value)
-    patches = [(F, "linear", linear), (torch, "mm", _mm), (torch, "addmm", _addmm)] if available() else []
-    originals = [getattr(module, name) for module, name, _ in patches]
-    for (module, name, ours), original in zip(patches, originals, strict=True):
-        setattr(module, name, _dispatch(ours, original))
+    originals = F.linear, torch.addmm
+    if available():
+        F.linear, torch.addmm = _linear_instead_of(F.linear), _addmm_instead_of(torch.addmm)
     try:
         yield
     finally:
-        for (module, name, _), original in zip(patches, originals, strict=True):
-            setattr(module, name, original)
+        F.linear, torch.addmm = originals
 
 
-def _dispatch(ours: Callable, original: Callable) -> Callable:
-    """Returns a function that calls `ours` for plain eager fp32 calls on the CPU and `original` for all others."""
-
+def _linear_instead_of(original: Callable) -> Callable:
     @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-        eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        supported = False
-        with contextlib.suppress(TypeError):  # raised for arguments that `ours` does not have
-            supported = plain and eager and _SUPPORTS[ours](*args, **kwargs)
-        return ours(*args, **kwargs) if supported else original(*args, **kwargs)
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (linear if _fits(input, weight, bias) else original)(input, weight, bias)
 
-    call.before_onednn = original
     return call
 
 
-def _linear_supports(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    # oneDNN reads every bias as if it were contiguous.
+def _addmm_instead_of(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def call(*args: Any, **options: Any) -> Tensor:
+        if options or len(args) != 3 or args[2].dim() != 2 or not _fits(args[1], args[2].t()) or args[1].dim() != 2:
+            return original(*args, **options)
+        total, a, b = args
+        return total + linear(a, b.t())
+
+    return call
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN can compute F.linear(x, weight, bias): a plain eager call with fp32 tensors on the CPU."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    # oneDNN does not check shapes, and reads every bias as if it were contiguous.
+    good_shapes = weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1]
     good_bias = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
-    return good_bias and weight.dim() == 2 and input.dim() >= 1 and input.shape[-1] == weight.shape[1]
-
-
-def _mm_supports(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
-    good_out = out is None or (a.dim() == b.dim() == 2 and out.shape == (len(a), b.shape[1]))
-    return good_out and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]
-
-
-def _addmm_supports(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> bool:
-    return total.dim() in (1, 2) and _mm_supports(a, b, out=out)
+    return plain and eager and good_shapes and good_bias
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,15 +90,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return _Linear.apply(input, weight, bias)
     return _product(input, weight, bias)
-
-
-def _mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    product = linear(a, b.t())
-    return product if out is None else out.copy_(product)
-
-
-def _addmm(total: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    return torch.add(total, linear(a, b.t()), out=out)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -128,6 +112,3 @@ class _Linear(Function):
         d_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         d_weight = _product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
-
-
-_SUPPORTS = {linear: _linear_supports, _mm: _mm_supports, _addmm: _addmm_supports}

@@ -1,7 +1,7 @@
 """The functions of triton_rows.py in plain torch, for CPUs and for machines without triton.
 
 There are two differences. `logits` is an fp32 scratch tensor: these functions work in place and overwrite it. `terms`
-and `grad`, where given, must be that same scratch tensor.
+must be that same tensor.
 
 Legend: N rows, V vocabulary entries, D hidden width, C columns of a tile.
 """
@@ -9,20 +9,15 @@ Legend: N rows, V vocabulary entries, D hidden width, C columns of a tile.
 import torch
 from torch import Tensor
 
+from .tiles import Rows
+
 
 def row_logprobs(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    first: int,
-    V: int,
-    logp: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
-    terms: Tensor | None = None,
+    logits: Tensor, rows: Rows, ignore_index: int, first: int, V: int, terms: Tensor | None = None,
     weighted: Tensor | None = None,
-) -> None:
-    """Updates logp, shift and log_sum, each (N,) fp32, by one tile; overwrites logits by terms. See triton_rows.py."""
+) -> None:  # fmt: skip
+    """Updates the statistics of the rows by one tile; overwrites logits by terms. See triton_rows.py."""
+    targets, logp, shift, log_sum = rows
     C = logits.shape[1]
     if first == 0:
         logp.fill_(float("nan"))
@@ -46,32 +41,23 @@ def row_logprobs(
         logp.sub_(shift).sub_(log_sum).masked_fill_(ignored, 0.0)
 
 
-def row_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    first: int,
-    logp: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
-    scale: Tensor,
-    grad: Tensor,
-) -> None:
-    """Overwrites logits by scale * ([v = target] - p_v); scale is (N,) fp32. See triton_rows.py."""
+def row_gradient(logits: Tensor, rows: Rows, ignore_index: int, first: int, scale: Tensor, grad: Tensor) -> None:
+    """Overwrites logits, and grad, by scale * ([v = target] - p_v); scale is (N,) fp32. See triton_rows.py."""
+    targets, logp, shift, log_sum = rows
     here, column = _locate(targets, first, logits.shape[1])
     exponentials = logits.sub_(shift.unsqueeze(1)).exp_()
     exponentials.mul_((-scale * torch.exp(-log_sum)).unsqueeze(1))
     _set_at(exponentials, column, here, -scale * torch.expm1(logp))  # -expm1(logp) is 1 - p without cancellation
     exponentials[targets == ignore_index] = 0.0
+    if grad is not logits:
+        grad.copy_(exponentials)
 
 
-def hidden_gradient(
-    weighted: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, logp: Tensor, log_sum: Tensor
-) -> None:
+def hidden_gradient(weighted: Tensor, weight: Tensor, rows: Rows, ignore_index: int) -> None:
     """Overwrites weighted by d logp / d h = (1 - p_y) W[y] - sum_{v != y} p_v W_v. See triton_rows.py."""
-    ignored = targets == ignore_index
-    target_rows = weight[targets.masked_fill(ignored, 0)].float()  # (N, D)
-    weighted.mul_(-torch.exp(-log_sum).unsqueeze(1)).addcmul_(target_rows, -torch.expm1(logp).unsqueeze(1))
+    ignored = rows.targets == ignore_index
+    target_rows = weight[rows.targets.masked_fill(ignored, 0)].float()  # (N, D)
+    weighted.mul_(-torch.exp(-rows.log_sum).unsqueeze(1)).addcmul_(target_rows, -torch.expm1(rows.logp).unsqueeze(1))
     weighted[ignored] = 0.0
 
 

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import Rows
+
 BLOCK = 4096  # columns per load: 16 per thread with 8 warps, so that many loads are in flight and no register spills
 WARPS = 8
 ALIGNED = tl.constexpr(8)  # 2-byte elements between two 16-byte boundaries
@@ -78,10 +80,8 @@ def _terms(z, columns, target, at_target, shift, log_sum, scale, dtype: tl.const
 
 
 @triton.jit
-def _write_terms(
-    row, out, lead, target, at_target, shift, log_sum, scale, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Writes the terms of a row's C logits to out, followed by zeros up to WIDTH columns. See _terms.
+def _write_terms(row, out, lead, target, at_target, shift, log_sum, scale, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the terms of a row's C logits to out. See _terms.
 
     out may be row: each block is read before it is written.
     """
@@ -90,23 +90,24 @@ def _write_terms(
     inside = lanes >= lead if C >= BLOCK else (lanes >= lead) & (lanes < lead + C)
     z = tl.load(row + lanes, mask=inside, other=MINUS_INF).to(tl.float32)
     value = _terms(z, lanes, target, at_target, shift, log_sum, scale, out.dtype.element_ty)
-    tl.store(out + lanes, value, mask=lanes >= lead if C >= BLOCK else (lanes >= lead) & (lanes < lead + WIDTH))
+    tl.store(out + lanes, value, mask=inside)
     for start in range(BLOCK, C - C % BLOCK, BLOCK):
         z = tl.load(row + start + lanes).to(tl.float32)
         value = _terms(z, start + lanes, target, at_target, shift, log_sum, scale, out.dtype.element_ty)
         tl.store(out + start + lanes, value)
-    for start in range(max(BLOCK, C - C % BLOCK), WIDTH + ALIGNED - 1, BLOCK):
-        z = tl.load(row + start + lanes, mask=start + lanes < lead + C, other=MINUS_INF).to(tl.float32)
+    for start in range(max(BLOCK, C - C % BLOCK), C + ALIGNED - 1, BLOCK):
+        tail = start + lanes < lead + C
+        z = tl.load(row + start + lanes, mask=tail, other=MINUS_INF).to(tl.float32)
         value = _terms(z, start + lanes, target, at_target, shift, log_sum, scale, out.dtype.element_ty)
-        tl.store(out + start + lanes, value, mask=start + lanes < lead + WIDTH)
+        tl.store(out + start + lanes, value, mask=tail)
 
 
 @triton.jit
-def _write_zeros(out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _write_zeros(out, C: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the gradient of an ignored row, whose logits are never read."""
-    for start in range(0, WIDTH, BLOCK):
+    for start in range(0, C, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        tl.store(out + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=columns < WIDTH)
+        tl.store(out + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=columns < C)
 
 
 @triton.jit
@@ -121,8 +122,8 @@ def _rescale(row, factor, D: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _logprobs_kernel(
     logits, targets, logp_out, shift_out, log_sum_out, terms, weighted, logits_stride, terms_stride, first, V,
-    ignore_index, C: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, WITH_TERMS: tl.constexpr,
-    SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+    ignore_index, C: tl.constexpr, D: tl.constexpr, WITH_TERMS: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i computes row_logprobs for row i of a tile."""
     i = tl.program_id(0).to(tl.int64)  # 64 bits: i * stride exceeds 2^31 from row 42731 of 50257 columns
@@ -130,7 +131,7 @@ def _logprobs_kernel(
     if target == ignore_index:
         tl.store(logp_out + i, 0.0)
         if WITH_TERMS:
-            _write_zeros(terms + i * terms_stride, WIDTH, BLOCK)
+            _write_zeros(terms + i * terms_stride, C, BLOCK)
     else:
         start, lead = _aligned(i * logits_stride, SHIFTED)
         row = logits + start
@@ -154,9 +155,7 @@ def _logprobs_kernel(
             tl.store(log_sum_out + i, log_sum)
             tl.store(logp_out + i, (target_logit - new_shift) - log_sum)
         if WITH_TERMS:
-            _write_terms(
-                row, terms + i * terms_stride, lead, target - first, 0.0, new_shift, 0.0, 1.0, C, WIDTH, BLOCK
-            )  # fmt: skip
+            _write_terms(row, terms + i * terms_stride, lead, target - first, 0.0, new_shift, 0.0, 1.0, C, BLOCK)
             if (first > 0) & (rescale < 1.0):  # before the first product, weighted is uninitialised
                 _rescale(weighted + i * D, rescale, D, BLOCK)
 
@@ -164,22 +163,20 @@ def _logprobs_kernel(
 @triton.jit
 def _gradient_kernel(
     logits, targets, logp, shift, log_sum, scale, grad, logits_stride, grad_stride, first, ignore_index,
-    C: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i computes row_gradient for row i of a tile."""
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
     if target == ignore_index:
-        _write_zeros(grad + i * grad_stride, WIDTH, BLOCK)
+        _write_zeros(grad + i * grad_stride, C, BLOCK)
     else:
         start, lead = _aligned(i * logits_stride, SHIFTED)
         row = logits + start
         out = grad + (start if SHIFTED else i * grad_stride)
         row_shift, row_log_sum, row_scale = tl.load(shift + i), tl.load(log_sum + i), tl.load(scale + i)
         at_target = -_one_minus_exp(tl.load(logp + i))
-        _write_terms(
-            row, out, lead, target - first, at_target, row_shift, row_log_sum, -row_scale, C, WIDTH, BLOCK
-        )  # fmt: skip
+        _write_terms(row, out, lead, target - first, at_target, row_shift, row_log_sum, -row_scale, C, BLOCK)
 
 
 @triton.jit
@@ -205,18 +202,10 @@ def _hidden_gradient_kernel(
 
 
 def row_logprobs(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    first: int,
-    V: int,
-    logp: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
-    terms: Tensor | None = None,
+    logits: Tensor, rows: Rows, ignore_index: int, first: int, V: int, terms: Tensor | None = None,
     weighted: Tensor | None = None,
-) -> None:
-    """Updates logp, shift and log_sum by one tile of logits; the tiles must come from left to right.
+) -> None:  # fmt: skip
+    """Updates the statistics of the rows by one tile of logits; the tiles must come from left to right.
 
     After the last tile they are as defined in the docstring of this file. Before that, logp is the target's logit, if
     its tile has come, and log_sum is the sum without its logarithm. Ignored rows get logp 0, and their shift and
@@ -224,69 +213,58 @@ def row_logprobs(
 
     Args:
         logits: (N, C), the columns from `first` to `first` + C of V; any float dtype, column stride 1.
-        targets: (N,) int64, contiguous.
-        logp, shift, log_sum: (N,) fp32, contiguous; read if first > 0.
-        terms: (N, C or more), any float dtype, column stride 1, may be logits itself. Overwritten by exp(z_v - shift),
-            and by 0 in the target's column, in ignored rows and beyond column C. Its product with the rows of the
-            weight is the tile's share of sum_{v != target} exp(z_v - shift) W_v.
+        rows: N contiguous rows; the statistics are read if first > 0.
+        terms: (N, C), any float dtype, column stride 1, may be logits itself. Overwritten by exp(z_v - shift), and by
+            0 in the target's column and in ignored rows. Its product with the rows of the weight is the tile's share
+            of sum_{v != target} exp(z_v - shift) W_v.
         weighted: (N, D) fp32, contiguous, required with terms: the sum over earlier tiles; rescaled to the new shift.
     """
-    if not len(targets):
+    N, C = logits.shape
+    if not N:
         return  # CUDA rejects an empty grid
     if terms is not None:
         out, into, D = terms, weighted, weighted.shape[1]
     else:
-        out, into, D = logits, logp, 1  # placeholders that the kernel does not touch
+        out, into, D = logits, rows.logp, 1  # placeholders that the kernel does not touch
     with torch.cuda.device_of(logits):  # Triton launches on the current device
-        _logprobs_kernel[(len(targets),)](
-            logits, targets, logp, shift, log_sum, out, into, logits.stride(0), out.stride(0), first, V, ignore_index,
-            C=logits.shape[1], WIDTH=out.shape[1], D=D, WITH_TERMS=terms is not None,
-            SHIFTED=terms is None and logits.stride(0) % 8 != 0, BLOCK=BLOCK, num_warps=WARPS,
+        _logprobs_kernel[(N,)](
+            logits, *rows, out, into, logits.stride(0), out.stride(0), first, V, ignore_index,
+            C=C, D=D, WITH_TERMS=terms is not None, SHIFTED=terms is None and logits.stride(0) % 8 != 0,
+            BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
-def row_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    first: int,
-    logp: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
-    scale: Tensor,
-    grad: Tensor,
-) -> None:
-    """Writes scale * ([v = target] - p_v) to grad, followed by zeros beyond column C. Arguments as in row_logprobs.
+def row_gradient(logits: Tensor, rows: Rows, ignore_index: int, first: int, scale: Tensor, grad: Tensor) -> None:
+    """Writes scale * ([v = target] - p_v) to grad. Arguments as in row_logprobs.
 
     Args:
         scale: (N,) fp32, contiguous: the gradient with respect to logp.
-        grad: (N, C or more), any float dtype, column stride 1, may be logits itself.
+        grad: (N, C), any float dtype, column stride 1, may be logits itself.
     """
-    if not len(targets):
+    N, C = logits.shape
+    if not N:
         return
     with torch.cuda.device_of(logits):
-        _gradient_kernel[(len(targets),)](
-            logits, targets, logp, shift, log_sum, scale, grad, logits.stride(0), grad.stride(0), first, ignore_index,
-            C=logits.shape[1], WIDTH=grad.shape[1],
-            SHIFTED=logits.stride(0) % 8 != 0 and logits.stride(0) == grad.stride(0), BLOCK=BLOCK, num_warps=WARPS,
+        _gradient_kernel[(N,)](
+            logits, *rows, scale, grad, logits.stride(0), grad.stride(0), first, ignore_index,
+            C=C, SHIFTED=logits.stride(0) % 8 != 0 and logits.stride(0) == grad.stride(0),
+            BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
-def hidden_gradient(
-    weighted: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, logp: Tensor, log_sum: Tensor
-) -> None:
+def hidden_gradient(weighted: Tensor, weight: Tensor, rows: Rows, ignore_index: int) -> None:
     """Overwrites weighted by d logp / d h = (1 - p_y) W[y] - sum_{v != y} p_v W_v, and by 0 in ignored rows.
 
     Args:
         weighted: (N, D) fp32, contiguous: sum_{v != y} exp(z_v - shift) W_v.
         weight: (V, D), any float dtype and strides.
-        targets, ignore_index, logp, log_sum: as in row_logprobs.
+        rows, ignore_index: as in row_logprobs.
     """
-    if not len(targets):
+    if not len(weighted):
         return
     V, D = weight.shape
     with torch.cuda.device_of(weighted):
-        _hidden_gradient_kernel[(len(targets),)](
-            weighted, weight, targets, logp, log_sum, *weight.stride(), ignore_index, V,
+        _hidden_gradient_kernel[(len(weighted),)](
+            weighted, weight, rows.targets, rows.logp, rows.log_sum, *weight.stride(), ignore_index, V,
             D=D, BLOCK=min(BLOCK, triton.next_power_of_2(D)), num_warps=4,
         )  # fmt: skip

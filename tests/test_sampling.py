@@ -1,4 +1,4 @@
-"""sampling.py: against transformers' generate and logit warpers, and against a full scoring pass."""
+"""sampling.py is compared with transformers' generate and logit warpers, and with a full scoring pass."""
 
 import contextlib
 import copy
@@ -54,8 +54,8 @@ def test_greedy_equals_transformers(model, tmp_path):
 def test_rows_do_not_depend_on_their_batch(model, settings):
     """Batch sizes 1, 3 and 16 over ragged prompts, some of which stop early: the same ids, in the prompts' order.
 
-    With 3 slots rows wait for one, and take those of others; with cache_tokens = 100 there are 2; and two processes
-    that share the rows out between them get the same too.
+    With 3 slots, rows wait and then take the slots of others; with cache_tokens = 100 there are 2 slots. Two processes
+    that divide the rows between them get the same responses too.
     """
     settings = dict(max_new_tokens=30, eos_token_id=EOS, seed=3) | settings
     first = respond(model, prompts(16), batch_size=1, **settings)
@@ -123,7 +123,7 @@ def test_progress_counts_every_row_and_token(model):
 
 
 def test_no_graph_is_captured_into_a_pool_whose_graphs_have_died(model, monkeypatch):
-    """With stand-ins for torch.cuda that run steps on the CPU: before torch 2.12 such a capture fails."""
+    """Before torch 2.12 such a capture fails. Stand-ins for torch.cuda run the steps on the CPU."""
     settings = dict(max_new_tokens=40, eos_token_id=EOS, seed=3, batch_size=40)
     expected = respond(model, prompts(40), **settings)
     pools: dict[int, list[weakref.ref]] = {}  # handle -> graphs captured into this pool
@@ -174,7 +174,7 @@ def test_no_graph_is_captured_into_a_pool_whose_graphs_have_died(model, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(top_k=20), dict(top_p=0.9)])
 def test_graphs_change_nothing_on_cuda(model, monkeypatch, settings, dtype):
-    """Captured steps, looked at every 16th time, give what single steps give; greedily in fp32 what the CPU gives."""
+    """Captured steps give the responses of single steps; greedily in fp32, those of the CPU."""
     there = copy.deepcopy(model).to("cuda", dtype)
     settings = dict(max_new_tokens=40, eos_token_id=EOS, seed=3) | settings
     graphs = []
@@ -199,7 +199,7 @@ def count_calls(function, calls):
 
 
 def test_a_long_prompt_is_prefilled_alone(model, monkeypatch):
-    """No more than PREFILL_TOKENS go through the model at a time, or one prompt."""
+    """At most PREFILL_TOKENS tokens or one prompt go through the model at a time."""
     shapes = []
     monkeypatch.setattr("sampling.PREFILL_TOKENS", 20)
     forward = model.forward
@@ -213,7 +213,7 @@ def test_a_long_prompt_is_prefilled_alone(model, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_models_logps_come_from_fp32_logits(model, monkeypatch, dtype):
-    """Equal to those of fp32 products of the hidden states that were computed; rounded logits are off by 1e-2."""
+    """They equal those of fp32 products of the same hidden states; rounded logits would be off by 1e-2."""
     low, hidden = copy.deepcopy(model).to(dtype), []
     for name in ("forward", "decode"):
         call = getattr(low, name)
@@ -225,28 +225,10 @@ def test_a_16_bit_models_logps_come_from_fp32_logits(model, monkeypatch, dtype):
     torch.testing.assert_close(torch.tensor(responses.logps), expected, atol=1e-5, rtol=0)
 
 
-def test_a_near_tie_is_decided_as_in_fp32(model):
-    """Token 7's logit is larger than token 3's by less than bf16 can tell: in bf16 the first of the two would win."""
-    low = copy.deepcopy(model).bfloat16()
-    prompt = [[1, 2, 4]]
-    with torch.no_grad():
-        hidden = low(torch.tensor(prompt))[0, -1]
-        low.head_weight[3] = 8 * hidden
-        low.head_weight[7] = 8 * hidden
-        i = hidden.abs().argmin()
-        low.head_weight[7, i] *= 1 + 2**-6
-        again = low(torch.tensor(prompt))[0, -1]  # the tokens of the prompt are others
-        logits = low.head_weight.float() @ again.float()
-    assert torch.equal(again, hidden) and 0 < logits[7] - logits[3]
-    assert logits[7].bfloat16() == logits[3].bfloat16()
-    response = respond(low, prompt, max_new_tokens=1, eos_token_id=None, temperature=0)
-    assert response.ids == [[7]]
-
-
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.8)])
 @pytest.mark.parametrize("multiple", [1, 7, 64])
 def test_logps_are_those_of_a_full_scoring_pass(model, settings, multiple, monkeypatch):
-    """Under the model's own distribution, whatever temperature and filters the sampling used."""
+    """They are those of the model's own distribution, whatever temperature and filters the sampling used."""
     monkeypatch.setattr("sampling.READ_MULTIPLE", multiple)
     responses = respond(model, prompts(9), max_new_tokens=20, eos_token_id=EOS, seed=0, **settings)
     for prompt, ids, logps in zip(prompts(9), responses.ids, responses.logps):
@@ -280,7 +262,7 @@ def test_under_autocast_the_cache_has_its_dtype(model, monkeypatch):
 
 @pytest.mark.parametrize("position", [2, 3, 11])
 def test_logits_that_are_not_finite_are_an_error(model, position):
-    """At the first token, the second one and the last: the positions before it are sound."""
+    """The first, the second or the last new token is damaged; the positions before it are sound."""
     damaged = copy.deepcopy(model)
     with torch.no_grad():
         damaged.transformer["wpe"].weight[position] = float("nan")
@@ -308,8 +290,9 @@ def test_without_eos_every_row_runs_to_the_limit(model):
 def test_context_may_be_filled_to_the_last_position(model):
     prompt = [1] * 54
     assert len(respond(model, [prompt, [1]], max_new_tokens=10, eos_token_id=None).ids[0]) == 10
-    with pytest.raises(ValueError, match="prompt 1 has 55 tokens: expected 1 to 54"):
-        respond(model, [[1], prompt + [1]], max_new_tokens=10, eos_token_id=None)
+    for bad in (prompt + [1], []):
+        with pytest.raises(ValueError, match=f"prompt 1 has {len(bad)} tokens, expected 1 to .* = 54"):
+            respond(model, [[1], bad], max_new_tokens=10, eos_token_id=None)
 
 
 def test_same_seed_same_ids_other_seed_other_ids(model):
@@ -336,7 +319,7 @@ def test_filters_equal_transformers():
 
 
 def test_uniforms_are_splitmix64_of_a_hash():
-    """Against Python's integers, over both halves of the range of int64."""
+    """Compared with Python's integers, over both halves of the range of int64."""
 
     def expected(seed, row, i):
         start = int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8], "big")
@@ -363,7 +346,7 @@ def test_draw_inverts_the_distribution():
 
 
 def test_draw_over_many_blocks():
-    """The token that a fp64 cumulative sum gives, over a vocabulary of 197 blocks, the last one ragged."""
+    """It draws the token that an fp64 cumulative sum gives, over a vocabulary of 197 blocks, the last one partial."""
     rng = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(500, 50257, generator=rng)
     logits[:, 1000:30000] = -torch.inf
@@ -379,7 +362,7 @@ def test_draw_over_many_blocks():
 
 
 def test_sampled_frequencies_follow_the_model(model):
-    """4000 draws of one next token: every frequency within 5 standard errors of its probability."""
+    """In 4000 draws of one token every frequency is within 5 standard errors of its probability."""
     n = 4000
     responses = respond(model, [[3, 1, 4]] * n, max_new_tokens=1, eos_token_id=None, batch_size=n)
     count = torch.bincount(torch.tensor(responses.ids)[:, 0], minlength=51) / n
@@ -400,18 +383,6 @@ def test_mode_is_restored_and_dropout_is_off_while_sampling(model):
 def test_no_prompts():
     config = GPTNeoConfig(num_layers=1, attention_types=((("global",), 1),), hidden_size=16, vocab_size=5, num_heads=1)
     assert respond(GPTNeo(config), [], max_new_tokens=3, eos_token_id=0) == ([], [], [])
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
-     {"top_p": 1.1}, {"batch_size": 0}, {"cache_tokens": 0}],
-)  # fmt: skip
-def test_bad_settings_are_named(model, settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        respond(model, [[1]], **{"max_new_tokens": 3, "eos_token_id": None, **settings})
-    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
-        respond(model, [[1], []], max_new_tokens=3, eos_token_id=None)
 
 
 def test_the_file_alone_imports_elsewhere(tmp_path):

@@ -1,0 +1,272 @@
+"""From data to token ids: reads examples and a tokenizer, encodes, holds out a share, and draws.
+
+`encode` is the only place in which prompts become token ids, so generation and training cannot disagree on the
+template.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from data.files import shown
+from data.layouts import LAYOUTS, Turn, parts_of
+from data.records import files_of, read
+from data.templates import Piece, Template
+
+ENCODED_TOGETHER = 4096  # Texts per call: the tokenizer's own results take far more memory than the ids.
+
+
+@dataclass(slots=True)
+class Example:
+    """A prompt and its human response; a given pair also has the other response. `encode` fills in the ids."""
+
+    path: str  # The file, for messages.
+    line: int  # Identifies the record. Numbering continues across input files.
+    prompt: str  # Without the template; a conversation is written as text.
+    response: str  # "" if the prompt has no answer.
+    references: list[str]  # All texts that count as right in evaluation.
+    generated: str | None = None  # The worse response of a given pair.
+    wins: tuple[float, float] = (1.0, 0.0)  # For a given pair: the probabilities that each response is preferred.
+    prompt_ids: list[int] = field(default_factory=list)  # With the template.
+    real_ids: list[int] = field(default_factory=list)  # They end with exactly one end-of-sequence token.
+    generated_ids: list[int] = field(default_factory=list)  # They end like real_ids.
+    turns: tuple[Turn, ...] = ()  # The turns of the prompt if the data has messages.
+    before: int = 0  # The largest `line` of the files before this one.
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.real_ids) + len(self.generated_ids)
+
+    @property
+    def asked(self) -> str | list[dict[str, str]]:
+        """The prompt as the data has it: a text, or a list of messages."""
+        return [{"role": role, "content": text} for role, text in self.turns] or self.prompt
+
+    @property
+    def where(self) -> str:
+        """The place of the record, for messages: file:line."""
+        return f"{self.path}:{self.line - self.before}"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_examples(
+    names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = ()
+) -> list[Example]:
+    """Reads files, directories and data sets of the hub in order. records.py and layouts.py say what they may hold.
+
+    Args:
+        layout: "responses"; "pairs" if a record must also hold the worse response, as "generated" or "rejected", and
+            may hold "wins": [P, P']; "prompts" if a record may lack the response.
+        fields: the names of fields in the data, as in --fields: "prompt=question".
+
+    Raises: ValueError naming file and line; FileNotFoundError; other kinds of OSError.
+    """
+    examples: list[Example] = []
+    for name in [str(names)] if isinstance(names, str | Path) else names:
+        files = files_of(name)
+        if files != [name]:
+            print(f"{name}: reading {', '.join(Path(file).name for file in files)}", flush=True)
+        for file in files:
+            count, before = len(examples), examples[-1].line if examples else 0
+            for number, record in read(file):
+                try:
+                    parts = parts_of(record, layout, fields)
+                except ValueError as error:
+                    raise ValueError(f"{file}:{number}: {error}") from None
+                examples.append(Example(file, before + number, before=before, **parts))
+            if len(examples) == count:
+                raise ValueError(f"{file}: holds no records; accepted are {LAYOUTS}")
+    return examples
+
+
+def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
+    """Reads a model's tokenizer for a run: it encodes a text always in the same way, and neither cuts nor pads it.
+
+    Raises: FileNotFoundError; ValueError naming the file, if it is damaged or does not fit the model.
+    """
+    tokenizer, source = read_tokenizer(directory)
+    eos = tokenizer.id_to_token(eos_token_id) if 0 <= eos_token_id < vocab_size else None
+    if source.name == "vocab.json" and eos:
+        tokenizer.add_special_tokens([AddedToken(eos, special=True)])
+    if getattr(tokenizer.model, "dropout", None):
+        print(f"{source}: its dropout of {tokenizer.model.dropout} is switched off: it encodes at random", flush=True)
+        tokenizer.model.dropout = None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    last, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest >= vocab_size or eos is None:
+        raise ValueError(
+            f"{source}: does not fit the model: its largest id is {largest} (token '{shown(last)}'), the model has "
+            f"vocab_size {vocab_size} and eos_token_id {eos_token_id}; every token needs a row of the model's embedding"
+        )
+    return tokenizer
+
+
+def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
+    """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt, without a check against the model.
+
+    Returns: (tokenizer, its file).
+    Raises: FileNotFoundError; ValueError naming the file, if it is damaged.
+    """
+    path = Path(directory)
+    source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
+    if source.is_file():
+        with _named(f"{source}: not a readable tokenizer"):
+            return Tokenizer.from_file(str(source)), source
+    if not (vocab.is_file() and merges.is_file()):
+        raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
+    with _named(f"{vocab} and merges.txt: not a readable tokenizer"):
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, vocab
+
+
+@contextmanager
+def _named(message: str) -> Iterator[None]:
+    """Turns an error of the tokenizer, which is a plain Exception, into a ValueError that begins with `message`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{message} ({shown(error)})") from None
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Template, eos_token_id: int) -> None:
+    """Fills in prompt_ids, real_ids and, for given pairs, generated_ids.
+
+    Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
+    response ends with exactly one end-of-sequence token, whether or not its text has one. `template` may be a text
+    that contains {prompt}.
+
+    Raises: ValueError naming the file and, unless the tokenizer itself fails, the line.
+    """
+    if isinstance(template, str):
+        template = Template(template, tokenizer)
+    for first in range(0, len(examples), ENCODED_TOGETHER):
+        some = examples[first : first + ENCODED_TOGETHER]
+        pieces = [template.pieces(e.where, e.turns or (("user", e.prompt),)) for e in some]
+        with _named(f"{some[0].path}: the tokenizer cannot encode the data"):
+            prompts = _ids_of_pieces(pieces, tokenizer)
+            responses = _ids([e.response for e in some], tokenizer)
+            others = _ids([e.generated or "" for e in some], tokenizer)
+        for example, prompt_ids, ids, other in zip(some, prompts, responses, others):
+            if not prompt_ids:
+                raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
+            example.prompt_ids = prompt_ids
+            if example.response:
+                example.real_ids = _ended(ids, eos_token_id, f"{example.where}: the response")
+            if example.generated is not None:
+                example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response", True)
+
+
+def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
+    """Returns the text of a response without trailing end-of-sequence tokens and surrounding white space."""
+    return tokenizer.decode(_without_eos(ids, eos_token_id), skip_special_tokens=False).strip()
+
+
+def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int) -> None:
+    """Rewrites references as `decode` would write them, so that a perfect response equals its reference."""
+    for example in examples:
+        with _named(f"{example.where}: the tokenizer cannot encode and decode the references"):
+            example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
+
+
+def _ids_of_pieces(pieces: list[list[Piece]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Encodes texts that are given in pieces. Each distinct piece, such as the template's, is encoded once."""
+    ids: dict[Piece, list[int]] = {}
+    for special in (True, False):
+        texts = list({text: None for some in pieces for text, counts in some if counts == special})
+        ids |= zip(((text, special) for text in texts), _ids(texts, tokenizer, special))
+    return [[number for piece in some for number in ids[piece]] for some in pieces]
+
+
+def _ids(texts: list[str], tokenizer: Tokenizer, special: bool = True) -> list[list[int]]:
+    """Encodes texts. Unless `special`, special tokens in them are encoded like other text."""
+    tokenizer.encode_special_tokens = not special
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _ended(ids: list[int], eos_token_id: int, name: str, blank: bool = False) -> list[int]:
+    """Returns a response with exactly one end-of-sequence token. If `blank`, the response may have no other token."""
+    ids = _without_eos(ids, eos_token_id)
+    if not (ids or blank) or eos_token_id in ids:
+        raise ValueError(f"{name} is empty or has an end-of-sequence token inside")
+    return [*ids, eos_token_id]
+
+
+def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
+    end = len(ids)
+    while end and ids[end - 1] == eos_token_id:
+        end -= 1
+    return ids[:end]
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:
+    """Returns the examples that fit the context, and how many do not.
+
+    An example fits if the prompt leaves room for the real response, a given generated one, and `max_new_tokens`.
+
+    Raises: ValueError if `overlong` is "error" and an example does not fit, or if none fits.
+    """
+    kept = []
+    for example in examples:
+        given = max(len(example.real_ids), len(example.generated_ids))
+        need = len(example.prompt_ids) + max(given, max_new_tokens)
+        if need <= context:
+            kept.append(example)
+        elif overlong == "error":
+            raise ValueError(
+                f"{example.where}: needs {need} tokens (prompt {len(example.prompt_ids)}, response {given}, "
+                f"--max-new-tokens {max_new_tokens}) but the model's context is {context}; --overlong skip leaves such "
+                "examples out"
+            )
+    if not kept:
+        raise ValueError(f"{examples[0].path}: no example fits the context of {context} tokens")
+    return kept, len(examples) - len(kept)
+
+
+def held_out(prompt: str, share: float) -> bool:
+    """Tells whether a prompt belongs to the held-out share.
+
+    The answer depends on the prompt's text alone, so the same prompts are held out in every run and phase, and two
+    records with the same prompt are never on different sides.
+    """
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def split(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Returns (training, held-out) examples."""
+    train = [e for e in examples if not held_out(e.prompt, share)]
+    return train, [e for e in examples if held_out(e.prompt, share)]
+
+
+def draw(examples: list[Example], count: int) -> list[Example]:
+    """Returns `count` examples in their order, those whose prompts have the smallest hashes; 0 stands for all.
+
+    The hashes are independent of those of `held_out`.
+    """
+    ranks = [(hashlib.sha256(f"draw {e.prompt}".encode()).digest(), e.response) for e in examples]
+    chosen = sorted(range(len(examples)), key=ranks.__getitem__)[: count or None]
+    return [examples[i] for i in sorted(chosen)]
+
+
+def digest(examples: list[Example]) -> str:
+    """Returns the sha256 of lines, ids, references and wins: it depends on data, template and tokenizer."""
+    total = hashlib.sha256()
+    for e in examples:
+        total.update(json.dumps([e.line, e.prompt_ids, e.real_ids, e.generated_ids, e.references, e.wins]).encode())
+    return total.hexdigest()

@@ -1,0 +1,55 @@
+"""Small helpers for files and for messages about them."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+LONGEST_SHOWN = 100  # The most characters of a value that a message quotes.
+
+
+def shown(value: object) -> str:
+    """Returns a value for a message: control characters are escaped and the middle of a long text is left out."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[3 - LONGEST_SHOWN // 2 :]}"
+
+
+def near_files(path: Path, directories: bool = False) -> str:
+    """Returns "; did you mean ...?" with the file (or directory) beside `path` whose name is most like it, or ""."""
+    try:
+        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir() or not directories]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def parse_json(text: str, where: str | Path, hint: str = "") -> Any:
+    """Parses a text. Raises: ValueError, whose message begins with `where`, the text's place, and ends with `hint`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # A RecursionError means that values are nested too deep.
+        raise ValueError(f"{where}: not valid JSON ({error}){hint}") from None
+
+
+def read_text(path: Path) -> str:
+    """Reads a whole file and keeps its line ends. Raises: ValueError naming the file; OSError."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not readable as UTF-8") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads the JSON object in a file; a file that does not exist counts as {}. Raises: ValueError naming the file."""
+    if not path.is_file():
+        return {}
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def token_text(token: Any) -> Any:
+    """Returns the text of a special token, which tokenizer_config.json writes as a text or as an object."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,172 @@
+"""Writes the turns of a prompt as text: by a text that contains {prompt}, or by the tokenizer's chat template.
+
+A chat template is code that comes with a model. It runs in Jinja's sandbox, which gives it no files, no network and no
+access to Python's objects, though it can waste time. It has no clock either: a prompt must be the same tomorrow.
+
+Special tokens in the text of a turn are plain text, so nobody can end the sequence or forge a part of the template. To
+this end, the template is filled with placeholders, and `Template.pieces` puts the text back after it has cut the
+prompt at the template's own special tokens.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from data.files import read_object, read_text, shown, token_text
+from data.layouts import Turn
+
+DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
+OPEN, CLOSE = "\ue0f0", "\ue0f1"  # They enclose the number of a placeholder; Unicode gives them no meaning.
+PLACEHOLDER = re.compile(f"{OPEN}[0-9]+{CLOSE}")
+
+Piece = tuple[str, bool]  # (text, whether special tokens in it count)
+
+
+@dataclass(eq=False)
+class Template:
+    """Writes prompts. Raises: ValueError if a chat template is not valid."""
+
+    source: str  # A text that contains {prompt}, or, if `variables` are given, the Jinja source of a chat template.
+    tokenizer: Tokenizer  # It defines the special tokens that a turn must not forge.
+    variables: dict[str, str] | None = None  # What a chat template may use besides the messages, such as bos_token.
+    special_tokens: bool = False  # Special tokens in the text of turns count.
+    name: str = "--template"  # The name of the template in messages.
+
+    def __post_init__(self) -> None:
+        self.chat = None if self.variables is None else _compiled(self.source, self.name)
+        special = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        special.sort(key=lambda token: len(token.content), reverse=True)  # The tokenizer prefers the longest one too.
+        patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
+        self.cut = re.compile(f"({'|'.join(patterns)})") if patterns else None
+        self.forged = re.compile("|".join(re.escape(text) for text in [*(t.content for t in special), OPEN, CLOSE]))
+
+    def pieces(self, where: str, turns: Sequence[Turn]) -> list[Piece]:
+        """Returns the prompt in pieces that are to be encoded one by one: special tokens, and the text between them.
+
+        Raises: ValueError naming the record by `where` if a chat template refuses the turns.
+        """
+        if self.special_tokens or self.cut is None:
+            return [(self._written(where, turns), True)]
+        hidden: dict[str, str] = {}  # Texts by their placeholders.
+
+        def hide(text: str) -> str:
+            placeholder = f"{OPEN}{len(hidden)}{CLOSE}"
+            hidden[placeholder] = text
+            return placeholder
+
+        # A chat template may trim or compare the text of a turn, so only the special tokens in it are hidden.
+        if self.chat is not None:
+            turns = [(role, self.forged.sub(lambda found: hide(found[0]), text)) for role, text in turns]
+        else:
+            turns = [(role, hide(text)) for role, text in turns]
+        parts = self.cut.split(self._written(where, turns))  # Every second part is a special token.
+        parts = [PLACEHOLDER.sub(lambda found: hidden.get(found[0], found[0]), part) for part in parts]
+        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+
+    def _written(self, where: str, turns: Sequence[Turn]) -> str:
+        """Returns the whole prompt. A text template writes every user turn; a blank line follows each other turn."""
+        if self.chat is None:
+            texts = [self.source.replace("{prompt}", t) if role == "user" else f"{t}\n\n" for role, t in turns]
+            return "".join(texts)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return self.chat.render(messages=messages, add_generation_prompt=True, **self.variables)
+        except Exception as error:  # Jinja's errors, and whatever Python raises while the template runs.
+            raise ValueError(f"{where}: {self.name} cannot write the prompt ({shown(error)})") from None
+
+
+def jinja_of(text: str) -> str:
+    """Returns the chat template that writes what the text template writes."""
+
+    def quoted(part: str) -> str:
+        return "{{ " + json.dumps(part, ensure_ascii=False) + " }}" if part else ""
+
+    user = "{{ message['content'] }}".join(map(quoted, text.split("{prompt}")))
+    other = "{{ message['content'] }}" + quoted("\n\n")
+    branch = "{% if message['role'] == 'user' %}" + user + "{% else %}" + other + "{% endif %}"
+    return "{% for message in messages %}" + branch + "{% endfor %}"
+
+
+def choose(
+    option: str, directory: Path, tokenizer: Tokenizer, messages: bool, special_tokens: bool = False
+) -> Template:
+    """Returns the template that --template asks for.
+
+    Args:
+        option: "chat", a text, or "auto", which uses the chat template if there is one and the data has messages.
+        directory: the model's directory.
+        messages: whether the data has messages.
+
+    Raises: ValueError if there is no chat template to choose, or if it is not valid.
+    """
+    if option == "chat" or (option == "auto" and messages):
+        source, variables, file = read_chat(directory)
+        if source:
+            return Template(source, tokenizer, variables, special_tokens, str(file))
+        if option == "chat":
+            raise ValueError(
+                f"--template chat: {directory} has no chat template, neither chat_template.jinja nor one in "
+                "tokenizer_config.json; expected a text with {prompt}"
+            )
+    text = DEFAULT_TEMPLATE if option == "auto" else option
+    return Template(text.replace(r"\n", "\n"), tokenizer, special_tokens=special_tokens)
+
+
+def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
+    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none.
+
+    Raises: ValueError naming the file.
+    """
+    config = read_object(directory / "tokenizer_config.json")
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        source: Any = read_text(file)
+    else:
+        file = directory / "tokenizer_config.json"
+        source = config.get("chat_template") or ""
+        if isinstance(source, list):  # A list holds several templates by name.
+            named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+            source = named.get("default", "")
+    if not isinstance(source, str):
+        raise ValueError(f"{file}: its chat template is {type(source).__name__}, expected text")
+    fields = read_object(directory / "special_tokens_map.json") | config
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+    texts = {name: token_text(fields.get(name)) for name in names}
+    return source, {name: text for name, text in texts.items() if isinstance(text, str)}, file
+
+
+def _compiled(source: str, name: str) -> Any:
+    """Returns the template in Jinja's sandbox, with what transformers offers to templates except for the clock."""
+    import jinja2
+    from jinja2 import ext, nodes, sandbox
+
+    class Generation(ext.Extension):
+        """Accepts {% generation %}, which marks what a model wrote; a prompt does not need the mark."""
+
+        tags = frozenset(["generation"])
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:  # Jinja's own filter escapes characters of HTML.
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(source)
+    except Exception as error:  # Jinja's errors, and those of Python for absurd templates.
+        raise ValueError(f"{name}: its chat template is not valid ({shown(error)})") from None

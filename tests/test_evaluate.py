@@ -1,4 +1,4 @@
-"""runtime/evaluate.py: metrics of known responses, standard errors, the KL estimate, edit distances."""
+"""evaluate.py: metrics of known responses, standard errors, the KL estimate, equal entropy, edit distances."""
 
 import dataclasses
 import math
@@ -10,37 +10,45 @@ import torch
 from helpers import begin, flags, known_model, player_of, script_responses, spy
 
 import spin
-from runtime.data import Example
-from runtime.evaluate import (
+from data.examples import Example
+from evaluate import (
     StartSamples,
     add_temperatures,
     answers,
     at_equal_entropy,
+    best_of,
     better,
     changes,
+    column,
     edit_distance,
     evaluate,
     frontier,
     interpolation,
+    metrics_with,
     nearest_edits,
     sample_start,
     with_se,
 )
-from runtime.run import Run
+from runtime.work import Work
 
 
-def test_edit_distance_on_known_pairs():
-    """In tokens; here letters."""
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("", "abc") == 3
-    assert edit_distance("abc", "") == 3
+def test_columns_of_functions_and_of_other_methods_have_formats_and_directions():
+    names = metrics_with(["judge.py:brief", "edit_distance"])
+    assert names == [
+        "greedy", "sampled", "greedy_error", "sampled_error", "nll",
+        "greedy_brief", "sampled_brief", "greedy_edit_distance", "sampled_edit_distance",
+    ]  # fmt: skip
+    assert [column(name).better for name in names] == [1, 1, -1, -1, -1, 1, 1, -1, -1]
+    assert [column(name).format for name in ("greedy_brief", "sampled_exact", "nll", "other")] == [
+        ".3f", ".1%", ".4f", ".3f"
+    ]  # fmt: skip
 
 
 def test_edit_distance_is_that_of_the_whole_table():
     """Against the textbook's table of distances, on random lists of up to 90 words, longer than a machine word."""
     rng = random.Random(0)
-    for _ in range(100):
-        a, b = ([rng.choice("abc") for _ in range(rng.randrange(90))] for _ in range(2))
+    for sizes in [(0, 3), (3, 0), *((rng.randrange(90), rng.randrange(90)) for _ in range(100))]:
+        a, b = ([rng.choice("abc") for _ in range(size)] for size in sizes)
         row = list(range(len(b) + 1))
         for i, x in enumerate(a, 1):
             diagonal, row[0] = row[0], i
@@ -55,52 +63,42 @@ def test_the_nearest_reference_has_the_lowest_error_rate():
     assert nearest_edits("A B", ["X", "A B"]) == (0, 2)
 
 
-def test_standard_errors_of_mean_and_ratio():
-    """Of a mean: sqrt(p (1 - p) / n). Of a ratio: against the spread over 2000 resampled data sets."""
+def test_standard_errors_are_the_spread_over_resampled_data():
+    """Of a mean in closed form; of a ratio, and of a paired change, against 2000 resampled data sets."""
     row = with_se("x", [1.0, 0.0, 0.0, 0.0])
-    assert row["x"] == 0.25
-    assert row["x_se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
-    rng = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, 9, (300,), generator=rng).double()
-    values = weights * 2 + torch.randn(300, generator=rng)
-    row = with_se("x", values.tolist(), weights.tolist())
-    index = torch.randint(300, (2000, 300), generator=rng)
-    resampled = values[index].sum(1) / weights[index].sum(1)
-    assert row["x_se"] == pytest.approx(resampled.std().item(), rel=0.1)
-
-
-def test_paired_standard_error_on_hand_computed_numbers_and_against_resampling():
-    """Of a mean: the spread of the differences over n. Of a ratio: against 2000 resampled data sets, same examples."""
-
-    def rows(values, weights):
-        return [{"values": {"x": pair}} for pair in zip(values, weights)]
-
-    ones = [1.0] * 4
-    change, error = changes(rows([0.0, 1.0, 0.0, 1.0], ones), rows([1.0, 1.0, 0.0, 1.0], ones))["x"]
-    assert change == 0.25 and error == pytest.approx(math.sqrt(0.75**2 + 3 * 0.25**2) / 4)
-    assert changes(rows([0.0, 1.0], ones), rows([0.0, 1.0], ones))["x"] == (0.0, 0.0)
+    assert row == {"x": 0.25, "x_se": pytest.approx(math.sqrt(0.25 * 0.75 / 4))}
     rng = torch.Generator().manual_seed(0)
     weights = torch.randint(1, 9, (2, 300), generator=rng).double()
-    noise = torch.randn(300, generator=rng)
-    before, now = weights[0] * 2 + 3 * noise, weights[1] * 1.5 + 3 * noise + torch.randn(300, generator=rng)
+    noise = torch.randn(300, generator=rng)  # shared by both iterates
+    values = [weights[0] * 2 + 3 * noise, weights[1] * 1.5 + 3 * noise + torch.randn(300, generator=rng)]
     index = torch.randint(300, (2000, 300), generator=rng)
-    resampled = now[index].sum(1) / weights[1][index].sum(1) - before[index].sum(1) / weights[0][index].sum(1)
-    _, error = changes(rows(before.tolist(), weights[0].tolist()), rows(now.tolist(), weights[1].tolist()))["x"]
-    assert error == pytest.approx(resampled.std().item(), rel=0.1)
+    before, now = (v[index].sum(1) / w[index].sum(1) for v, w in zip(values, weights))
+    assert with_se("x", values[0].tolist(), weights[0].tolist())["x_se"] == pytest.approx(before.std().item(), rel=0.1)
+    rows = [[{"values": {"x": pair}} for pair in zip(v.tolist(), w.tolist())] for v, w in zip(values, weights)]
+    assert changes(*rows)["x"][1] == pytest.approx((now - before).std().item(), rel=0.1)
+
+
+def test_the_paired_standard_error_of_a_mean_is_the_spread_of_the_differences():
+    before, now = ([{"values": {"x": (v, 1.0)}} for v in values] for values in ([0, 1, 0, 1], [1, 1, 0, 1]))
+    assert changes(before, now)["x"] == (0.25, pytest.approx(math.sqrt(0.75**2 + 3 * 0.25**2) / 4))
+    assert changes(now, now)["x"] == (0.0, 0.0)
 
 
 def test_an_iterate_is_better_than_the_start_by_more_than_two_standard_errors():
-    assert better({"since_start": {"nll": (-0.21, 0.1)}}, "nll") and better(
-        {"since_start": {"greedy": (1, 0)}}, "greedy"
-    )
-    assert not better({"since_start": {"nll": (-0.2, 0.1)}}, "nll"), "exactly two"
-    assert not better({"since_start": {"greedy": (-1, 0.1)}}, "greedy"), "worse"
-    assert not better({}, "nll"), "the start itself"
-    assert not better({"since_start": {"entropy": (1, 0)}}, "entropy"), "neither direction is better"
+    for name, change, error, expected in (
+        ("nll", -0.21, 0.1, True), ("greedy", 1, 0, True), ("nll", -0.2, 0.1, False), ("greedy", -1, 0.1, False),
+        ("entropy", 1, 0, False),
+    ):  # fmt: skip
+        assert better({"since_start": {name: (change, error)}}, name) == expected
+    rows = [{"iterate": 0, "nll": 1.0}]
+    assert not better(rows[0], "nll") and best_of(rows, "nll") == 0
+    rows += [{"iterate": t, "nll": nll, "since_start": {"nll": (nll - 1, 0.1)}} for t, nll in ((1, 0.5), (2, 0.6))]
+    assert best_of(rows, "nll") == 1
 
 
 def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeypatch):
     player, _, run = begin(start, data, tmp_path / "run")
+    run = run.work
     samples = StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [0.0, 0.0])
     run.heldout = [dataclasses.replace(run.heldout[0], references=["A B", "HH AH0"]), run.heldout[1]]
     right = [*run.tokenizer.encode("HH AH0").ids, run.eos_token_id]
@@ -115,10 +113,11 @@ def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeyp
 def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path, monkeypatch):
     """Whatever a run asks a player for, but for the opponent's responses and their scores, is about those prompts."""
     asked, scored = {}, {}
-    spy(monkeypatch, Run, "respond", lambda a, k: asked.setdefault(a[3], []).append([e.prompt_ids for e in a[2]]))
-    spy(monkeypatch, Run, "logps", lambda a, k: scored.setdefault(a[3], []).append([item[0] for item in a[2]]))
+    spy(monkeypatch, Work, "respond", lambda a, k: asked.setdefault(a[3], []).append([e.prompt_ids for e in a[2]]))
+    spy(monkeypatch, Work, "logps", lambda a, k: scored.setdefault(a[3], []).append([item[0] for item in a[2]]))
     assert spin.main(flags(start, data, tmp_path / "run")) == 0
     _, _, run = begin(start, data, tmp_path / "again")
+    run = run.work
     heldout = [e.prompt_ids for e in run.heldout]
     (generated,), (pairs,) = asked.pop("generate"), scored.pop("score")
     colder = [f"{temperature:g}" for temperature in run.args.eval_temperatures]
@@ -150,12 +149,8 @@ def test_kl_to_the_start_is_that_of_the_whole_distribution():
     assert abs(estimate["kl"] - exact) <= 5 * estimate["kl_se"]
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_the_entropy_is_that_of_the_whole_distribution(tells):
-    """One-token responses, where the entropy is a sum over 11 tokens: the estimate agrees within 5 se.
-
-    Also for a player that does not tell the log-probabilities of what it samples.
-    """
+def test_the_entropy_is_that_of_the_whole_distribution():
+    """One-token responses, where the entropy is a sum over 11 tokens: the estimate agrees within 5 se."""
     model = known_model()
     player = player_of(model, max_new_tokens=1)
     examples = [Example("", 1, "3", "5", ["5"], prompt_ids=[3], real_ids=[5, 10])] * 4000
@@ -166,7 +161,7 @@ def test_the_entropy_is_that_of_the_whole_distribution(tells):
         text=str,
         pieces=lambda ids, logps: [],
         respond=lambda player, examples, name, seed, temperature, with_logps: player.respond(
-            [e.prompt_ids for e in examples], seed, temperature=temperature, with_logps=with_logps and tells
+            [e.prompt_ids for e in examples], seed, temperature=temperature, with_logps=with_logps
         ),
         logps=lambda player, items, name, by_token=False: player.logps(items),
     )
@@ -224,17 +219,17 @@ def test_a_polynomial_is_reproduced_by_interpolation():
 
 def test_a_model_that_is_only_sharper_gains_nothing_at_equal_entropy(start, data, tmp_path):
     """Logits divided by 0.7 are sampled like the start at temperature 0.7, example by example."""
-    player, _, run = begin(start, data, tmp_path / "run", eval_temperatures="0.7,1,1.3", metric="edit_distance")
-    samples = sample_start(player, run)
-    before = answers(player, samples, run)
-    add_temperatures(player, before, run)
+    player, _, run = begin(start, data, tmp_path / "run", eval_temperatures=[0.7, 1, 1.3], metric="edit_distance")
+    samples = sample_start(player, run.work)
+    before = answers(player, samples, run.work)
+    add_temperatures(player, before, run.work)
     assert [point["temperature"] for point in frontier(before)] == [0.7, 1.0, 1.3]
     entropies = [point["entropy"] for point in frontier(before)]
     assert entropies == sorted(entropies)
     with torch.no_grad():
         for parameter in player.model.transformer["ln_f"].parameters():
             parameter /= 0.7
-    now = answers(player, samples, run)
+    now = answers(player, samples, run.work)
     for row, sharper in zip(before, now):
         at = row["by_temperature"]["0.7"]
         assert at["sampled_error"] == sharper["values"]["sampled_error"]

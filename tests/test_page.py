@@ -1,8 +1,7 @@
-"""report.html and report.py: what the page says, its size, hostile text, and the page in a real browser."""
+"""report.html and `python -m report`: what the page says, its size, hostile text, and the page in a real browser."""
 
 import html.parser
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -12,11 +11,12 @@ from xml.etree import ElementTree
 import pytest
 from helpers import begin, rows, small, small_sft
 
-import report as script
 import sft
 import spin
-from runtime import page, panels
-from runtime.figures import COLOURS
+from report import __main__ as script
+from report import page
+from report.figures import COLOURS
+from report.files import RunFiles
 
 HOSTILE = [
     "<script>window.hacked = 1</script>", "</script><script>window.hacked = 1</script>", "<!-- <script>",
@@ -26,18 +26,14 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def made(start, data, tmp_path_factory):
-    """(the folder of a run of two iterations, the page after each of its iterates)."""
+def finished(start, data, tmp_path_factory):
+    """The folder of a run of two iterations, and in it pages.json with its page after each of the iterates."""
     out, seen, make = tmp_path_factory.mktemp("runs") / "finished", [], page.page
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "page", lambda folders: seen.append(make(folders)) or seen[-1])
         assert spin.main(small(start, data, out=out)) == 0
-    return out, seen
-
-
-@pytest.fixture(scope="module")
-def finished(made):
-    return made[0]
+    (out / "pages.json").write_text(json.dumps(seen))
+    return out
 
 
 def heldout_row(i: int, text: str, nll: float, error: float) -> dict:
@@ -48,40 +44,39 @@ def heldout_row(i: int, text: str, nll: float, error: float) -> dict:
     return {"prompt": f"prompt {i}", "references": [real], "values": values, "tokens": tokens, "greedy": text}
 
 
-def write_run(folder, heldout: list[list[dict]], steps: int = 20, **args):
-    """Files of a run whose iterate t answered as heldout[t] says."""
+def write_run(folder, count: int, iterates: int, changed: int, steps: int = 20, **args):
+    """Files of a run. Of `count` prompts the last `changed` get another, better response in every iterate."""
     folder.mkdir(parents=True)
-    record = {"command": "spin", "args": {"iterations": len(heldout) - 1, "best": "nll", "lr": [1e-3]} | args}
+    record = {"command": "spin", "args": {"iterations": iterates, "best": "nll", "lr": [1e-3]} | args}
     (folder / "run.json").write_text(json.dumps(record | {"digests": {"model": "12ab"}, "torch": "2"}))
+
+    def write(name, lines):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
     metrics = []
-    for t, lines in enumerate(heldout):
-        row = {"iterate": t, "sampled": 0.3 + 0.02 * t, "sampled_se": 0.01, "nll": 1 - 0.1 * t, "nll_se": 0.2}
+    for t in range(iterates + 1):
+        row = {
+            "iterate": t,
+            "sampled": 0.3 + 0.02 * t,
+            "sampled_se": 0.01,
+            "nll": 1 - 0.1 * t,
+            "nll_se": 0.2,
+            "entropy": 2,
+        }
         changes = {"sampled": [0.02 * t, 0.003], "nll": [-0.1 * t, 0.2]}
-        metrics.append(row | ({"since_start": changes, "pairs": 9, "generated": 12, "identical": 3} if t else {}))
-        (folder / f"heldout-{t}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        counts = {"pairs": 9, "generated": 12, "identical": 3, "truncated": 0.0, "skipped": 0}
+        metrics.append(row | ({"since_start": changes} | counts if t else {}))
+        texts = [f"answer {t if i >= count - changed else 0} to {i}" for i in range(count)]
+        errors = [9.0 - t * (i >= count - changed) for i in range(count)]
+        write(f"heldout-{t}.jsonl", [heldout_row(i, texts[i], 2 - t * i / count, errors[i]) for i in range(count)])
         if t:
-            signals = dict(loss=0.7, margin=0.1, accuracy=0.5, grad_norm=1.0, lr=1e-3, skipped=False)
-            log = [json.dumps({"iteration": t - 1, "step": n + 1} | signals) + "\n" for n in range(steps)]
-            (folder / f"steps-{t - 1}.jsonl").write_text("".join(log))
-            pair = {"real_ids": [1, 2], "generated_ids": [1, 2, 3], "opponent_real_logp": -2.0}
-            (folder / f"pairs-{t - 1}.jsonl").write_text(json.dumps(pair | {"opponent_generated_logp": -6.0}) + "\n")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    times = {"seconds": {"train": 2.0}, "memory": {"train": 2**20}, "pace": [[5, 100.0], [10, 120.0]], "machine": "m"}
-    lines = [json.dumps({"iterate": t} | times) + "\n" for t in range(len(heldout))]
-    (folder / "times.jsonl").write_text("".join(lines))
+            write(f"steps-{t - 1}.jsonl", [{"iteration": t - 1, "step": i + 1, "loss": 0.7} for i in range(steps)])
+            pair = {"real_ids": [1, 2], "opponent_real_logp": -2.0, "generated_ids": [[1, 2, 3]]}
+            write(f"pairs-{t - 1}.jsonl", [pair | {"opponent_generated_logps": [-6.0]}])
+    times = {"seconds": {"train": 2.0}, "memory": {"train": 2**20}, "machine": "m"}
+    write("metrics.jsonl", metrics)
+    write("times.jsonl", [{"iterate": t} | times for t in range(iterates + 1)])
     return folder
-
-
-def answers(count: int, iterates: int, changed: int) -> list[list[dict]]:
-    """Of `count` prompts the last `changed` get another response in every iterate, nearer to the reference."""
-
-    def text(i: int, t: int) -> str:
-        return f"answer {t if i >= count - changed else 0} to {i}"
-
-    return [
-        [heldout_row(i, text(i, t), 2 - t * i / count, 9.0 - t * (i >= count - changed)) for i in range(count)]
-        for t in range(iterates + 1)
-    ]
 
 
 class Reader(html.parser.HTMLParser):
@@ -103,41 +98,36 @@ class Reader(html.parser.HTMLParser):
 # ---------------------------------------------------------------- what runs keep for it
 
 
-def test_a_run_writes_its_page_after_every_iterate(made):
-    """With all iterates so far; beside it times and memory of each phase, and the pace of training."""
-    out, seen = made
+def test_a_run_writes_its_page_after_every_iterate(finished):
+    """With all iterates so far; besides it times and memory of each phase."""
+    seen = json.loads((finished / "pages.json").read_text())
     assert [("is not finished: 1 of 2" in text, "Only the start" in text) for text in seen] == [
-        (False, True), (True, False), (False, False),
+        (False, True), (True, False), (False, False), (False, False),
     ]  # fmt: skip
-    assert (out / "report.html").read_text() == seen[-1]
-    times = rows(out / "times.jsonl")
+    assert (finished / "report.html").read_text() == seen[-1]
+    times = rows(finished / "times.jsonl")
     assert [row["iterate"] for row in times] == [0, 1, 2]
     assert set(times[1]["seconds"]) == set(times[1]["memory"]) == {"generate", "score", "train", "evaluate"}
-    steps = len(rows(out / "steps-0.jsonl"))
-    assert times[1]["pace"][-1][0] <= steps and all(rate > 0 for _, rate in times[1]["pace"])
-    names = {name for entry in json.loads((out / "checksums.json").read_text())["iterates"] for name in entry}
-    assert "metrics.jsonl" in names and not {"report.html", "times.jsonl"} & names
+    assert not {"report.html", "times.jsonl"} & set(re.findall(r"[\w.]+", (finished / "checksums").read_text()))
 
 
-def test_a_page_that_cannot_be_written_is_a_warning(start, data, here, monkeypatch, capsys):
+def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, "page", lambda folders: 1 / 0)
-    assert spin.main(small(start, data, iterations=1)) == 0
-    error = capsys.readouterr().err
-    assert error.count("report.html: not written (ZeroDivisionError: division by zero)") == 2, "a line for each iterate"
-    assert (here / "run/final/model.safetensors").is_file() and not (here / "run/report.html").exists()
+    written = {}
+    page.Page(tmp_path, written.__setitem__).iterate([{"iterate": 0, "nll": 1.0, "nll_se": 0.1}], {}, "")
+    assert "report.html: not written (ZeroDivisionError: division by zero)" in capsys.readouterr().err
+    assert list(written) == [tmp_path / "metrics.svg"]
 
 
 def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(finished, start, data, tmp_path):
     """Of the start's greedy responses and of the real ones, token by token; the pieces of these make up the text."""
     player, _, run = begin(start, data, tmp_path / "again")
-    responses = player.respond([e.prompt_ids for e in run.heldout], 0, temperature=0.0)
-    for row, example, (greedy, _) in zip(rows(finished / "heldout-0.jsonl"), run.heldout, responses, strict=True):
+    responses = player.respond([e.prompt_ids for e in run.work.heldout], 0, temperature=0.0)
+    for row, example, (greedy, _) in zip(rows(finished / "heldout-0.jsonl"), run.work.heldout, responses, strict=True):
         for name, ids in (("greedy", greedy), ("real", example.real_ids)):
-            (by_token,) = player.logps_by_token([(example.prompt_ids, ids)])
-            (first,) = player.response_logps([(example.prompt_ids, ids[:1])]).tolist()
-            assert by_token[0] == pytest.approx(first[0], abs=1e-4)
+            (by_token,) = player.logps([(example.prompt_ids, ids)], by_token=True)
             pieces, logps = zip(*row["tokens"][name])
-            expected, expected_logps = zip(*run.pieces(ids, by_token))
+            expected, expected_logps = zip(*run.work.pieces(ids, by_token))
             assert pieces == expected and list(logps) == pytest.approx(expected_logps, abs=0.002)
         assert "".join(pieces).strip() == example.references[0]
         assert sum(logps) == pytest.approx(-row["values"]["nll"][0], abs=0.001 * len(logps))  # of the real response
@@ -145,8 +135,8 @@ def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(finished,
 
 def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):
     _, _, run = begin(start, data, tmp_path / "run")
-    ids = run.tokenizer.encode("a\u00e9\U0001f600b").ids
-    pieces = run.pieces([*ids, run.eos_token_id], [-0.5] * (len(ids) + 1))
+    ids = run.work.tokenizer.encode("a\u00e9\U0001f600b").ids
+    pieces = run.work.pieces([*ids, run.work.eos_token_id], [-0.5] * (len(ids) + 1))
     assert [text for text, _ in pieces] == ["a", "\u00e9", "\U0001f600", "b", ""]
     assert sum(logp for _, logp in pieces) == -0.5 * (len(ids) + 1)
 
@@ -155,21 +145,19 @@ def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):
 
 
 def test_the_headline_tells_changes_from_noise(tmp_path):
-    run = panels.Loaded(write_run(tmp_path / "run", answers(4, 2, 2)))
-    sentences = page.headline(run)
-    assert sentences == [
+    run = RunFiles(write_run(tmp_path / "run", 4, 2, 2))
+    assert page.headline(run) == [
         "Sampled accuracy rose from 30.0% to 34.0% (+4.0 \u00b1 0.3 points, better).",
         "NLL did not change by more than two standard errors.",
         "No iterate is better by NLL.",
     ]
-    assert not any("entropy" in sentence for sentence in sentences)
-    run.rows[-1]["at_equal_entropy"] = {"temperature": 0.93, "sampled": [0.004, 0.003], "other": "damaged"}
-    assert page.headline(run)[2] == (
-        "Against the start at temperature 0.93, which has the same entropy: sampled accuracy +0.4 \u00b1 0.3 points."
-    )
+    run.rows[-1]["at_equal_entropy"] = {"temperature": 0.93, "sampled": [0.004, 0.003]}
     run.args |= {"best": "sampled", "iterations": 3}
     assert page.headline(run)[0] == "The run is not finished: 2 of 3 iterations."
-    assert page.headline(run)[-1] == "The best iterate by sampled accuracy is 2."
+    assert page.headline(run)[3:] == [
+        "Against the start at temperature 0.93, which has the same entropy: sampled accuracy +0.4 \u00b1 0.3 points.",
+        "The best iterate by sampled accuracy is 2.",
+    ]
 
 
 def test_the_page_of_a_real_run(finished):
@@ -178,13 +166,14 @@ def test_the_page_of_a_real_run(finished):
     reader = Reader(text)
     shown = {attrs["aria-label"].partition(".")[0] for tag, attrs in reader.tags if tag == "svg"}
     assert {
-        "greedy error", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "tokens a second", "length",
+        "greedy error", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "length",
         "log-ratio, real", "log-ratio, generated", "held-out margin", "truncated", "dropped", "identical to the real",
         "sampled error by entropy",
     } <= shown  # fmt: skip
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text
-    assert "python spin.py" in reader.text and "What is missing" not in reader.text
+    assert re.search("python spin.py --model .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
+    assert "--top-k" not in reader.text.partition("All options")[0] and "What is missing" not in reader.text
     digest = json.loads((finished / "run.json").read_text())["digests"]["model"]
     assert digest in reader.text
     scripts = [attrs for tag, attrs in reader.tags if tag == "script"]
@@ -192,15 +181,15 @@ def test_the_page_of_a_real_run(finished):
 
 
 def test_runs_without_some_files_still_get_a_page(finished, start, data, tmp_path):
-    """Of an older version, not finished, damaged, or supervised: a line says what is missing."""
+    """Not finished, being written, or supervised: a line says what is missing."""
     older = shutil.copytree(finished, tmp_path / "older")
     for name in ("heldout-0.jsonl", "heldout-1.jsonl", "heldout-2.jsonl", "steps-1.jsonl", "times.jsonl"):
         (older / name).unlink()
-    lines = [{k: v for k, v in row.items() if not k.startswith("since")} for row in rows(older / "metrics.jsonl")]
-    (older / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterate": 3, "nll')
+    with open(older / "metrics.jsonl", "a") as file:
+        file.write('{"iterate": 3, "nll')
     text = Reader(page.page([older])).text
-    assert "Paired standard errors are not known" in text and "Responses to held-out prompts" not in text
-    for name in ("heldout-0.jsonl: missing", "steps-1.jsonl: missing", "times.jsonl: times and memory"):
+    assert "Responses to held-out prompts" not in text
+    for name in ("heldout-0.jsonl: missing", "steps-1.jsonl: missing"):
         assert f"older: {name}" in text
     (older / "metrics.jsonl").unlink()
     assert "No iterate has been evaluated yet." in Reader(page.page([older])).text
@@ -211,43 +200,40 @@ def test_runs_without_some_files_still_get_a_page(finished, start, data, tmp_pat
 
 
 def test_several_runs_are_compared(tmp_path):
-    """What differs between them, the last responses side by side where the prompts are the same, a colour each."""
-    one = write_run(tmp_path / "one", answers(5, 2, 2), lr=[1e-3])
-    two = write_run(tmp_path / "two", answers(5, 1, 4), lr=[5e-4])
+    """What differs between them, the last responses side by side if the prompts are the same, a colour each."""
+    one = write_run(tmp_path / "one", 5, 2, 2, lr=[1e-3])
+    two = write_run(tmp_path / "two", 5, 1, 4, lr=[5e-4])
     text = page.page([one, two])
     table = text[text.index("What differs") : text.index("All options")]
     assert "--lr" in table and "0.0005" in table and "--iterations" in table and "--best" not in table
     assert f'class="s1" fill="{COLOURS[1]}"' in text and "answer 2 to 4" in text and "answer 1 to 4" in text
-    other = write_run(tmp_path / "other", [lines[1:] for lines in answers(5, 1, 4)])
-    text = page.page([one, other])
+    text = page.page([one, write_run(tmp_path / "other", 4, 1, 4)])
     assert "Responses to held-out" not in text and "evaluated on different prompts" in text
 
 
-def test_the_command_says_which_options_are_not_the_defaults(finished):
-    assert "--rank 4 --lora-dropout 0.1" in panels.Loaded(finished).command
-    assert "--top-k" not in panels.Loaded(finished).command and "--mix-previous" in panels.Loaded(finished).command
-
-
 def test_the_page_stays_below_a_megabyte(tmp_path):
-    """10 iterations, 5,000 held-out prompts, 2,000 steps each: the changed responses come first, and it says so."""
-    run = write_run(tmp_path / "run", answers(5000, 10, 600), steps=2000)
+    """3 iterations, 2,000 held-out prompts, 500 steps each: the changed responses come first, and it says so."""
+    run = write_run(tmp_path / "run", 2000, 3, 600, steps=500)
     text = page.page([run])
     assert len(text.encode()) < 1_000_000
     kinds = [attrs["data-kind"] for tag, attrs in Reader(text).tags if tag == "tbody" and "data-kind" in attrs]
     count = kinds.count("better")
     assert count >= 300 and kinds == ["better"] * count + ["same"] * (len(kinds) - count)
     words = " ".join(Reader(text).text.split())
-    assert f"{len(kinds)} of 5,000 held-out prompts" in words and "got better 600" in words
+    assert f"{len(kinds)} of 2,000 held-out prompts" in words and "got better 600" in words
 
 
 def hostile_run(folder):
-    rows = answers(len(HOSTILE), 1, 0)
-    for i, text in enumerate(HOSTILE):
-        for t in (0, 1):
-            said = text if t else f"before {text}"
-            pieces = [[said, -1.0]]
-            rows[t][i] |= {"prompt": text, "references": [text], "greedy": said, "tokens": {"greedy": pieces}}
-    return write_run(folder, rows, template="</script><script>window.hacked = 1</script>", model="<b>\ud800")
+    write_run(folder, len(HOSTILE), 1, 0, template="</script><script>window.hacked = 1</script>", model="<b>\ud800")
+    for t, before in enumerate(("before ", "")):
+        file = folder / f"heldout-{t}.jsonl"
+        lines = []
+        for row, text in zip(rows(file), HOSTILE):
+            tokens = {"greedy": [[before + text, -1.0]], "real": [[text, -1.0]]}
+            row |= {"prompt": text, "references": [text], "greedy": before + text, "tokens": tokens}
+            lines.append(json.dumps(row) + "\n")
+        file.write_text("".join(lines))
+    return folder
 
 
 def test_hostile_text_is_text(tmp_path):
@@ -263,28 +249,18 @@ def test_hostile_text_is_text(tmp_path):
     assert len(text.encode()) < 1_000_000 and "\x00" not in text
 
 
-def test_tokens_are_encoded_in_two_characters():
+def test_tokens_are_encoded_as_lengths_and_quarters_of_a_nat():
     pieces = [["ab", -0.25], [" c", -100.0], ["d" * 40, 0.0], ["", -1.0]]
-    code = page.encoded(pieces, "ab c" + "d" * 40)
-    assert [(code[i], code[i + 1]) for i in range(0, len(code), 2)] == [("2", "1"), ("2", "z"), ("z", "0"), ("5", "0")]
-    assert page.encoded([[" a ", -1.0], ["b ", -1.0]], "a b") == "2414"
-    assert page.encoded([["a", -1.0]], "other") == page.encoded(None, "a") == page.encoded([["a", "x"]], "a") == ""
-    assert page.encoded([["a", -math.inf]], "a") == "1z"
+    assert page.encoded(pieces, "ab c" + "d" * 40) == "2 1 2 36 40 0 0 4"
+    assert page.encoded([[" a ", -1.0], ["b ", -1.0]], "a b") == "2 4 1 4"
+    assert page.encoded([["a", -1.0]], "other") == page.encoded([["a", -1.0]] * 3000, "a" * 3000) == ""
+    assert page.encoded([["a", float("-inf")]], "a") == "1 36"
 
 
-# ---------------------------------------------------------------- report.py
+# ---------------------------------------------------------------- python -m report
 
 
-def test_files_with_other_values_are_one_line(tmp_path, capsys):
-    folder = write_run(tmp_path / "run", answers(3, 2, 1))
-    line = json.dumps({"prompt": "p", "references": 4, "greedy": 5, "values": 6, "tokens": 7})
-    (folder / "heldout-1.jsonl").write_text(3 * f"{line}\n")
-    assert script.main([str(folder), "--out", str(tmp_path / "page.html")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{folder}: a file has other values than a run writes" in error
-
-
-def test_report_py_writes_pages_and_figures(finished, tmp_path, monkeypatch, capsys):
+def test_pages_and_figures_are_written(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(finished, tmp_path / "copy")
     (copy / "report.html").unlink()
@@ -296,16 +272,20 @@ def test_report_py_writes_pages_and_figures(finished, tmp_path, monkeypatch, cap
         ElementTree.parse(tmp_path / "figures" / name)
     assert script.main([str(copy), str(finished)]) == 0 and (tmp_path / "report.html").is_file()
     assert script.main([str(copy), "--out", "page.html"]) == 0 and (tmp_path / "page.html").is_file()
-    capsys.readouterr()
+
+
+def test_what_people_get_wrong_is_one_line(tmp_path, capsys):
+    run = str(write_run(tmp_path / "run", 3, 2, 1))
+    for name, file, text in (("one", "run.json", "[]"), ("two", "heldout-1.jsonl", '{}\n{"prompt": \n')):
+        (write_run(tmp_path / name, 3, 2, 1) / file).write_text(text)
     for argv, said in (
-        ([str(tmp_path)], "holds no run"), ([], "required: RUN"), ([str(copy), "--png"], "--figures"),
-        ([str(copy), "--out", "no/such/page.html"], "no/such"),
+        ([str(tmp_path)], "holds no run"), ([run, "--out", "no/such/page.html"], "no/such"),
+        ([str(tmp_path / "one")], "run.json: damaged"),
+        ([str(tmp_path / "two")], "heldout-1.jsonl, line 2: damaged"),
     ):  # fmt: skip
         assert script.main(argv) == 2
         error = capsys.readouterr().err
-        assert error.startswith("report.py: error: ") and error.count("\n") == 1 and said in error
-    (copy / "run.json").write_text("[]")
-    assert script.main([str(copy)]) == 2 and "run.json: damaged" in capsys.readouterr().err
+        assert error.startswith("report: error: ") and error.count("\n") == 1 and said in error
 
 
 # ---------------------------------------------------------------- in a browser
@@ -374,7 +354,7 @@ def browse(path, *flags: str, look: bool = True) -> tuple[dict, str]:
 
 
 def test_in_a_browser_filters_work_and_nothing_is_loaded(tmp_path):
-    folder = write_run(tmp_path / "run", answers(6, 2, 2))
+    folder = write_run(tmp_path / "run", 6, 2, 2)
     path = tmp_path / "page.html"
     assert script.main([str(folder), "--out", str(path)]) == 0
     found, _ = browse(path)
@@ -385,7 +365,7 @@ def test_in_a_browser_filters_work_and_nothing_is_loaded(tmp_path):
     assert found["up"] == [f"prompt {i}" for i in (5, 4, 3, 2, 1, 0)] and found["down"] == found["up"][::-1]
     # three words, then four of which the last is the same, then two responses that differ in one
     assert found["spans"][:4] == [[3, 0], [4, 3], [4, 1], [4, 1]]
-    assert found["panels"] >= 12 and found["drawn"] and found["resources"] == [] and found["hacked"] is None
+    assert found["panels"] >= 11 and found["drawn"] and found["resources"] == [] and found["hacked"] is None
 
 
 def test_in_a_browser_hostile_text_stays_text(tmp_path):

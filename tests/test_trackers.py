@@ -1,8 +1,9 @@
-"""runtime/trackers.py: every row reaches TensorBoard and W&B once, also when a run dies and resumes.
+"""report/trackers.py: every row reaches TensorBoard and W&B once, also when a run dies and resumes.
 
 Modules in their place do what those do: TensorBoard drops rows from `purge_step` on, W&B refuses a step that is past.
 """
 
+import json
 import math
 import sys
 from collections import defaultdict
@@ -12,116 +13,105 @@ import pytest
 from helpers import die_at, refused, rows, small
 
 import spin
-from runtime import trackers
-from runtime.trackers import Trackers
+from report import trackers
+from runtime.training import Training
 
 CHEAP = dict(prompts=24, eval_limit=4)
+EVENTS = [  # of a run of two iterations: (event, file, row)
+    ("iterate", "metrics", {"iterate": 0, "nll": 2.0, "frontier": []}),
+    *(("step", "steps-0", {"iteration": 0, "step": n, "loss": 0.1 * n, "skipped": False}) for n in (1, 2, 3)),
+    ("iterate", "metrics", {"iterate": 1, "nll": 1.5, "since_start": {}}),
+    *(("step", "steps-1", {"iteration": 1, "step": n, "loss": None, "skipped": True}) for n in (1, 2, 3)),
+    ("iterate", "metrics", {"iterate": 2, "nll": 1.0}),
+]  # fmt: skip
 
 
 class Server:
-    """What both show: {name: {number: value}}."""
+    """Both modules, and what they show: {name: {number: value}}."""
 
     def __init__(self):
-        self.shown, self.numbers, self.ids, self.closed = defaultdict(dict), [], [], 0
+        self.shown, self.ids, self.closed = defaultdict(dict), [], 0
 
+    def close(self):
+        self.closed += 1
 
-@pytest.fixture
-def tensorboard(monkeypatch):
-    server = Server()
+    def numbers(self):
+        return {number for values in self.shown.values() for number in values}
 
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            assert folder == "run/tensorboard"
-            for values in server.shown.values():
-                for number in [n for n in values if n >= purge_step]:
-                    del values[number]
+    def SummaryWriter(self, folder, purge_step):
+        assert folder.endswith("run/tensorboard")
+        for values in self.shown.values():
+            for number in [n for n in values if n >= purge_step]:
+                del values[number]
 
-        def add_scalar(self, name, value, number):
-            assert number not in server.shown[name], "shown twice"
-            server.shown[name][number] = value
+        def add_scalar(name, value, number):
+            assert number not in self.shown[name], "shown twice"
+            self.shown[name][number] = value
 
-        def close(self):
-            server.closed += 1
+        return SimpleNamespace(add_scalar=add_scalar, close=self.close)
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    return server
+    def init(self, id, **settings):
+        assert settings["resume"] == "allow" and settings["dir"] == settings["name"]
+        assert settings["config"] == {"lr": 0.1} and settings["project"] == "spin"
+        self.ids.append(id)
+        run = SimpleNamespace(step=max(self.numbers(), default=-1) + 1, finish=self.close)
 
-
-@pytest.fixture
-def wandb(monkeypatch):
-    server = Server()
-
-    class Run:
-        def __init__(self, id, **settings):
-            assert settings["resume"] == "allow" and settings["dir"] == settings["name"] == "run"
-            assert settings["config"]["lora_dropout"] == 0.1 and settings["project"] == "spin"
-            server.ids.append(id)
-            self.step = max(server.numbers, default=-1) + 1
-
-        def log(self, values, step):
-            assert step >= self.step and step not in server.numbers
-            self.step = step
-            server.numbers.append(step)
+        def log(values, step):
+            assert step >= run.step and step not in self.numbers()
             for name, value in values.items():
-                server.shown[name][step] = value
+                self.shown[name][step] = value
 
-        def finish(self):
-            server.closed += 1
+        run.log = log
+        return run
 
+
+def process(out, name, events, finished=False):
+    """A process that takes part in the run: it writes the row of each event and then tells the observer."""
+    (observer,) = trackers.start([name], out, {"args": {"lr": 0.1}})
+    for event, file, row in events:
+        path = out / f"{file}.jsonl"
+        lines = rows(path) if path.exists() else []
+        lines = lines[: row["step"] - 1] if event == "step" else lines  # resume cuts the file
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, row]))
+        getattr(observer, event)(*([row] if event == "step" else [[*lines, row], {}, ""]))
+    if finished:
+        observer.finish(rows(out / "metrics.jsonl"), {})
+    observer.close()
+
+
+@pytest.mark.parametrize("name", trackers.MODULES)
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("died", range(1, len(EVENTS) + 1))
+def test_every_row_is_shown_once(died, told, name, tmp_path, monkeypatch):
+    """A process dies after any event, or before it has told of it; the next one repeats an unfinished iteration."""
+    out, server = tmp_path / "run", Server()
+    out.mkdir()
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Run))
-    return server
+    monkeypatch.setitem(sys.modules, trackers.MODULES[name], server)
+    process(out, name, EVENTS[: died - 1 + told])
+    if not told and EVENTS[died - 1][0] == "iterate":  # it had written the row
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(EVENTS[died - 1][2]) + "\n")
+    finished = len(rows(out / "metrics.jsonl"))
+    process(out, name, EVENTS[1 + 4 * (finished - 1) :], finished=True)
+    expected = defaultdict(dict)
+    for number, (event, _, row) in enumerate(EVENTS):
+        for key in row.keys() & {"nll", "loss", "skipped"}:
+            if row[key] is not None:
+                expected[f"{'train' if event == 'step' else 'iterate'}/{key}"][number] = row[key]
+    assert server.shown == expected
+    assert server.closed == 2 or (name == "tensorboard" and died == 1 and not told), "nothing was opened"
+    assert len(set(server.ids)) == (name == "wandb")
 
 
-def expected(folder):
-    """The rows of the run's own files by their number: the start, 5 steps, iterate 1, and so on."""
-    shown, number = defaultdict(dict), 0
-    for t, iterate in enumerate(rows(folder / "metrics.jsonl")):
-        for group, lines in (("train", rows(folder / f"steps-{t - 1}.jsonl") if t else []), ("iterate", [iterate])):
-            for line in lines:
-                nested = {"since_start", "since_last", "at_equal_entropy", "frontier"}
-                for name in line.keys() - nested - {"iteration", "step", "iterate"}:
-                    if line[name] is not None:
-                        shown[f"{group}/{name}"][number] = line[name]
-                number += 1
-    return shown
-
-
-@pytest.mark.parametrize("where, name", [(spin, "take_step"), (Trackers, "iterate"), (spin.Run, "draw")])
-def test_every_row_is_shown_once_by_both(start, data, here, tensorboard, wandb, where, name):
-    """Died in the third step of the second iteration, with a checkpoint per iteration, or before or after a row."""
-    calls = []
-    argv = small(start, data, log="tensorboard,wandb", save_minutes=1000, **CHEAP)
-
-    def fatal(*args):
-        calls.append(args)
-        return len(calls) == {"take_step": 5, "iterate": 2, "draw": 2}[name]
-
-    die_at(where, name, argv, fatal)
-    assert spin.main(argv) == 0
-    shown = expected(here / "run")
-    assert len(shown["train/loss"]) == 2 + 3 and len(shown["iterate/nll"]) == 3
-    for server in (tensorboard, wandb):
-        assert server.shown == shown
-        assert server.closed == 2
-    assert len(set(wandb.ids)) == 1 and len(wandb.ids) == 2
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", trackers.MODULES)
 def test_a_missing_package_is_one_line_that_says_what_to_install(name, start, data, here, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, trackers.MODULES[name], None)
     error = refused(small(start, data, log=name), here / "run", capsys)
     assert f"--log {name}: " in error and f"; pip install {name}" in error
 
 
-def test_nothing_is_imported_unless_asked_for(start, data, here, monkeypatch):
-    monkeypatch.setattr(trackers, "importlib", None)
-    assert spin.main(small(start, data, iterations=1, **CHEAP)) == 0
-
-
-def test_a_tracker_that_does_not_begin_is_refused_and_one_that_fails_ends_no_run(
-    start, data, here, monkeypatch, capsys
-):
+def test_a_tracker_that_cannot_start_is_refused_and_one_that_fails_ends_no_run(start, data, here, monkeypatch, capsys):
     def init(**settings):
         raise RuntimeError("no API key")
 
@@ -135,17 +125,15 @@ def test_a_tracker_that_does_not_begin_is_refused_and_one_that_fails_ends_no_run
 
 
 def test_the_real_tensorboard_shows_every_row_once(start, data, here):
-    """Where it is installed: its own reader, which drops what a resumed run says again."""
+    """If it is installed: its own reader, which drops what a resumed run logs again."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     calls = []
     argv = small(start, data, log="tensorboard", save_minutes=1000, **CHEAP)
-    die_at(spin, "take_step", argv, lambda *args: len(calls) == 4 or calls.append(0))
+    die_at(Training, "step", argv, lambda *args: len(calls) == 4 or calls.append(0))
     assert spin.main(argv) == 0
     shown = accumulator.EventAccumulator(str(here / "run/tensorboard"))
     shown.Reload()
-    wanted = expected(here / "run")
-    assert set(shown.Tags()["scalars"]) == set(wanted)
-    for name, values in wanted.items():
-        found = {event.step: event.value for event in shown.Scalars(name)}
-        assert found.keys() == values.keys() and len(shown.Scalars(name)) == len(values), name
-        assert all(math.isclose(found[n], values[n], rel_tol=1e-6, abs_tol=1e-6) for n in values), name
+    losses = [row["loss"] for t in (0, 1) for row in rows(here / f"run/steps-{t}.jsonl")]
+    found = shown.Scalars("train/loss")
+    assert [event.step for event in found] == [1, 2, 4, 5, 6]
+    assert all(math.isclose(event.value, loss, rel_tol=1e-6) for event, loss in zip(found, losses, strict=True))

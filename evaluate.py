@@ -1,0 +1,356 @@
+"""Held-out metrics of a player with their standard errors, and the table of all columns that a run reports.
+
+This module imports nothing else of this repository: what it asks of a run is the protocol `Run` below.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple, Protocol
+
+Row = dict[str, Any]
+Metric = Callable[[str, str, list[str]], float]  # a function of --metric: (prompt, response, references) -> number
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}  # the ways in which every iterate responds, with their temperatures
+
+
+class Column(NamedTuple):
+    """A number that a run reports by iterate or by step."""
+
+    name: str  # its key in metrics.jsonl or steps-<t>.jsonl
+    kind: str  # "metric" on held-out prompts; "signal" of an iteration's training; "step" is shown by step only
+    format: str
+    better: int = 0  # 1 if a larger value is better, -1 if a smaller one is, 0 if neither is
+    label: str = ""  # its name on the report page; default: `name` with spaces
+
+
+COLUMNS = {
+    column.name: column
+    for column in (
+        Column("iterate", "key", "d"),
+        Column("temperature", "key", ".2f"),
+        Column("greedy", "metric", ".1%", 1, "greedy accuracy"),
+        Column("sampled", "metric", ".1%", 1, "sampled accuracy"),
+        Column("greedy_error", "metric", ".1%", -1),
+        Column("sampled_error", "metric", ".1%", -1),
+        Column("nll", "metric", ".4f", -1, "NLL"),
+        Column("kl", "metric", ".2f", 0, "KL"),
+        Column("entropy", "metric", ".2f"),
+        Column("pairs", "signal", "d"),
+        Column("identical", "signal", "d"),
+        Column("truncated", "signal", ".2%"),
+        Column("real_length", "signal", ".1f"),
+        Column("generated_length", "signal", ".1f"),
+        Column("loss", "signal", ".4f"),
+        Column("margin", "signal", ".3f"),
+        Column("accuracy", "signal", ".1%"),
+        Column("real_logp", "signal", ".3f"),
+        Column("generated_logp", "signal", ".3f"),
+        Column("grad_norm", "signal", ".2f"),
+        Column("lr", "step", ".3g"),
+    )
+}
+
+
+def column(name: str) -> Column:
+    """The column of any name. One that the table lacks comes from a function of --metric or from another method."""
+    function = name.partition("_")[2]
+    better = -1 if function == "edit_distance" else 1
+    return COLUMNS.get(name) or Column(name, "metric", ".1%" if function in SHIPPED else ".3f", better)
+
+
+def name_of(metric: str) -> str:
+    """The name of a function of --metric, which may be given as FILE.py:NAME."""
+    return metric.rpartition(":")[2]
+
+
+def metrics_with(functions: Sequence[str]) -> list[str]:
+    """Names of the metrics with a better direction, in a run that has these functions of --metric."""
+    ours = [name for name, column in COLUMNS.items() if column.kind == "metric" and column.better]
+    return ours + [f"{decoding}_{name_of(function)}" for function in functions for decoding in DECODINGS]
+
+
+class Run(Protocol):
+    """What evaluation asks of a run, which asks the player and keeps the answers under `name` for a resumed run."""
+
+    args: Any  # its eval_temperatures are read
+    heldout: Sequence[Any]  # examples with `prompt`, `references`, `prompt_ids` and `real_ids`
+    metrics: Mapping[str, Metric]  # the functions of --metric
+
+    def respond(self, player, examples, name, seed, temperature=1.0, *, with_logps=False) -> list[tuple]:
+        """For each example (ids, whether the response ended), and log p of each token in nats if `with_logps`."""
+
+    def logps(self, player, items, name, temperature=1.0, by_token=False) -> list[list[float]]:
+        """For each (prompt ids, response ids) [log p of the response], in nats, or log p of each of its tokens."""
+
+    def measure(self, name, rows, decodings=tuple(DECODINGS), where="") -> list[list[float]]:
+        """For each row the values of a function of --metric, one per decoding."""
+
+    def seed(self, t: int, purpose: str) -> int: ...
+    def text(self, ids: list[int]) -> str: ...
+    def pieces(self, ids: list[int], logps: Sequence[float]) -> list[tuple[str, float]]: ...  # (text, log p) of tokens
+
+
+class StartSamples(NamedTuple):
+    """Responses that theta_0 sampled to the held-out prompts, and its log-probabilities of them in nats.
+
+    They estimate KL(theta_0 || theta_t) = E[log p_0(y) - log p_t(y)] over y ~ theta_0 without a second model.
+    """
+
+    sequences: list[tuple[list[int], list[int]]]  # (prompt ids, response ids)
+    logps: list[float]
+
+
+def sample_start(player: Any, run: Run) -> StartSamples:
+    """Lets the player, which must be theta_0, respond to the held-out prompts."""
+    responses = run.respond(player, run.heldout, "start", run.seed(0, "kl"))
+    sequences = [(e.prompt_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
+    return StartSamples(sequences, [logp for (logp,) in run.logps(player, sequences, "start-logps")])
+
+
+def evaluate(player: Any, start: StartSamples, run: Run) -> Row:
+    """Metrics of the player on run.heldout, as `summary` returns them."""
+    return summary(answers(player, start, run))
+
+
+def answers(player: Any, start: StartSamples, run: Run) -> list[Row]:
+    """How the player responds to each held-out prompt: the rows of heldout-<t>.jsonl.
+
+    A row has "prompt", "references", the texts "greedy" and "sampled", and "values": for each metric (value, weight).
+    The metric is sum(values) / sum(weights) over all rows. "tokens" holds the greedy and the real response in pieces
+    with their log-probabilities, which come from passes that the metrics need anyway.
+
+    greedy, sampled: whether the response equals one of the references, decoded greedily or sampled at temperature 1.
+    greedy_error, sampled_error: edit distance to the nearest reference, weighted by its length in whitespace tokens.
+    greedy_NAME, sampled_NAME: what a function NAME of --metric returned.
+    nll: negative log-probability of the real response in nats, weighted by its tokens.
+    kl: log p_0(y) - log p(y) in nats, of the start's response y: a sample of KL(theta_0 || player).
+    entropy: minus the log-probability of the sampled response, nats. A model that is only sharper samples better, too,
+        so compare sampled metrics at equal entropy (`at_equal_entropy`).
+    """
+    heldout = run.heldout
+    rows: list[Row] = [{"prompt": e.prompt, "references": e.references, "values": {}, "tokens": {}} for e in heldout]
+    for name, temperature in DECODINGS.items():
+        # The same random numbers for every iterate make the difference between two iterates less noisy.
+        responses = run.respond(player, heldout, name, run.seed(0, "evaluate"), temperature, with_logps=True)
+        for row, (ids, _, logps) in zip(rows, responses):
+            row[name] = run.text(ids)
+            if name == "greedy":
+                row["tokens"]["greedy"] = run.pieces(ids, logps)
+            else:
+                row["values"]["entropy"] = (-math.fsum(logps), 1.0)
+            row["values"] |= graded(name, row[name], row["references"])
+    real = run.logps(player, [(e.prompt_ids, e.real_ids) for e in heldout], "nll", by_token=True)
+    now = run.logps(player, start.sequences, "kl")
+    for row, example, real_logps, before, (after,) in zip(rows, heldout, real, start.logps, now):
+        row["values"] |= {"nll": (-math.fsum(real_logps), float(len(example.real_ids))), "kl": (before - after, 1.0)}
+        row["tokens"]["real"] = run.pieces(example.real_ids, real_logps)
+    for name in run.metrics:
+        for row, values in zip(rows, run.measure(name, rows)):
+            row["values"] |= {f"{decoding}_{name}": (value, 1.0) for decoding, value in zip(DECODINGS, values)}
+    return rows
+
+
+def graded(decoding: str, text: str, references: list[str]) -> dict[str, tuple[float, float]]:
+    """(value, weight) of the two metrics that compare a response with the references."""
+    edits, length = nearest_edits(text, references)
+    return {decoding: (float(text in references), 1.0), f"{decoding}_error": (float(edits), float(length))}
+
+
+def add_temperatures(player: Any, rows: list[Row], run: Run) -> None:
+    """Samples at the temperatures of --eval-temperatures, too, and adds the results to the rows of `answers`.
+
+    "by_temperature" maps a temperature, as text, to the values of the sampled metrics and of the entropy.
+    """
+    for temperature in sorted({*run.args.eval_temperatures} - {1.0}):
+        key = f"{temperature:g}"
+        responses = run.respond(player, run.heldout, f"sampled-{key}", run.seed(0, "evaluate"), temperature)
+        items = [(e.prompt_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
+        logps = run.logps(player, items, f"entropy-{key}", temperature)
+        sampled = [row | {"sampled": run.text(ids)} for row, (ids, _) in zip(rows, responses)]
+        measured = {name: run.measure(name, sampled, ("sampled",), f"-{key}") for name in run.metrics}
+        for i, (row, answer, (logp,)) in enumerate(zip(rows, sampled, logps)):
+            values = graded("sampled", answer["sampled"], row["references"]) | {"entropy": (-logp, 1.0)}
+            values |= {f"sampled_{name}": (numbers[i][0], 1.0) for name, numbers in measured.items()}
+            row.setdefault("by_temperature", {})[key] = values
+
+
+# ---------------------------------------------------------------- means, standard errors, equal entropy
+
+
+def ratio_of(pairs: Iterable[Sequence[float]]) -> tuple[float, float, list[float]]:
+    """sum(values) / sum(weights) over the examples' (value, weight), with its standard error.
+
+    The third value is each example's part of the error, which is the root of the sum of their squares.
+    """
+    values, weights = zip(*pairs)
+    total = sum(weights)
+    ratio = sum(values) / total
+    deviations = [v - ratio * w for v, w in zip(values, weights)]
+    return ratio, math.sqrt(sum(d**2 for d in deviations)) / total, [d / total for d in deviations]
+
+
+def with_se(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Row:
+    """The ratio under `name`, by default the mean, and its standard error over examples under `name`_se."""
+    ratio, error, _ = ratio_of(zip(values, weights or [1.0] * len(values)))
+    return {name: ratio, f"{name}_se": error}
+
+
+def summary(rows: list[Row]) -> Row:
+    """Each metric x of `answers`, and x_se, its standard error over examples."""
+    result: Row = {}
+    for name in rows[0]["values"]:
+        result |= with_se(name, *zip(*(row["values"][name] for row in rows)))
+    return result
+
+
+def changes(before: list[Row], now: list[Row]) -> dict[str, tuple[float, float]]:
+    """Each metric's change between two iterates, and its *paired* standard error.
+
+    Both iterates answered the same prompts, so noise that they share cancels: the error is the root of
+    sum (e_i now - e_i before)^2, where e_i is an example's part of the error of either ratio.
+    """
+    result = {}
+    for name in now[0]["values"]:
+        (old, _, old_parts), (new, _, parts) = (ratio_of(row["values"][name] for row in rows) for rows in (before, now))
+        result[name] = (new - old, math.sqrt(sum((b - a) ** 2 for a, b in zip(old_parts, parts))))
+    return result
+
+
+def better(row: Row, metric: str) -> bool:
+    """Whether an iterate is better than the start by more than two paired standard errors."""
+    change, error = row.get("since_start", {}).get(metric, (0.0, 0.0))
+    return column(metric).better * change > 2 * error
+
+
+def best_of(rows: Sequence[Row], metric: str) -> int:
+    """Number of the best iterate by a metric, among those that are better than the start; 0 if none is."""
+    improved = [row for row in rows if better(row, metric)]
+    return max(improved, key=lambda row: column(metric).better * row[metric])["iterate"] if improved else 0
+
+
+def frontier(rows: list[Row]) -> list[Row]:
+    """The sampled metrics and the entropy at every temperature, each with its "temperature", in rising order."""
+    return [
+        {"temperature": temperature} | {name: ratio_of(value[name] for value in values)[0] for name in values[0]}
+        for temperature, values in _by_temperature(rows)
+    ]
+
+
+def _by_temperature(rows: list[Row]) -> list[tuple[float, list[Row]]]:
+    """(temperature, each row's values) for all temperatures, 1 included, in rising order."""
+    sampled = rows[0].get("by_temperature", {})
+    names = ["entropy", *(name for name in rows[0]["values"] if name.startswith("sampled"))]
+    at_one = [{name: row["values"][name] for name in names} for row in rows]
+    others = [(float(key), [row["by_temperature"][key] for row in rows]) for key in sampled]
+    return sorted([(1.0, at_one), *others], key=lambda item: item[0])
+
+
+def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
+    """How much better an iterate is than the start sampled at the temperature that gives it the iterate's entropy.
+
+    A lower temperature improves sampled metrics without training, so only what is left here has been learned. Between
+    its temperatures, the start's metrics are the polynomial through all of them.
+
+    Returns: {"temperature": the start's, metric: (change, paired standard error)} for the sampled metrics. The error
+    accounts for the noise of both entropies (delta method). The result is {} if the start's temperatures do not reach
+    the iterate's entropy.
+    """
+    temperatures, values = zip(*_by_temperature(start))
+    curves = {name: [ratio_of(value[name] for value in at) for at in values] for name in values[0][0]}
+    entropies = [entropy for entropy, *_ in curves["entropy"]]
+    if any(b <= a for a, b in itertools.pairwise(entropies)):
+        return {}  # too few examples to tell the temperatures apart
+    entropy, _, noise = ratio_of(row["values"]["entropy"] for row in now)
+    if not entropies[0] <= entropy <= entropies[-1]:
+        return {}
+
+    def at(entropy: float, points: Sequence[float]) -> float:
+        return sum(weight * point for weight, point in zip(interpolation(entropy, entropies), points))
+
+    def parts_of_start(name: str) -> list[float]:
+        return [at(entropy, parts) for parts in zip(*(parts for *_, parts in curves[name]))]
+
+    result: Row = {"temperature": at(entropy, temperatures)}
+    noise = [a - b for a, b in zip(noise, parts_of_start("entropy"))]
+    for name in [name for name in curves if name != "entropy"]:
+        curve = [ratio for ratio, *_ in curves[name]]
+        slope = (at(entropy + 1e-4, curve) - at(entropy, curve)) / 1e-4
+        ratio, _, parts = ratio_of(row["values"][name] for row in now)
+        columns = zip(parts, parts_of_start(name), noise)
+        error = math.sqrt(sum((a - b - slope * c) ** 2 for a, b, c in columns))
+        result[name] = (ratio - at(entropy, curve), error)
+    return result
+
+
+def interpolation(place: float, xs: Sequence[float]) -> list[float]:
+    """Weights of the values at `xs` that give the polynomial through all of them at one place (Lagrange's formula)."""
+    return [math.prod((place - b) / (a - b) for j, b in enumerate(xs) if j != i) for i, a in enumerate(xs)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------- edit distance, and the metrics that ship
+
+
+def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
+    """(edit distance, length) of the reference with the lowest error rate, in whitespace tokens."""
+    if text in references:
+        return 0, max(len(text.split()), 1)
+    words = text.split()
+    edits = [(edit_distance(words, r.split()), max(len(r.split()), 1)) for r in references]
+    return min(edits, key=lambda e: e[0] / e[1])
+
+
+def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`.
+
+    A column of the table of distances is kept as the bits of two integers, which say where it rises or falls by 1 from
+    one row to the next, so a column takes a few operations on len(a) bits. Source: Myers 1999, as Hyyro 2001 writes it.
+    """
+    if not a:
+        return len(b)
+    places: dict[Hashable, int] = {}
+    for i, x in enumerate(a):
+        places[x] = places.get(x, 0) | 1 << i
+    every, last = (1 << len(a)) - 1, 1 << len(a) - 1
+    rises, falls, distance = every, 0, len(a)
+    for x in b:
+        equal = places.get(x, 0)
+        diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
+        more, less = falls | ~(diagonal | rises) & every, rises & diagonal  # than in the column before
+        distance += bool(more & last) - bool(less & last)
+        more, less = more << 1 | 1, less << 1
+        rises, falls = (less | ~(equal | falls | more)) & every, more & (equal | falls) & every
+    return distance
+
+
+def exact(prompt: str, response: str, references: list[str]) -> float:
+    """1 if the response is a reference up to case, white space, and punctuation at the end, else 0."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+
+    return float(plain(response) in map(plain, references))
+
+
+def edit_distance_rate(prompt: str, response: str, references: list[str]) -> float:
+    """Edit distance to the nearest reference divided by its length, in characters."""
+    return min(edit_distance(response, reference) / max(len(reference), 1) for reference in references)
+
+
+def last_number(prompt: str, response: str, references: list[str]) -> float:
+    """1 if the last number of the response is that of a reference, as in GSM8K; 0 if it differs or is missing."""
+    wanted = {_last_number(reference) for reference in references} - {None}
+    return float(_last_number(response) in wanted)
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text)  # a hyphen after a digit is no sign
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+SHIPPED: dict[str, Metric] = {"exact": exact, "edit_distance": edit_distance_rate, "last_number": last_number}

@@ -1,0 +1,94 @@
+"""The model card of an exported iterate: where it comes from, how it was made and how good it is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluate import Row
+from report.panels import plot
+from report.tables import Table, text_of
+
+METHODS = {"spin": "SPIN (self-play fine-tuning, arXiv 2401.01335)", "sft": "supervised fine-tuning"}
+RELATIVE = "a relative of SPIN (self-play fine-tuning, arXiv 2401.01335)"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]{base_model}
+---
+# {model}, iterate {iterate} of {command}
+
+Iterate {iterate} of {last} of a run of {method}. Iterate 0 is the base model.
+
+{facts}
+
+```
+{tables}
+```
+
+![Held-out metrics and training signals](metrics.svg)
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its hub id
+model = AutoModelForCausalLM.from_pretrained(".")
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+response = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(response, skip_special_tokens=True))
+```
+"""
+
+
+class Card:
+    """The observer that writes README.md and metrics.svg beside an exported model.
+
+    Args:
+        settings: the options that are not the defaults, as text, but for those that name files or devices.
+        write_text: called with a path and a text.
+    """
+
+    def __init__(self, settings: str, write_text: Callable[[Path, str], object]) -> None:
+        self.settings, self.write_text = settings, write_text
+
+    def exported(self, folder: Path, iterate: int, rows: list[Row], record: Row) -> None:
+        self.write_text(folder / "README.md", card(iterate, rows, record, self.settings))
+        self.write_text(folder / "metrics.svg", plot(rows, "Held-out metrics and training signals"))
+
+
+def card(iterate: int, rows: list[Row], record: Row, settings: str) -> str:
+    """The text of the card. `record` is that of run.json."""
+    args, digests, command = record["args"], record.get("digests", {}), record.get("command", "spin")
+    source = "pairs" if args.get("pairs") else "data"
+    hub = "" if Path(args["model"]).is_dir() else args["model"].partition("@")[0]
+    commit = f", commit {record['revision']}" if record.get("revision") else ""
+    held_out = ", ".join(f"`{public(name)}`" for name in args["eval_data"])
+    facts = {
+        "Base model": f"`{public(args['model'])}`{commit}",
+        "sha256 of its files": digests.get("model", "unknown"),
+        "Training data": ", ".join(f"`{public(name)}`" for name in args[source]),
+        "sha256 of its contents": digests.get(source, "unknown"),
+        "Held-out data": held_out or f"a share of {args['eval_share']} of the data",
+        "sha256 of its examples": digests.get("eval-data", "unknown"),
+        "Settings that are not the default": f"`{settings or 'none'}`",
+        "Prompt template": f"`{json.dumps(record.get('template', ''), ensure_ascii=False)}`",
+        "torch": record.get("torch", ""),
+    }
+    return CARD.format(
+        tags="gpt_neo, sft" if command == "sft" else "gpt_neo, spin, self-play",
+        base_model=f"\nbase_model: {hub}" if hub else "",
+        model=public(args["model"]),
+        iterate=iterate,
+        last=rows[-1]["iterate"],
+        command=command,
+        method=METHODS.get(command, RELATIVE),
+        facts=Table("", ["", ""], [list(fact) for fact in facts.items()]).markdown(),
+        tables=text_of(rows),
+    )
+
+
+def public(name: str) -> str:
+    """A hub id as it is, and the last part of a path: a published card must not tell the author's folders."""
+    return Path(name).resolve().name if Path(name).exists() else name

@@ -1,0 +1,109 @@
+"""What a run prints for people: metrics, changes, examples, warnings and, at its end, tables."""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluate import Row
+from report.tables import flat, line, metrics_of, text_of
+
+FALL = 0.1  # Warn if held-out real responses lose more nats per token than this in one iteration.
+CUT = 0.05  # Warn if the share of responses that are cut at the length limit rises by more than this in one iteration.
+EXAMPLES = 3  # held-out prompts that are shown with their responses after every evaluation
+WIDTH = 120  # characters of a line if the terminal's width is not known
+REMEDY = (
+    "If accuracy stays near 50%, try a larger --lr or more --epochs; if nll rises, a lower --lr or a larger --beta; "
+    "if most pairs are identical, there is little to learn. docs/guide.md has more."
+)
+
+
+class Console:
+    """The observer that prints. `script` is the program's name, `out` the folder of the run."""
+
+    def __init__(self, script: str, out: Path) -> None:
+        self.script, self.out = script, out
+
+    def iterate(self, rows: list[Row], answers: Mapping[int, list[Row]], note: str) -> None:
+        row = rows[-1]
+        print("\n".join([line(row, ["iterate", *metrics_of(rows)]) + note, *changes(row)]), flush=True)
+        if row["iterate"] in answers:
+            names = {f"iterate {t}" if t else "start": answers[t] for t in sorted(answers)}
+            print(examples(names), flush=True)
+        for text in warnings(rows):
+            print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
+
+    def finish(self, rows: list[Row], record: Row) -> None:
+        best, metric = record["best"]["iterate"], record["best"]["metric"]
+        name = metric.replace("_", " ")
+        print(f"\n{text_of(rows)}\n")
+        if best:
+            folder = self.out / ("final" if best == rows[-1]["iterate"] else "best")
+            print(f"Best by {name}: iterate {best} ({folder}), {change(rows[best], metric)}.")
+        else:
+            print(f"No iterate is better than the start by {name} (more than two standard errors). {REMEDY}")
+        print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")
+
+
+def changes(row: Row) -> list[str]:
+    """One line each on the changes against the start, the iterate before, and the start at equal entropy."""
+    last = row["iterate"] - 1
+    found = {"the start": flat(row.get("since_start", {}))}
+    if last > 0:
+        found[f"iterate {last}"] = flat(row.get("since_last", {}))
+    equal = flat(row.get("at_equal_entropy", {}))
+    if equal:
+        found[f"the start at temperature {equal['temperature']:.2f}, of equal entropy"] = equal
+    return [f"  against {name}: {line(some, metrics_of([some]), '+')}" for name, some in found.items() if some]
+
+
+def change(row: Row, metric: str) -> str:
+    """One metric's change against the start: "sampled +2.0% \u00b1 0.3% against the start"."""
+    return f"{line(flat(row['since_start']), [metric], '+')} against the start"
+
+
+def examples(answers: Mapping[str, Sequence[Row]], width: int = 0) -> str:
+    """Some held-out prompts with their references and the greedy responses of several iterates below each other.
+
+    Args:
+        answers: rows of `evaluate.answers` by the iterate's name.
+        width: characters of a line, to which a text is cut; 0: those of the terminal.
+    """
+    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+    first = next(iter(answers.values()))
+    blocks = []
+    for i in sorted({n * len(first) // EXAMPLES for n in range(EXAMPLES)}):
+        texts = {"prompt": first[i]["prompt"], "reference": " | ".join(first[i]["references"])}
+        texts |= {name: rows[i]["greedy"] for name, rows in answers.items()}
+        margin = max(map(len, texts)) + 4
+        blocks.append("\n".join(f"  {name:{margin - 2}}{_cut(text, width - margin)}" for name, text in texts.items()))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _cut(text: str, width: int) -> str:
+    """The text in one line of printable characters, with a space for each run of white space."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= width else text[: max(width - 4, 1)] + " ..."
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """Signs of degeneration in the newest iterate's row, each with a remedy."""
+    if len(rows) < 2:
+        return []
+    before, now = rows[-2:]
+    name, texts = f"iterate {now['iterate']}", []
+    if now["nll"] - before["nll"] > FALL:
+        texts.append(
+            f"{name}: held-out real responses lost {now['nll'] - before['nll']:.2f} nats per token: the player "
+            "unlearns the data; try a lower --lr, fewer --epochs or a larger --beta"
+        )
+    if now.get("truncated", 0) - before.get("truncated", now.get("truncated", 0)) > CUT:
+        texts.append(
+            f"{name}: the share of responses cut at the length limit rose from {before['truncated']:.0%} to "
+            f"{now['truncated']:.0%}: the opponent no longer ends them; try --unfinished drop or cut, or a lower --lr"
+        )
+    if now["skipped"]:
+        texts.append(
+            f"{name}: steps skipped, since their loss or gradient was not finite: {now['skipped']}; try a lower --lr"
+        )
+    return texts

@@ -1,0 +1,192 @@
+"""Figures as SVG, written by hand: the panels of the report page, and the same panels as files.
+
+Two kinds of series share one kind of panel: points with bars, and curves with bands. An axis never zooms in so far that
+noise looks like a trend: see `span`. The colours resemble those of Okabe and Ito, which colour-blind readers can tell
+apart; markers and dashes differ, too. The page recolours the classes s0 ... s6 for a dark screen.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#3a86c8", "#444444")
+GREY = len(COLOURS) - 1
+DASHES = ("", "6 3", "2 3", "8 3 2 3")
+MARKERS = (
+    "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0",
+    "m-3-3h6v6h-6z",
+    "m0-4l4 7h-8z",
+    "m0-4.5l4.5 4.5l-4.5 4.5l-4.5-4.5z",
+)
+FONT = 'font-family="sans-serif" fill="#333"'
+WIDTH, HEIGHT = 300, 190
+LEFT, RIGHT, TOP, BOTTOM = 50, 290, 44, 166  # the ends of the axes
+BINS = 120  # the most points of a curve
+COLUMNS = 4  # panels beside each other in a file with all of them
+
+
+@dataclass
+class Mark:
+    """A value at x, with the ends of its bar or band and of the thick part of the bar."""
+
+    x: float
+    y: float
+    bar: tuple[float, ...] = ()
+    thick: tuple[float, ...] = ()
+    note: str = ""
+
+
+@dataclass
+class Series:
+    marks: list[Mark]
+    colour: int = 0
+    curve: bool = False
+
+
+@dataclass
+class Panel:
+    """One figure. `better` is 1 if larger values are better, -1 if smaller ones are, 0 if neither are."""
+
+    name: str
+    series: list[Series]
+    format: str  # of the values
+    better: int = 0
+    note: str = ""  # below the title
+    least: float = 0.0  # the y axis spans at least this
+    x: tuple[float, float] = (0, 1)  # ends of the axis
+    whole: bool = True  # the x axis counts, so its ticks are whole numbers
+    lines: Sequence[tuple[float, str]] = ()  # vertical lines with labels
+
+
+def bins(values: Sequence[tuple[float, float]], width: float) -> list[Mark]:
+    """Means over stretches of an axis, with a band from the smallest to the largest value. (x, y) must be sorted."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for x, y in values:
+        groups.setdefault(int(x / max(width, 1)), []).append((x, y))
+    columns = [list(zip(*group)) for group in groups.values()]
+    return [Mark(statistics.fmean(xs), statistics.fmean(ys), (min(ys), max(ys))) for xs, ys in columns]
+
+
+def quantiles(x: float, values: Sequence[float], fmt: str) -> list[Mark]:
+    """The median with a bar over 90% of the values, which is thick over half of them; [] if there are none."""
+    if not values:
+        return []
+    values = sorted(values)
+    low, first, middle, third, high = (values[round(q * (len(values) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95))
+    note = f"median {middle:{fmt}}, half of all {first:{fmt}} to {third:{fmt}}, 90% {low:{fmt}} to {high:{fmt}}"
+    return [Mark(x, middle, (low, high), (first, third), note)]
+
+
+def span(panel: Panel) -> tuple[float, float]:
+    """Ends of the y axis: all marks with their bars, but at least `panel.least`, or a tenth of the largest value."""
+    ends = [y for series in panel.series for mark in series.marks for y in (mark.y, *mark.bar)]
+    low, high = min(ends), max(ends)
+    largest = max(abs(low), abs(high))
+    wanted = max(panel.least or 0.1 * largest, 0.02 if "%" in panel.format else 1e-9 + 0.02 * largest)
+    room = max(wanted - (high - low), 0.08 * (high - low)) / 2
+    shift = max(0.0, room - low) if low >= 0 else 0.0  # Values that cannot be negative get no axis below 0.
+    return low - room + shift, high + room + shift
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers on an axis."""
+    rough = (high - low) / most
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough * 0.75)
+    return [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def svg(panel: Panel, standalone: bool = False) -> str:
+    """A panel as an SVG element, or as an SVG file of its own if `standalone`."""
+    (x0, x1), (y0, y1) = panel.x, span(panel)
+    pad = 2 if all(series.curve for series in panel.series) else 18
+
+    def px(x: float) -> float:
+        return LEFT + pad + (RIGHT - LEFT - 2 * pad) * (x - x0) / ((x1 - x0) or 1)
+
+    def py(y: float) -> float:
+        return TOP + (BOTTOM - TOP) * (y1 - min(max(y, y0), y1)) / (y1 - y0)
+
+    direction = {1: "\u2191 better", -1: "\u2193 better"}.get(panel.better, "")
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{panel.name}. {panel.note}")}"'
+    parts = [
+        f'<svg class="panel" xmlns="http://www.w3.org/2000/svg" {size} {FONT} font-size="11">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>' if standalone else "",
+        f'<text x="6" y="14" font-size="13" font-weight="bold">{escape(panel.name)}</text>',
+        f'<text x="{RIGHT}" y="14" text-anchor="end" class="dim">{direction}</text>',
+        f'<text x="6" y="30" class="dim">{escape(panel.note)}</text>',
+    ]
+    for y in ticks(y0, y1):
+        text = f"{100 * y:,.6g}%" if "%" in panel.format else f"{y:,.6g}"
+        parts.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{text}</text>')
+    for x, text in panel.lines:
+        parts.append(f'<path class="grid" d="M{px(x):.1f} {TOP}V{BOTTOM}" stroke="#ddd"/>')
+        parts.append(f'<text x="{px(x) + 3:.1f}" y="{TOP - 3}" class="dim" font-size="9">{escape(text)}</text>')
+    for x in ticks(x0, x1, 6) if x1 > x0 else [x0]:
+        if x == int(x) or not panel.whole:
+            parts.append(f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.6g}</text>')
+    for n, series in enumerate(panel.series):
+        number, colour = series.colour % len(COLOURS), COLOURS[series.colour % len(COLOURS)]
+        beside = (n - (len(panel.series) - 1) / 2) * 6 if panel.whole else 0.0  # bars of several runs
+        drawn = _curve(series, px, py) if series.curve else _points(series, lambda x, d=beside: px(x) + d, py)
+        parts.append(f'<g class="s{number}" fill="{colour}" stroke="{colour}">{drawn}</g>')
+    return "".join(parts) + "</svg>"
+
+
+def _points(series: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
+    """Markers with bars, joined by a line."""
+    parts = [_path(series, [(px(mark.x), py(mark.y)) for mark in series.marks], 1.5)]
+    for mark in series.marks:
+        x = px(mark.x)
+        if mark.bar and mark.bar[1] > mark.bar[0]:
+            low, high = map(py, mark.bar)
+            ends = "" if mark.thick else f"M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
+            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}{ends}" fill="none" stroke-width="1.5"/>')
+        if mark.thick:
+            low, high = map(py, mark.thick)
+            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke-width="6" opacity="0.4"/>')
+        title = f"<title>{escape(mark.note)}</title>" if mark.note else ""
+        shape = MARKERS[series.colour % len(MARKERS)]
+        parts.append(f'<path d="M{x:.1f} {py(mark.y):.1f}{shape}" stroke="none">{title}</path>')
+    return "".join(parts)
+
+
+def _curve(series: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
+    """A line through the values, and a band between the ends of their bars."""
+    line = _path(series, [(px(mark.x), py(mark.y)) for mark in series.marks], 1.3)
+    band = [mark for mark in series.marks if mark.bar and mark.bar[1] > mark.bar[0]]
+    if not band:
+        return line
+    ends = [(mark.x, mark.bar[1]) for mark in band] + [(mark.x, mark.bar[0]) for mark in reversed(band)]
+    around = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in ends)
+    return f'<path d="M{around}z" stroke="none" opacity="0.22"/>{line}'
+
+
+def _path(series: Series, places: Sequence[tuple[float, float]], width: float) -> str:
+    dash = DASHES[series.colour % len(DASHES)]
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    return f'<path d="M{line}" fill="none" stroke-width="{width}"{dashed}/>'
+
+
+def sheet(title: str, panels: Iterable[Panel], names: Sequence[str] = ()) -> str:
+    """All panels in one SVG file, with a legend for several runs of the given names."""
+    placed = []
+    for i, panel in enumerate(panels):
+        left, top = i % COLUMNS * WIDTH, 50 + i // COLUMNS * HEIGHT
+        place = f'x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}"'
+        placed.append(svg(panel).replace("<svg ", f"<svg {place} ", 1))
+    width, height = COLUMNS * WIDTH, 56 - (-len(placed) // COLUMNS) * HEIGHT
+    legend = []
+    for n, name in enumerate(names):
+        x, colour = 10 + n * width // len(names), COLOURS[n % len(COLOURS)]
+        legend.append(f'<text x="{x}" y="42" fill="{colour}">\u25a0 {escape(name)}</text>')
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT} font-size="12">'
+        f'<rect width="100%" height="100%" fill="white"/><text x="10" y="24" font-size="16">{escape(title)}</text>'
+        f"{''.join(legend + placed)}</svg>\n"
+    )

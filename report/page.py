@@ -1,0 +1,255 @@
+"""report.html: one page for a run, or for several side by side, made from the files of their folders.
+
+The page is one file that loads nothing. Prompts, responses and options may hold hostile text, so all of it goes
+through Jinja's autoescape or `html.escape`, and the content security policy forbids every request.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from evaluate import Row, best_of, column
+from report import console
+from report.figures import svg
+from report.files import RunFiles, flag_of, load
+from report.panels import figures, plot
+from report.tables import Table, difference, held_out, plain, signals, telling, title_of
+
+PAGE = 950_000  # the most bytes of a page
+PROMPTS = 1000  # the most prompts in the table of responses
+TEXT = 2000  # the most characters of a text on the page
+LEAST = -9.0  # log-probability of a token with the strongest shade
+KINDS = {"better": "got better", "worse": "got worse", "changed": "changed", "same": "unchanged"}
+
+
+class Page:
+    """The observer that keeps metrics.svg and report.html up to date. A failure is a warning: it must end no run.
+
+    `write_text(path, text)` must replace a file at once, since somebody may be reading it.
+    """
+
+    def __init__(self, out: Path, write_text: Callable[[Path, str], object]) -> None:
+        self.out, self.write_text = out, write_text
+
+    def iterate(self, rows: list[Row], answers: Mapping[int, list[Row]], note: str) -> None:
+        for name, make in {
+            "metrics.svg": lambda: plot(rows, f"{self.out}: held-out metrics and training signals"),
+            "report.html": lambda: page([self.out]),
+        }.items():
+            try:
+                self.write_text(self.out / name, make())
+            except Exception as error:
+                text = f"warning: {self.out / name}: not written ({type(error).__name__}: {error})"
+                print(text, file=sys.stderr, flush=True)
+
+    def finish(self, rows: list[Row], record: Row) -> None:
+        """A process that died after the last iterate may have left the files as they were before it."""
+        self.iterate(rows, {}, "")
+
+
+# ---------------------------------------------------------------- what happened, in words
+
+
+def headline(run: RunFiles) -> list[str]:
+    """Sentences: which metrics changed by more than two paired standard errors, which did not, and the best iterate."""
+    if not run.rows:
+        return ["No iterate has been evaluated yet."]
+    first, last, names = run.rows[0], run.rows[-1], telling(run.rows)
+    if not last["iterate"]:
+        values = ", ".join(f"{title_of(name)} {plain(first, name)}" for name in names)
+        return [f"Only the start has been evaluated: {values}"]
+    done, total = last["iterate"], run.args.get("iterations")
+    sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []
+    values = {name: f"from {plain(first, name)} to {plain(last, name)}" for name in names}
+    moved, still = [], []
+    for name in [name for name in names if column(name).better]:
+        change, error = last["since_start"][name]
+        if abs(change) <= 2 * error:
+            still.append(title_of(name))
+            continue
+        word, verdict = "rose" if change > 0 else "fell", "better" if column(name).better * change > 0 else "worse"
+        moved.append(f"{title_of(name)} {word} {values[name]} ({difference(name, change, error)}, {verdict})")
+    sentences += [f"{capital('; '.join(moved))}."] if moved else []
+    sentences += [f"{capital(', '.join(still))} did not change by more than two standard errors."] if still else []
+    equal = last.get("at_equal_entropy")
+    if equal:
+        leads = ", ".join(f"{title_of(n)} {difference(n, *lead)}" for n, lead in equal.items() if n != "temperature")
+        start = f"the start at temperature {equal['temperature']:.2f}, which has the same entropy"
+        sentences.append(f"Against {start}: {leads}.")
+    metric = run.args.get("best", "nll")
+    best, name = best_of(run.rows, metric), title_of(metric)
+    return [*sentences, f"The best iterate by {name} is {best}." if best else f"No iterate is better by {name}."]
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# ---------------------------------------------------------------- responses
+
+
+def kind_of(first: Row, last: Row) -> str:
+    """A key of KINDS: whether the greedy response came closer to a reference, in edits."""
+    if first["greedy"] == last["greedy"]:
+        return "same"
+    before, after = (row["values"]["greedy_error"][0] for row in (first, last))
+    return "better" if after < before else "worse" if after > before else "changed"
+
+
+def visible(text: Any) -> str:
+    """A text, or any other value, without what breaks a page.
+
+    Control characters become their pictures, lone surrogates question marks.
+    """
+    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    if len(text) > TEXT:
+        text = f"{text[:TEXT]} [... {len(text) - TEXT:,} more characters]"
+    pictures = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {127: "\u2421"}
+    return text.translate(pictures).encode("utf-8", "replace").decode()
+
+
+def encoded(pieces: Sequence[tuple[str, float]], text: str) -> str:
+    """Each token's length in characters and its -log p in quarters of a nat, as numbers with spaces between them.
+
+    It is "" if the tokens do not make up the text on the page.
+    """
+    whole = "".join(piece for piece, _ in pieces)
+    if whole.strip() != text or len(text) > TEXT:
+        return ""
+    at, numbers = len(whole.lstrip()) - len(whole), []
+    for piece, logp in pieces:
+        begin, end = (min(max(place, 0), len(text)) for place in (at, at + len(piece)))
+        numbers += [end - begin, round(-4 * max(logp, LEAST))]
+        at += len(piece)
+    return " ".join(map(str, numbers))
+
+
+def answer(who: str, text: str, tokens: str = "", logp: str = "", right: bool = False) -> dict[str, Any]:
+    """A line of the table of responses, as page.html shows it."""
+    return {"who": who, "text": visible(text), "tokens": tokens, "logp": logp, "right": right}
+
+
+def block(said: Mapping[str, Row]) -> dict[str, Any]:
+    """A prompt with its reference and the responses. Equal responses one after the other share a line."""
+    names, rows = list(said), list(said.values())
+    first, last = rows[0], rows[-1]
+    pieces = last["tokens"]["real"]
+    real = "".join(piece for piece, _ in pieces).strip()
+    before, after = (row["values"]["nll"][0] for row in (first, last))
+    answers = [answer("reference", real, encoded(pieces, real), f"{-before:.2f} \u2192 {-after:.2f}")]
+    others = [text for text in first["references"] if text != real]
+    answers += [answer("also right", " | ".join(others))] if others else []
+    since = 0  # the first of those with the same response
+    for n, row in enumerate(rows):
+        text, pieces = row["greedy"], row["tokens"]["greedy"]
+        if n + 1 < len(rows) and rows[n + 1]["greedy"] == text:
+            continue
+        who = names[n] if n == since else f"{names[since]} \u2026 {names[n]}"
+        tokens = encoded(pieces, text)
+        logp = f"{sum(logp for _, logp in pieces):.2f}" if tokens else ""
+        answers.append(answer(who, text, tokens, logp, text in first["references"]))
+        since = n + 1
+    kind = kind_of(first, last)
+    return {"prompt": visible(first["prompt"]), "kind": kind, "change": before - after, "answers": answers}
+
+
+def responses(runs: Sequence[RunFiles]) -> dict[str, list[Row]]:
+    """The rows to show side by side: those of a run's iterates, or of the last iterates of several runs.
+
+    {} if the runs were evaluated on different prompts.
+    """
+    if len(runs) == 1:
+        return {f"iterate {t}" if t else "start": rows for t, rows in runs[0].heldout.items()}
+    last = {run.name: run.heldout[max(run.heldout)] for run in runs if run.heldout}
+    prompts = [[row["prompt"] for row in rows] for rows in last.values()]
+    return last if all(some == prompts[0] for some in prompts) else {}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def times_table(run: RunFiles) -> Table:
+    """Seconds and peak memory of every phase by iterate."""
+    phases = list(dict.fromkeys(phase for row in run.times.values() for phase in row["seconds"]))
+    lines = []
+    for t, row in sorted(run.times.items()):
+        cells = {phase: f"{s:.1f} s, {row['memory'][phase] / 2**20:,.0f} MiB" for phase, s in row["seconds"].items()}
+        lines.append([str(t), *(cells.get(phase, "-") for phase in phases)])
+    return Table("", ["iterate", *phases], lines)
+
+
+def settings_table(runs: Sequence[RunFiles]) -> Table:
+    """Options, hashes and environment of all runs."""
+
+    def flat(run: RunFiles) -> dict[str, str]:
+        values = {flag_of(name): value for name, value in run.args.items()}
+        values |= {f"sha256 of {name}": value for name, value in run.record.get("digests", {}).items()}
+        values |= {name: run.record.get(name) for name in ("command", "torch", "ranks", "revision", "template")}
+        values["machine"] = list(dict.fromkeys(row["machine"] for row in run.times.values()))
+        return {name: text_of(value) for name, value in values.items()}
+
+    found = [flat(run) for run in runs]
+    names = dict.fromkeys(name for values in found for name in values)
+    lines = [[name, *(values.get(name, "-") for values in found)] for name in names]
+    return Table("", ["", *(run.name for run in runs)], lines)
+
+
+def text_of(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    return visible(text)[:500]
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(folders: Iterable[Path]) -> str:
+    """The page as HTML. Raises: ValueError if a folder holds no run or a damaged file."""
+    runs = load(folders)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    panels = {name: [Markup(svg(one)) for one in some] for name, some in figures(runs).items()}
+    said = responses(runs)
+    count = min(map(len, said.values()), default=0)
+    kinds = [kind_of(*(list(said.values())[n][i] for n in (0, -1))) for i in range(count)]
+    settings = settings_table(runs)
+    missing = [f"{run.name}: {line}" for run in runs for line in run.missing]  # known once the files are read
+    if not said and any(run.heldout for run in runs):
+        missing.append("the responses side by side: the runs were evaluated on different prompts")
+    values = {
+        "runs": [(run.name, headline(run), warnings(run)) for run in runs],
+        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        "panels": panels,
+        "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
+        "signals": [(run.name, [signals(run.rows)]) for run in runs],
+        "times": [(run.name, [times_table(run)]) for run in runs if run.times],
+        "settings": settings,
+        "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
+        "commands": [(run.name, visible(run.command)) for run in runs],
+        "kinds": [(kind, name, Counter(kinds)[kind]) for kind, name in KINDS.items()],
+        "count": count,
+        "missing": missing,
+        "kind_names": KINDS,
+    }
+    template = environment.get_template("page.html")
+    without = template.make_module(values | {"blocks": []})
+    blocks: list[Markup] = []
+    left = PAGE - len(str(without).encode("utf-8", "replace"))
+    for i in sorted(range(count), key=lambda i: (kinds[i] == "same", i))[:PROMPTS]:  # the changed ones first
+        blocks.append(without.prompt_block(block({who: rows[i] for who, rows in said.items()})))
+        left -= len(blocks[-1].encode())
+    while left < 0:
+        left += len(blocks.pop().encode())
+    return template.render(values, blocks=blocks).encode("utf-8", "replace").decode()
+
+
+def warnings(run: RunFiles) -> list[str]:
+    """Signs of degeneration in any iterate."""
+    return [text for n in range(2, len(run.rows) + 1) for text in console.warnings(run.rows[:n])]

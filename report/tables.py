@@ -1,0 +1,110 @@
+"""The tables of a run's numbers: the terminal, the report page and model cards write the same ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluate import COLUMNS, Row, column
+
+
+@dataclass
+class Table:
+    """Cells of text. page.html writes a table as HTML, the methods here write it as other text."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        """The title, if there is one, and aligned columns."""
+        lines = [self.heads, *self.rows]
+        widths = [max(map(len, cells)) for cells in zip(*lines)]
+        aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+        return "\n".join([self.title, *aligned] if self.title else aligned)
+
+    def markdown(self) -> str:
+        lines = [self.heads, ["---"] * len(self.heads), *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def table_of(title: str, rows: Sequence[Row], names: Sequence[str], sign: str = "") -> Table:
+    """A table with a line per row. A column that no row has is left out."""
+    names = [name for name in names if any(name in row for row in rows)]
+    heads = [name.replace("_", " ") for name in names]
+    return Table(title, heads, [[cell(row, name, sign) for name in names] for row in rows])
+
+
+def cell(row: Row, name: str, sign: str = "") -> str:
+    """A value, with its standard error if the row has one; "+" as `sign` makes a change begin with + or -."""
+    value, error, fmt = row.get(name), row.get(f"{name}_se"), column(name).format
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:{fmt}}" if error is None else f"{value:{sign}{fmt}} \u00b1 {error:{fmt}}"
+
+
+def plain(row: Row, name: str) -> str:
+    """A value without its standard error."""
+    return cell({name: row.get(name)}, name)
+
+
+def difference(name: str, change: float, error: float) -> str:
+    """A change for the page: "+2.0 \u00b1 0.3 points" of a share, otherwise in the metric's unit."""
+    fmt = column(name).format
+    if "%" in fmt:
+        return f"{100 * change:+.1f} \u00b1 {100 * error:.1f} points"
+    return f"{change:+{fmt}} \u00b1 {error:{fmt}}"
+
+
+def title_of(name: str) -> str:
+    """A column's name on the page."""
+    return column(name).label or name.replace("_", " ")
+
+
+def line(row: Row, names: Sequence[str], sign: str = "") -> str:
+    """One row as running text."""
+    return ", ".join(f"{name.replace('_', ' ')} {cell(row, name, sign)}" for name in names if name in row)
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the held-out metrics in any of the rows; those of --metric come last."""
+    found = dict.fromkeys(name for row in rows for name in row if f"{name}_se" in row)
+    return [name for name in COLUMNS if name in found] + [name for name in found if name not in COLUMNS]
+
+
+def telling(rows: Sequence[Row]) -> list[str]:
+    """The held-out metrics without those that are 0 throughout, as an exact match of long answers is."""
+    return [name for name in metrics_of(rows) if any(row.get(name) or row.get(f"{name}_se") for row in rows)]
+
+
+def flat(changes: dict[str, Sequence[float] | float]) -> Row:
+    """Changes of a row of metrics.jsonl, {metric: (change, standard error)}, with the errors under names of their own.
+
+    Other values, such as the temperature of equal entropy, stay as they are.
+    """
+    row: Row = {}
+    for name, value in changes.items():
+        row |= {name: value[0], f"{name}_se": value[1]} if isinstance(value, Sequence) else {name: value}
+    return row
+
+
+def held_out(rows: Sequence[Row]) -> list[Table]:
+    """Held-out metrics by iterate, and their changes against the start and against the start at equal entropy."""
+    names = telling(rows)
+    tables = [table_of("Held-out metrics \u00b1 one standard error", rows, ["iterate", *names])]
+    for key, title in (
+        ("since_start", "Changes against the start \u00b1 one paired standard error"),
+        ("at_equal_entropy", "The same against the start at the temperature that gives it equal entropy"),
+    ):
+        changed = [{"iterate": row["iterate"]} | flat(row[key]) for row in rows if row.get(key)]
+        tables += [table_of(title, changed, ["iterate", "temperature", *names], "+")] if changed else []
+    return tables
+
+
+def signals(rows: Sequence[Row]) -> Table:
+    """Training signals by iterate."""
+    names = ["iterate", *(name for name, column in COLUMNS.items() if column.kind == "signal")]
+    return table_of("Training signals, means over the last tenth of an iteration's steps", rows[1:], names)
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """All tables of a run's rows, as a terminal and a model card show them."""
+    return "\n\n".join(table.text() for table in [*held_out(rows), signals(rows)])

@@ -2,7 +2,7 @@
 """Talk to what a run made: any iterate, final/, another directory with a model, or a hub id.
 
     python respond.py runs/spin                                 a loop of prompts, answered by the run's last iterate
-    python respond.py runs/spin --prompt "HELLO"                one answer; --prompt may be repeated
+    python respond.py runs/spin --prompt "HELLO" "BYE"          one answer per prompt
     python respond.py runs/spin/iterate-2 --prompts F.jsonl     every prompt of a file, in any layout of --data
     python respond.py runs/spin --compare runs/spin/iterate-0   two side by side; iterate-0 is the start of the run
     python respond.py runs/spin --eval-data F.jsonl             held-out metrics instead of responses
@@ -13,83 +13,83 @@ unless --temperature asks for samples.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lora
+from data.examples import Example, as_decoded, draw, encode, fit_context, load_examples, load_tokenizer
+from data.files import read_object
+from data.templates import choose, read_chat
+from evaluate import evaluate, sample_start
 from kernels import onednn
-from model import GPTNeo
 from player import Player
-from runtime import cli, record, report, storage
-from runtime.data import Example, as_decoded, draw, encode, fit_context, load_examples, load_tokenizer
-from runtime.evaluate import evaluate, sample_start
+from report.tables import metrics_of, table_of
+from runtime.cli import fail, streams
+from runtime.folder import Folder, write_rows
 from runtime.functions import load_metrics
-from runtime.options import Args, CommandLine, as_typed, at_least, check_file, checked, help_text, option
-from runtime.run import Run
-from runtime.setup import choose_device, end_token, load_config, resolve_model
-from runtime.template import Template, choose, read_chat
+from runtime.options import RunOptions, check_fields, option, parse
+from runtime.setup import choose_device, end_token, resolve_model
+from runtime.work import Work
+from spin import SpinOptions
 
 
-def same(name: str, default: Any = None, **changes: Any) -> Any:
-    """The option of the same name of spin.py."""
-    (field,) = (field for field in dataclasses.fields(Args) if field.name == name)
-    facts = dict(field.metadata) | dict(scripts=("respond",), group="") | changes
-    return dataclasses.field(default=field.default if default is None else default, metadata=facts)
-
-
-def own(default: Any, help: str, **facts: Any) -> Any:
-    return option(default, help, scripts=("respond",), **facts)
+def same(options_class: type, name: str, **changes: Any) -> Any:
+    """The option of the same name of spin.py, but for the changes."""
+    original = options_class.__dataclass_fields__[name]
+    default = changes.pop("default", original.default)
+    return field(default=default, metadata={**original.metadata, "group": ""} | changes)
 
 
 @dataclass(frozen=True)
-class RespondArgs:
+class RespondOptions:
     """The options of respond.py."""
 
-    compare: tuple[str, ...] = own(
-        (), "Another iterate or model, to show beside the first.", repeated="PATH", group="model"
+    model: str = option("", "A run, an iterate, a model's directory or a hub id.", positional=True, metavar="MODEL")
+    compare: tuple[str, ...] = option((), "Other iterates or models, to show beside the first.", metavar="MODEL")
+    base: str = option("", "The model below an adapter; default: the one that the run began with.")
+    eos: str = same(RunOptions, "eos")
+    prompt: tuple[str, ...] = option(
+        (),
+        "Prompts. Without any, prompts are read from the terminal.",
+        metavar="TEXT",
+        group="prompts",
+        check=str.strip,
+        expected="a text",
     )
-    base: str = own("", "Model below an adapter; default: the one that the run began with.")
-    eos: str = same("eos")
-    prompt: tuple[str, ...] = own((), "A prompt; repeated, it adds. Without any, prompts are read from stdin.",
-                                  repeated="TEXT", group="prompts")  # fmt: skip
-    prompts: tuple[str, ...] = own((), "Prompts from a file, a directory or a hub data set.", repeated="PATH")
-    fields: tuple[str, ...] = same("fields")
-    template: str = same(
-        "template", "auto", help="Prompt template, as in spin.py; auto: that of the run, or of the model."
-    )
-    special_tokens: bool = same("special_tokens")
-    chat: bool = own(False, "In the loop, earlier turns stay a part of the prompt; an empty line begins anew.")
-    eval_data: tuple[str, ...] = same("eval_data", help="Evaluate on this data: metrics in place of responses.")
-    metric: tuple[str, ...] = same("metric", help="Adds a metric to --eval-data, as in spin.py.")
-    eval_limit: int = same("eval_limit", 0, help="Number of examples of --eval-data, drawn as in spin.py; 0: all.")
-    max_new_tokens: int = own(0, "Length limit of responses, in tokens; 0: that of the run, or 256.", group="sampling",
-                              **at_least(0))  # fmt: skip
-    temperature: float = same("temperature", 0.0, help="Temperature of sampling; 0: greedy.")
-    top_k: int = same("top_k", help="Sample from the k likeliest tokens; 0: all.")
-    top_p: float = same("top_p", help="Sample from the likeliest tokens with this total probability; 1: all.")
-    seed: int = same("seed")
-    out: str = own("", "Write responses, or metrics, to this new file, as JSON Lines.", group="output")
-    device: str = same("device")
-    precision: str = same("precision", help="bf16, fp32 or auto; auto: bf16 on a GPU, else fp32.")
-    gen_batch: int = same("gen_batch")
-    gen_tokens: int = same("gen_tokens")
-    micro_tokens: int = same("micro_tokens")
-    shard = 0  # of a run: its default
+    prompts: tuple[str, ...] = option((), "Files, directories or hub data sets with prompts.", metavar="PATH")
+    fields: tuple[str, ...] = same(RunOptions, "fields")
+    template: str = same(RunOptions, "template", help="Prompt template; auto: that of the run, or of the model.")
+    special_tokens: bool = same(RunOptions, "special_tokens")
+    chat: bool = option(False, "In the loop, earlier turns stay part of the prompt; an empty line begins anew.")
+    eval_data: tuple[str, ...] = same(RunOptions, "eval_data", help="Print metrics on this data, not responses.")
+    metric: tuple[str, ...] = same(RunOptions, "metric")
+    eval_limit: int = same(RunOptions, "eval_limit", default=0)
+    max_new_tokens: int = same(RunOptions, "max_new_tokens", default=0, within="[0, inf)")
+    temperature: float = same(SpinOptions, "temperature", default=0.0, group="sampling")
+    top_k: int = same(SpinOptions, "top_k")
+    top_p: float = same(SpinOptions, "top_p")
+    seed: int = same(RunOptions, "seed")
+    out: str = option("", "Write responses, or metrics, to this new file, as JSON Lines.", group="output")
+    device: str = same(RunOptions, "device")
+    precision: str = same(RunOptions, "precision")
+    gen_batch: int = same(RunOptions, "gen_batch")
+    gen_tokens: int = same(RunOptions, "gen_tokens")
+    micro_tokens: int = same(RunOptions, "micro_tokens")
+
+    shard = 0  # the default size
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+        check_fields(self)
         if self.out and os.path.lexists(self.out):
-            raise ValueError(f"{as_typed('out', self.out)}: exists, expected a new file")
+            raise ValueError(f"--out {self.out}: exists, expected a new file")
 
 
 class Responder:
@@ -102,33 +102,34 @@ class Responder:
     Raises: ValueError, FileNotFoundError.
     """
 
-    def __init__(self, name: str, args: RespondArgs, fallback: str = "") -> None:
+    def __init__(self, name: str, args: RespondOptions, fallback: str = "") -> None:
         self.name = name
-        folder, run = find(name)
-        settings = run.get("args", {}) if run else {}
+        folder, record = find(name)
+        settings = (record or {}).get("args", {})
         adapter = folder if folder and Path(folder, "adapter_config.json").exists() else None
         if adapter or folder is None:  # an adapter, or a run's start
             base = args.base or settings.get("model") or read_base(adapter)
             adapter = adapter or settings.get("adapter") or None
-            path, _ = resolve_model(str(base), None if args.base else run and run.get("revision"))
+            path, _ = resolve_model(str(base), None if args.base else (record or {}).get("revision"))
         else:
             path, _ = resolve_model(str(folder), flag="")
-        full = Args(rank=0, eos=args.eos or settings.get("eos", ""))
-        config = load_config(path, full)
-        self.eos = end_token(path, config.eos_token_id, full.eos)
+        config = Player.model_class.config_class.from_json(path / "config.json")
+        self.eos = end_token(path, config.eos_token_id, args.eos or settings.get("eos", ""))
         self.tokenizer = load_tokenizer(path, self.eos, config.vocab_size)
         self.context = config.max_position_embeddings
-        self.device = choose_device(args)
-        bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.type == "cuda")
-        model = GPTNeo.from_pretrained(path, dtype=torch.float32, device=self.device).eval()
+        device = choose_device(args.device)
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+        model = Player.model_class.from_pretrained(path, dtype=torch.float32, device=device).eval()
         if adapter:
             lora.load_adapter(model, adapter)
-        self.args = dataclasses.replace(args, max_new_tokens=args.max_new_tokens or settings.get("max_new_tokens", 256))
+        self.args = dataclasses.replace(
+            args, out="", max_new_tokens=args.max_new_tokens or settings.get("max_new_tokens", 256)
+        )
         self.player = Player(model, self.eos, self.args, torch.bfloat16 if bf16 else torch.float32)
-        own = (run or {}).get("template", "") or ("chat" if read_chat(path)[0] else fallback) or "auto"
+        own = (record or {}).get("template", "") or ("chat" if read_chat(path)[0] else fallback) or "auto"
         special = args.special_tokens or settings.get("special_tokens", False)
         asked = args.template if args.template != "auto" else own
-        self.template: Template = choose(asked, path, self.tokenizer, messages=False, special_tokens=special)
+        self.template = choose(asked, path, self.tokenizer, messages=False, special_tokens=special)
         self.own = "" if own == "auto" else own
 
     def respond(self, examples: list[Example]) -> list[tuple[str, bool]]:
@@ -147,64 +148,50 @@ class Responder:
             top_p=self.args.top_p,
             max_new_tokens=min(self.args.max_new_tokens, room),
         )
-        run = self.as_run([])
-        return [(run.text(ids), finished) for ids, finished in responses]
+        work = self.work([])
+        return [(work.text(ids), finished) for ids, finished in responses]
 
-    def as_run(self, heldout: list[Example]) -> Run:
-        """What evaluation asks for. Nothing is written."""
-        metrics = load_metrics(self.args.metric)
-        return Run(
-            self.args, self.tokenizer, self.eos, self.device, Path("."), Path("."), heldout=heldout, metrics=metrics
-        )
+    def work(self, heldout: list[Example]) -> Work:
+        """Asks the player for what evaluation needs, and writes nothing."""
+        return Work(self.args, self.tokenizer, self.eos, heldout, load_metrics(self.args.metric), self.args.gen_batch)
 
 
 def find(name: str) -> tuple[str | None, dict[str, Any] | None]:
     """(directory or hub id, record of its run) of what a name stands for; None in place of a run's start.
 
-    A run stands for its last iterate. Raises: ValueError where it has none yet.
+    A run stands for its last iterate. Raises: ValueError if it has none yet.
     """
     path = Path(name)
     if Path(path, "run.json").is_file():
-        run = record.read(path)
-        made = [path / "final", *(path / f"iterate-{t}" for t in range(run["args"]["iterations"], 0, -1))]
+        record = Folder(path).record()
+        made = [path / "final", *(path / f"iterate-{t}" for t in range(record["args"]["iterations"], 0, -1))]
         there = next((folder for folder in made if folder.is_dir()), None)
         if there is None:
             raise ValueError(f"{name}: the run has no iterate yet; {name}/iterate-0 is its start")
-        return str(there), run
-    run = record.read(path.parent) if Path(path.parent, "run.json").is_file() else None
-    if run and path.name == "iterate-0":
-        return None, run
-    if run and not path.is_dir():
-        made = sorted(folder.name for folder in path.parent.iterdir() if Path(folder, "model.safetensors").exists()
-                      or Path(folder, "adapter_config.json").exists())  # fmt: skip
+        return str(there), record
+    record = Folder(path.parent).record() if Path(path.parent, "run.json").is_file() else None
+    if record and path.name == "iterate-0":
+        return None, record
+    if record and not path.is_dir():
+        made = sorted(folder.name for folder in path.parent.glob("*") if list(folder.glob("*.safetensors")))
         raise ValueError(f"{name}: no such iterate; there are {', '.join(['iterate-0', *made])}")
-    return name, run
+    return name, record
 
 
 def read_base(adapter: str | None) -> str:
     """The base model that an adapter names."""
     file = Path(adapter or "", "adapter_config.json")
-    check_file(file, lora.CONFIG_BYTES)
-    base = json.loads(file.read_bytes()).get("base_model_name_or_path")
+    base = read_object(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{file}: names no base model; --base names it")
     return base
 
 
-# ---------------------------------------------------------------- prompts
-
-
-def examples_of(args: RespondArgs) -> list[Example]:
-    """The prompts of --prompt and --prompts."""
-    typed = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
-    if any(not example.prompt.strip() for example in typed):
-        raise ValueError("--prompt '': expected a text")
-    read = load_examples(args.prompts, "prompts", args.fields) if args.prompts else []
-    return typed + read
+# ---------------------------------------------------------------- prompts and output
 
 
 def typed_prompts(chat: bool) -> Iterator[Example]:
-    """Prompts from a terminal or a pipe, one a line. With `chat` the caller appends to `turns` what was answered."""
+    """Prompts from a terminal or a pipe, one per line. With `chat` the caller fills in `response`, the next turn."""
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
@@ -228,18 +215,12 @@ def typed_prompts(chat: bool) -> Iterator[Example]:
             turns.append(("assistant", example.response or " "))
 
 
-# ---------------------------------------------------------------- output
-
-
 def show(example: Example, answers: list[tuple[str, bool]], names: list[str], with_prompt: bool) -> None:
     """Prints a response as it is, or several side by side."""
-    texts = [text if finished else f"{text} [...]" for text, finished in answers]  # cut at the length limit
+    texts = [text if finished else f"{text} [...]" for text, finished in answers]  # it was cut at the length limit
     if with_prompt:
         print(f"> {example.prompt}")
-    if len(texts) == 1:
-        print(texts[0], flush=True)
-    else:
-        print(side_by_side(names, texts, shutil.get_terminal_size().columns), flush=True)
+    print(texts[0] if len(texts) == 1 else side_by_side(names, texts, shutil.get_terminal_size().columns), flush=True)
     if with_prompt:
         print()
 
@@ -247,40 +228,37 @@ def show(example: Example, answers: list[tuple[str, bool]], names: list[str], wi
 def side_by_side(titles: list[str], texts: list[str], width: int) -> str:
     """Texts in columns under their titles, wrapped to the width of the terminal."""
     column = max(20, (width - 3 * (len(texts) - 1)) // len(texts))
-    cells = [[title[-column:], "-" * column, *wrapped(text, column)] for title, text in zip(titles, texts)]
+    cells = []
+    for title, text in zip(titles, texts):
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
+        cells.append([title[-column:], "-" * column, *lines])
     rows = max(map(len, cells))
     padded = [cell + [""] * (rows - len(cell)) for cell in cells]
     return "\n".join(" | ".join(line.ljust(column) for line in row).rstrip() for row in zip(*padded))
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
-
-
 def rows_of(example: Example, answers: list[tuple[str, bool]], names: list[str]) -> list[dict[str, Any]]:
     """A row of --out for each model: "prompt" and "response" as --data reads them."""
-    rows = []
-    for name, (text, finished) in zip(names, answers):
-        row = {"model": name, "prompt": example.prompt, "response": text, "finished": finished}
-        rows.append(row | ({"references": example.references} if example.references else {}))
-    return rows
+    references = {"references": example.references} if example.references else {}
+    return [
+        {"model": name, "prompt": example.prompt, "response": text, "finished": finished} | references
+        for name, (text, finished) in zip(names, answers)
+    ]
 
 
-# ---------------------------------------------------------------- the three ways to use it
+# ---------------------------------------------------------------- responses, or metrics
 
 
-def respond(responders: list[Responder], args: RespondArgs) -> list[dict[str, Any]]:
-    """Answers the prompts of the command line, of files or of stdin, and prints the answers."""
-    names = [responder.name for responder in responders]
-    rows = []
-    examples = examples_of(args)
-    if not examples:
-        for example in typed_prompts(args.chat):
-            answers = [responder.respond([example])[0] for responder in responders]
-            show(example, answers, names, with_prompt=False)
-            example.response = answers[0][0]
-            rows += rows_of(example, answers, names)
-        return rows
+def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
+    """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
+    names, rows = [responder.name for responder in responders], []
+    examples = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
+    examples += load_examples(args.prompts, "prompts", args.fields) if args.prompts else []
+    for example in () if examples else typed_prompts(args.chat):
+        answers = [responder.respond([example])[0] for responder in responders]
+        show(example, answers, names, with_prompt=False)
+        example.response = answers[0][0]
+        rows += rows_of(example, answers, names)
     for first in range(0, len(examples), args.gen_batch):
         some = examples[first : first + args.gen_batch]
         for example, *answers in zip(some, *(responder.respond(some) for responder in responders)):
@@ -289,7 +267,7 @@ def respond(responders: list[Responder], args: RespondArgs) -> list[dict[str, An
     return rows
 
 
-def metrics(responders: list[Responder], args: RespondArgs) -> list[dict[str, Any]]:
+def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
     """Held-out metrics of every model; KL is KL(first, model)."""
     rows, start = [], None
     for responder in responders:
@@ -299,39 +277,29 @@ def metrics(responders: list[Responder], args: RespondArgs) -> list[dict[str, An
         examples, skipped = fit_context(examples, responder.context, responder.args.max_new_tokens, "skip")
         if skipped:
             print(f"{responder.name}: left out {skipped} examples that do not fit the context", flush=True)
-        run = responder.as_run(examples)
-        start = start or sample_start(responder.player, run)
-        rows.append({"model": responder.name} | evaluate(responder.player, start, run))
-    print(report.table(rows, {"model": ""} | report.columns_of(rows)))
+        work = responder.work(examples)
+        start = start or sample_start(responder.player, work)
+        rows.append({"model": responder.name} | evaluate(responder.player, start, work))
+    print(table_of("", rows, ["model", *metrics_of(rows)]).text())
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    cli.prepare_streams()
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        usage = "%(prog)s MODEL [--flag VALUE ...]"
-        print(help_text("respond", RespondArgs, __doc__ or "", usage), end="")
-        return 0
-    try:
-        if not argv or argv[0].startswith("--"):
-            raise ValueError("expected a run, an iterate, a model's directory or a hub id before the flags")
-        given = CommandLine("respond", RespondArgs).read([(word, "") for word in argv[1:]])
-        args = RespondArgs(**{name: value for name, (value, _) in given.items()})
-        with onednn.products(), torch.no_grad():
-            responders = [Responder(argv[0], args)]
-            for name in args.compare:
-                responders.append(Responder(name, args, responders[0].own))
-            rows = metrics(responders, args) if args.eval_data else respond(responders, args)
-        if args.out:
-            storage.write_rows(Path(args.out), rows)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        return cli.fail("respond.py", cli.as_text(error), 2)
-    except KeyboardInterrupt:
-        print()
-        return 130
-    finally:
-        cli.flush_streams()
+    with streams():
+        try:
+            args = parse(RespondOptions, sys.argv[1:] if argv is None else argv, "respond.py", __doc__ or "")
+            with onednn.products(), torch.no_grad():
+                responders = [Responder(args.model, args)]
+                for name in args.compare:
+                    responders.append(Responder(name, args, responders[0].own))
+                rows = metrics(responders, args) if args.eval_data else respond(responders, args)
+            if args.out:
+                write_rows(Path(args.out), rows)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            return fail("respond.py", error, 2)
+        except KeyboardInterrupt:
+            print()
+            return 130
     return 0
 
 

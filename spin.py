@@ -2,7 +2,7 @@
 """SPIN: Self-Play Fine-Tuning (Chen et al., 2024, arXiv 2401.01335), from top to bottom.
 
     python spin.py                             self-play on the embedded task (spelling to pronunciation), on a CPU
-    python spin.py --model DIR --data F.jsonl  self-play from your own fine-tuned GPT-Neo
+    python spin.py --model DIR --data F.jsonl  self-play from your own fine-tuned model
     python spin.py --help                      every option
 
 A language model was fine-tuned on human responses. To get better without new data it plays a game against itself. The
@@ -10,208 +10,165 @@ A language model was fine-tuned on human responses. To get better without new da
 human responses from those, by making the human ones likelier and the opponent's less likely. Then the player becomes
 the next opponent. The game ends when the two kinds of response cannot be told apart: the model writes like the data.
 
-Words: a prompt x has a *real* response y from the data and a *generated* one y' from the opponent, together a *pair*.
-An *iteration* is one round of the game, an *epoch* a pass over the pairs of an iteration, a *step* one update by the
-optimizer. The *iterate* theta_t is the player after t iterations. log p(y|x) is summed over the tokens of y, with its
-end-of-sequence token, in nats.
+Words: an *iteration* is one round of the game, an *epoch* a pass over the pairs of an iteration, a *step* one update by
+the optimizer. The *iterate* theta_t is the player after t iterations. log p(y|x) is summed over the tokens of y,
+including its end-of-sequence token, in nats.
 
 Deviations from the paper and from the official code (uclaml/SPIN):
 - The opponent is not a second model: it is the player before training, whose log-probabilities are stored once.
-- LoRA is the default of --rank; 0 trains all parameters, as the paper and the run without flags do. AdamW is the
-  default optimizer; --optimizer rmsprop is the paper's. recipes/paper.args is the published recipe.
-- Sampled ids are scored as they were sampled, never decoded and encoded again. The end-of-sequence token counts where
-  it was sampled; the official code appends one to responses that were cut.
-- Prompt and response are encoded apart. Pairs of equal responses are dropped: they have no gradient.
-- Examples that do not fit the context are an error or left out and counted, never cut silently.
-- The prompts of an iteration may be a fresh random subset (--prompts); the paper uses the same 50,000 every time.
+- LoRA and AdamW are the defaults; recipes/paper.args has the published recipe: all parameters, RMSProp.
+- Sampled ids are scored as they were sampled, never decoded and encoded again. The end-of-sequence token counts if it
+  was sampled; the official code appends one to responses that were cut. Prompt and response are encoded apart.
+- Pairs of equal responses are dropped: they have no gradient.
+- --prompts draws a fresh random subset for each iteration; the paper uses the same 50,000 prompts every time.
 """
 
 import math
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import AdamW, Optimizer, RMSprop
 
 from player import Player
-from runtime import cli, parallel
-from runtime.data import Example, Pair
-from runtime.evaluate import Row, mean
-from runtime.options import Args, value_at
-from runtime.run import Run
-from runtime.stopping import Stopped
+
+Row = dict[str, Any]  # metrics or training signals by name
 
 
 def spin_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
-    """Eq. 4.7 for each pair: l(beta * margin) with the logistic loss l(z) = log(1 + exp(-z)).
+    """Eq. 4.7 for each pair: l(beta * margin) with the logistic loss l(z) = log(1 + exp(-z)), as (K, B).
 
-    margin = log [p_theta(y|x) / p_t(y|x)] - log [p_theta(y'|x) / p_t(y'|x)]
+    margin = log [p_theta(y|x) / p_t(y|x)] - log [p_theta(y'|x) / p_t(y'|x)], 0 if player and opponent are the same.
 
     Args:
-        real_ratios, generated_ratios: (B,) fp32, the two log-ratios of the margin, in nats.
-        beta: the paper's lambda. A larger one asks for smaller steps away from the opponent.
-
-    Returns: (B,), ln 2 where player and opponent are the same.
+        real_ratios: (B,) fp32, the first log-ratio of the margin, in nats. generated_ratios: (K, B), the second, for K
+            generated responses to each prompt. beta: the paper's lambda; a larger one asks for smaller steps.
     """
     return F.softplus(-beta * (real_ratios - generated_ratios))
 
 
-def play(
-    player: Player, examples: list[Example], run: Run, generate: Callable, score: Callable, train: Callable
-) -> None:
-    """Algorithm 1, from its three phases: those of SPIN below, or those of another method (family.py).
+def play(player: Player, examples: list, run: "Run", generate: Callable, score: Callable, train: Callable) -> None:
+    """Algorithm 1, from its three phases: those of SPIN below, or those of another method (methods/).
 
-    `run` counts the iterations, evaluates every iterate, theta_0 included, and resumes where a killed run stopped.
+    An example has `prompt_ids` and `real_ids`, the prompt x and the human response y as lists of token ids.
     """
     for t in run.iterations(player):
         opponent = player  # theta_t: its weights stay as they are until `train`
         pairs, counts = generate(opponent, run.prompts(examples, t), t, run)
-        pool = pairs + run.previous_pairs(t)  # none, unless --mix-previous asks for those of iteration t - 1
+        pool = pairs + [Pair(**row) for row in run.previous_pairs(t)]  # none, unless --mix-previous asks for them
         score(opponent, pool, run)
         signals = train(player, pool, t, run)
         run.finish_iterate(player, run.evaluate(player) | counts | signals, pairs)
 
 
+@dataclass(slots=True)
+class Pair:
+    """A prompt x with its real response y, from the data, and the generated one y' (some methods have several)."""
+
+    prompt_ids: list[int]
+    real_ids: list[int]
+    generated_ids: list[list[int]]  # one list of ids per generated response
+    finished: bool  # the opponent ended its responses itself, before the length limit
+    prompt: Any = ""  # the prompt as text or messages, for people who read the file of pairs
+    opponent_real_logp: float | None = None  # log p_t(y|x), nats; `score` fills it in
+    opponent_generated_logps: list[float] = field(default_factory=list)  # log p_t(y'|x) per generated response
+    wins: tuple[float, float] = (1.0, 0.0)  # probability that each response is preferred; see SPPO in methods/
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.real_ids, *self.generated_ids]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, [self.prompt_ids, *self.responses]))
+
+
 # ---------------------------------------------------------------- the three phases of an iteration
 
 
-def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tuple[list[Pair], Row]:
+def generate(opponent: Player, examples: list, t: int, run: "Run") -> tuple[list[Pair], Row]:
     """The opponent writes one response to every prompt. Returns the pairs worth training on, and counts of all."""
-    args = run.args
-    responses = run.respond(
-        opponent, examples, "generate", run.seed(t, "generate"), args.temperature, args.top_k, args.top_p
-    )
-    pairs = [
-        Pair(e.prompt_ids, e.real_ids, ids, finished, prompt=e.asked) for e, (ids, finished) in zip(examples, responses)
-    ]
-    return select(pairs, t, run)
+    responses = run.sample(opponent, examples, t, "generate")
+    pairs = [Pair(e.prompt_ids, e.real_ids, [ids], ended, e.asked) for e, (ids, ended) in zip(examples, responses)]
+    return select(pairs, run.args.unfinished)
 
 
-def select(pairs: list[Pair], t: int, run: Run, drop_identical: bool = True) -> tuple[list[Pair], Row]:
-    """Leaves out pairs that have no gradient or that --unfinished does not want. Returns the others, and counts.
-
-    Raises: Stopped where no pair is left.
-    """
-    unfinished = run.args.unfinished
+def select(pairs: list[Pair], unfinished: str, drop_identical: bool = True) -> tuple[list[Pair], Row]:
+    """Leaves out pairs that have no gradient or that --unfinished excludes. Returns the others, and counts."""
     if unfinished == "cut":  # otherwise the missing end alone tells a response that was cut from a real one
         for pair in pairs:
             if not pair.finished:
-                pair.real_ids = pair.real_ids[: len(pair.generated_ids)]
-    # Equal responses have margin 0 whatever the player does, so their gradient is zero.
-    different = [pair for pair in pairs if pair.generated_ids != pair.real_ids]
+                pair.real_ids = pair.real_ids[: len(pair.generated_ids[0])]
+    # Equal responses have margin 0 whatever the player does. Losses that see more than the margin keep them.
+    different = [pair for pair in pairs if any(ids != pair.real_ids for ids in pair.generated_ids)]
     wanted = different if drop_identical else pairs
     wanted = [pair for pair in wanted if pair.finished or unfinished != "drop"]
-    if not wanted:
-        raise Stopped(f"iteration {t}: no pair is left, all {len(pairs)} were identical or unfinished")
     return wanted, {
         "pairs": len(wanted),
         "generated": len(pairs),
         "identical": len(pairs) - len(different),
-        "truncated": mean([not pair.finished for pair in pairs]),
-        "real_length": mean([len(pair.real_ids) for pair in pairs]),
-        "generated_length": mean([len(pair.generated_ids) for pair in pairs]),
+        "truncated": fmean(not pair.finished for pair in pairs),
+        "real_length": fmean(len(pair.real_ids) for pair in pairs),
+        "generated_length": fmean(len(ids) for pair in pairs for ids in pair.generated_ids),
     }
 
 
-def score(opponent: Player, pairs: list[Pair], run: Run) -> None:
-    """Stores log p_t of both responses with every pair, computed once, by the code path that trains.
+def score(opponent: Player, pairs: list[Pair], run: "Run") -> None:
+    """Stores log p_t of all responses with every pair, computed once, by the code path that trains.
 
     Pairs of the iteration before are scored again: their opponent is now theta_t, too.
     """
-    logps = run.logps(opponent, [(p.prompt_ids, p.real_ids, p.generated_ids) for p in pairs], "score")
-    for pair, (real_logp, generated_logp) in zip(pairs, logps):
-        pair.opponent_real_logp = real_logp
-        pair.opponent_generated_logp = generated_logp
+    logps = run.logps(opponent, [(pair.prompt_ids, *pair.responses) for pair in pairs], "score")
+    for pair, (real_logp, *generated_logps) in zip(pairs, logps):
+        pair.opponent_real_logp, pair.opponent_generated_logps = real_logp, generated_logps
 
 
-def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
+def train(player: Player, pairs: list[Pair], t: int, run: "Run") -> Row:
     """Minimises Eq. 4.7 over the pairs. Returns training signals: means over the last tenth of the steps."""
-    beta = value_at(run.args.beta, t)
-
-    def loss_of(batch: list[Pair]) -> dict[str, Tensor]:
-        return pair_loss(player, batch, beta)
-
-    return optimize(player, pairs, loss_of, t, run)
+    beta = run.args.beta[t]
+    return optimize(player, pairs, lambda batch: pair_loss(player, batch, beta), t, run)
 
 
-def pair_loss(player: Player, batch: list[Pair], beta: float) -> dict[str, Tensor]:
-    """The loss of each pair, and what is worth watching: (B,) tensors by name, of which "loss" has a gradient."""
+def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable = spin_loss) -> dict[str, Tensor]:
+    """The loss of each pair, and what is worth watching: (B,) tensors by name."""
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=player.device)  # (B,)
+    def columns(rows: list[list[float]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float32, device=player.device).T  # (1 + K, B)
 
-    logps = player.response_logps([(p.prompt_ids, p.real_ids, p.generated_ids) for p in batch])  # (2, B), of p_theta
-    real_ratios = logps[0] - column([p.opponent_real_logp for p in batch])
-    generated_ratios = logps[1] - column([p.opponent_generated_logp for p in batch])
-    margins = beta * (real_ratios - generated_ratios).detach()
+    logps = player.response_logps([(pair.prompt_ids, *pair.responses) for pair in batch])  # (1 + K, B), of p_theta
+    ratios = logps - columns([[pair.opponent_real_logp, *pair.opponent_generated_logps] for pair in batch])
+    margins = beta * (ratios[0] - ratios[1:].mean(0)).detach()
+    per_token = logps / columns([[len(ids) for ids in pair.responses] for pair in batch])  # nats per token
     return {
-        "loss": spin_loss(real_ratios, generated_ratios, beta),
+        "loss": loss(ratios[0], ratios[1:], beta).mean(0),
         "margin": margins,
         "accuracy": (margins > 0).float(),  # a margin of 0, as at the first step, counts as wrong
-        "real_logp": logps[0].detach() / column([len(p.real_ids) for p in batch]),  # nats a token
-        "generated_logp": logps[1].detach() / column([len(p.generated_ids) for p in batch]),
+        "real_logp": per_token[0],
+        "generated_logp": per_token[1:].mean(0),
     }
 
 
-# ---------------------------------------------------------------- the optimizer
-
-
-def optimize(
-    player: Player, items: list[Any], loss_of: Callable, t: int, run: Run, prepare: Callable = lambda batch: None
-) -> Row:
-    """Minimises the mean of loss_of(batch)["loss"] over `items`. The optimizer starts afresh in every iteration.
-
-    `prepare` sees each batch whole, before `take_step` cuts it into the micro-batches that `loss_of` sees.
-
-    `run.training` shuffles, resumes, keeps the log, and stops the run after several steps that are not finite.
-    """
+def optimize(player: Player, items: list, loss_of: Callable, t: int, run: "Run") -> Row:
+    """Minimises the mean of loss_of(items)["loss"]. The optimizer starts afresh in every iteration."""
     args = run.args
-    peak = value_at(args.lr, t)
-    with run.weights_to_train(player):
-        optimizer = make_optimizer([p for p in player.model.parameters() if p.requires_grad], args)
-        training = run.training(t, items, player.model, optimizer)
-        player.model.train()
-        for step, batch in training:
-            optimizer.param_groups[0]["lr"] = peak * schedule(step, training.steps, args.warmup)
-            prepare(batch)
-            training.record(take_step(player, optimizer, batch, loss_of, args.clip))
-        player.model.eval()
-    return training.signals()
-
-
-def take_step(
-    player: Player, optimizer: torch.optim.Optimizer, batch: list[Any], loss_of: Callable, clip: float
-) -> Row:
-    """One update by the gradient of the mean loss over the batch, however micro-batches cut it.
-
-    Returns the means of all that `loss_of` computes. If the loss or the gradient is not finite, the weights stay as
-    they are, "skipped" is true, and values that are not finite are None, since JSON has no NaN.
-    """
-    sums: dict[str, Tensor] = {}
-    # The weight is 1, or 0 where a rank repeats a micro-batch because others have more (see docs/scaling.md).
-    for micro_batch, weight in parallel.micro_batches([item.tokens for item in batch], player.micro_batches):
-        values = loss_of([batch[i] for i in micro_batch])
-        (weight * values["loss"].sum() / len(batch)).backward()
-        sums = {name: sums.get(name, 0) + weight * value.detach().sum() for name, value in values.items()}
-    group = optimizer.param_groups[0]
-    sums = parallel.sum_gradients(group["params"], sums)  # over all ranks, of which each had a part of the batch
-    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(group["params"], clip))
-    means = torch.stack([*(total / len(batch) for total in sums.values()), norm]).tolist()  # waits for the GPU once
-    row = {name: value if math.isfinite(value) else None for name, value in zip([*sums, "grad_norm"], means)}
-    skipped = None in row.values()
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad()
-    return row | {"lr": group["lr"], "skipped": skipped}
-
-
-def make_optimizer(parameters: list[Tensor], args: Args) -> torch.optim.Optimizer:
-    """AdamW, or the paper's RMSProp, which has no weight decay. `optimize` sets the learning rate of each step."""
-    if args.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters)
-    return torch.optim.AdamW(parameters, weight_decay=args.weight_decay)
+    with run.training(player, items, t) as training:
+        weights = training.parameters
+        rmsprop = args.optimizer == "rmsprop"  # the paper's, which has no weight decay
+        optimizer = RMSprop(weights) if rmsprop else AdamW(weights, weight_decay=args.weight_decay)
+        for step, batch in training.batches(optimizer):
+            optimizer.param_groups[0]["lr"] = args.lr[t] * schedule(step, training.steps, args.warmup)
+            for micro_batch, weight in training.micro_batches(batch):
+                values = loss_of(micro_batch)
+                (weight * values["loss"].sum() / len(batch)).backward()
+                training.add(values, weight)
+            training.step(optimizer, args.clip)
+        return training.signals()
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -220,11 +177,73 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rise if step < rise else (steps - step) / max(steps - rise, 1)
 
 
-def main(argv: list[str] | None = None) -> int:
-    def self_play(player: Player, examples: list[Example], run: Run) -> None:
-        play(player, examples, run, generate, score, train)
+# ---------------------------------------------------------------- what the method asks of its surroundings
 
-    return cli.main("spin", self_play, Player, Args, argv, about=__doc__)
+
+class Run(Protocol):
+    """Hands out work and keeps results: on disk in runtime/run.py, in memory in examples/minimal.py."""
+
+    args: "SpinOptions"
+
+    def iterations(self, player: Player) -> Iterator[int]: ...  # yields t with the player as theta_t
+    def prompts(self, examples: list, t: int) -> list: ...  # the examples of iteration t, in random order
+    def sample(self, player: Player, examples: list, t: int, purpose: str) -> list[tuple[list[int], bool]]: ...
+    def logps(self, player: Player, items: list[tuple], purpose: str) -> list[list[float]]: ...
+    def previous_pairs(self, t: int) -> list[Row]: ...  # fields of the pairs of iteration t - 1, or []
+    def training(self, player: Player, items: list, t: int) -> AbstractContextManager["Training"]: ...
+    def evaluate(self, player: Player) -> Row: ...  # held-out metrics
+    def finish_iterate(self, player: Player, row: Row, pairs: list[Pair]) -> None: ...  # keeps all three
+
+
+class Training(Protocol):
+    """The optimizer steps of one iteration: shuffled, sharded across GPUs if there are several, logged, resumable."""
+
+    parameters: list[Tensor]
+    steps: int
+
+    def batches(self, optimizer: Optimizer) -> Iterator[tuple[int, list]]: ...  # (step, its items)
+    def micro_batches(self, batch: list) -> Iterator[tuple[list, float]]: ...  # parts that fit the memory; weights
+    def add(self, values: dict[str, Tensor], weight: float) -> None: ...  # towards the step's row of the log
+    def step(self, optimizer: Optimizer, clip: float) -> None: ...  # skipped if the loss is not finite
+    def signals(self) -> Row: ...
+
+
+def option(default: Any, help: str, **facts: Any) -> Any:
+    """A field of a dataclass of options, of which runtime/options.py makes a flag."""
+    return field(default=default, metadata={"help": help} | facts)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of `optimize`. A tuple has a value per iteration; on a command line one value serves for all."""
+
+    optimizer: str = option("adamw", "The optimizer; the paper uses rmsprop.", choices=("adamw", "rmsprop"))
+    lr: tuple[float, ...] = option((5e-5,), "Peak learning rate.", within="(0, 1000]")
+    epochs: tuple[int, ...] = option((2,), "Passes over the pairs or examples of an iteration.", within="[1, 1000000]")
+    batch: int = option(64, "Pairs or examples per step.", within="[1, inf)")
+    warmup: float = option(0.1, "Share of the steps with a rising learning rate.", within="[0, 1]")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", within="[0, inf)")
+    clip: float = option(1.0, "Largest norm of the gradient; inf: no limit.", within="(0, inf]")
+
+
+@dataclass(frozen=True)
+class SpinOptions(TrainingOptions):
+    """Options of self-play."""
+
+    beta: tuple[float, ...] = option((1.0,), "Beta in Eq. 4.7, the paper's lambda.", within="(0, inf)")
+    temperature: float = option(1.0, "Temperature of generated responses; 0: greedy.", within="0 or [0.001, inf)")
+    top_k: int = option(0, "Sample them from the k likeliest tokens; 0: from all.", within="[0, inf)")
+    top_p: float = option(1.0, "Sample them from the likeliest tokens with this total probability.", within="(0, 1]")
+    unfinished: str = option(
+        "keep", "Responses at the length limit; cut: real ones, too.", choices=("keep", "drop", "cut")
+    )
+    mix_previous: bool = option(False, "Train on the pairs of the previous iteration too.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    from runtime import cli  # the method itself needs nothing of runtime/
+
+    return cli.main("spin", lambda *game: play(*game, generate, score, train), Player, SpinOptions, argv, about=__doc__)
 
 
 if __name__ == "__main__":

@@ -3,41 +3,94 @@
 
     python examples/any_causal_lm.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out runs/qwen
 
-Flags are those of spin.py; adapters are trained (--rank 0 is refused), on all linear layers unless --lora-targets
-names some. Only this file needs transformers. What is special about it is `CausalLM`, the player; `setup` puts a run
-together by hand, as the runtime does for GPT-Neo. A stopped run resumes.
+Flags are those of spin.py, but for --rank 0 and --fsdp; all linear layers get adapters unless --lora-targets names
+some. Only this file needs transformers: `CausalLM` is the player, and `HubModel` tells runtime/ how to load its model.
 """
 
-import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lora
 import spin
-from kernels import linear_logprobs, onednn
+from kernels import linear_logprobs
 from player import Item, Player, head_rows
-from runtime import panels, record, report, storage
-from runtime.data import as_decoded, digest, draw, encode, fit_context, load_examples, load_tokenizer, split
-from runtime.options import Args, changeable, parse
-from runtime.run import Run, seed_of
-from runtime.setup import choose_device, resolve_model
-from runtime.template import choose
+from runtime import cli
+from runtime.work import seed_of
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """What a run asks about a model."""
+
+    hub: Any  # the config of transformers
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    eos_token_id: int
+
+    @classmethod
+    def from_json(cls, path: Path) -> "HubConfig":
+        hub = transformers.AutoConfig.from_pretrained(path.parent)
+        eos = transformers.AutoTokenizer.from_pretrained(path.parent).eos_token_id  # a chat model's own end of a turn
+        return cls(hub, hub.vocab_size, hub.hidden_size, hub.max_position_embeddings, eos)
+
+    def to_json(self) -> str:
+        return "{}"  # config.json stays that of the start
+
+
+class HubModel:
+    """How a run makes and loads a model."""
+
+    config_class = HubConfig
+
+    def __new__(cls, config: HubConfig) -> nn.Module:
+        return as_linear(transformers.AutoModelForCausalLM.from_config(config.hub))
+
+    @staticmethod
+    def from_pretrained(path: Path, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> nn.Module:
+        model = as_linear(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval())
+        model.generation_config = transformers.GenerationConfig()  # its settings would replace what we leave out
+        model.save_pretrained = MethodType(save_plain, model)
+        return model
+
+
+def save_plain(model: nn.Module, folder: Path) -> None:
+    """Writes a model without adapters in the layout that its own class has."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    conv1d = {f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, Conv1D)}
+    state = {name: tensor.t() if name in conv1d else tensor for name, tensor in model.state_dict().items()}
+    type(model).save_pretrained(model, folder, state_dict={name: t.contiguous() for name, t in state.items()})
+
+
+def as_linear(model: nn.Module) -> nn.Module:
+    """Replaces GPT-2's Conv1D layers, whose weights are transposed, with the linear layers that LoRA knows."""
+    for name, conv in list(model.named_modules()):
+        if isinstance(conv, Conv1D):
+            linear = nn.Linear(conv.nx, conv.nf, device="meta")
+            linear.weight, linear.bias = nn.Parameter(conv.weight.detach().t()), conv.bias
+            model.set_submodule(name, linear.train(conv.training))
+    return model
 
 
 class CausalLM(Player):
     """A model of transformers as a player; Player's docstring says what a player does.
 
-    Raises: ValueError where the model's logits are more than hidden states times the head's weight.
+    Raises: ValueError if the model's logits are more than hidden states times the head's weight.
     """
 
-    def __init__(self, model: Any, eos_token_id: int, args: Args, dtype: torch.dtype = torch.float32) -> None:
+    model_class = HubModel
+
+    def __init__(self, model: Any, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.eos_token_id, self.args, self.dtype = model, eos_token_id, args, dtype
         self.device = model.device
         self.micro_tokens = args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
@@ -79,7 +132,7 @@ class CausalLM(Player):
             if progress is not None:
                 progress(len(some), sum(len(result[i][0]) for i in some))
         if with_logps:
-            logps = self.logps_by_token([(prompt, ids) for prompt, (ids, _) in zip(prompts, result)])
+            logps = self.logps([(prompt, ids) for prompt, (ids, _) in zip(prompts, result)], by_token=True)
             return [(*row, by_token) for row, by_token in zip(result, logps)]
         return result
 
@@ -97,73 +150,23 @@ class CausalLM(Player):
         return padded.view(len(items[0]) - 1, len(items), longest)
 
 
-def setup(args: Args) -> tuple[CausalLM, list[Any], Run]:
-    """The player with fresh adapters, the training examples, and the run with the held-out ones."""
-    if not args.rank or not args.data or not args.model:
-        raise ValueError("expected --model and --data, and no --rank 0")
-    path, revision = resolve_model(args.model)
-    device = choose_device(args)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    for module in model.modules():  # the opponent is scored without dropout: see docs/runs.md
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    if args.lora_targets == lora.DEFAULT_TARGETS:
-        args = dataclasses.replace(args, lora_targets=tuple(lora.linear_names(model)))
-    eos = transformers.AutoTokenizer.from_pretrained(path).eos_token_id  # a chat model's own end of a turn
-    tokenizer = load_tokenizer(path, eos, model.get_output_embeddings().weight.shape[0])
-    train_set = load_examples(args.data, fields=args.fields)
-    if args.eval_data:
-        heldout = load_examples(args.eval_data, fields=args.fields)
-    else:
-        train_set, heldout = split(train_set, args.eval_share)
-    heldout = draw(heldout, args.eval_limit)
-    template = choose(args.template, path, tokenizer, any(e.turns for e in train_set), args.special_tokens)
-    for examples in (train_set, heldout):
-        encode(examples, tokenizer, template, eos)
-    as_decoded(heldout, tokenizer, eos)
-    context = model.config.max_position_embeddings
-    train_set, _ = fit_context(train_set, context, args.max_new_tokens, args.overlong)
-    heldout, _ = fit_context(heldout, context, args.max_new_tokens, args.overlong)
-    generator = torch.Generator().manual_seed(seed_of(args.seed, 0, "lora"))
-    lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, generator)
-    new = {
-        "command": "any_causal_lm",
-        "args": dataclasses.asdict(args),
-        "revision": revision,
-        "torch": torch.__version__,
-        "template": "chat" if template.chat else template.source,
-        "digests": {"data": digest(train_set), "eval-data": digest(heldout)},
-    }
-    earlier = record.read(Path(args.out))
-    if earlier:
-        record.check_same(Path(args.out), earlier, new, changeable(Args))
-        record.check_same_inputs(Path(args.out), earlier["digests"], new["digests"])
-    run = Run(args, tokenizer, eos, device, Path(args.out), path, dtype, heldout, record=earlier or new)
-    return CausalLM(model, eos, args, dtype), train_set, run
+@dataclass(frozen=True)
+class HubOptions(spin.SpinOptions):
+    """SPIN's options; adapters on all linear layers are the default."""
+
+    lora_targets: tuple[str, ...] = spin.option((), "Names of the linear layers that get an adapter; default: all.")
+
+    def check_together(self) -> None:
+        super().check_together()
+        self.require(self.rank and not self.fsdp, "any_causal_lm.py trains adapters: expected no --rank 0 or --fsdp")
+
+
+def play(*game: Any) -> None:
+    spin.play(*game, spin.generate, spin.score, spin.train)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plays, and writes the last iterate to final/ as one plain model."""
-    try:
-        args = parse("spin", sys.argv[1:] if argv is None else argv, Args, __doc__ or "")
-        player, examples, run = setup(args)
-    except (ValueError, OSError) as error:
-        print(f"any_causal_lm.py: error: {error}", file=sys.stderr)
-        return 2
-    with record.locked(run.out), onednn.products():
-        run.begin()
-        spin.play(player, examples, run, spin.generate, spin.score, spin.train)
-        storage.write_text(run.out / "metrics.svg", panels.plot(run.rows, str(run.out)))
-        print(report.tables(run.rows))
-        lora.merge(player.model)
-        lora.remove_lora(player.model)
-        player.model.save_pretrained(run.out / "final")
-        transformers.AutoTokenizer.from_pretrained(run.start).save_pretrained(run.out / "final")
-    return 0
+    return cli.main("any_causal_lm", play, CausalLM, HubOptions, argv, about=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,74 +1,66 @@
-"""A model whose weights, gradients and optimizer state are cut over the ranks while it trains: FSDP2.
+"""FSDP2: weights, gradients and optimizer state are sharded across ranks while the model trains.
 
-`fully_shard` keeps every parameter in fp32, cut over the ranks, and makes one block at a time whole in the dtype of
-products. Generating that way would send all weights for every token. So a whole copy is gathered once an iteration, for
-generation, scoring and evaluation; its storage is freed while the player trains.
+`fully_shard` keeps every parameter in fp32, sharded across ranks, and gathers one block at a time in the dtype of the
+matrix products. Generating in that way would send all weights for every token. Therefore a whole copy is gathered once
+per iteration, for generation, scoring and evaluation, and freed while the player trains.
+
+The modules of torch that only --fsdp requires are imported inside the functions: importing them takes seconds.
 """
 
 import copy
-import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import GPTNeo
-from runtime import parallel, storage
-
-CHECKPOINT = "train.json"  # names the folder with the state of training, written by torch.distributed.checkpoint
+from runtime import parallel
 
 
 class Sharded:
     """The two forms of a model.
 
-    master: cut over the ranks, fp32, to train. The linear layers of a block travel in `dtype`, in which autocast would
-        use them anyway; embeddings, head and norms stay fp32. So results are those of a run without FSDP.
-    whole: a plain model with the values and dtypes that a forward pass of `master` computes with: the first step of an
-        iteration finds the very log-probabilities that were scored. It has no weights during training.
+    master: sharded across ranks, fp32, for training. The linear layers of a block are gathered in `dtype`, in which
+        autocast would use them anyway; embeddings, head and norms stay fp32. Results are those of a run without FSDP.
+    whole: a plain model with the values and dtypes that a forward pass of `master` computes with, so the first step of
+        an iteration finds the log-probabilities that were scored. It has no weights during training.
 
     Args:
-        model: in fp32 on rank 0's CPU, without storage (on the meta device) on the others. It becomes `whole`.
+        model: in fp32 on rank 0's CPU, and on the meta device on the other ranks. It becomes `whole`.
     """
 
     def __init__(self, model: GPTNeo, device: torch.device, dtype: torch.dtype) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        self.device, self.dtype = device, dtype
+        self.dtype = dtype
         outline = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
-        self.master = copy.deepcopy(model, outline)  # without storage
-        # FSDP warns of operations in place on what a layer returns. The model has none.
+        self.master = copy.deepcopy(model, outline)  # Its parameters have no storage yet.
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self.in_dtype = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in linear}
+        # FSDP warns of in-place operations on the outputs of a layer. The model has none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(device.type, (parallel.world_size(),))
         products = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in self.master.transformer["h"]:
             fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=products)
-        linear = {name for name, m in self.master.named_modules() if isinstance(m, nn.Linear)}
-        self.in_dtype = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in linear}
         fully_shard(self.master, mesh=mesh)
         for part in self.master.modules():
             if isinstance(part, FSDPModule):
-                part.set_gradient_divide_factor(1.0)  # take_step wants the sum over the ranks, not the mean
+                part.set_gradient_divide_factor(1.0)  # Training.step expects the sum over the ranks, not the mean.
                 part.set_force_sum_reduction_for_comms(True)
         self.master.to_empty(device=device)
         self.overwrite(model)
         self.whole = model.requires_grad_(False)
-        self.release()
         self.gather()
 
     @torch.no_grad()
     def overwrite(self, model: GPTNeo | None) -> None:
-        """Sets the weights of `master` to those of rank 0's model, sent a tensor at a time."""
-        from torch.distributed.tensor import distribute_tensor
-
-        own = dict(self.master.named_parameters())
-        tensors = {name: p.detach() for name, p in model.named_parameters()} if parallel.is_writer() else None
-        for name, full in parallel.sent(tensors):
-            full = full.to(self.device, torch.float32)
-            part = distribute_tensor(full, own[name].device_mesh, own[name].placements, src_data_rank=None)
-            own[name].copy_(part)
+        """Sets the weights of `master` to those of rank 0's model. The other ranks' `model` is ignored."""
+        parameters = dict(self.master.named_parameters())
+        for name, weight in parallel.sent(model.state_dict() if parallel.is_writer() else None):
+            parameters[name].copy_(parallel.placed(weight, parameters[name]))
 
     def load(self, folder: Path) -> None:
         """Sets both forms to the model in a folder on rank 0's disk."""
@@ -77,7 +69,7 @@ class Sharded:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Fills `whole` from `master`. Only what the products need travels."""
+        """Fills `whole` from `master`. Linear layers are sent in `dtype`."""
         weights = {}
         for name, own in self.master.named_parameters():
             weights[name] = (own.to(self.dtype) if name in self.in_dtype else own).full_tensor()
@@ -87,69 +79,12 @@ class Sharded:
         """Frees the storage of `whole`."""
         self.whole.to("meta")
 
-    @torch.no_grad()
     def to_save(self) -> GPTNeo | None:
-        """The model in fp32 on rank 0's CPU, None on the others: what an iterate's file holds."""
-        tensors: dict[str, Tensor] = {}
-        for name, own in self.master.named_parameters():
-            full = own.full_tensor()
-            if parallel.is_writer():
-                tensors[name] = full.cpu()
+        """The model in fp32 on rank 0's CPU, to be written as an iterate; None on the other ranks."""
+        weights = parallel.collected(dict(self.master.named_parameters()))
         if not parallel.is_writer():
             return None
-        return copy.deepcopy(self.whole, {id(p): nn.Parameter(tensors[n]) for n, p in self.whole.named_parameters()})
-
-
-# ---------------------------------------------------------------- the state of training
-
-
-def save_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, str]) -> None:
-    """Each rank writes its part of weights and optimizer state; a run with another number of ranks can read them.
-
-    The parts lie in a folder of their own; `path`, written last, names it and holds `progress` and the parts' sha256.
-    All ranks must see the same file system, which the other files of a run do not need.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    folder = path.parent / f"train-{progress['steps']}"
-    parallel.on_writer(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a process that died while writing it
-    dcp.save(_state(model, optimizer), checkpoint_id=folder)
-
-    def commit() -> None:
-        digests = {file.name: storage.digest_of_file(file) for file in sorted(folder.iterdir())}
-        storage.write_signed(path, progress | {"folder": folder.name, "files": digests})
-        for other in path.parent.glob("train-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
-
-    parallel.on_writer(commit)
-
-
-def read_training(path: Path) -> tuple[dict[str, str], Path] | None:
-    """(progress, folder) of a checkpoint; None where it is damaged. Called on rank 0."""
-    found = storage.read_signed(path)
-    if found is None:
-        return None
-    folder = path.parent / found.pop("folder")
-    for name, digest in found.pop("files").items():
-        if not (folder / name).is_file() or storage.digest_of_file(folder / name) != digest:
-            return None
-    return found, folder
-
-
-def restore_training(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Sets the parts of model and optimizer on all ranks to those of a checkpoint, whose folder rank 0 knows."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    folder = parallel.on_writer(lambda: folder)
-    state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, states = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": states}
+        with torch.device("meta"):
+            model = GPTNeo(self.whole.config)
+        model.load_state_dict(weights, assign=True)
+        return model

@@ -1,7 +1,8 @@
-"""Functions of the user's own files, which --scorer and --metric name as FILE.py:NAME, and the metrics that ship."""
+"""Functions in files of the user, which --metric and --scorer name as FILE.py:NAME."""
 
 import functools
 import hashlib
+import importlib.util
 import math
 import numbers
 import sys
@@ -10,24 +11,44 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.evaluate import SHIPPED, Metric, name_of
-from runtime.options import shown
+from data.files import shown
+from evaluate import SHIPPED, Metric, name_of
 from runtime.stopping import Stopped
 
-OUR_NAMES = {path.stem for path in Path(__file__).resolve().parents[1].iterdir()}  # of modules and packages
+
+def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
+    """The functions of --metric, keyed by the names of their columns: metric(prompt, response, references) -> float.
+
+    Each raises Stopped if it does not return a finite number. Raises: FileNotFoundError, ValueError.
+    """
+    metrics = {}
+    for name in names:
+        function = SHIPPED.get(name) or load("--metric", name)
+        metrics[name_of(name)] = _checked(f"--metric {name_of(name)}", function, _number, "a finite number")
+    if len({*metrics, "error"}) <= len(names):  # Two columns would have one name, or one would be greedy_error.
+        raise ValueError(f"--metric {', '.join(names)}: expected names that differ, and none that is 'error'")
+    return metrics
+
+
+def load_scorer(name: str) -> Callable[[str, list[str]], list[float]]:
+    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins.
+
+    It raises Stopped if it returns anything else. Raises: FileNotFoundError, ValueError.
+    """
+    return _checked(f"--scorer {name}", load("--scorer", name), _probabilities, "a list of two probabilities")
 
 
 def load(flag: str, name: str) -> Callable[..., Any]:
-    """FILE.py:NAME to the function. It is the user's own code: nothing that comes with a model is run.
+    """The function that FILE.py:NAME names. It is the user's own code: code that comes with a model is never run.
 
-    Raises: FileNotFoundError, or ValueError naming what is wrong with it.
+    Raises: FileNotFoundError, or ValueError that says what is wrong with the file.
     """
     file, _, attribute = name.rpartition(":")
-    if not Path(file).is_file():
+    if not file.endswith(".py") or not Path(file).is_file():
         raise FileNotFoundError(f"{flag} {name}: no such file, expected FILE.py:NAME")
     try:
-        function = getattr(_module(Path(file).resolve(), Path(file).read_bytes()), attribute)
-    except BaseException as error:  # the user's code may raise anything, SystemExit too
+        function = getattr(_module(Path(file).resolve()), attribute)
+    except BaseException as error:  # The user's code may raise anything, including SystemExit.
         raise ValueError(f"{flag} {name}: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise ValueError(f"{flag} {name}: {type(function).__name__}, expected a function")
@@ -35,27 +56,24 @@ def load(flag: str, name: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _module(file: Path, source: bytes) -> types.ModuleType:
-    """Runs the file once in a process, so that its functions keep what they have loaded.
+def _module(file: Path) -> types.ModuleType:
+    """Runs the file once per process, so that several functions share what it has loaded.
 
-    It may import modules that lie beside it, even if one is called like one of ours: `model`, say.
+    The file may import modules that lie beside it, unless a module of ours has the same name.
     """
-    module = types.ModuleType(f"user:{file}")
-    module.__file__ = str(file)
-    beside = {path.stem for path in file.parent.iterdir()}
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in beside & OUR_NAMES}
-    sys.modules[module.__name__] = module  # dataclasses in the file look their module up here
+    spec = importlib.util.spec_from_file_location(f"user:{file}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses in the file look their module up here.
     sys.path.insert(0, str(file.parent))
     try:
-        exec(compile(source, file, "exec"), module.__dict__)
+        spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(file.parent))
-        sys.modules.update(ours)
     return module
 
 
 def digest(names: Sequence[str]) -> str:
-    """sha256 of functions by their names and the contents of their files, which may move."""
+    """The sha256 of functions: of their names and of the contents of their files, which may be moved."""
     total = hashlib.sha256()
     for name in names:
         file, _, attribute = name.rpartition(":")
@@ -63,30 +81,29 @@ def digest(names: Sequence[str]) -> str:
     return total.hexdigest()
 
 
-# ---------------------------------------------------------------- metrics
+def _checked(what: str, function: Callable[..., Any], convert: Callable[[Any], Any], expected: str) -> Callable:
+    """`function` with its results converted. It raises Stopped if the function raises, or if `convert` returns None."""
 
-
-def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """The functions of --metric by the names of their columns. Each checks what it returns, and raises Stopped.
-
-    Raises: FileNotFoundError, ValueError.
-    """
-    metrics = {name_of(name): _checked(name, SHIPPED.get(name) or load("--metric", name)) for name in names}
-    if len({*metrics, "error"}) <= len(names):  # columns would be called alike, or like greedy_error
-        raise ValueError(f"--metric {', '.join(names)}: expected names that differ, and none that is 'error'")
-    return metrics
-
-
-def _checked(name: str, function: Callable[..., Any]) -> Metric:
-    def measure(prompt: str, response: str, references: list[str]) -> float:
+    def call(prompt: str, *texts: Any) -> Any:
         where = f"for the prompt {shown(repr(prompt))}"
         try:
-            value = function(prompt, response, references)
-            value = value.item() if hasattr(value, "item") else value  # of numpy or torch
-        except BaseException as error:  # the user's code may raise anything, SystemExit too
-            raise Stopped(f"--metric {name}: {type(error).__name__} {where}: {error}") from None
-        if isinstance(value, numbers.Real) and math.isfinite(value):
-            return float(value)
-        raise Stopped(f"--metric {name}: returned {shown(repr(value))} {where}, expected a finite number")
+            value = function(prompt, *texts)
+            result = convert(value)
+        except BaseException as error:  # The user's code may raise anything, including SystemExit.
+            raise Stopped(f"{what}: {type(error).__name__}: {error} ({where})") from None
+        if result is None:
+            raise Stopped(f"{what}: returned {shown(repr(value))}, expected {expected} ({where})")
+        return result
 
-    return measure
+    return call
+
+
+def _number(value: Any) -> float | None:
+    value = value.item() if hasattr(value, "item") else value  # numpy and torch return scalars of their own.
+    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+
+
+def _probabilities(value: Any) -> list[float] | None:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    return [float(p) for p in value] if all(isinstance(p, numbers.Real) and 0 <= p <= 1 for p in value) else None

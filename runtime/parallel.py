@@ -1,16 +1,14 @@
-"""Ranks of a run: who works on what, who sums gradients, who writes. The engine is torch.distributed.
+"""The ranks of a run: which rank does which work, how gradients are summed, and who writes.
 
-`torchrun` starts the ranks and sets RANK, WORLD_SIZE and so on; without it the world is one rank, and nothing travels.
-Every rank runs the same program with the same options and comes to the same calls in the same order, as collectives
-require. Rank 0, the writer, prints and writes what the run has finished; it sends what only its disk holds. No file
-system needs to be shared between hosts.
+`torchrun` starts the ranks and sets RANK, WORLD_SIZE and so on. Without it there is one rank, and nothing is sent. All
+ranks run the same program with the same options and reach the same calls in the same order, as collective operations
+require. Rank 0 is the writer: it prints, and it writes the finished results. Hosts need not share a file system.
 
-What travels: results of shards (`gather`), the gradients of each step (`sum_gradients`), and, when a run is resumed,
-rank 0's weights, state of training and records. docs/scaling.md has the amounts.
+Three things are sent by torch.distributed: results of shards (`gather`), the gradients of each step (`sum_gradients`)
+and, when a run is resumed, what only rank 0's disk holds. docs/scaling.md gives the amounts.
 """
 
 import itertools
-import json
 import os
 import sys
 import time
@@ -21,20 +19,19 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before the ranks are connected: see `join`
+import torch.distributed.nn.functional  # This import must come before the ranks are connected: see `join`.
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from runtime.stopping import SIGNALS
 
-# How long a rank waits for another one. A rank that dies is noticed at once; one with a long shard must not be mistaken
-# for dead.
+# How long a rank waits for another one. A dead rank is noticed at once, and a rank with a long shard is not dead.
 PATIENCE = timedelta(hours=12)
 CONNECTING = timedelta(minutes=10)
 T = TypeVar("T")
 
-_store: dist.Store | None = None  # keys and values that all ranks see; None in a world of one
-_counters = itertools.count()  # number of the next counter in the store, the same on all ranks
+_store: dist.Store | None = None  # Keys and values that all ranks see; None if there is one rank.
+_counters = itertools.count()  # Numbers the counters in the store, identically on all ranks.
 
 
 def rank() -> int:
@@ -43,35 +40,43 @@ def rank() -> int:
 
 
 def world_size() -> int:
+    """The number of ranks on all hosts."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """This process's number among those of its host."""
+    """This process's number among the ranks of its host."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
+    """The number of ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_writer() -> bool:
-    """Whether this rank prints, and writes the files of finished iterates."""
+    """Whether this rank prints and writes the files of finished iterates."""
     return rank() == 0
+
+
+def silence() -> None:
+    """Discards what ranks other than the writer print to stdout."""
+    if not is_writer():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process lives
 
 
 def join(on_gpu: bool, alone: bool = False) -> None:
     """Connects the ranks.
 
-    torch.distributed.nn.functional must be imported before, as it is above: its functions hold the process group that
-    they find as a default argument. `leave` could then not end the group's threads, and a thread that still works when
-    the interpreter ends aborts the process now and then. Optimizers import the module when they are made.
+    torch.distributed.nn.functional must have been imported before: its functions hold the current process group as a
+    default argument. If it were imported later, `leave` could not end the group's threads, and a thread that still runs
+    when the interpreter ends sometimes aborts the process. Optimizers import the module when they are constructed.
 
     Args:
-        on_gpu: tensors of a GPU travel through NCCL if there is one; all else travels through gloo.
-        alone: connect a world of one, too (for fully_shard, which needs a process group).
+        on_gpu: send tensors of a GPU by NCCL if there is a GPU; everything else is sent by gloo.
+        alone: make a process group even if there is one rank, as fully_shard requires.
 
-    Raises: TimeoutError where a rank does not come.
+    Raises: TimeoutError or dist.DistError if a rank does not arrive.
     """
     global _store
     if world_size() == 1 and (not alone or dist.is_initialized()):
@@ -80,135 +85,126 @@ def join(on_gpu: bool, alone: bool = False) -> None:
         store: dist.Store = dist.HashStore()
     else:
         store, _, _ = next(rendezvous("env://", timeout=CONNECTING))
-        store = dist.PrefixStore(_name_of_world(store), store)
+        store = dist.PrefixStore(_name_of_world(store, rank(), world_size()), store)
         _store = dist.PrefixStore("run", store)
     backend = "cpu:gloo,cuda:nccl" if on_gpu and torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE)
 
 
-def _name_of_world(store: dist.Store) -> str:
-    """A name on which the ranks that are alive agree.
+def _name_of_world(store: dist.Store, rank: int, ranks: int) -> str:
+    """A name that the ranks agree on and that no earlier world had.
 
-    When torchrun restarts a world, the store may still hold the keys of the last one, and ranks would wait for dead
-    ones. So each rank writes a token, rank 0 publishes a name with the tokens that it found, and a rank that finds its
-    own among them takes the name and says so. Rank 0 repeats this until all have, since some tokens may be old.
+    torchrun keeps its store when it restarts the ranks, so the store may hold keys of dead ranks.
+    TORCHELASTIC_RESTART_COUNT does not tell worlds apart: it differs between hosts if one of them was replaced.
+    Therefore rank 0 publishes a new name and collects a signature from every rank. A rank trusts a name only if its own
+    signature is in the collection, since it may have read the name of an earlier world.
     """
-    token, deadline = uuid.uuid4().hex, time.monotonic() + CONNECTING.total_seconds()
-    store.set(f"token-{rank()}", token)
-    name = uuid.uuid4().hex
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("world", own)
+        signatures = [store.get(f"{own}/{r}").decode() for r in range(1, ranks)]  # `get` waits for the key.
+        store.set(f"{own}/all", " ".join(signatures))
+        return own
+    deadline = time.monotonic() + CONNECTING.total_seconds()
     while time.monotonic() < deadline:
-        if is_writer():
-            store.set("world", json.dumps([name, [store.get(f"token-{r}").decode() for r in range(world_size())]]))
-            if all(store.check([f"{name}-{r}"]) for r in range(1, world_size())):
-                return name
-        else:
-            name, tokens = json.loads(store.get("world"))
-            if token in tokens:
-                store.set(f"{name}-{rank()}", "taken")
-                return name
+        name = store.get("world").decode()
+        store.set(f"{name}/{rank}", own)
         time.sleep(0.05)
-    raise TimeoutError(f"rank {rank()}: other ranks did not come in {CONNECTING}")
+        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode().split():
+            return name
+    raise TimeoutError(f"rank {rank}: the other ranks did not arrive within {CONNECTING}")
 
 
 def leave() -> None:
-    """Disconnects the ranks at a good end.
+    """Disconnects the ranks at the end of a successful run.
 
-    Not after an error: other ranks may wait for this one, and its end is what tells them.
+    After an error it must not be called: other ranks may wait for this one, and notice its end only by its exit.
     """
     global _store
     if dist.is_initialized():
-        barrier()  # rank 0 may hold the store that others still need
+        barrier()  # Rank 0 may host the store that the others still use.
         dist.destroy_process_group()
         _store = None
 
 
-def barrier() -> None:
-    """Waits until all ranks have come here."""
-    if world_size() > 1:
-        dist.all_gather_object([None] * world_size(), None)
+# ---------------------------------------------------------------- one writer, and errors on any rank
 
 
-# ---------------------------------------------------------------- one writer, errors of any rank
-
-
-def on_writer(work: Callable[[], T]) -> T:
-    """Calls work() on rank 0 alone. All ranks return its result, or raise the exception that it raised."""
+def values_of_all(value: T) -> list[T]:
+    """The values that the ranks call this with, in the order of the ranks."""
     if world_size() == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    if is_writer():
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        outcome[1].of_all_ranks = True
-        raise outcome[1]
-    return outcome[0]
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits until every rank has called this."""
+    values_of_all(None)
 
 
 def on_all(work: Callable[[], T]) -> T:
     """Calls work() on every rank and returns its own result. If it raises on one rank, all raise the first exception.
 
-    `work` must not call other functions in which ranks meet.
+    `work` must not call other functions in which ranks wait for each other.
     """
-    if world_size() == 1:
-        return work()
     result, error = None, None
     try:
         result = work()
     except Exception as raised:
         error = raised
-    errors: list[Any] = [None] * world_size()
-    dist.all_gather_object(errors, error)
-    for number, found in enumerate(errors):
+    for number, found in enumerate(values_of_all(error)):
         if found is not None:
-            if number and isinstance(found, ValueError | OSError):  # rank 0's host does not have the problem
+            if number and isinstance(found, ValueError | OSError):  # The host of rank 0 does not have the problem.
                 found = ValueError(f"rank {number}: {found}")
             found.of_all_ranks = True
             raise found
     return result  # type: ignore[return-value]
 
 
+def on_writer(work: Callable[[], T]) -> T:
+    """Calls work() on rank 0 alone. All ranks return its result, or raise the exception that it raised."""
+    result = [on_all(lambda: work() if is_writer() else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
+
+
 def is_to_report(error: BaseException | None) -> bool:
-    """Whether this rank should print the error that ends the run: one rank for all, the writer or the first to ask."""
-    if world_size() == 1:
-        return True
-    if _store is None or getattr(error, "of_all_ranks", False):  # before they are connected, ranks share the options
-        return is_writer()
-    try:
-        return _store.add("reported", 1) == 1
-    except RuntimeError:  # the rank that held the store has ended
-        return True
+    """Whether this rank should print the error that ends the run.
+
+    A rank reports what went wrong on that rank alone. The writer also reports errors that all ranks share, among them
+    all errors before the ranks are connected, and the end of another rank, which may have been killed silently.
+    """
+    shared = _store is None or getattr(error, "of_all_ranks", False) or ended_elsewhere(error)
+    return is_writer() or not shared
 
 
-def ended_elsewhere(error: BaseException) -> bool:
+def ended_elsewhere(error: BaseException | None) -> bool:
     """Whether the error says that the connection to another rank is lost."""
-    from_gloo = "gloo" in str(error).lower() or "Connection closed by peer" in str(error)  # plain RuntimeErrors
-    return world_size() > 1 and (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and from_gloo))
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "connection closed by peer" in text
 
 
 # ---------------------------------------------------------------- shards of generation and scoring
 
 
 def dealt(items: Sequence[int]) -> list[int]:
-    """Those of the numbers `items` that this rank takes; each is taken by one of the ranks that have it."""
-    if world_size() == 1:
-        return list(items)
-    lists: list[Any] = [None] * world_size()
-    dist.all_gather_object(lists, list(items))
+    """Those of `items` that this rank takes. If several ranks have an item, exactly one of them takes it."""
     owners: dict[int, list[int]] = {}
-    for number, numbers in enumerate(lists):
+    for number, numbers in enumerate(values_of_all(list(items))):
         for item in numbers:
             owners.setdefault(item, []).append(number)
     return [item for item in items if owners[item][item % len(owners[item])] == rank()]
 
 
 def claimed(items: Sequence[T]) -> Iterator[T]:
-    """Yields the items that this rank works on: an item goes to the rank that is the first to ask for one.
+    """Yields the items that this rank works on: each item goes to the rank that asks first.
 
-    A long item therefore keeps one rank busy while the others go on. `items` is the same on all ranks.
+    A long item therefore occupies one rank while the others continue. `items` must be the same on all ranks.
     """
     if _store is None:
         yield from items
@@ -218,29 +214,25 @@ def claimed(items: Sequence[T]) -> Iterator[T]:
         yield items[number]
 
 
-def gather(found: dict[int, T]) -> dict[int, T]:
-    """All entries of all ranks, on all ranks."""
-    if world_size() == 1:
-        return found
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, found)
-    return {key: value for part in parts for key, value in part.items()}
+def gather(found: dict[Any, T]) -> dict[Any, T]:
+    """The entries of all ranks, on every rank."""
+    return {key: value for part in values_of_all(found) for key, value in part.items()}
 
 
 # ---------------------------------------------------------------- training
 
 
 def shares(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Cuts a batch over the ranks so that each has about as many tokens.
+    """Divides a batch among the ranks so that each has about the same number of tokens.
 
     Args:
-        tokens: of each item of the batch.
+        tokens: the number of tokens of each item of the batch.
 
-    Returns: the indices of the items of each rank, ascending; [] for ranks beyond the number of items.
+    Returns: the ascending indices of each rank's items; a rank gets none if there are fewer items than ranks.
     """
     result: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):  # the longest first, to the rank with the least
+    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):  # The longest goes first, to the lightest load.
         to = min(range(ranks), key=lambda r: (loads[r], len(result[r]), r))
         result[to].append(i)
         loads[to] += tokens[i]
@@ -252,81 +244,96 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], float]]:
     """Yields (indices, weight) of the micro-batches that this rank works on in one step.
 
-    All ranks get the same number of micro-batches, since fully_shard's collectives need that. A rank that has fewer
-    repeats one with the weight 0; the others have the weight 1.
+    All ranks get the same number of micro-batches, as the collective operations of fully_shard require. A rank that has
+    too few repeats one of them with weight 0; the weight is 1 otherwise.
 
     Args:
-        tokens: of each item of the global batch.
-        cut: cuts items of so many tokens into groups that fit the memory, as Player.micro_batches.
+        tokens: the number of tokens of each item of the global batch.
+        cut: divides items with these numbers of tokens into groups that fit into memory (Player.micro_batches).
     """
     parts = shares(tokens, world_size()) if world_size() > 1 else [list(range(len(tokens)))]
     groups = [[[part[i] for i in group] for group in cut([tokens[i] for i in part])] for part in parts]
     own = groups[rank()]
     yield from ((group, 1.0) for group in own)
-    shortest = own[0] if own else groups[0][0]
+    repeated = own[0] if own else groups[0][0]
     for _ in range(max(map(len, groups)) - len(own)):
-        yield shortest, 0.0
+        yield repeated, 0.0
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replaces every gradient by its sum over all ranks. Returns the sums over all ranks of the scalars in `sums`.
+    """Replaces every gradient by its sum over all ranks.
 
-    One all-reduce of one flat fp32 buffer, which also tells every rank whether one of them was asked to stop. The
-    result has the same bits on all ranks, so their weights stay equal. Gradients of parameters that fully_shard has cut
-    are sums already.
+    One all-reduce of one flat fp32 buffer also carries the scalars in `sums`, and whether a rank was asked to stop. Its
+    result has the same bits on all ranks, so their weights stay equal. fully_shard has already summed the gradients of
+    sharded parameters.
+
+    Returns: the sums of the scalars over all ranks, under the same names.
     """
     if world_size() == 1:
         SIGNALS.agreed = SIGNALS.pending
         return sums
-    whole = [p for p in parameters if not is_cut(p)]
+    replicated = [p for p in parameters if not is_sharded(p)]
     scalars = torch.stack([*sums.values()]).float()
     asked = scalars.new_tensor([float(SIGNALS.pending > 0)])
-    gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in whole]
+    gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in replicated]
     flat = torch.cat([*gradients, scalars, asked])
     dist.all_reduce(flat)
-    *gradients, scalars, asked = flat.split([*(p.numel() for p in whole), len(sums), 1])
-    for parameter, gradient in zip(whole, gradients):
+    *gradients, scalars, asked = flat.split([*(p.numel() for p in replicated), len(sums), 1])
+    for parameter, gradient in zip(replicated, gradients):
         parameter.grad = gradient.view_as(parameter)
     SIGNALS.agreed = (SIGNALS.pending or SIGNALS.DEFAULT) if asked.item() else 0
     return dict(zip(sums, scalars))
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as fully_shard makes them."""
+# ---------------------------------------------------------------- weights and states, which rank 0 reads and writes
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, as fully_shard makes them."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece on every rank, whether it was cut over the ranks or not."""
-    return tensor.full_tensor() if is_cut(tensor) else tensor
+    """The complete tensor on every rank, whether it is sharded across ranks or not."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-# ---------------------------------------------------------------- what only rank 0's disk holds
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A complete tensor, on the device of `like` and sharded as `like` is."""
+    tensor = tensor.to(like.device)
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # Importing it takes a second.
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The complete tensors on rank 0's CPU, gathered one at a time. The other ranks get {}."""
+    result = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor.detach())
+        if is_writer():
+            result[name] = complete.cpu().contiguous()
+    return result
+
+
+def sent(tensors: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+    """Yields the (name, tensor) of rank 0 on all ranks, on the CPU and one at a time. The other ranks pass None."""
+    layout = on_writer(lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()})
+    for name, (shape, dtype) in layout.items():
+        tensor = tensors[name].cpu().contiguous() if tensors and is_writer() else torch.empty(shape, dtype=dtype)
+        if world_size() > 1:
+            dist.broadcast(tensor, src=0)
+        yield name, tensor
 
 
 @torch.no_grad()
 def send_weights(model: nn.Module) -> None:
-    """Overwrites the trained parameters of all ranks by those of rank 0."""
+    """Overwrites the trained parameters on all ranks with those of rank 0. They must not be sharded."""
     if world_size() > 1:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, src=0)
-
-
-def sent(tensors: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of rank 0's tensors, which are on the CPU, on all ranks; the others give None."""
-    if world_size() == 1:
-        yield from (tensors or {}).items()
-        return
-    layout = on_writer(lambda: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in (tensors or {}).items()})
-    for name, (shape, dtype) in layout.items():
-        tensor = tensors[name].contiguous() if tensors and is_writer() else torch.empty(shape, dtype=dtype)
-        dist.broadcast(tensor, src=0)
-        yield name, tensor
-
-
-def silence() -> None:
-    """Lets the writer alone print to stdout."""
-    if not is_writer():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open for as long as the process lives

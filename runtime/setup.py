@@ -1,17 +1,17 @@
 """Before the first token: everything that a run needs is checked and loaded. Bad input costs seconds, not a night."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 import lora
-from model import GPTNeo, GPTNeoConfig, GPTNeoSelfAttention, check_weights
-from runtime import fsdp, functions, parallel, plan, record, storage, trackers
-from runtime.data import (
+from data.examples import (
     Example,
     as_decoded,
     digest,
@@ -23,108 +23,107 @@ from runtime.data import (
     read_tokenizer,
     split,
 )
+from data.files import near_files, read_object, shown, token_text
+from data.templates import Template, choose
+from runtime import fsdp, functions, parallel, plan, resume
 from runtime.export import side_files
-from runtime.files import read_object, token_text
-from runtime.options import Args, changeable, near_files, shown
-from runtime.run import Run, seed_of
+from runtime.folder import Folder
+from runtime.options import changeable, settings
+from runtime.run import Run
 from runtime.stopping import Finished
-from runtime.template import Template, choose
+from runtime.weights import Weights
+from runtime.work import Work, seed_of
 
 
-def setup(args: Args, command: str = "spin") -> tuple[GPTNeo, list[Example], Run]:
+def setup(args: Any, command: str, model_class: type) -> tuple[nn.Module, list[Example], Run]:
     """Checks and loads everything before the first token is generated. Writes nothing.
 
     Args:
-        command: the method, "spin", "sft" or "family": a run is resumed by the one that began it.
+        command: the script, "spin" say: a run is resumed by the script that began it.
+        model_class: GPTNeo, or a class with its `config_class`, `from_pretrained` and constructor.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
-    Raises: ValueError and OSError; Finished where there is nothing left to do. All ranks raise the same.
+    Raises: ValueError and OSError; Finished if there is nothing left to do. All ranks raise the same.
     """
-    device = parallel.on_all(lambda: choose_device(args))
-    earlier = parallel.on_writer(lambda: record.read(Path(args.out)))
-    examples, run = parallel.on_all(lambda: prepare(args, command, device, earlier))
-    parallel.on_writer(lambda: check_unfinished(run, earlier))
-    parallel.on_writer(lambda: trackers.check(args.log))
+    found = parallel.on_writer(Folder(Path(args.out)).record)
+    examples, run = parallel.on_all(lambda: prepare(args, command, model_class, found))
+    parallel.on_writer(lambda: check_unfinished(run))
     digests = parallel.on_writer(lambda: run.record["digests"])
-    parallel.on_all(lambda: record.check_same_inputs("on rank 0", digests, run.record["digests"]))
-    parallel.on_all(lambda: plan.check(run.needs, run.start, device, run.out))
-    model = parallel.on_all(lambda: load_model(run.start, run.args, device, run.dtype))
+    parallel.on_all(lambda: resume.check_same_inputs("on rank 0", digests, run.record["digests"]))
+    dtype = run.weights.dtype
+    model = parallel.on_all(lambda: load_model(model_class, run.weights.start, run.args, run.device, dtype))
     parallel.on_all(lambda: args.prepare(model, examples, run))
     if args.fsdp:
-        run.sharded = fsdp.Sharded(model, device, run.dtype)
+        run.weights.sharded = fsdp.Sharded(model, run.device, dtype)
     return model, examples, run
 
 
-def prepare(
-    args: Args, command: str, device: torch.device, earlier: dict[str, Any] | None
-) -> tuple[list[Example], Run]:
-    """All of `setup` but the weights, on one rank. `earlier` is the record of the run to resume."""
-    flag, source, _ = args.source
+def prepare(args: Any, command: str, model_class: type, found: dict[str, Any] | None) -> tuple[list[Example], Run]:
+    """All of `setup` but the weights, on one rank. `found` is the record of the run to resume."""
+    option, source, _ = args.source
     if not args.model or not source:
-        places = ("--data", "a file, a directory or a hub data set"), ("--model", "a directory or a hub id")
-        missing, expected = places[0 if args.model else 1]
+        missing, expected = ("--data", "a file, a directory or a hub data set")
+        if not args.model:
+            missing, expected = ("--model", "a directory or a hub id")
         raise ValueError(f"{missing} is missing: expected {expected}")
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    out = Path(args.out)
-    new: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args)}
-    new["args"]["precision"] = "bf16" if bf16 else "fp32"
-    if earlier:
-        record.check_same(out, earlier, new, changeable(type(args)))
-    if args.adapter and not Path(args.adapter).is_dir():
-        near = near_files(Path(args.adapter), directories=True)
-        raise FileNotFoundError(f"--adapter {args.adapter}: no such directory{near}")
-    path, revision = resolve_model(args.model, earlier and earlier.get("revision"))
-    config = load_config(path, args)
+    device = choose_device(args.device)
+    if args.precision == "auto":
+        args = dataclasses.replace(args, precision="bf16" if device.type == "cuda" else "fp32")
+    record: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args), "ranks": parallel.world_size()}
+    if found:
+        may_change = set(changeable(type(args)))
+        if args.dropout or args.lora_dropout:  # which numbers dropout draws depends on how a batch is split
+            may_change -= {"micro_tokens", "device"}
+            resume.check_ranks(args.out, found, parallel.world_size())
+        resume.check_same(args.out, found, record, may_change)
+    path, revision = resolve_model(args.model, found and found.get("revision"))
+    config = load_config(model_class, path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step
     metrics = functions.load_metrics(args.metric)
     examples, heldout, template = load_data(args, tokenizer, config, path)
     for measure in metrics.values() if heldout[0].references else ():  # it should fail now, not after a night
         measure(heldout[0].prompt, heldout[0].response, heldout[0].references)
-    needs, args = needs_of(config, args, examples + heldout, bf16)
-    if earlier and (args.dropout or args.lora_dropout):  # which numbers dropout draws depends on how a batch is cut
-        fixed = {"micro_tokens", "device"}
-        record.check_same(out, earlier, new, [name for name in changeable(type(args)) if name not in fixed])
-        record.check_ranks(out, earlier, parallel.world_size())
-    if not args.from_scratch:
-        check_weights(path, config)  # headers before contents: a sparse file of a terabyte would be hashed whole
-    digests = {"model": storage.digest_of_model(path, with_weights=not args.from_scratch)}
-    digests |= {flag: digest(examples), "eval-data": digest(heldout)}
+    outline, args = outline_of(model_class, config, args)
+    plan.check(outline, args, examples + heldout, device, path)
+    digests = {"model": resume.digest_of_model(path, with_weights=not args.from_scratch)}
+    digests |= {option: digest(examples), "eval-data": digest(heldout)} | args.digests()
     if args.adapter:
-        digests["adapter"] = storage.digest_of_adapter(Path(args.adapter))
+        digests["adapter"] = resume.digest_of_adapter(Path(args.adapter))
     if args.metric:
         digests["metric"] = functions.digest(args.metric)
-    digests |= args.digests()
-    if earlier:
-        record.check_same_inputs(f"that the run in {out} began with", earlier["digests"], digests)
-    new |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
-    new |= {"shard_batch": args.gen_batch, "ranks": parallel.world_size()}
-    new |= {"template": "chat" if template.chat else template.source}
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    kept = record.continued(earlier, new)
-    run = Run(args, tokenizer, config.eos_token_id, device, out, path, dtype, heldout, kept, earlier, needs)
-    run.metrics = metrics
-    return examples, run
+    if found:
+        resume.check_same_inputs(f"that the run in {args.out} began with", found["digests"], digests)
+    written = "chat" if template.chat else template.source
+    record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
+    record |= {"gen_batch": args.gen_batch, "template": written, "parameters": plan.count(outline)}
+    record = resume.continued(found, json.loads(json.dumps(record))) | {"settings": settings(args)}
+    files, eos = Folder(Path(args.out)), config.eos_token_id
+    work = Work(args, tokenizer, eos, heldout, metrics, batch=record["gen_batch"])
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    weights = Weights(args, model_class, config, path, tokenizer, eos, written, digests, files, dtype)
+    return examples, Run(args, work, files, weights, device, record, found)
 
 
-def check_unfinished(run: Run, earlier: dict[str, Any] | None) -> None:
-    """Raises: Finished where the run has ended; Stopped where one of its files is damaged."""
-    if earlier and run.record["finished"]:
-        record.check_finished(run.out, earlier)
-        raise Finished(f"{run.out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
+def check_unfinished(run: Run) -> None:
+    """Raises: Finished if the run has ended; Stopped if one of its files is damaged."""
+    if run.found and run.record["finished"]:
+        run.folder.check()
+        out = run.args.out
+        raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
 
 
-def choose_device(args: Args) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """--device as a device of this machine. With several ranks on a host, each has a GPU of its own."""
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         count, several = torch.cuda.device_count(), parallel.world_size() > 1
         if several and device.index is not None:
-            raise ValueError(f"--device {args.device}: expected cuda, of which every rank takes one")
+            raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
         number = parallel.local_rank() if several else device.index or 0
         if number >= count:
             ranks = f" for {number + 1} ranks or more" if several else ""
-            raise ValueError(f"--device {args.device}: this machine has {count} CUDA devices{ranks}")
+            raise ValueError(f"--device {name}: this machine has {count} CUDA devices{ranks}")
         if several:
             device = torch.device("cuda", number)
             torch.cuda.set_device(device)
@@ -148,7 +147,7 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
-    common = list(storage.MODEL_FILES)
+    common = list(resume.MODEL_FILES)
     try:
         wanted = [*common, "model*.safetensors*"]
         path = Path(snapshot_download(repository, revision=revision or asked or None, allow_patterns=wanted))
@@ -161,9 +160,9 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
     return path, revision
 
 
-def load_config(path: Path, args: Args) -> GPTNeoConfig:
-    """The model's config.json, checked against the options."""
-    config = GPTNeoConfig.from_json(path / "config.json")
+def load_config(model_class: Any, path: Path, args: Any) -> Any:
+    """The model's config.json, checked against the options, with the end token that the run uses."""
+    config = model_class.config_class.from_json(path / "config.json")
     if args.rank > config.hidden_size:
         raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
     return dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos))
@@ -172,7 +171,7 @@ def load_config(path: Path, args: Args) -> GPTNeoConfig:
 def end_token(path: Path, eos_token_id: int | None, wanted: str) -> int:
     """Id of the token that ends responses: --eos, otherwise that of config.json.
 
-    Prints a line where tokenizer_config.json names another one, as those of chat models do.
+    Prints a line if tokenizer_config.json names another one, as those of chat models do.
     """
     if re.fullmatch("[0-9]{1,9}", wanted):
         return int(wanted)
@@ -196,7 +195,7 @@ def end_token(path: Path, eos_token_id: int | None, wanted: str) -> int:
 
 
 def load_data(
-    args: Args, tokenizer: Tokenizer, config: GPTNeoConfig, path: Path
+    args: Any, tokenizer: Tokenizer, config: Any, path: Path
 ) -> tuple[list[Example], list[Example], Template]:
     """(training, held-out) examples, encoded and checked against the context, and the template of their prompts.
 
@@ -209,9 +208,8 @@ def load_data(
     else:
         train_set, heldout = split(train_set, args.eval_share)
         if not train_set or not heldout:
-            raise ValueError(
-                f"{', '.join(source)}: too few records to hold out a share of {args.eval_share}; use --eval-data"
-            )
+            too_few = f"too few records to hold out a share of {args.eval_share}; use --eval-data"
+            raise ValueError(f"{', '.join(source)}: {too_few}")
     heldout = draw(heldout, args.eval_limit)
     if common := len({e.prompt for e in train_set} & {e.prompt for e in heldout}):
         print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
@@ -231,38 +229,29 @@ def load_data(
     return result[0], result[1], template
 
 
-def needs_of(config: GPTNeoConfig, args: Args, examples: list[Example], bf16: bool) -> tuple[plan.Needs, Args]:
-    """Memory and disk, computed from a model without storage, and the options with --adapter's rank and alpha.
+def outline_of(model_class: Any, config: Any, args: Any) -> tuple[nn.Module, Any]:
+    """The model without storage, and the options with the settings of --adapter. It finds what does not fit.
 
-    Raises: ValueError where --lora-targets or --adapter do not fit the model.
+    Raises: ValueError if --lora-targets or --adapter do not fit the model.
     """
+    if args.adapter and not Path(args.adapter).is_dir():
+        near = near_files(Path(args.adapter), directories=True)
+        raise FileNotFoundError(f"--adapter {args.adapter}: no such directory{near}")
     with torch.device("meta"):
-        outline = GPTNeo(config)
+        try:
+            outline = model_class(config)
+        except (TypeError, RuntimeError, OverflowError) as error:  # a size that is no number, or absurd
+            text = str(error).partition("\n")[0]
+            raise ValueError(f"{args.model}/config.json: no model can be made of it ({shown(text)})") from None
         add_adapters(outline, args, None)
     if args.adapter:
         _, layer = next(lora.lora_layers(outline))
         args = dataclasses.replace(args, rank=layer.rank, lora_alpha=layer.alpha, lora_dropout=layer.dropout)
-    prompts = min(args.prompts or len(examples), len(examples))
-    needs = plan.needs(
-        outline,
-        optimizer_slots=2 if args.optimizer == "adamw" else 1,
-        bf16=bf16,
-        cache_tokens=args.gen_tokens,
-        batch_size=min(args.gen_batch, len(examples)),
-        row_tokens=max(len(e.prompt_ids) for e in examples) + args.max_new_tokens,
-        iterations=args.iterations,
-        pair_tokens=prompts
-        * (args.max_new_tokens * args.generated_in_pair + sum(e.tokens for e in examples) // len(examples)),
-        keeps_responses=args.keeps_responses,
-        swaps_weights=args.swaps_weights,
-        cut=parallel.world_size() if args.fsdp else 0,
-        models=args.models,
-    )
-    return needs, args
+    return outline, args
 
 
-def load_model(path: Path, args: Args, device: torch.device, dtype: torch.dtype) -> GPTNeo:
-    """The start, with adapters where --rank or --adapter ask for them.
+def load_model(model_class: Any, path: Path, args: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The start, with adapters if --rank or --adapter ask for them.
 
     With LoRA a bf16 run holds the frozen base in bf16 and the adapters in fp32. When all parameters are trained they
     stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates. With --fsdp, rank 0
@@ -270,14 +259,13 @@ def load_model(path: Path, args: Args, device: torch.device, dtype: torch.dtype)
     """
     if args.fsdp:
         device = torch.device("cpu" if parallel.is_writer() else "meta")
-    if device.type == "meta":
-        with device:
-            model = GPTNeo(GPTNeoConfig.from_json(path / "config.json")).eval()
-    elif args.from_scratch:
-        model = GPTNeo(GPTNeoConfig.from_json(path / "config.json"))
-        model.init_weights(torch.Generator().manual_seed(seed_of(args.seed, 0, "weights"))).to(device)
+    if device.type == "meta" or args.from_scratch:
+        with torch.device("meta") if device.type == "meta" else torch.device("cpu"):
+            model = model_class(model_class.config_class.from_json(path / "config.json")).eval()
+        if args.from_scratch:
+            model.init_weights(torch.Generator().manual_seed(seed_of(args.seed, 0, "weights"))).to(device)
     else:
-        model = GPTNeo.from_pretrained(path, dtype=dtype if args.rank else torch.float32, device=device)
+        model = model_class.from_pretrained(path, dtype=dtype if args.rank else torch.float32, device=device)
     if not args.dropout:
         switch_off_dropout(model)
     add_adapters(model, args, torch.Generator().manual_seed(seed_of(args.seed, 0, "lora")))
@@ -285,17 +273,19 @@ def load_model(path: Path, args: Args, device: torch.device, dtype: torch.dtype)
     return model
 
 
-def switch_off_dropout(model: GPTNeo) -> None:
+def switch_off_dropout(model: nn.Module) -> None:
     """The opponent's log-probabilities are computed without dropout; with it, the player would not begin as p_t."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(module, GPTNeoSelfAttention):
-            module.dropout = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
-def add_adapters(model: GPTNeo, args: Args, rng: torch.Generator | None) -> None:
+def add_adapters(model: nn.Module, args: Any, rng: torch.Generator | None) -> None:
     if args.adapter:
         lora.load_adapter(model, args.adapter)
     elif args.rank:
-        lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.lora_targets, rng)
+        targets = args.lora_targets or tuple(lora.linear_names(model))
+        lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, targets, rng)

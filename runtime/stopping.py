@@ -1,7 +1,7 @@
 """What ends a run early: errors that it cannot recover from, and signals.
 
-SIGTERM, SIGHUP and Ctrl-C are noted when they arrive and acted on between two steps, when the run is in good order. A
-handler that raised at once, as Python's own does, could throw inside C++ code that is calling Python: that aborts.
+SIGTERM, SIGHUP and Ctrl-C are noted when they arrive and acted on between two steps, when the run is in a consistent
+state. A handler that raised at once, as Python's own does, could throw through C++ code that calls Python: that aborts.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from types import FrameType
 
 
 class Stopped(RuntimeError):
-    """The run cannot go on; the message says where and why."""
+    """The run cannot continue; the message says where and why."""
 
 
 class Finished(Exception):
@@ -21,9 +21,9 @@ class Finished(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; `exit_code` is what a shell expects then."""
+    """A signal asked the run to stop. `exit_code` is what a shell expects in that case."""
 
-    of_all_ranks = False  # whether every rank raises it, so that one may report it for all
+    of_all_ranks = True  # torchrun passes its signals on to every rank, so one of them reports it.
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -31,27 +31,24 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The handler only sets a flag; `check()`, called between steps, raises it. A second signal ends the process."""
+    """The handler only notes the signal; `check`, called between steps, raises Interrupted.
 
-    DEFAULT = signal.SIGTERM  # what a rank has received if another one says so
-    pending = 0  # number of the signal that has arrived; 0: none
-    agreed = 0  # of the signal that all ranks know of, after the same step of training
+    A second signal ends the process at once.
+    """
+
+    DEFAULT = signal.SIGTERM  # The signal that a rank assumes if only another rank has received one.
+    pending = 0  # The number of the signal that has arrived, or 0.
+    agreed = 0  # The same, once all ranks know of it, which is after the same training step on each of them.
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Installs the handlers, and puts the old ones back at the end."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.pending:
-                os.write(2, b"\nstopped at once; what was saved stays\n")
-                os._exit(128 + number)
-            self.pending = number
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to the main thread only
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or `&` in a script: whoever did so meant it
-                    before[number] = signal.signal(number, note)
+        """Installs the handlers inside the context, and restores the old ones at its end."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        if threading.current_thread() is not threading.main_thread():
+            before = {}  # Python allows handlers in the main thread only.
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # `nohup` and `&` ignore signals on purpose.
+                signal.signal(number, self._note)
         try:
             yield
         finally:
@@ -59,17 +56,21 @@ class Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending:
+            os.write(2, b"\nstopped at once; what was saved stays\n")
+            os._exit(128 + number)
+        self.pending = number
+
     def check(self) -> None:
         """Raises Interrupted if a signal has arrived."""
         if self.pending:
             raise Interrupted(self.pending)
 
     def check_agreed(self) -> None:
-        """Raises Interrupted, on all ranks after the same step, if a signal has arrived at one of them."""
+        """Raises Interrupted on all ranks, after the same step, if a signal has arrived on one of them."""
         if self.agreed:
-            error = Interrupted(self.agreed)
-            error.of_all_ranks = True
-            raise error
+            raise Interrupted(self.agreed)
 
 
-SIGNALS = Signals()  # signals belong to the process, so there is one of these
+SIGNALS = Signals()  # Signals belong to the process, so there is one instance.

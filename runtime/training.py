@@ -1,107 +1,104 @@
-"""The optimizer steps of one iteration: their batches, checkpoints and log, and the policy on steps that fail."""
+"""The optimizer steps of one iteration: batches, checkpoints, the log, and what happens if a step fails."""
 
-import contextlib
-import hashlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from runtime import fsdp, parallel, storage
-from runtime.evaluate import Row, mean
-from runtime.options import value_at
-from runtime.progress import number
+from evaluate import Row, mean
+from runtime import parallel
+from runtime.folder import Folder, restore_training, write_rows
+from runtime.progress import Progress, number
 from runtime.stopping import SIGNALS, Stopped
 
 SKIPS = 3  # consecutive steps with a loss or gradient that is not finite, after which the run stops
 
 
 class Training:
-    """An iterator over the batches of an iteration; `record` takes what each step returned.
-
-        training = run.training(t, items, model, optimizer)
-        for step, batch in training:
-            training.record(take_step(...))
+    """The steps of iteration t; spin.optimize shows how it is used.
 
     Every epoch passes over the items in a random order. A resumed run begins at the step after its last checkpoint.
     """
 
-    def __init__(self, run: Any, t: int, items: list[Any], model: torch.nn.Module, optimizer: Any) -> None:
-        args = run.args
-        self.run, self.t, self.items, self.model, self.optimizer = run, t, items, model, optimizer
-        self.epochs = value_at(args.epochs, t)
-        self.steps = self.epochs * math.ceil(len(items) / args.batch)
-        self.files = fsdp if run.args.fsdp else storage  # how a checkpoint is written and read
-        self.checkpoint = None if run.iterate is None else run.folder / self.files.CHECKPOINT
-        self.log_file = run.out / f"steps-{t}.jsonl"
+    def __init__(
+        self,
+        args: Any,
+        player: Any,
+        items: list[Any],
+        t: int,
+        folder: Folder,
+        progress: Progress,
+        seed: Callable[[int, str], int],
+        tell: Callable[..., None],
+    ) -> None:
+        self.args, self.player, self.items, self.t = args, player, items, t
+        self.folder, self.progress, self.seed, self.tell = folder, progress, seed, tell
+        self.parameters = [p for p in player.model.parameters() if p.requires_grad]
+        self.steps = args.epochs[t] * math.ceil(len(items) / args.batch)
         self.log: list[Row] = []
-        self.log_digest = hashlib.sha256()  # of the lines in the file
-        self.logged = 0  # rows in the file
+        self.logged = 0  # rows that are in the file
+        self.log_file = folder.path / f"steps-{t}.jsonl"
+        self.batch: list[Any] = []
+        self.sums: dict[str, Tensor] = {}
 
-    def __iter__(self) -> Iterator[tuple[int, list[Any]]]:
-        """Yields (step, items of its batch), step from 0 on."""
-        self._resume()
-        left = itertools.islice(enumerate(self._batches()), len(self.log), None)
+    def batches(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, list[Any]]]:
+        """Yields (step, items of its batch), step from 0 on. Each step must end with `step`."""
+        self._resume(optimizer)
+        left = itertools.islice(enumerate(self._order()), len(self.log), None)
         self.saved = time.monotonic()
-        progress = self.run.progress
-        with progress.bar(f"train {self.t}", self.steps, len(self.log)) as bar, progress.timed("train"):
-            for step, batch in left:
-                # Dropout's numbers depend on step and rank alone, so a checkpoint need not hold the generator's state.
-                torch.manual_seed(self.run.seed(self.t, f"dropout {step} {parallel.rank()}"))
-                yield step, [self.items[i] for i in batch.tolist()]
-                progress.stepped(step + 1, sum(self.items[i].tokens for i in batch.tolist()))
+        with self.progress.bar(f"train {self.t}", self.steps, len(self.log)) as bar, self.progress.timed("train"):
+            for step, indices in left:
+                # Dropout depends on step and rank alone, so a checkpoint need not hold the generator's state.
+                torch.manual_seed(self.seed(self.t, f"dropout {step} {parallel.rank()}"))
+                self.batch = [self.items[i] for i in indices.tolist()]
+                yield step, self.batch
+                self.progress.stepped(sum(item.tokens for item in self.batch))
                 last = self.log[-1]
-                self.run.trackers.step(last)
+                self.tell("step", last)
                 bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})
                 self._stop_if_not_finite()
-                self._save_if_due()
+                self._save_if_due(optimizer)
                 SIGNALS.check_agreed()
 
-    def _resume(self) -> None:
-        """Restores the last checkpoint with the log up to it; without one, or if either is damaged, begins afresh."""
-        state: Any = None  # what the checkpoint holds; rank 0 reads it
+    def _order(self) -> Iterator[Tensor]:
+        shuffle = torch.Generator().manual_seed(self.seed(self.t, "shuffle"))
+        for _ in range(self.args.epochs[self.t]):
+            yield from torch.randperm(len(self.items), generator=shuffle).split(self.args.batch)
 
-        def read() -> list[str]:
-            nonlocal state
-            lines, state = self._read()
-            storage.write_text(self.log_file, "".join(lines))  # without what was appended after the checkpoint
-            return lines
+    def micro_batches(self, batch: list[Any]) -> Iterator[tuple[list[Any], float]]:
+        """Yields the parts of the batch that this rank works on, each small enough for the memory, and their weights.
 
-        lines = parallel.on_writer(read)
-        if lines:
-            self.files.restore_training(state, self.model, self.optimizer)
-        self.log = [json.loads(line) for line in lines]
-        self.log_digest = hashlib.sha256("".join(lines).encode())
-        self.logged = len(lines)
+        A weight is 1, or 0 if a rank repeats a part because others have more (see docs/scaling.md).
+        """
+        for part, weight in parallel.micro_batches([item.tokens for item in batch], self.player.micro_batches):
+            yield [batch[i] for i in part], weight
 
-    def _read(self) -> tuple[list[str], Any]:
-        """(lines of the log, state of training) at the last checkpoint; ([], None) where there is none to use."""
-        if not self.checkpoint or not self.checkpoint.exists():
-            return [], None
-        found = self.files.read_training(self.checkpoint)
-        lines: list[str] = []
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            lines = self.log_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines = lines[: int(found[0]["steps"])] if found else []
-        if found and storage.digest_of_text("".join(lines)) == found[0]["log"]:
-            return lines, found[1]
-        damaged = self.log_file if found else self.checkpoint
-        remedy = f"training iteration {self.t} again from its first step"
-        storage.report_damage(damaged, "its checksum does not fit", remedy)
-        return [], None
+    def add(self, values: dict[str, Tensor], weight: float) -> None:
+        """Adds (B,) values of a micro-batch to those of the step."""
+        self.sums = {name: self.sums.get(name, 0) + weight * value.detach().sum() for name, value in values.items()}
 
-    def _batches(self) -> Iterator[torch.Tensor]:
-        shuffle = self.run.generator(self.t, "shuffle")
-        for _ in range(self.epochs):
-            yield from torch.randperm(len(self.items), generator=shuffle).split(self.run.args.batch)
+    def step(self, optimizer: torch.optim.Optimizer, clip: float) -> None:
+        """One update by the gradients of all ranks, whose norm is cut to `clip`; logs the means over the batch.
 
-    def record(self, row: Row) -> None:
-        """Adds a step's row to the log; row["skipped"] says that its loss or gradient was not finite."""
-        self.log.append({"iteration": self.t, "step": len(self.log) + 1} | row)
+        If the loss or the gradient is not finite, the weights stay as they are and the step is logged as "skipped",
+        with None for values that are not finite, since JSON has no NaN.
+        """
+        sums = parallel.sum_gradients(self.parameters, self.sums)  # over all ranks, each of which has a part
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
+        means = torch.stack([*(total / len(self.batch) for total in sums.values()), norm]).tolist()  # one wait for CUDA
+        row = {name: value if math.isfinite(value) else None for name, value in zip([*sums, "grad_norm"], means)}
+        skipped = None in row.values()
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad()
+        self.sums = {}
+        place = {"iteration": self.t, "step": len(self.log) + 1}
+        self.log.append(place | row | {"lr": optimizer.param_groups[0]["lr"], "skipped": skipped})
 
     def signals(self) -> Row:
         """Means over the last tenth of the steps that were taken, and the number of those skipped."""
@@ -121,26 +118,42 @@ class Training:
                 f"--precision fp32"
             )
 
-    def _save_if_due(self) -> None:
+    # ------------------------------------------------------------ checkpoints
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+        """Restores the last checkpoint with its log; without one, or if it is damaged, begins afresh."""
+        state: Any = None  # what the checkpoint holds; rank 0 reads it
+
+        def read() -> list[Row]:
+            nonlocal state
+            found = self.folder.load_training() if self.folder.resume else None  # None: outside the iterations of a run
+            log, state = found or ([], None)
+            write_rows(self.log_file, log)  # This drops what was appended after the checkpoint.
+            return log
+
+        self.log = parallel.on_writer(read)
+        self.logged = len(self.log)
+        if self.log:
+            restore_training(state, self.player.model, optimizer)
+
+    def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
         """Checkpoints after the last step, every --save-minutes, and before a signal ends the process."""
-        due = time.monotonic() - self.saved >= 60 * self.run.args.save_minutes
-        if self.files is fsdp:  # all ranks write a part, so all must know
+        due = time.monotonic() - self.saved >= 60 * self.args.save_minutes
+        if self.args.fsdp:  # The ranks collect the state together, so all must agree.
             due = parallel.on_writer(lambda: due)
-        if not (due or SIGNALS.agreed or len(self.log) == self.steps):
-            self._append_log(sync=False)  # a reader sees it grow; resume cuts it to the checkpoint's lines
+        due = due or SIGNALS.agreed or len(self.log) == self.steps
+        self._append_log(sync=bool(due))  # readers see it grow; a resumed run cuts it to the checkpoint's steps
+        if not due:
             return
-        self._append_log()
-        if self.checkpoint:
-            progress = {"steps": str(len(self.log)), "log": self.log_digest.hexdigest()}
-            self.files.save_training(self.checkpoint, self.model, self.optimizer, progress)
-            self.saved = time.monotonic()
+        if self.folder.resume:
+            self.folder.save_training(self.player.model, optimizer, self.log)
+        self.saved = time.monotonic()
         if SIGNALS.agreed:
             parallel.barrier()  # a rank that ends makes torchrun end the others, which may still be writing
 
     def _append_log(self, sync: bool = True) -> None:
         """Brings steps-<t>.jsonl up to date. It is appended to, since an iteration may have many steps."""
-        text = storage.as_lines(self.log[self.logged :])
-        self.log_digest.update(text.encode())
         if parallel.is_writer():
-            storage.append(self.log_file, text, sync)
+            new = "".join(json.dumps(row) + "\n" for row in self.log[self.logged :])
+            self.folder.append(self.log_file.name, new, sync)
         self.logged = len(self.log)

@@ -7,27 +7,29 @@ from typing import Any
 import pytest
 import torch
 
-import family
 import sampling
-import seft
 import sft
 import spin
+from data.examples import Example
+from methods import family, seft
 from model import GPTNeo, GPTNeoConfig
 from player import Player
-from runtime.data import Example
-from runtime.options import Args, parse
+from runtime.options import combined, parse
 from runtime.run import Run
 from runtime.setup import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"spin": spin, "sft": sft, "family": family, "seft": seft}
-ARGS = {"family": family.FamilyArgs, "seft": seft.SeftArgs}  # of the other scripts: Args
+OPTIONS = {
+    "spin": combined(spin.SpinOptions), "sft": combined(sft.SftOptions), "family": combined(family.FamilyOptions),
+    "seft": combined(seft.SeftOptions),
+}  # fmt: skip
 # A world of five responses: their probabilities in the data and under the opponent.
 TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)
 
 
 def flags(start, data, out, **options) -> list[str]:
-    """A command line for a run of seconds; `options` override it, None leaves a flag out."""
+    """A command line for a run of seconds; `options` override its own, and None leaves a flag out."""
     defaults = {
         "model": start, "data": data, "out": out, "eval_share": 0.2, "eval_temperatures": 0.8,
         "iterations": 1, "max_new_tokens": 8, "rank": 4,
@@ -35,9 +37,9 @@ def flags(start, data, out, **options) -> list[str]:
     }  # fmt: skip
     argv = []
     for name, value in (defaults | options).items():
-        if value is None:
-            continue
-        argv += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
     return argv
 
 
@@ -54,9 +56,9 @@ def small_sft(start, data, **options) -> list[str]:
 
 def begin(start, data, out, command="spin", **options) -> tuple[Player, list[Example], Run]:
     """(player, training examples, run) of a tiny run that has not begun: nothing is written."""
-    args = parse(command, flags(start, data, out, **options), ARGS.get(command, Args))
-    model, examples, run = setup(args, command)
-    return Player(model, run.eos_token_id, run.args, run.dtype), examples, run
+    args = parse(OPTIONS[command], flags(start, data, out, **options), f"{command}.py")
+    model, examples, run = setup(args, command, GPTNeo)
+    return Player(model, run.work.eos_token_id, run.args, run.weights.dtype), examples, run
 
 
 def spy(monkeypatch, where, name, look) -> None:
@@ -91,14 +93,20 @@ def rows(path) -> list[Any]:
 def tree(folder) -> dict[str, bytes]:
     """All files below a folder, by their relative paths, but those that hold times: no two runs agree in them."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("times.jsonl", "report.html")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    for name in [name for name in found if name.endswith("checksums")]:
+        # The last line of a file counts; a process that was killed may leave an older one, or another order.
+        lines = {line[66:]: line for line in found[name].splitlines()}
+        found[name] = b"\n".join(sorted(lines.values()))
+    return found
 
 
 def refused(argv, out, capsys, script=spin) -> str:
     """The one line that a refused command prints; checks the exit code and that no file was written."""
     assert script.main([str(a) for a in argv]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1, error
+    name = script.__name__.rpartition(".")[2]
+    assert error.startswith(f"{name}.py: error: ") and error.count("\n") == 1, error
     assert not out.exists() or not any(out.iterdir())
     return error
 
@@ -119,7 +127,7 @@ def known_model() -> GPTNeo:
 
 def player_of(model: GPTNeo, dtype: torch.dtype = torch.float32, **options) -> Player:
     """A model as a player outside any run."""
-    return Player(model, model.config.eos_token_id, Args(**options), dtype)
+    return Player(model, model.config.eos_token_id, OPTIONS["spin"](**options), dtype)
 
 
 def script_responses(monkeypatch, ids: list[list[int]], finished: list[bool]) -> None:

@@ -1,14 +1,14 @@
-"""Worlds of several ranks on one machine, for the tests: a process that forks one for each request.
+"""Worlds of several ranks on one machine, for the tests: a process that forks the ranks of each request.
 
-Importing torch takes seconds; a fork of a process that has imported it takes none. It reads a JSON object a line:
+Importing torch takes seconds, and a fork of a process that has imported it takes none. Each line of stdin is a request:
 
     {"script": "spin", "argv": [...], "folders": ["a", "b"], "die": [rank, moment], "die_in": [name, rank, call],
      "terminate_in": [name, rank, call]}
 
-Rank r works in folders[r], so a world has as many ranks as folders; a folder stands for a host. A moment is a call of
-one of MOMENTS. A rank kills itself with SIGKILL at the given moment, or at the given call of one of them, or then sends
-SIGTERM to all ranks, as torchrun would. Answers, a line each:
-{"codes": [...], "moments": [...], "out": [...], "err": [...]}, of the ranks in order.
+Rank r works in folders[r]; ranks in the same folder are on the same host. A moment is a call of one of MOMENTS. A rank
+kills itself with SIGKILL at the given moment ("die"), or at the given call of one of them ("die_in"), or then sends
+SIGTERM to all ranks, as torchrun would ("terminate_in"). Each line of stdout is an answer, with one entry per rank:
+{"codes": [...], "moments": [...], "out": [...], "err": [...]}.
 """
 
 import json
@@ -20,52 +20,45 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; and a fork would lose threads
+os.environ["OMP_NUM_THREADS"] = "1"  # This must precede the import of torch; a fork would lose other threads.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Imported later by what each rank does, which takes a second or two.
+# The ranks would import these themselves, which takes a second or two.
 import torch._dynamo
-import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp  # noqa: F401
 from helpers import SCRIPTS
 
-import runtime.fsdp
 import sampling
-import spin
 from player import Player
-from runtime import parallel, storage
+from runtime import folder, parallel
+from runtime.folder import Folder
+from runtime.training import Training
 
 MOMENTS = (
-    (storage, "write"), (storage.os, "replace"), (Player, "response_logps"), (spin, "take_step"),
-    (sampling.Batch, "_step"), (parallel, "gather"), (parallel, "sum_gradients"), (runtime.fsdp, "save_training"),
+    (folder, "write"), (folder.os, "replace"), (Folder, "save_training"), (Player, "response_logps"),
+    (Training, "step"), (sampling.Batch, "_step"), (parallel, "gather"), (parallel, "sum_gradients"),
 )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def work(rank: int, request: dict, port: int, logs: str) -> None:
     """Runs the script as one rank."""
-    world = len(request["folders"])
-    os.chdir(request["folders"][rank])
+    folders = request["folders"]
+    os.chdir(folders[rank])
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{logs}/{name}-{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
-    host = [r for r in range(world) if request["folders"][r] == request["folders"][rank]]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"LOCAL_RANK": str(host.index(rank)), "LOCAL_WORLD_SIZE": str(len(host))}
-    count, calls = 0, Counter()
+    host = [r for r, folder in enumerate(folders) if folder == folders[rank]]
+    values = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=len(folders))
+    values |= dict(LOCAL_RANK=host.index(rank), LOCAL_WORLD_SIZE=len(host))
+    os.environ |= {name: str(value) for name, value in values.items()}
+    calls = Counter()
 
     def moment(name: str) -> None:
-        nonlocal count
-        count += 1
         calls[name] += 1
-        if request.get("die") == [rank, count] or request.get("die_in") == [name, rank, calls[name]]:
+        this_call = [name, rank, calls[name]]
+        if request.get("die") == [rank, calls.total()] or request.get("die_in") == this_call:
             os.kill(os.getpid(), signal.SIGKILL)
-        if request.get("terminate_in") == [name, rank, calls[name]]:
+        if request.get("terminate_in") == this_call:
             os.killpg(0, signal.SIGTERM)
 
     for where, name in MOMENTS:
@@ -77,14 +70,17 @@ def work(rank: int, request: dict, port: int, logs: str) -> None:
 
         setattr(where, name, wrapper)
     code = SCRIPTS[request["script"]].main(request["argv"])
-    Path(f"{logs}/moments-{rank}").write_text(str(count))
+    Path(f"{logs}/moments-{rank}").write_text(str(calls.total()))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def answer(request: dict) -> dict:
-    port, pids, ranks = free_port(), [], range(len(request["folders"]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids, ranks = [], range(len(request["folders"]))
     with tempfile.TemporaryDirectory() as logs:
         for rank in ranks:
             pid = os.fork()

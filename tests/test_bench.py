@@ -1,17 +1,13 @@
-"""benchmarks/: an error or a time limit costs no case its figures, results are written at once; memory; no spills."""
+"""benchmarks/: an error or a time limit costs no case its figures, results are written at once."""
 
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import bench
-import memory
 import pytest
 import torch
-import torch.nn.functional as F
 from bench import PARTS, Case, Results, Ways
-
-from model import GPTNeoConfig
 
 CPU = torch.device("cpu")
 
@@ -175,71 +171,3 @@ def test_tables_of_results_with_failures(tmp_path, monkeypatch):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
     assert "failed: OutOfMemoryError" in text and "| ours | " in text
-
-
-# ---- memory ----
-
-
-def test_the_account_follows_storages_from_creation_to_end():
-    """A perceptron, by hand: the two inputs of gelu and of the second layer, and the result; then gradients only."""
-    x, first, second = torch.randn(5, 8), torch.randn(16, 8, requires_grad=True), torch.randn(8, 16, requires_grad=True)
-    with memory.Account() as account:
-        y = F.linear(F.gelu(F.linear(x, first)), second)
-        assert account.live == account.peak == 4 * (5 * 16 + 5 * 16 + 5 * 8)
-        y.detach()[0].zero_()  # views and operations in place create no storage
-        assert account.live == account.peak == 800
-        y = None
-        assert account.live == 0
-        F.linear(F.gelu(F.linear(x, first)), second).sum().backward()
-        assert account.live == 4 * (first.numel() + second.numel()) < account.peak
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_memory_of_a_step_is_that_of_hand_arithmetic(rank):
-    """Weights, gradients and state are those of runtime/plan.py; what a block adds to a forward pass, byte by byte.
-
-    Counted for D hidden numbers, H heads, n tokens in rows of T. fp32: the norms' inputs with mean and deviation, and
-    sums of attention. bf16: the linear layers' inputs, q, k, v, the input of gelu, and attention's mask as numbers.
-    """
-    pairs, T, D, H = 3, 32, 24, 3
-    n, r = pairs * T, rank
-
-    def step(layers: int, checkpoint: bool) -> memory.Step:
-        config = GPTNeoConfig(
-            vocab_size=50, max_position_embeddings=64, hidden_size=D, num_layers=layers, num_heads=H,
-            attention_types=((("global", "local"), layers // 2),), window_size=8,
-        )  # fmt: skip
-        found = memory.dry_run(config, rank, pairs, checkpoint, T)
-        assert found.planned == found.held <= found.peak - found.saved * (not checkpoint)
-        return found
-
-    norms, inputs, attention, gelu = 2 * n * (4 * D + 8), 2 * n * 9 * D, 2 * n * (3 * D + T) + 4 * n * H, 2 * n * 4 * D
-    if rank:  # in bf16: adapters and what is between their factors; norms' frozen weights are cast to fp32
-        weights, cast_once = 2 * r * 18 * D + 6 * 2 * n * r + 4 * 4 * D, 2 * r * 4 * D
-    else:
-        weights = cast_once = 2 * (12 * D * D + 6 * D)  # and biases
-    few, many = step(2, False), step(6, False)
-    assert many.saved - few.saved == 4 * (norms + inputs + attention + gelu + weights)
-    few, many = step(2, True), step(6, True)
-    assert many.saved - few.saved == 4 * ((2 if rank else 4) * n * D + cast_once)
-
-
-# ---- compiled kernels ----
-
-
-def test_kernels_do_not_spill_on_hopper_and_load_16_bytes_at_once():
-    """Every variant that 8192 rows at D = 2560, V = 50257 in bf16 launch, and attention for all head sizes."""
-    pytest.importorskip("triton.compiler")
-    import compile_kernels
-
-    variants = compile_kernels.default_variants(90)
-    assert {variant.kernel for variant in variants} == {
-        "_logprobs_kernel", "_gradient_kernel", "_hidden_gradient_kernel", "_decode_kernel"
-    }  # fmt: skip
-    try:
-        codes = {str(variant): compile_kernels.compiled(variant, 90) for variant in variants}
-    except OSError as error:
-        pytest.skip(f"no tools of triton: {error}")
-    for name, code in codes.items():
-        assert (code.spills, code.stack) == (0, 0), name
-        assert max(code.loads) == 128, name

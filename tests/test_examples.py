@@ -4,6 +4,7 @@ import importlib.util
 import math
 import sys
 
+import peft
 import pytest
 import torch
 from helpers import ROOT, die_at, flags, rows, tree
@@ -19,14 +20,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from runtime import record
-from runtime.options import Args
+from runtime.folder import Folder
+from runtime.options import combined, parse
+from runtime.setup import setup
 
 spec = importlib.util.spec_from_file_location("any_causal_lm", ROOT / "examples/any_causal_lm.py")
 example = importlib.util.module_from_spec(spec)
 sys.modules["any_causal_lm"] = example
 spec.loader.exec_module(example)
 
+OPTIONS = combined(example.HubOptions)
 TOKENS = dict(vocab_size=396, bos_token_id=393, eos_token_id=393, pad_token_id=393, max_position_embeddings=64)
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
 MODELS = {
@@ -49,8 +52,7 @@ def start(request, tmp_path_factory):
 
 def player_of(start, **options):
     options = dict(model=str(start), max_new_tokens=6, gen_batch=3, device="cpu") | options
-    model = example.transformers.AutoModelForCausalLM.from_pretrained(start).eval()
-    return example.CausalLM(model, 393, Args(**options))
+    return example.CausalLM(example.HubModel.from_pretrained(start), 393, OPTIONS(**options))
 
 
 def test_log_probabilities_are_those_of_the_model(start):
@@ -93,13 +95,19 @@ def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, dat
     assert last["nll"] < first["nll"]
     final = example.transformers.AutoModelForCausalLM.from_pretrained(here / "run/final")
     assert not [name for name, _ in final.named_parameters() if "lora" in name]
-    _, _, run = example.setup(example.parse("spin", flags(start, data, "other", iterations=2, eval_limit=8)))
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        base = example.transformers.AutoModelForCausalLM.from_pretrained(start)
+        theirs = peft.PeftModel.from_pretrained(base, here / "run/iterate-2").eval()  # GPT-2's weights are transposed
+        torch.testing.assert_close(final.eval()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    args = parse(OPTIONS, flags(start, data, "other", iterations=2, eval_limit=8), "any_causal_lm.py")
+    _, _, run = setup(args, "any_causal_lm", example.HubModel)
     player = example.CausalLM(final.eval(), 393, run.args)
-    items = [(e.prompt_ids, e.real_ids) for e in run.heldout]
+    items = [(e.prompt_ids, e.real_ids) for e in run.work.heldout]
     total, tokens = sum(logp for (logp,) in player.logps(items)), sum(len(real) for _, real in items)
     assert -total / tokens == pytest.approx(last["nll"], abs=1e-4)
     again = [word if word != "run" else "again" for word in argv]
-    die_at(record, "write_finished", again, lambda folder, iterate, *rest: iterate == 2, script=example)
+    die_at(Folder, "finish_iterate", again, lambda folder, rows: len(rows) == 3, script=example)
     assert example.main(again) == 0
     assert rows(here / "again/metrics.jsonl") == metrics
     for name, content in tree(here / "run/iterate-2").items():
@@ -111,7 +119,7 @@ def test_what_is_refused(start, data, tmp_path, capsys):
         assert example.main(flags(start, data, tmp_path / "run", **options)) == 2
         return capsys.readouterr().err
 
-    assert "expected --model and --data, and no --rank 0" in error(rank=0)
+    assert "trains adapters: expected no --rank 0" in error(rank=0)
     assert "the usual ones are " in error(lora_targets="query")
     assert not (tmp_path / "run").exists()
 

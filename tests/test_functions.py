@@ -1,15 +1,16 @@
-"""runtime/functions.py: metrics of --metric, in the run, in its files, in --best and in respond.py.
+"""runtime/functions.py: metrics of --metric in the run, in its files, in --best and in respond.py; results of scorers.
 
-Functions of the user's files are tested with --scorer, too, in test_family.py.
+test_family.py tests runs with --scorer.
 """
 
 import contextlib
 import json
 import shutil
-from decimal import Decimal
 
+import numpy
 import pytest
-from helpers import begin, die_at, flags, refused, rows, tree
+import torch
+from helpers import die_at, flags, refused, rows, tree
 
 import respond
 import sft
@@ -17,6 +18,8 @@ import spin
 from runtime import functions
 from runtime.functions import load_metrics
 from runtime.run import Run
+from runtime.stopping import Stopped
+from runtime.training import Training
 
 SHARE = "def vowels(prompt, response, references):\n    return sum(c in 'AEIOU' for c in response) / 7 + len(prompt)\n"
 
@@ -31,11 +34,9 @@ def metric(tmp_path):
     return f"{tmp_path}/mine.py:vowels"
 
 
-def test_a_metric_is_computed_of_both_responses_and_stands_beside_the_others(
-    metric, start, data, tmp_path, monkeypatch, capsys
-):
-    """In the rows, the table, the plot and the changes; --best may name it, and a second one ships."""
-    argv = [*flags(start, data, tmp_path / "run", best="sampled_vowels"), "--metric", metric, "--metric", "exact"]
+def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(metric, start, data, tmp_path, capsys):
+    """In the rows, the table, the plot and the changes. --best may name it, and a shipped metric joins it."""
+    argv = [*flags(start, data, tmp_path / "run", best="sampled_vowels"), "--metric", metric, "exact"]
     assert spin.main(argv) == 0
     printed = capsys.readouterr().out
     metrics = rows(tmp_path / "run/metrics.jsonl")
@@ -52,18 +53,15 @@ def test_a_metric_is_computed_of_both_responses_and_stands_beside_the_others(
     assert json.loads((tmp_path / "run/run.json").read_text())["best"]["metric"] == "sampled_vowels"
 
 
-def test_metrics_that_were_computed_are_found_again_when_a_run_resumes(metric, start, data, tmp_path, monkeypatch):
-    """They may be slow. The run ends like one that did not die; the function's file may move in between."""
+def test_a_resumed_run_finds_the_metrics_that_were_computed(metric, start, data, tmp_path, monkeypatch):
+    """They may be slow. The run ends like one that did not die, although the function's file was moved in between."""
     argv = [*flags(start, data, tmp_path / "run", shard=4, prompts=20, eval_limit=6), "--metric"]
     asked = []
     die_at(Run, "finish_iterate", [*argv, metric], lambda run, *rest: run.iterate == 1)
-    moved = shutil.copytree(tmp_path, tmp_path / "moved", ignore=shutil.ignore_patterns("run")) / "mine.py"
-    moved.write_text(SHARE)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            functions, "_checked", lambda _, function: lambda *texts: (asked.append(texts), function(*texts))[1]
-        )
-        assert spin.main([*argv, f"{moved}:vowels"]) == 0
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(tmp_path / "mine.py", tmp_path / "moved")
+    monkeypatch.setattr(functions, "_number", lambda value: asked.append(value) or value)
+    assert spin.main([*argv, f"{moved}:vowels"]) == 0
     assert len(asked) == 1, "the check before the run"
     died = tree(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
@@ -71,9 +69,9 @@ def test_metrics_that_were_computed_are_found_again_when_a_run_resumes(metric, s
     assert tree(tmp_path / "run") == died
 
 
-def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path, capsys):
     argv = flags(start, data, tmp_path / "run")
-    die_at(spin, "take_step", [*argv, "--metric", metric])
+    die_at(Training, "step", [*argv, "--metric", metric])
     (tmp_path / "changed.py").write_text(SHARE.replace("7", "8"))
     for other in ([], ["--metric", f"{tmp_path}/changed.py:vowels"], ["--metric", "exact"]):
         assert spin.main([*argv, *other]) == 2
@@ -84,17 +82,16 @@ def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path,
 @pytest.mark.parametrize(
     "body, says",
     [
-        ("return None", "returned None for the prompt '"), ("return 'x'", "returned 'x' for the prompt '"),
-        ("return float('nan')", "returned nan for the prompt '"), ("return [1]", "returned [1] for the prompt '"),
-        ("raise KeyError('k')", "KeyError for the prompt '"), ("raise SystemExit", "SystemExit for the prompt '"),
+        ("return None", "returned None, expected a finite number"), ("return 'x'", "returned 'x', expected"),
+        ("return float('nan')", "returned nan, expected"), ("return [1]", "returned [1], expected"),
+        ("raise KeyError('k')", "KeyError: 'k' (for the prompt '"), ("raise SystemExit", "SystemExit: "),
     ],
 )  # fmt: skip
 def test_a_metric_that_fails_is_refused_before_the_run(body, says, start, data, tmp_path, capsys):
-    """File, function, what it returned and for which prompt. It is tried with a real response."""
+    """The message names the function, its result and the prompt. The metric is tried on a real response."""
     (tmp_path / "bad.py").write_text(f"def f(prompt, response, references):\n    {body}\n")
-    name = f"{tmp_path}/bad.py:f"
-    error = refused(flags(start, data, tmp_path / "out", metric=name), tmp_path / "out", capsys)
-    assert f"--metric {name}: {says}" in error, error
+    error = refused(flags(start, data, tmp_path / "out", metric=f"{tmp_path}/bad.py:f"), tmp_path / "out", capsys)
+    assert f"--metric f: {says}" in error and "for the prompt '" in error
 
 
 def test_a_metric_that_fails_later_stops_the_run(start, data, tmp_path, capsys):
@@ -103,7 +100,7 @@ def test_a_metric_that_fails_later_stops_the_run(start, data, tmp_path, capsys):
     )
     assert sft.main(flags(start, data, tmp_path / "out", beta=None, metric=f"{tmp_path}/bad.py:f")) == 1
     error = capsys.readouterr().err
-    assert "bad.py:f: returned 'none' for the prompt '" in error and error.count("\n") == 1
+    assert "--metric f: returned 'none'" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -112,27 +109,38 @@ def test_a_metric_that_fails_later_stops_the_run(start, data, tmp_path, capsys):
         (["--metric", "rouge"], "expected FILE.py:NAME or one of exact, edit_distance, last_number"),
         (["--metric", "none.py:f"], "--metric none.py:f: no such file"),
         (["--metric", "mine.py:f"], "AttributeError"), (["--metric", "mine.py:number"], "int, expected a function"),
-        (["--metric", "mine.py:vowels", "--metric", "mine.py:vowels"], "expected names that differ"),
-        (["--metric", "mine.py:error"], "none that is 'error'"),
-        (["--best", "greedy_exact"], "--best greedy_exact: expected one of nll, greedy, sampled, greedy_error, "),
-        (["--metric", "exact", "--best", "exact"], "sampled_error, greedy_exact, sampled_exact"),
+        (["--metric", "mine.py:vowels", "mine.py:vowels"], "expected names that differ"),
+        (["--metric", "mine.py:error"], "none that is 'error'"), (["--metric", "broken.py:f"], "SyntaxError"),
+        (["--best", "greedy_exact"], "--best greedy_exact: expected one of greedy, sampled, greedy_error, "),
+        (["--metric", "exact", "--best", "exact"], "nll, greedy_exact, sampled_exact"),
     ],
 )  # fmt: skip
 def test_metrics_that_are_refused(words, says, start, data, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(f"{SHARE}number = 1\nerror = vowels\n")
+    (tmp_path / "broken.py").write_text("def f(")
     with contextlib.chdir(tmp_path):
         assert says in refused([*flags(start, data, tmp_path / "out"), *words], tmp_path / "out", capsys)
 
 
-def test_a_metric_may_return_any_kind_of_number(tmp_path):
-    import numpy
-    import torch
+@pytest.mark.parametrize(
+    "value", [True, 1, 1.0, numpy.bool_(True), numpy.float32(1), torch.tensor(1.0), torch.tensor([1])]
+)
+def test_a_metric_may_return_any_kind_of_number(value):
+    assert functions._number(value) == 1.0 and isinstance(functions._number(value), float)
 
-    for value in (True, 1, 1.0, numpy.bool_(True), numpy.float32(1), torch.tensor(1.0), torch.tensor([1])):
-        assert functions._checked("f", lambda *texts, value=value: value)("", "", []) == 1.0
+
+@pytest.mark.parametrize("answer, accepted", [("(1, 0.5)", True), ("[1, 2]", False), ("[0.5]", False), ("'01'", False)])
+def test_a_scorer_returns_two_probabilities(tmp_path, answer, accepted):
+    (tmp_path / "judge.py").write_text(f"def judge(prompt, responses):\n    return {answer}\n")
+    scorer = functions.load_scorer(f"{tmp_path}/judge.py:judge")
+    if accepted:
+        assert scorer("p", ["a", "b"]) == [1.0, 0.5]
+    else:
+        with pytest.raises(Stopped, match=r"judge.py:judge: returned .* \(for the prompt 'p'\)"):
+            scorer("p", ["a", "b"])
 
 
-def test_metrics_that_ship_on_hand_computed_values():
+def test_shipped_metrics_on_values_computed_by_hand():
     exact, edits, number = load_metrics(["exact", "edit_distance", "last_number"]).values()
     assert exact("", " The  cat.", ["a dog", "the cat"]) == 1 and exact("", "cat", ["the cat"]) == 0
     assert edits("", "kitten", ["sitting", "kitchen!"]) == 3 / 8 and edits("", "", ["ab"]) == 1
@@ -141,11 +149,10 @@ def test_metrics_that_ship_on_hand_computed_values():
     for text in ("1235", "-1234", "1234 or 5", "many", ""):
         assert number("", text, ["1234"]) == 0, text
     assert number("", "none", ["none"]) == 0 and number("", "so -2", ["x - y = -2"]) == 1
-    assert Decimal("1234.0") == Decimal("1234")
 
 
 def test_respond_evaluates_with_a_metric(metric, start, data, tmp_path, capsys):
-    """The values are those of the run's start, whose held-out examples are all of the data here."""
+    """The values are those of the run's start. Its held-out examples are all of the data here."""
     argv = flags(start, data, tmp_path / "run", eval_data=data, eval_share=None, metric=metric)
     assert spin.main(argv) == 0
     expected = rows(tmp_path / "run/metrics.jsonl")[0]
@@ -153,16 +160,13 @@ def test_respond_evaluates_with_a_metric(metric, start, data, tmp_path, capsys):
     capsys.readouterr()
     assert respond.main(words) == 0
     (row,) = rows(tmp_path / "m")
-    assert (
-        row["greedy_vowels"] == pytest.approx(expected["greedy_vowels"]) and "greedy vowels" in capsys.readouterr().out
-    )
+    assert row["greedy_vowels"] == pytest.approx(expected["greedy_vowels"])
+    assert "greedy vowels" in capsys.readouterr().out
 
 
-def test_a_function_of_the_same_file_shares_its_module(tmp_path, start, data):
-    """So a model that it loads is loaded once."""
-    (tmp_path / "two.py").write_text(
-        "print('loaded')\nLIST = []\ndef a(*texts):\n    return 0\ndef b(*texts):\n    return 0\n"
-    )
+def test_functions_of_one_file_share_its_module_and_what_lies_beside_it(tmp_path):
+    """So a model that the file loads is loaded once."""
+    (tmp_path / "beside.py").write_text("value = 2\n")
+    (tmp_path / "two.py").write_text("import beside\nLIST = []\ndef a(): return beside.value\ndef b(): return LIST\n")
     a, b = (functions.load("--metric", f"{tmp_path}/two.py:{name}") for name in "ab")
-    assert a.__globals__ is b.__globals__
-    assert begin(start, data, tmp_path / "run", metric=f"{tmp_path}/two.py:a")[2].metrics.keys() == {"a"}
+    assert a.__globals__ is b.__globals__ and a() == 2

@@ -16,7 +16,7 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     return Clock()
 
 
@@ -25,8 +25,7 @@ def phase(clock, progress, name, seconds):
         clock.now += seconds
 
 
-def test_a_line_at_most_every_30_seconds(clock, capsys):
-    """Pytest's stderr is no terminal. The line has phase, progress, rate, loss, margin and what is left."""
+def test_without_a_terminal_a_line_is_printed_at_most_every_30_seconds(clock, capsys):
     run = Progress(clock)
     run.iterate = 2
     with run.bar("train 1", 100, done=10) as bar, run.timed("train"):
@@ -38,17 +37,17 @@ def test_a_line_at_most_every_30_seconds(clock, capsys):
     assert printed.err == ""
 
 
-def test_items_of_an_earlier_process_say_nothing_about_the_rate_those_of_other_ranks_do(clock):
+def test_items_of_an_earlier_process_say_nothing_about_the_rate_and_those_of_other_ranks_do(clock):
     bar = Progress(clock).bar("score", 100)
     bar.at(50)
     clock.now += 10
     bar.update(10)
     assert (bar.done, bar.rate, bar.seconds_left()) == (60, 1.0, 40.0)
-    bar.at(90)  # other ranks did 30 in the meantime, and do as many from here on
+    bar.at(90)  # Other ranks did 30 in the meantime.
     assert (bar.done, bar.rate) == (90, 4.0)
 
 
-def test_ranks_that_do_not_write_print_nothing(clock, capsys, monkeypatch):
+def test_ranks_other_than_the_writer_print_nothing(clock, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with Progress(clock).bar("score", 100) as bar:
         clock.now += 100
@@ -56,10 +55,10 @@ def test_ranks_that_do_not_write_print_nothing(clock, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_end_of_the_run_is_told_by_the_phases_so_far(clock):
+def test_the_end_of_the_run_is_estimated_from_the_phases_so_far(clock):
     run = Progress(clock)
     phase(clock, run, "evaluate", 5)
-    assert run.seconds_left(1) is None, "of the start nothing is known"
+    assert run.seconds_left(1) is None, "nothing is known while the start is evaluated"
     assert run.finish_iterate() == ", evaluate 5 s"
     run.left = 2
     with run.timed("generate"):
@@ -70,8 +69,12 @@ def test_the_end_of_the_run_is_told_by_the_phases_so_far(clock):
         with run.timed("nested"):
             assert run.seconds_left(30) == 30 + 5 + 2 * (20 + 10 + 30 + 5)
         clock.now += 30
+        run.stepped(tokens=300)
+        run.stepped(tokens=100)
     phase(clock, run, "evaluate", 5)
+    assert run.times()["seconds"] == dict(generate=20, train=40, evaluate=5) and run.times()["tokens"] == 400
     assert run.finish_iterate() == ", generate 20 s, train 40 s, evaluate 5 s"
+    assert run.times()["seconds"] == {} and run.times()["tokens"] == 0
     run.left = 1
     with run.timed("generate"):
         clock.now += 10

@@ -9,7 +9,8 @@ from helpers import begin, flags, refused, rows
 
 import respond
 import spin
-from runtime.data import Example, encode, load_examples
+from data.examples import Example, encode, load_examples
+from runtime.folder import Folder
 
 TEMPLATE = r"Say {prompt}:\n"
 WORDS = ["abc", "dog", "cat", "tree"]
@@ -29,12 +30,12 @@ def answers(run, start, data, tmp_path_factory):
     """What the player of the run answers, as iterate 0, 1 and 2."""
     player, _, other = begin(start, data, tmp_path_factory.mktemp("again") / "run", template=TEMPLATE)
     examples = [Example("x", i, word, "", []) for i, word in enumerate(WORDS)]
-    encode(examples, other.tokenizer, TEMPLATE.replace(r"\n", "\n"), other.eos_token_id)
-    other.out, result = run, []
+    encode(examples, other.work.tokenizer, TEMPLATE.replace(r"\n", "\n"), other.work.eos_token_id)
+    other.weights.folder, result = Folder(run), []
     for t in (0, 1, 2):
-        other.load_iterate(player, t)
+        other.weights.load(player, t)
         ids = player.respond([e.prompt_ids for e in examples], 0, temperature=0.0)
-        result.append([other.text(i) for i, _ in ids])
+        result.append([other.work.text(i) for i, _ in ids])
     assert len({*map(tuple, result)}) == 3, "iterates that answer alike would prove nothing"
     return result
 
@@ -45,7 +46,7 @@ def asked(argv, capsys, code=0) -> str:
 
 
 def prompts(words):
-    return [part for word in words for part in ("--prompt", word)]
+    return ["--prompt", *words]
 
 
 @pytest.mark.parametrize("name, t", [("", 2), ("iterate-0", 0), ("iterate-1", 1), ("iterate-2", 2), ("final", 2)])
@@ -127,13 +128,12 @@ def test_an_adapter_outside_its_run_needs_its_base(run, start, answers, tmp_path
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], "expected a run, an iterate, a model's directory or a hub id before the flags"),
-        (["--prompt", "x"], "expected a run, an iterate"), (["nothing"], "nothing: neither a directory nor a hub id"),
+        ([], "the following arguments are required: MODEL"), (["nothing"], "nothing: neither a directory nor a hub id"),
         (["RUN", "--promt", "x"], "--promt: no such option; did you mean --prompt?"),
         (["RUN/iterate-7"], "RUN/iterate-7: no such iterate; there are iterate-0, "),
-        (["RUN", "--prompt", " "], "--prompt '': expected a text"),
+        (["RUN", "--prompt", " "], "--prompt ' ': expected a text"),
         (["RUN", "--prompt", "a" * 99], "--prompt:1: the prompt has 105 tokens with the template, the context of"),
-        (["RUN", "--prompts", "no.jsonl"], "no.jsonl: no such file"), (["RUN", "x"], "word 'x': expected flags"),
+        (["RUN", "--prompts", "no.jsonl"], "no.jsonl: no such file"), (["RUN", "x"], "'x': expected flags"),
         (["RUN", "--out", "RUN/run.json"], "exists, expected a new file"),
         (["RUN/iterate-0", "--template", "chat", "--prompt", "x"], "has no chat template"),
     ],
@@ -144,5 +144,7 @@ def test_what_is_refused(argv, says, run, tmp_path, capsys):
 
 
 def test_help_lists_every_option(capsys):
-    text = asked(["--help"], capsys)
-    assert text.startswith("usage: respond.py MODEL") and "--compare PATH" in text and "--prompt TEXT" in text
+    with pytest.raises(SystemExit):
+        respond.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: respond.py MODEL") and "--compare MODEL" in text and "--prompt TEXT" in text

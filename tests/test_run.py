@@ -11,16 +11,19 @@ import pytest
 import torch
 from helpers import SCRIPTS, begin, die_at, flags, rows, small, small_sft, spy, tree
 
-import family
 import lora
 import sft
 import spin
+from evaluate import at_equal_entropy
+from methods import family
 from model import GPTNeo, GPTNeoConfig
 from player import Player
-from runtime import cli, record
-from runtime.evaluate import at_equal_entropy
-from runtime.record import locked
-from runtime.run import Run, seed_of
+from runtime import cli
+from runtime import run as run_module
+from runtime.folder import Folder
+from runtime.run import Run
+from runtime.training import Training
+from runtime.work import seed_of
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_generators_are_private_to_seed_iteration_and_purpose(start, data, tmp_p
 def test_a_run_resumes_at_the_step_and_the_shard_it_had_reached(start, data, here, monkeypatch):
     """What is finished is not computed again: neither responses nor steps."""
     steps, prompts = [], []
-    take = spin.take_step
+    take = Training.step
 
     def step(*args):
         steps.append(1)
@@ -69,14 +72,14 @@ def test_a_run_resumes_at_the_step_and_the_shard_it_had_reached(start, data, her
             raise OSError(errno.EIO, "the disk has gone")
         return take(*args)
 
-    monkeypatch.setattr(spin, "take_step", step)
+    monkeypatch.setattr(Training, "step", step)
     spy(monkeypatch, Player, "respond", lambda args, _: prompts.append(len(args[1])))
     assert spin.main(small(start, data)) == 1
     assert spin.main(small(start, data)) == 0
     _, examples, run = begin(start, data, here / "again")
     assert len(steps) == 5 + 9 + 1
     held_out = 1 + 2 * 3 + 1  # KL; greedy and sampled by three iterates; the start at another temperature
-    assert sum(prompts) == 2 * len(examples) + held_out * len(run.heldout)
+    assert sum(prompts) == 2 * len(examples) + held_out * len(run.work.heldout)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -85,7 +88,7 @@ def test_a_run_on_cuda_resumes(start, data, here, rank):
     """Not bit-identical there, but with nothing lost or doubled, and with the random numbers of dropout in place."""
     argv = small(start, data, device="cuda", rank=rank, lr=1e-3, alpha=0.5, history=0)
     steps = itertools.count(1)
-    die_at(spin, "take_step", argv, lambda *args: next(steps) == 8, script=family)
+    die_at(Training, "step", argv, lambda *args: next(steps) == 8, script=family)
     assert family.main(argv) == 0
     first = {name: rows(here / f"run/{name}") for name in ("metrics.jsonl", "steps-1.jsonl")}
     shutil.rmtree(here / "run")
@@ -98,8 +101,8 @@ def test_a_run_on_cuda_resumes(start, data, here, rank):
 
 def test_sft_resumes_and_ends_as_if_it_had_never_died(start, data, here, monkeypatch):
     argv, steps = small_sft(start, data), []
-    spy(monkeypatch, spin, "take_step", lambda *args: steps.append(1))
-    die_at(spin, "take_step", argv, lambda *args: len(steps) == 6, script=sft)
+    spy(monkeypatch, Training, "step", lambda *args: steps.append(1))
+    die_at(Training, "step", argv, lambda *args: len(steps) == 6, script=sft)
     assert len(steps) == 6
     assert sft.main(argv) == 0
     stopped = tree(here)
@@ -113,7 +116,7 @@ def test_responses_are_never_sampled_again_for_scores_that_exist(start, data, he
 
     The shards keep the size that the run began with.
     """
-    die_at(spin, "take_step", small(start, data))
+    die_at(Training, "step", small(start, data))
     sampled = []
     spy(monkeypatch, Player, "respond", lambda args, _: sampled.append(len(args[1])))
     assert spin.main(small(start, data, gen_batch=3)) == 0
@@ -188,10 +191,10 @@ def test_dropout_of_the_config_is_off_unless_asked_for(start, data, tmp_path):
 
 
 def test_another_torch_is_warned_of(begun, start, data, capsys):
-    found = record.read(begun / "run") | {"torch": "1.0"}
-    record.write(begun / "run", found)
+    folder = Folder(begun / "run")
+    folder.write_record(folder.record() | {"torch": "1.0"})
     assert spin.main(small(start, data)) == 0
-    assert "warning: the run began with torch 1.0" in capsys.readouterr().err
+    assert "the run began with torch 1.0" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the same run, or another
@@ -200,7 +203,7 @@ def test_another_torch_is_warned_of(begun, start, data, capsys):
 @pytest.mark.parametrize(
     "name, value, old",
     [
-        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", "1,2", "1.0"), ("iterations", 1, "2"), ("rank", 8, "4"),
+        ("seed", 1, "0"), ("lr", 1e-3, "0.01"), ("beta", (1, 2), "1.0"), ("iterations", 1, "2"), ("rank", 8, "4"),
         ("optimizer", "rmsprop", "adamw"), ("temperature", 0.5, "1.0"), ("template", "{prompt}", "auto"),
         ("precision", "bf16", "fp32"), ("mix_previous", None, "True"), ("max_new_tokens", 9, "8"), ("batch", 8, "16"),
     ],
@@ -258,11 +261,11 @@ def test_a_scorer_must_be_the_same_wherever_it_is(start, data, here, capsys):
     source = "def judge(prompt, responses):\n    return [1, 0]\n"
     for name, text in (("judge", source), ("moved", source), ("other", source.replace("1, 0", "0, 1"))):
         (here / f"{name}.py").write_text(text)
-    die_at(spin, "take_step", small(start, data), script=family)
+    die_at(Training, "step", small(start, data), script=family)
     assert family.main(small(start, data, scorer="judge.py:judge")) == 2
     assert "--scorer: not the contents" in capsys.readouterr().err, "the run began without a scorer"
     shutil.rmtree(here / "run")
-    die_at(spin, "take_step", small(start, data, scorer="judge.py:judge"), script=family)
+    die_at(Training, "step", small(start, data, scorer="judge.py:judge"), script=family)
     for scorer in ("other.py:judge", None):
         assert family.main(small(start, data, scorer=scorer)) == 2
         assert "--scorer: not the contents" in capsys.readouterr().err
@@ -274,7 +277,7 @@ def test_given_pairs_must_be_the_same(start, data, here, capsys):
     lines = [json.dumps({"prompt": prompt, "chosen": "B", "rejected": "D"}) for prompt in "ab"]
     (here / "pairs.jsonl").write_text("\n".join(lines))
     argv = flags(start, None, "run", pairs="pairs.jsonl", eval_data=data)
-    die_at(spin, "take_step", argv, script=family)
+    die_at(Training, "step", argv, script=family)
     (here / "pairs.jsonl").write_text("\n".join(reversed(lines)))
     assert family.main(argv) == 2
     assert "--pairs: not the contents" in capsys.readouterr().err
@@ -290,9 +293,10 @@ def test_a_run_of_one_script_is_not_resumed_by_another(begun, start, data, capsy
 
 
 def test_an_option_of_another_version_is_refused(begun, start, data, capsys):
-    found = record.read(begun / "run")
+    folder = Folder(begun / "run")
+    found = folder.record()
     found["args"]["gone"] = 1
-    record.write(begun / "run", found)
+    folder.write_record(found)
     assert spin.main(small(start, data)) == 2
     assert "--gone None: the run in run began with 1" in capsys.readouterr().err
 
@@ -301,7 +305,7 @@ def test_an_option_of_another_version_is_refused(begun, start, data, capsys):
 
 
 def test_two_processes_do_not_share_a_directory(begun, start, data, capsys):
-    with locked(begun / "run"):
+    with Folder(begun / "run").locked():
         assert spin.main(small(start, data)) == 2
     assert "--out run: another process is at work in it" in capsys.readouterr().err
 
@@ -341,16 +345,16 @@ def test_a_folder_with_another_run_json_is_refused(start, data, here, capsys, te
 # ---------------------------------------------------------------- the end of a run
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": "1e-2,1e-3,1e-2", "rank": 0}])
+@pytest.mark.parametrize("options", [{}, {"lr": (1e-2, 1e-3, 1e-2), "rank": 0}])
 def test_iterations_of_a_finished_run_may_grow(start, data, here, capsys, options):
     """It ends like one that had them all from the beginning, also if it dies on the way; other options stay."""
-    fewer = options | ({"lr": "1e-2,1e-3"} if options else {})
+    fewer = options | ({"lr": (1e-2, 1e-3)} if options else {})
     assert spin.main(small(start, data, **fewer)) == 0
     assert spin.main(small(start, data, **options | {"iterations": 3, "seed": 1})) == 2
     if options:
-        assert spin.main(small(start, data, **options | {"iterations": 3, "lr": "1e-3,1e-3,1e-2"})) == 2
+        assert spin.main(small(start, data, **options | {"iterations": 3, "lr": (1e-3, 1e-3, 1e-2)})) == 2
     longer = small(start, data, **options | {"iterations": 3})
-    die_at(spin, "take_step", longer)
+    die_at(Training, "step", longer)
     capsys.readouterr()
     assert spin.main(longer) == 0
     assert "2 of 3 iterations are finished" in capsys.readouterr().out
@@ -380,7 +384,7 @@ def test_a_finished_run_says_so(start, data, here, capsys):
 
 def test_the_best_iterate_is_kept_and_named(start, data, here, capsys):
     """A learning rate that spoils the player in the second iteration: the first iterate is the best by NLL."""
-    assert spin.main(small(start, data, lr="1e-2,1")) == 0
+    assert spin.main(small(start, data, lr=(1e-2, 1))) == 0
     captured = capsys.readouterr()
     nll = [row["nll"] for row in rows(here / "run/metrics.jsonl")]
     best = nll.index(min(nll))
@@ -406,7 +410,7 @@ def test_a_run_that_does_not_help_says_so_and_names_no_best_iterate(start, data,
 
 def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
     """heldout-<t>.jsonl has all of them, from which every metric can be computed; three are printed, aligned."""
-    assert spin.main(small(start, data, eval_temperatures="0.5,2")) == 0
+    assert spin.main(small(start, data, eval_temperatures=(0.5, 2))) == 0
     printed = capsys.readouterr().out
     metrics = rows(here / "run/metrics.jsonl")
     for t, row in enumerate(metrics):
@@ -432,14 +436,14 @@ def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
 def test_best_of_a_full_run_is_a_copy_of_its_iterate_and_goes_where_it_is_not_wanted(start, data, here, monkeypatch):
     """A process that dies at the end, then another --best: a best/ that no longer holds is removed."""
     argv = flags(start, data, "run", rank=0, iterations=2)
-    monkeypatch.setattr(Run, "best", lambda run: 1)
-    die_at(record, "write", argv, lambda folder, content: content.get("finished"))
+    monkeypatch.setattr(run_module, "best_of", lambda rows, metric: 1)
+    die_at(Folder, "write_record", argv, lambda folder, content: content.get("finished"))
     best, iterate = tree(here / "run/best"), tree(here / "run/iterate-1")
     assert {name: best[name] for name in iterate} == iterate and set(best) - set(iterate) == {
         "README.md",
         "metrics.svg",
     }
-    monkeypatch.setattr(Run, "best", lambda run: 2)
+    monkeypatch.setattr(run_module, "best_of", lambda rows, metric: 2)
     assert spin.main(argv) == 0
     assert not (here / "run/best").exists() and tree(here / "run/final").keys() == best.keys()
 
@@ -452,7 +456,7 @@ def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):
     player, _, run = begin(start, data, tmp_path / "again")
     lora.load_adapter(player.model, tmp_path / "run/iterate-1")
     final = GPTNeo.from_pretrained(tmp_path / "run/final")
-    ids = torch.tensor([run.heldout[0].prompt_ids])
+    ids = torch.tensor([run.work.heldout[0].prompt_ids])
     expected = player.model.logits(player.model(ids))
     torch.testing.assert_close(final.logits(final(ids)), expected, atol=1e-4, rtol=0)
     theirs = GPTNeoForCausalLM.from_pretrained(tmp_path / "run/final")

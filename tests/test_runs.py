@@ -1,10 +1,7 @@
 """Whole runs as a user starts them: the default run, its recipes, and GSM8K through a model of the 125M shape."""
 
-import dataclasses
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,14 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import ARGS, ROOT, SCRIPTS, rows
+from helpers import ROOT, rows
 
 from model import GPTNeo, GPTNeoConfig
-from respond import RespondArgs
-from runtime.options import Args, CommandLine, flag_of, parse
 
 SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def run(script, *argv, cwd) -> str:
@@ -33,22 +27,22 @@ def run(script, *argv, cwd) -> str:
 def test_default_run_improves_on_its_start(tmp_path):
     """`python spin.py` without a recipe, from another directory: table, plot, files, and better held-out metrics.
 
-    After the first of its three iterations: by more than three paired standard errors in one metric, and worse by as
-    many in none.
+    After its three iterations the NLL is lower by more than three paired standard errors (by 4.1 to 6.1 with seeds 0 to
+    4), and no metric is worse by as many.
     """
-    printed = run("spin.py", "--iterations", "1", "--lr", "1e-4", "--eval-temperatures", "1", cwd=tmp_path)
+    printed = run("spin.py", "--eval-temperatures", "1", cwd=tmp_path)
     out = tmp_path / "runs/spin"
-    _, last = rows(out / "metrics.jsonl")
+    last = rows(out / "metrics.jsonl")[-1]
     gains = {}
     for key, sign in (("greedy", 1), ("sampled", 1), ("greedy_error", -1), ("sampled_error", -1), ("nll", -1)):
         change, error = last["since_start"][key]
         gains[key] = sign * change / error
-    assert max(gains.values()) > 3 and min(gains.values()) > -3, gains
+    assert gains["nll"] > 3 and min(gains.values()) > -3, gains
     assert "Held-out metrics" in printed and "Training signals" in printed
     plot = ElementTree.parse(out / "metrics.svg").getroot()
     text = " ".join(t.text or "" for t in plot.iter("{http://www.w3.org/2000/svg}text"))
     assert "sampled" in text and "grad norm" in text
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {"final", "iterate-1"}
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"final", "iterate-1", "iterate-2", "iterate-3"}
 
 
 def test_start_can_be_made_again(tmp_path):
@@ -97,61 +91,7 @@ def test_gsm8k_at_the_125m_shape(gsm8k, precision, tmp_path):
         "--precision", precision, "--out", "run", cwd=tmp_path,
     )  # fmt: skip
     pairs, steps = rows(tmp_path / "run/pairs-0.jsonl"), rows(tmp_path / "run/steps-0.jsonl")
-    assert len(pairs) == 16 and all(1 <= len(pair["generated_ids"]) <= 32 for pair in pairs)
+    assert len(pairs) == 16 and all(1 <= len(ids) <= 32 for pair in pairs for ids in pair["generated_ids"])
     assert len(steps) == 2
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5 if precision == "fp32" else 2e-2)
     assert steps[1]["loss"] < steps[0]["loss"]
-
-
-# ---------------------------------------------------------------- what the documents say
-
-
-def commands_of(text: str) -> list[list[str]]:
-    """The words of every `python` and `make` command in a document: lines of code blocks, and code in sentences."""
-    block = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    lines = [line for code in block.findall(text) for line in code.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`([^`]+)`", block.sub("", text))
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|make) ", line)]
-
-
-def paths_of(text: str) -> set[str]:
-    """Every path of this project that a document names: scripts, recipes, and what lies in a folder of it."""
-    folders = ("benchmarks/", "docs/", "examples/", "kernels/", "pronounce/", "recipes/", "runtime/", "tests/")
-    named = re.findall(r"`([\w./-]+)`", text)
-    return {path for path in named if path.endswith((".py", ".args")) or path.startswith(folders)}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_of_the_documents_parse(document):
-    """Every `python X.py` has its script and options that it accepts, every `make` its target."""
-    commands = commands_of(document.read_text())
-    assert len(commands) >= 4 or document.name != "README.md"
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for program, name, *words in commands:
-        if program == "make":
-            assert name in targets, name
-            continue
-        assert (ROOT / name).is_file(), name
-        script = name.removesuffix(".py")
-        if script == "respond":
-            CommandLine("respond", RespondArgs).read([(word, "") for word in words[1:]])
-        if script in SCRIPTS and "--help" not in words:
-            options = [re.sub("^@recipes/", f"@{ROOT}/recipes/", word) for word in words]
-            parse(script, options, ARGS.get(script, Args))
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_paths_and_flags_in_the_documents_exist(document):
-    text = document.read_text()
-    named = paths_of(text)
-    assert len(named) > 10 or document.name != "README.md"
-    for path in named:
-        assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
-        assert (document.parent / link).exists(), link
-    classes = [*ARGS.values(), RespondArgs]
-    flags = {flag_of(field.name) for args in classes for field in dataclasses.fields(args)} | {"--help"}
-    flags |= {flag_of(f"no_{f.name}") for args in classes for f in dataclasses.fields(args) if f.type is bool}
-    flags |= {"--max-restarts"}  # of torchrun
-    for code in re.findall(r"`(--[^`]+)`", text):
-        assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= flags, code

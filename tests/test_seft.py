@@ -1,20 +1,19 @@
-"""seft.py: what the reviser reads and learns, what the policy learns from it, resuming, and what is refused."""
+"""methods/seft.py: what the reviser reads and learns, what the policy learns from it, resuming, and what is refused."""
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers import begin, die_at, flags, refused, rows, tree
+from helpers import begin, die_at, flags, refused, rows, spy, tree
 
-import seft
 import sft
+from data.examples import Example
+from methods import seft
 from model import GPTNeo
 from player import Player
-from runtime.data import Example
-from runtime.options import SEFT_FLAGS, Args, flag_of, parse
 from runtime.run import Run
+from runtime.work import Work
 
 REVISE = r"{prompt}{response}\n\n### Response: "
 
@@ -42,8 +41,8 @@ def test_the_reviser_reads_the_ids_of_prompt_and_response(start, data, tmp_path)
     """Ids are joined, special tokens of the template count, and only the sampled end-of-sequence token is left out."""
     _, examples, run = prepared(start, data, tmp_path / "run", template="<{prompt}>")
     to_revise = seft.reviser_prompts(run)
-    token = run.tokenizer.token_to_id("\n\n### Response: ")
-    prompt, eos = examples[0].prompt_ids, run.eos_token_id
+    token = run.work.tokenizer.token_to_id("\n\n### Response: ")
+    prompt, eos = examples[0].prompt_ids, run.work.eos_token_id
     assert to_revise(examples[0], [5, 6, eos]).prompt_ids == [*prompt, 5, 6, token]
     assert to_revise(examples[0], [5, 6]).prompt_ids == [*prompt, 5, 6, token], "a response that was cut"
     assert to_revise(examples[0], [5, eos]).real_ids == examples[0].real_ids
@@ -53,10 +52,16 @@ def test_the_reviser_reads_the_ids_of_prompt_and_response(start, data, tmp_path)
 def test_the_reviser_learns_revisions_of_the_start_s_and_of_the_real_responses(start, data, tmp_path, monkeypatch):
     """Half of the lessons revise what theta_0 wrote, half the real response; the target is the real one each time."""
     seen = []
-    monkeypatch.setattr(seft, "train", lambda p, lessons, t, run: seen.append(lessons) or {"skipped": 0})
+
+    def train(player, lessons, t, run):
+        run.folder.append(f"steps-{t}.jsonl", "")
+        seen.append(lessons)
+        return {"skipped": 0}
+
+    monkeypatch.setattr(seft, "train", train)
     options = dict(rank=0, iterations=2, prompts=20)
     player, examples, run = prepared(start, data, tmp_path / "run", **options)
-    run.out.mkdir()
+    run.folder.begin()
     seft.train_reviser(player, examples, run)
     start_player, fresh, again = prepared(start, data, tmp_path / "again", **options)
     for t, lessons in enumerate(seen):
@@ -69,7 +74,7 @@ def test_the_reviser_learns_revisions_of_the_start_s_and_of_the_real_responses(s
         if t == 0:
             expected = start_player.respond([e.prompt_ids for e in chosen], again.seed(0, "weaker-0"))
             assert [e.prompt_ids for e in weaker] == [to_revise(e, i).prompt_ids for e, (i, _) in zip(chosen, expected)]
-    assert len(run.heldout[0].prompt_ids) > len(again.heldout[0].prompt_ids), "its metrics are those of revisions"
+    assert len(run.work.heldout[0].prompt_ids) > len(again.work.heldout[0].prompt_ids), "of revisions"
 
 
 def test_given_pairs_are_revised_as_they_are(start, tmp_path, monkeypatch):
@@ -78,12 +83,7 @@ def test_given_pairs_are_revised_as_they_are(start, tmp_path, monkeypatch):
     pairs.write_text("".join(json.dumps(dict(prompt=w, chosen="AA1 B", rejected="B AA1")) + "\n" for w in "abc"))
     heldout.write_text(json.dumps(dict(prompt="d", response="D")) + "\n")
     asked = []
-    original = Run.respond
-    monkeypatch.setattr(
-        Run,
-        "respond",
-        lambda run, p, e, name, *a, **k: (asked.append((name, len(e))), original(run, p, e, name, *a, **k))[1],
-    )
+    spy(monkeypatch, Work, "respond", lambda a, k: asked.append((a[3], len(a[2]))))
     out = tmp_path / "run"
     assert seft.main(seft_flags(start, None, out, pairs=pairs, eval_data=heldout)) == 0
     assert dict(asked[:2]) == {"weaker-heldout": 1, "weaker-0": 0}
@@ -123,12 +123,12 @@ def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, rev
     chosen = run.prompts(examples, 0)
     responses = player.respond([e.prompt_ids for e in chosen], run.seed(0, "generate"))
     asked = [e.prompt_ids for e in map(seft.reviser_prompts(run), chosen, [ids for ids, _ in responses])]
-    model = Player(GPTNeo.from_pretrained(reviser / "final"), run.eos_token_id, run.args)
+    model = Player(GPTNeo.from_pretrained(reviser / "final"), run.work.eos_token_id, run.args)
     revisions = model.respond(asked, run.seed(0, "revise"))
     kept = [(e, r, v) for e, (r, _), (v, ended) in zip(chosen, responses, revisions) if ended]
     assert 0 < len(kept) < len(chosen), "the test sees revisions of both kinds"
     assert [p["real_ids"] for p in pairs] == [v for *_, v in kept]
-    assert [p["generated_ids"] for p in pairs] == [r for _, r, _ in kept]
+    assert [p["generated_ids"] for p in pairs] == [[r] for _, r, _ in kept]
     logps = player.logps([(e.prompt_ids, v) for e, _, v in kept])
     assert step["loss"] == pytest.approx(-sum(logp for (logp,) in logps) / sum(len(v) for *_, v in kept), rel=1e-5)
     assert rows(out / "metrics.jsonl")[1]["pairs"] == len(kept)
@@ -177,8 +177,8 @@ def test_what_is_refused(start, data, reviser, tmp_path, capsys):
     def error(**options) -> str:
         return refused(seft_flags(start, options.pop("data", data), out, **options), out, capsys, script=seft)
 
-    assert "--pairs x: expected no --data with it" in error(pairs="x")
-    assert "--pairs x: expected no --reviser with it" in error(pairs="x", reviser=reviser, data=None)
+    assert "--pairs replaces --data" in error(pairs="x")
+    assert "--pairs train a reviser" in error(pairs="x", reviser=reviser, data=None)
     assert "with {prompt} and {response}" in error(revise_template="{prompt}")
     assert "expected the folder of a finished run that trained a reviser" in error(reviser=tmp_path / "none")
     assert "holds other files and no run" in error(reviser=start)
@@ -198,26 +198,3 @@ def test_a_policy_is_no_reviser(start, data, reviser, tmp_path, capsys):
     assert sft.main(flags(start, data, sft_run, beta=None)) == 0
     capsys.readouterr()
     assert "that trained a reviser" in refused(seft_flags(start, data, out, reviser=sft_run), out, capsys, script=seft)
-
-
-def test_the_flags_of_seft_are_those_that_its_message_is_given_for():
-    own = {flag_of(f.name) for f in fields(seft.SeftArgs)} - {flag_of(f.name) for f in fields(Args)}
-    assert own - {"--pairs"} == set(SEFT_FLAGS)
-    for script in ("spin", "sft"):
-        with pytest.raises(ValueError, match=r"--reviser: an option of seft\.py"):
-            parse(script, ["--reviser", "x"])
-
-
-def test_dry_run_counts_lessons_and_both_models(start, data, reviser, tmp_path, capsys):
-    """A reviser has two lessons a prompt; a round of the policy generates twice, and nothing is scored."""
-    out = tmp_path / "run"
-    argv = seft_flags(start, data, out, prompts=32, dry_run=True)
-    assert seft.main(argv) == 0
-    printed = capsys.readouterr().out
-    assert "steps: 4" in printed and "generate" in printed and "score" not in printed
-    assert seft.main([*argv, "--reviser", str(reviser)]) == 0
-    assert "steps: 2" in capsys.readouterr().out
-    assert not out.exists()
-    one, two = (prepared(start, data, out, **o)[2].needs for o in ({}, {"reviser": reviser}))
-    weights = sum(p.numel() for p in GPTNeo.from_pretrained(start).parameters())
-    assert two.generation - one.generation >= 4 * weights and two.training == one.training

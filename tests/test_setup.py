@@ -11,21 +11,21 @@ from helpers import ROOT, begin, flags, player_of, refused, rows
 from safetensors.torch import load_file, save_file
 
 import spin
+from data.examples import as_decoded, decode, draw, encode, load_examples, load_tokenizer, split
+from data.templates import DEFAULT_TEMPLATE
+from evaluate import with_se
 from model import GPTNeo
-from runtime.data import as_decoded, decode, draw, encode, load_examples, load_tokenizer, split
-from runtime.evaluate import with_se
 from runtime.export import CHANGED, COPIED
-from runtime.options import DEFAULT_TEMPLATE
+from runtime.resume import digest_of_model
 from runtime.run import Run
-from runtime.storage import digest_of_model
 
 
 def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
     """Supervised fine-tuning and self-play hold out the same prompts of the same data."""
     _, examples, run = begin(start, data, tmp_path / "a")
     _, sft_examples, sft_run = begin(start, data, tmp_path / "b", command="sft", from_scratch=True, rank=0, beta=None)
-    assert not {e.prompt for e in examples} & {e.prompt for e in run.heldout}
-    assert [e.prompt for e in run.heldout] == [e.prompt for e in sft_run.heldout]
+    assert not {e.prompt for e in examples} & {e.prompt for e in run.work.heldout}
+    assert [e.prompt for e in run.work.heldout] == [e.prompt for e in sft_run.work.heldout]
     assert [e.prompt for e in examples] == [e.prompt for e in sft_examples]
 
 
@@ -35,9 +35,9 @@ def test_perfect_responses_count_as_right_whatever_surrounds_them(start, tmp_pat
     texts = ["HH AH0\n", " HH AH0", "HH AH0<|endoftext|>", "HH AH0"]
     path.write_text("".join(json.dumps({"prompt": f"w{i}", "response": t}) + "\n" for i, t in enumerate(texts * 9)))
     _, _, run = begin(start, path, tmp_path / "run")
-    assert run.heldout
-    for example in run.heldout:
-        assert decode(example.real_ids, run.tokenizer, run.eos_token_id) in example.references == ["HH AH0"]
+    assert run.work.heldout
+    for example in run.work.heldout:
+        assert decode(example.real_ids, run.work.tokenizer, run.work.eos_token_id) in example.references == ["HH AH0"]
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -137,8 +137,8 @@ def test_the_limit_draws_held_out_examples(own_file, start, data, tmp_path):
     options = dict(eval_data=data) if own_file else dict(eval_share=0.5)
     _, _, whole = begin(start, data, tmp_path / "a", eval_limit=0, **options)
     _, _, run = begin(start, data, tmp_path / "b", eval_limit=8, **options)
-    assert [e.line for e in run.heldout] == [e.line for e in draw(whole.heldout, 8)]
-    assert run.heldout != whole.heldout[:8]
+    assert [e.line for e in run.work.heldout] == [e.line for e in draw(whole.work.heldout, 8)]
+    assert run.work.heldout != whole.work.heldout[:8]
 
 
 def test_held_out_prompts_that_are_trained_on_are_counted(start, data, tmp_path, capsys):
@@ -173,14 +173,14 @@ def chat(start, tmp_path):
 
 def test_the_end_token_is_chosen_and_a_contradiction_is_said(chat, data, tmp_path, capsys):
     _, examples, run = begin(chat, data, tmp_path / "run")
-    assert (run.eos_token_id, examples[0].real_ids[-1]) == (393, 393)
+    assert (run.work.eos_token_id, examples[0].real_ids[-1]) == (393, 393)
     assert capsys.readouterr().out == (
         f"{chat}: tokenizer_config.json ends responses with ### Instruction: , config.json with <|endoftext|>, "
         "which is used; --eos chooses another\n"
     )
     for eos in ("### Instruction: ", "394"):
         player, examples, run = begin(chat, data, tmp_path / "run", eos=eos, template="{prompt}")
-        assert (run.eos_token_id, player.eos_token_id, examples[0].real_ids[-1]) == (394, 394, 394)
+        assert (run.work.eos_token_id, player.eos_token_id, examples[0].real_ids[-1]) == (394, 394, 394)
     (chat / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     begin(chat, data, tmp_path / "run")
     (chat / "tokenizer_config.json").write_text("{}")
@@ -195,7 +195,7 @@ def test_a_model_without_an_end_token_needs_the_option(chat, data, tmp_path, cap
     error = refused(flags(chat, data, out), out, capsys)
     assert "config.json: eos_token_id is missing, and responses could not end; --eos names the end token" in error
     _, _, run = begin(chat, data, out, eos="393")
-    assert run.eos_token_id == 393
+    assert run.work.eos_token_id == 393
 
 
 @pytest.mark.parametrize("eos", ["nope", "396", "9" * 9, "9" * 5000, "-1", "\u0661"])

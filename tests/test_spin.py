@@ -1,6 +1,7 @@
 """spin.py: the loss, Algorithm 1 and its phases, the optimizer; among them mistakes that were seen in the wild."""
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -12,11 +13,9 @@ import player as player_module
 import sampling
 import spin
 from model import GPTNeo
-from runtime.data import Pair
-from runtime.evaluate import mean
-from runtime.options import Args
 from runtime.run import Run
 from runtime.stopping import Stopped
+from spin import Pair
 
 LN2 = math.log(2)
 
@@ -62,7 +61,10 @@ def test_pair_loss_puts_the_four_log_probabilities_in_their_places(monkeypatch):
     logps = torch.tensor([[-2.0, -6.0], [-5.0, -15.0]], requires_grad=True)  # (real, generated) by (pair, pair)
     asked = []
     monkeypatch.setattr(player, "response_logps", lambda items: (asked.extend(items), logps)[1])
-    pairs = [Pair([1], [2, 3, 10], [4, 10], True, -3.0, -4.0), Pair([5], [6, 10], [7], False, -9.0, -12.0)]
+    pairs = [
+        Pair([1], [2, 3, 10], [[4, 10]], True, "", -3.0, [-4.0]),
+        Pair([5], [6, 10], [[7]], False, "", -9.0, [-12.0]),
+    ]
     values = spin.pair_loss(player, pairs, 0.5)
     assert asked == [([1], [2, 3, 10], [4, 10]), ([5], [6, 10], [7])]
     expected = [math.log(1 + math.exp(-margin)) for margin in (1, 3)]
@@ -74,7 +76,6 @@ def test_pair_loss_puts_the_four_log_probabilities_in_their_places(monkeypatch):
     values["loss"].sum().backward()
     weights = [0.5 / (1 + math.exp(margin)) for margin in (1, 3)]
     assert logps.grad.flatten().tolist() == pytest.approx([-w for w in weights] + weights)
-    assert {name for name, value in values.items() if value.requires_grad} == {"loss"}
 
 
 def expected_loss(logits, p_data, p_opponent, beta):
@@ -138,8 +139,8 @@ def test_opponent_of_iteration_1_is_the_player_after_iteration_0(start, data, tm
     assert spin.main(argv) == 0
     player, _, _ = begin(start, data, tmp_path / "again", rank=rank)
     pairs = rows(tmp_path / "run/pairs-1.jsonl")
-    sequences = [(p["prompt_ids"], p["generated_ids"]) for p in pairs]
-    stored = torch.tensor([p["opponent_generated_logp"] for p in pairs])
+    sequences = [(p["prompt_ids"], *p["generated_ids"]) for p in pairs]
+    stored = torch.tensor([p["opponent_generated_logps"] for p in pairs])[:, 0]
     base = torch.tensor(player.logps(sequences))[:, 0]
     if rank:
         lora.load_adapter(player.model, tmp_path / "run/iterate-1")
@@ -183,14 +184,14 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     """Sampling options the opponent's sampling and no other; beta, clip, fresh prompts and noise each iteration."""
     sampled, betas, clips, chosen = [], [], [], []
     spy(monkeypatch, sampling, "respond", lambda a, k: sampled.append(k))
-    spy(monkeypatch, spin, "spin_loss", lambda a, k: betas.append(a[-1]))
+    spy(monkeypatch, spin, "pair_loss", lambda a, k: betas.append(a[2]))
     spy(monkeypatch, torch.nn.utils, "clip_grad_norm_", lambda a, k: clips.append(a[1]))
     spy(monkeypatch, spin, "generate", lambda a, k: chosen.append([e.prompt for e in a[1]]))
     options = {
         "temperature": 1.5,
         "top_k": 7,
         "top_p": 0.9,
-        "beta": "0.5,2",
+        "beta": [0.5, 2],
         "clip": 0.25,
         "prompts": 10,
         "iterations": 2,
@@ -210,7 +211,7 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
 
 
 def test_lists_hold_one_value_an_iteration(start, data, tmp_path):
-    argv = flags(start, data, tmp_path / "run", iterations=2, lr="1e-3,5e-4", beta="0.1,5.0", epochs="1,2", warmup=0)
+    argv = flags(start, data, tmp_path / "run", iterations=2, lr=[1e-3, 5e-4], beta=[0.1, 5.0], epochs=[1, 2], warmup=0)
     assert spin.main(argv) == 0
     first, second = (rows(tmp_path / f"run/steps-{t}.jsonl") for t in range(2))
     assert first[0]["lr"] == pytest.approx(1e-3)
@@ -252,18 +253,18 @@ def test_whole_run_on_cuda(start, data, tmp_path, precision, rank):
 def test_sampled_ids_are_scored_as_sampled(start, data, tmp_path, monkeypatch):
     """Ids that decoding and encoding would change ('H', 'H' -> 'HH') stay; a cut response gets no end token."""
     player, examples, run = begin(start, data, tmp_path / "run")
-    h = run.tokenizer.encode("H").ids[0]
-    assert run.tokenizer.encode(run.tokenizer.decode([h, h])).ids != [h, h]
-    ids = [[h, h, run.eos_token_id], [h] * 8]
+    h = run.work.tokenizer.encode("H").ids[0]
+    assert run.work.tokenizer.encode(run.work.tokenizer.decode([h, h])).ids != [h, h]
+    ids = [[h, h, run.work.eos_token_id], [h] * 8]
     script_responses(monkeypatch, ids, [True, False])
     pairs, counts = spin.generate(player, examples[:2], 0, run)
-    assert [pair.generated_ids for pair in pairs] == ids
+    assert [pair.generated_ids for pair in pairs] == [[i] for i in ids]
     assert counts["truncated"] == 0.5
     assert counts["generated_length"] == 5.5
     seen = []
     spy(monkeypatch, player_module, "linear_logprobs", lambda a, k: seen.append(a[2].tolist()))
     spin.score(player, pairs[:1], run)
-    assert [h, h, run.eos_token_id] in [seen[0][-3:], seen[0][:3]]
+    assert [h, h, run.work.eos_token_id] in [seen[0][-3:], seen[0][:3]]
 
 
 def test_generation_and_training_see_the_same_prompt(start, data, tmp_path, monkeypatch):
@@ -273,14 +274,14 @@ def test_generation_and_training_see_the_same_prompt(start, data, tmp_path, monk
     player, examples, run = begin(start, data, tmp_path / "run", template="Say {prompt}: ")
     pairs, _ = spin.generate(player, examples[:4], 0, run)
     assert [pair.prompt_ids for pair in pairs] == prompts
-    assert run.tokenizer.decode(prompts[0]) == f"Say {examples[0].prompt}: "
+    assert run.work.tokenizer.decode(prompts[0]) == f"Say {examples[0].prompt}: "
 
 
 def test_unfinished_responses_keep_drop_cut(start, data, tmp_path, monkeypatch):
     for option, pairs_left, real_length in (("keep", 2, None), ("drop", 1, None), ("cut", 2, 3)):
         player, examples, run = begin(start, data, tmp_path / option, unfinished=option)
         long = [e for e in examples if len(e.real_ids) > 5][:2]
-        script_responses(monkeypatch, [[1, 2, run.eos_token_id], [1, 2, 3]], [True, False])
+        script_responses(monkeypatch, [[1, 2, run.work.eos_token_id], [1, 2, 3]], [True, False])
         pairs, counts = spin.generate(player, long, 0, run)
         assert len(pairs) == pairs_left
         assert counts["truncated"] == 0.5
@@ -291,18 +292,20 @@ def test_unfinished_responses_keep_drop_cut(start, data, tmp_path, monkeypatch):
 
 def test_identical_pairs_are_dropped_and_counted(start, data, tmp_path, monkeypatch):
     player, examples, run = begin(start, data, tmp_path / "run")
-    script_responses(monkeypatch, [examples[0].real_ids, [1, run.eos_token_id]], [True, True])
+    script_responses(monkeypatch, [examples[0].real_ids, [1, run.work.eos_token_id]], [True, True])
     pairs, counts = spin.generate(player, examples[:2], 0, run)
     assert counts["identical"] == 1
     assert counts["pairs"] == 1
-    assert pairs[0].generated_ids == [1, run.eos_token_id]
+    assert pairs[0].generated_ids == [[1, run.work.eos_token_id]]
 
 
 def test_nothing_but_identical_pairs_ends_the_run_in_words(start, data, tmp_path, monkeypatch):
     player, examples, run = begin(start, data, tmp_path / "run")
     script_responses(monkeypatch, [examples[0].real_ids], [True])
-    with pytest.raises(Stopped, match="iteration 0: no pair is left"):
-        spin.generate(player, examples[:1], 0, run)
+    pairs, counts = spin.generate(player, examples[:1], 0, run)
+    assert pairs == [] and counts["identical"] == 1
+    with pytest.raises(Stopped, match="iteration 0: nothing is left to train on"):
+        spin.train(player, pairs, 0, run)
 
 
 # ---------------------------------------------------------------- score and train
@@ -336,20 +339,20 @@ def test_training_raises_real_and_lowers_generated_responses(start, data, tmp_pa
     spin.score(player, pairs, run)
     spin.train(player, pairs, 0, run)
     real = player.logps([(p.prompt_ids, p.real_ids) for p in pairs])
-    generated = player.logps([(p.prompt_ids, p.generated_ids) for p in pairs])
-    assert mean([a - p.opponent_real_logp for (a,), p in zip(real, pairs)]) > 0.1
-    assert mean([a - p.opponent_generated_logp for (a,), p in zip(generated, pairs)]) < -0.1
+    generated = player.logps([(p.prompt_ids, *p.generated_ids) for p in pairs])
+    assert fmean(a - p.opponent_real_logp for (a,), p in zip(real, pairs)) > 0.1
+    assert fmean(a - p.opponent_generated_logps[0] for (a,), p in zip(generated, pairs)) < -0.1
 
 
 def test_margins_are_zero_for_every_pair_at_the_start_of_an_iteration(start, data, tmp_path):
     """Not in the mean alone: each pair's, with adapters that have already moved (t = 1)."""
-    player, examples, run = begin(start, data, tmp_path / "run", lr=1e-2)
+    player, examples, run = begin(start, data, tmp_path / "run", lr=1e-2, iterations=2)
     for t in range(2):
         pairs, _ = spin.generate(player, examples, t, run)
         spin.score(player, pairs, run)
         (real,) = player.response_logps([(p.prompt_ids, p.real_ids) for p in pairs])
-        (generated,) = player.response_logps([(p.prompt_ids, p.generated_ids) for p in pairs])
-        stored = torch.tensor([(p.opponent_real_logp, p.opponent_generated_logp) for p in pairs])
+        (generated,) = player.response_logps([(p.prompt_ids, *p.generated_ids) for p in pairs])
+        stored = torch.tensor([(p.opponent_real_logp, *p.opponent_generated_logps) for p in pairs])
         real_ratios, generated_ratios = ratios(real, generated, *stored.T)
         assert (real_ratios - generated_ratios).abs().max() < 1e-4
         assert spin.pair_loss(player, pairs, 1.0)["margin"].abs().max() < 1e-4
@@ -404,25 +407,18 @@ def test_schedule_is_ten_percent_rise_then_linear_fall_to_zero():
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
-def test_optimizers_are_torch_s_over_trainable_parameters(name):
-    """Weight decay reaches AdamW alone."""
-    args = Args(optimizer=name, weight_decay=0.1)
-    optimizer = spin.make_optimizer([torch.nn.Parameter(torch.ones(1))], args)
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
-    plain = kind(optimizer.param_groups[0]["params"], weight_decay=0.1 if name == "adamw" else 0)
-    assert type(optimizer) is kind
-    assert optimizer.param_groups == plain.param_groups
-
-
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_every_step_is_at_the_rate_of_the_schedule(start, data, tmp_path, monkeypatch, name):
     """What the optimizer steps with is --lr times the schedule's factor, whatever rate it was made with."""
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
-    used = []
-    spy(monkeypatch, kind, "step", lambda a, k: used.append(a[0].param_groups[0]["lr"]))
-    player, examples, run = begin(start, data, tmp_path / "run", optimizer=name, lr=2e-3, epochs=2, warmup=0.25)
+    used, kinds = [], []
+    spy(monkeypatch, kind, "step", lambda a, k: (used.append(a[0].param_groups[0]["lr"]), kinds.append(a[0])))
+    options = dict(optimizer=name, lr=2e-3, epochs=2, warmup=0.25, weight_decay=0.1)
+    player, examples, run = begin(start, data, tmp_path / "run", **options)
     pairs, _ = spin.generate(player, examples[:40], 0, run)
     spin.score(player, pairs, run)
     spin.train(player, pairs, 0, run)
     steps = 2 * math.ceil(len(pairs) / 16)
     assert used == pytest.approx([2e-3 * spin.schedule(step, steps, 0.25) for step in range(steps)])
+    (group,) = kinds[0].param_groups
+    assert group["weight_decay"] == (0.1 if name == "adamw" else 0), "weight decay reaches AdamW alone"
+    assert {id(p) for p in group["params"]} == {id(p) for p in player.model.parameters() if p.requires_grad}

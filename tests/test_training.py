@@ -8,9 +8,10 @@ import torch
 from helpers import SCRIPTS, begin, die_at, flags, rows, small, spy, tree
 
 import spin
-from runtime import storage
-from runtime.data import Pair
+from runtime.folder import Folder
 from runtime.run import Run
+from runtime.training import Training
+from spin import Pair
 
 
 def test_a_trained_player_is_not_trained_again(start, data, here, monkeypatch):
@@ -18,7 +19,7 @@ def test_a_trained_player_is_not_trained_again(start, data, here, monkeypatch):
     argv = small(start, data, save_minutes=1000)
     die_at(Run, "evaluate", argv, lambda run, player: run.iterate == 2)
     assert [p.name for p in sorted((here / "run/resume").iterdir())] == ["iterate-0", "iterate-2"]
-    monkeypatch.setattr(spin, "take_step", None)
+    monkeypatch.setattr(Training, "step", None)
     assert spin.main(argv) == 0
 
 
@@ -28,12 +29,12 @@ def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, mo
     logs = []
 
     def look(args, _):
-        path, _, _, progress = args
-        log = rows(path.parents[2] / "steps-0.jsonl")
-        assert len(log) == int(progress["steps"])
+        folder, _, _, steps = args
+        log = rows(folder.path / "steps-0.jsonl")
+        assert log == steps
         logs.append(len(log))
 
-    spy(monkeypatch, storage, "save_training", look)
+    spy(monkeypatch, Folder, "save_training", look)
     assert spin.main(flags(start, data, tmp_path / "run", save_minutes=save_minutes)) == 0
     assert logs == [1, 2, 3, 4, 5][-checkpoints:]
 
@@ -58,14 +59,14 @@ def test_three_steps_that_are_not_finite_stop_the_run(command, start, data, tmp_
 
 def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_path, capsys, monkeypatch):
     """The weights stay as they were, the next step starts from there, and a warning counts it."""
-    weights, players, real = [], [], spin.spin_loss
+    weights, real = [], spin.pair_loss
 
-    def spoiled(*args):
-        weights.append(next(p for p in players[0].model.parameters() if p.requires_grad).detach().clone())
-        return real(*args) * (math.nan if len(weights) == 2 else 1)
+    def spoiled(player, *args):
+        weights.append(next(p for p in player.model.parameters() if p.requires_grad).detach().clone())
+        values = real(player, *args)
+        return values | {"loss": values["loss"] * (math.nan if len(weights) == 2 else 1)}
 
-    spy(monkeypatch, spin, "train", lambda args, _: players.append(args[0]))
-    monkeypatch.setattr(spin, "spin_loss", spoiled)
+    monkeypatch.setattr(spin, "pair_loss", spoiled)
     assert spin.main(flags(start, data, tmp_path / "out", micro_tokens=10**6)) == 0
     steps = rows(tmp_path / "out/steps-0.jsonl")
     assert [step["skipped"] for step in steps] == [False, True, False, False, False]
@@ -78,7 +79,7 @@ def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_pat
 def test_lines_that_were_logged_after_the_last_checkpoint_are_not_doubled(start, data, here):
     """The log is appended to before the checkpoint replaces the last one: a death in between leaves lines too many."""
     argv = small(start, data)
-    die_at(storage, "save_training", argv, lambda path, model, optimizer, progress: progress["steps"] == "3")
+    die_at(Folder, "save_training", argv, lambda folder, model, optimizer, log: len(log) == 3)
     assert len(rows(here / "run/steps-0.jsonl")) == 3, "one more than the checkpoint knows of"
     assert spin.main(argv) == 0
     resumed = tree(here / "run")
@@ -94,5 +95,5 @@ def test_a_tie_counts_as_wrong(start, data, tmp_path):
     assert first["margin"] == pytest.approx(0, abs=1e-5)
     assert first["accuracy"] < 1
     player, examples, _ = begin(start, data, tmp_path / "again")
-    pair = Pair(examples[0].prompt_ids, examples[0].real_ids, examples[0].real_ids, True, -1.0, -1.0)
+    pair = Pair(examples[0].prompt_ids, examples[0].real_ids, [examples[0].real_ids], True, "", -1.0, [-1.0])
     assert spin.pair_loss(player, [pair], 1.0)["accuracy"].tolist() == [0.0]

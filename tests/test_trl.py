@@ -6,12 +6,11 @@ import pytest
 import torch
 from helpers import rows
 
-import family
 import lora
 import spin
+from methods import family
 from model import GPTNeo, GPTNeoConfig
-from runtime.data import Pair
-from runtime.options import Args
+from spin import Pair, SpinOptions
 
 pytest.importorskip("trl")
 from generation_cases import in_transformers
@@ -32,7 +31,7 @@ def random_pairs(count: int) -> list[Pair]:
         count = int(torch.randint(1, longest, (), generator=rng))
         return torch.randint(96, (count,), generator=rng).tolist()
 
-    return [Pair(ids(20), [*ids(20), 96], [*ids(20), 96], True) for _ in range(count)]
+    return [Pair(ids(20), [*ids(20), 96], [[*ids(20), 96]], True) for _ in range(count)]
 
 
 def theirs(pairs: list[Pair], **options) -> tuple[GPTNeo, list[float]]:
@@ -55,13 +54,13 @@ def theirs(pairs: list[Pair], **options) -> tuple[GPTNeo, list[float]]:
 
 def ours(model: GPTNeo, pairs: list[Pair], monkeypatch, **options) -> list[float]:
     """The losses of spin.train, or with a `loss` those of family.train."""
-    train, args_class = (family.train, family.FamilyArgs) if "loss" in options else (spin.train, Args)
+    train, args_class = (family.train, family.FamilyOptions) if "loss" in options else (spin.train, SpinOptions)
     settings = dict(batch=4, lr=(3e-3,), micro_tokens=100, rank=4, lora_alpha=8.0)
     player, run = our_run(model, False, args_class, **settings, **options)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
     spin.score(player, pairs, run)
     train(player, pairs, 0, run)
-    return [row["loss"] for row in rows(run.out / "steps-0.jsonl")]
+    return [row["loss"] for row in rows(run.folder.path / "steps-0.jsonl")]
 
 
 def test_the_first_20_losses_equal_trls(monkeypatch):

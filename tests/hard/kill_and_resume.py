@@ -29,27 +29,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch._dynamo  # noqa: F401 - takes a second, and every optimizer needs it
 from helpers import SCRIPTS
 
-import family
 import runtime.run
 import sampling
-import seft
 import spin
+from methods import family, seft
 from player import Player
-from runtime import storage
+from runtime import folder
 from runtime.run import Run
+from runtime.training import Training
 
 # What a run is doing, in the order of an iteration. "sample_start" stands for all that comes before the others.
 PHASES = ("sample_start", "generate", "revise", "score", "train", "evaluate", "finish_iterate", "finish")
 # A moment is just before or just after one of these.
 MOMENTS = (
-    (storage, "write"), (storage.os, "replace"), (Player, "response_logps"), (spin, "take_step"),
+    (folder, "write"), (folder.os, "replace"), (Player, "response_logps"), (Training, "step"),
     (sampling.Batch, "_step"),
 )  # fmt: skip
 Moment = tuple[int, int]  # (round: iterates that are finished, number of the phase); moments only grow in a run
 
 
 def module_of(phase: str, script: str) -> object:
-    """Where the function of a phase is looked up: family.py and seft.py have some of their own."""
+    """Where the function of a phase is looked up: methods/ has some of their own."""
     if phase == "sample_start":
         return runtime.run
     own = {"family": family, "seft": seft}.get(script, spin)

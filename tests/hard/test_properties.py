@@ -31,14 +31,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import evaluate
 import player as player_module
 import sampling
 import spin
-from kernels import linear_logprobs, logprobs, tiles, token_logprobs, torch_rows
-from model import GPTNeo, GPTNeoConfig
-from player import Player
-from runtime import evaluate
-from runtime.data import (
+from data.examples import (
     Example,
     as_decoded,
     decode,
@@ -49,6 +46,9 @@ from runtime.data import (
     load_tokenizer,
     split,
 )
+from kernels import linear_logprobs, logprobs, tiles, token_logprobs, torch_rows
+from model import GPTNeo, GPTNeoConfig
+from player import Player
 from sampling import KVCache, filter_logits, uniforms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -116,15 +116,18 @@ def tiles_of(rows: int, columns: int, block: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (rows, columns))
         patch.setattr(logprobs, "scratch_rows", lambda V: rows)
-        for module in (logprobs, tiles):
-            patch.setattr(module, "empty", lambda shape, like, dtype: torch.full(shape, math.nan, dtype=dtype))
         backend = torch_rows
         if INTERPRETED:
             from kernels import triton_rows as backend
 
             patch.setattr(backend, "BLOCK", block)
         assert logprobs._backend(torch.device("cpu")) is backend
-        yield
+        torch.use_deterministic_algorithms(True)  # It also fills new memory with nan.
+        assert torch.zeros(1).new_empty(3).isnan().all()
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def laid_out(matrix: Tensor, layout: str) -> Tensor:

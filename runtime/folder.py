@@ -1,0 +1,350 @@
+"""The folder of a run: files that are written whole, and checked when they are read again.
+
+A process may die at any moment. Every file therefore appears under its name by a rename, after its content has reached
+the disk: a reader finds the old content or the new one, never a part. Long work is cut into shards, each written as
+soon as it is finished; a resumed run reads what is there and computes the rest.
+
+Disks damage files, too. Therefore `checksums` beside the files has the sha256 of each, in the format of sha256sum. The
+line of a new content is added before the rename, and that of the old one is dropped after it. In between, a process may
+die: a file is intact if any line with its name has its sha256.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime import parallel
+from runtime.stopping import Stopped
+
+TEMPORARY = ".tmp-"  # The names of temporary folders begin with it.
+CHECKSUMS, RECORD, METRICS, CHECKPOINT = "checksums", "run.json", "metrics.jsonl", "train.safetensors"
+RESTORE = "restore it, or remove the run's folder and begin again"
+UMASK = os.umask(0)  # The only way to read the umask is to set it.
+os.umask(UMASK)
+
+# ---------------------------------------------------------------- files
+
+
+def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) -> None:
+    """Calls fill(temporary path), which creates a file or a folder there, and renames that to `path`.
+
+    The directory that holds `path` must exist: a run whose folder was removed must not go on in an incomplete one.
+
+    Raises: OSError naming `path`. A file is then as it was before.
+    """
+    # In a new folder of its own, the temporary file cannot follow a link that somebody planted under its name.
+    with _named(path), tempfile.TemporaryDirectory("", TEMPORARY, path.parent, ignore_cleanup_errors=True) as own:
+        temporary = Path(own, path.name)
+        fill(temporary)
+        for file in files_of(temporary):
+            file.chmod(0o666 & ~UMASK)  # safetensors creates files that only their owner may read.
+            sync(file)
+        lines = lines_for(path, temporary) if checksum else []
+        if checksum:
+            change_checksums(path, lines, keep_old=True)
+        if temporary.is_dir():
+            sync(temporary)
+            shutil.rmtree(path, ignore_errors=True)  # A rename replaces only an empty folder.
+        os.replace(temporary, path)
+        sync(path.parent)
+        if checksum:
+            change_checksums(path, lines)
+
+
+def write_text(path: Path, text: str, checksum: bool = False) -> None:
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), checksum)
+
+
+def write_rows(path: Path, rows: Iterable[Any], checksum: bool = False) -> None:
+    """Writes JSON Lines. Python writes floats so that reading them gives the same bits."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows), checksum)
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or directory to the disk: until then, a power failure may undo a rename."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes errors of the disk OSErrors that name `path`. safetensors reports a full disk by an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, getattr(error, "strerror", None) or str(error), str(path)) from None
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files in a folder and below, sorted; a file itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def digest_of_file(path: Path) -> str:
+    """The sha256 of a file, as sha256sum prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lines_for(path: Path, place: Path) -> list[str]:
+    """The lines of checksums for the file or folder that is at `place` and that will be at `path`."""
+    files = {file: Path(path.name, file.relative_to(place)) for file in files_of(place)}
+    return [f"{digest_of_file(file)}  {name}\n" for file, name in files.items()]
+
+
+def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None:
+    """Replaces the lines for a file or folder by new ones at the end. With `keep_old`, the old line of a file stays.
+
+    A resumed run goes through an iteration again, and therefore ends with its lines in the same order as a run that was
+    never stopped. Ranks may share a folder, even over a network, so each has a file of its own.
+    """
+    own = path.parent / (f"{CHECKSUMS}-{parallel.rank()}" if parallel.rank() else CHECKSUMS)
+    old = own.read_text(errors="replace").splitlines(keepends=True) if own.exists() else []
+    dropped = (f"{path.name}/",) if keep_old else (f"{path.name}/", f"{path.name}\n")
+    changed = [line for line in old if line not in new and not line[66:].startswith(dropped)] + new
+    if changed != old:
+        write_text(own, "".join(changed))
+
+
+def checksums(folder: Path) -> list[tuple[str, str]]:
+    """(sha256, name) of everything that was written into `folder` with its checksum."""
+    texts = [file.read_text(errors="replace") for file in sorted(folder.glob(f"{CHECKSUMS}*"))]
+    return [(line[:64], line[66:]) for text in texts for line in text.splitlines()]
+
+
+def is_intact(folder: Path, name: str) -> bool:
+    """Whether a file has a content that was written under its name. Raises: OSError if it cannot be read."""
+    return (digest_of_file(folder / name), name) in checksums(folder)
+
+
+def is_usable(folder: Path, name: str, remedy: str) -> bool:
+    """Whether a file is there and intact. If it is damaged, a line on stderr says so, and what happens now."""
+    file = folder / name
+    if file.exists() and not is_intact(folder, name):
+        print(f"{file}: damaged, its sha256 is not in {CHECKSUMS}; {remedy}", file=sys.stderr, flush=True)
+        return False
+    return file.exists()
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+
+class Folder:
+    """The files of a run. `name` is always a path relative to the folder.
+
+    run.json is the record: options, sha256 of all inputs, whether the run is finished. metrics.jsonl has one row per
+    finished iterate, which is written after all other files of the iterate. resume/iterate-<n>/ has shards and the
+    checkpoint of training on the way to iterate n.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.resume: Path | None = None  # shards and checkpoint on the way to the iterate that `enter` names
+
+    def write_rows(self, name: str, rows: Iterable[Any]) -> None:
+        write_rows(self.path / name, rows, checksum=True)
+
+    def write_folder(self, name: str, fill: Callable[[Path], object]) -> None:
+        """Writes a folder with the files that fill(temporary folder) creates in it, in place of an old one."""
+        write(self.path / name, lambda temporary: (temporary.mkdir(), fill(temporary)), checksum=True)
+
+    def append(self, name: str, text: str, sync: bool = True) -> None:
+        """Appends to a file and, with `sync`, forces it to the disk. It has no checksum before `add` is called."""
+        with _named(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+
+    def add(self, name: str) -> None:
+        """Adds the checksum of a file that is complete now."""
+        path = self.path / name
+        change_checksums(path, lines_for(path, path))
+
+    def remove(self, name: str) -> None:
+        """Removes a folder and its checksums."""
+        change_checksums(self.path / name, [])
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def read_rows(self, name: str) -> Iterator[Any]:
+        """Yields what `write_rows` wrote. Raises: Stopped, before the first row, if it is missing or damaged."""
+        self.check([name])
+        yield from read_rows(self.path / name)
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raises Stopped naming the first file that is missing or damaged.
+
+        By default, checks the files of finished iterates, and all files of a finished run.
+        """
+        for name in self._complete() if names is None else names:
+            if not (self.path / name).is_file():
+                raise Stopped(f"{self.path / name}: missing; {RESTORE}")
+            if not is_intact(self.path, name):
+                raise Stopped(f"{self.path / name}: damaged, its sha256 is not in {CHECKSUMS}; {RESTORE}")
+
+    def _complete(self) -> list[str]:
+        """Names of the files that must be there, apart from metrics.jsonl, which has been checked then."""
+        lines = checksums(self.path) if self.finished() else []
+        if lines and not self.record().get("finished"):  # Then files of an unfinished iterate may follow the metrics.
+            lines = lines[: lines.index((digest_of_file(self.path / METRICS), METRICS))]
+        return [name for _, name in lines if name != METRICS]
+
+    # ------------------------------------------------------------ what the run is, and what it has finished
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Creates the folder and keeps other processes out. Raises: ValueError if one is at work in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The kernel drops it however the process ends.
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"--out {self.path}: another process is at work in it") from None
+        except OSError:  # This file system has no locks.
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def begin(self) -> None:
+        """Creates the folder on this host and removes the temporary files of killed processes."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in self.path.rglob(f"{TEMPORARY}*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def record(self) -> dict[str, Any] | None:
+        """The content of run.json; None if there is no run yet.
+
+        Raises: ValueError if the folder holds other things, or if the record is damaged.
+        """
+        path = self.path / RECORD
+        if path.is_file():
+            if not is_intact(self.path, RECORD):
+                raise ValueError(f"{path}: damaged, or of another version; {RESTORE}")
+            return json.loads(path.read_text(encoding="utf-8"))
+        # Temporary folders and checksums are there if a process died while it wrote its first file.
+        ours = self.path.is_dir() and all(p.name.startswith((TEMPORARY, CHECKSUMS)) for p in self.path.iterdir())
+        if self.path.exists() and not ours:
+            raise ValueError(f"--out {self.path}: holds other files and no run; name a new directory, or remove it")
+        return None
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_text(self.path / RECORD, json.dumps(record, indent=2) + "\n", checksum=True)
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The rows of metrics of the finished iterates. Raises: Stopped if they are missing or damaged."""
+        if not (self.path / METRICS).exists() and not any("/" in name for _, name in checksums(self.path)):
+            return []  # There is no folder of an iterate yet.
+        return list(self.read_rows(METRICS))
+
+    def finish_iterate(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes the metrics of all finished iterates: the row of the last one makes it finished."""
+        self.write_rows(METRICS, rows)
+
+    # ------------------------------------------------------------ on the way to an iterate
+
+    def enter(self, iterate: int) -> None:
+        """Begins or resumes the work on an iterate: `resume` is now its folder."""
+        self.resume = self.path / "resume" / f"iterate-{iterate}"
+        for folder in (self.resume.parent, self.resume):  # But not their parents: a removed run stays removed.
+            folder.mkdir(exist_ok=True)
+
+    def leave(self) -> None:
+        """Removes what was on the way to an iterate that is now finished."""
+        shutil.rmtree(self.resume, ignore_errors=True)
+
+    def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, log: Sequence[dict[str, Any]]) -> None:
+        """Writes a checkpoint: the trained weights, the optimizer's state, and the rows of the log of steps so far.
+
+        All ranks must call it, since weights may be sharded. Rank 0 writes.
+        """
+        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+        for i, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
+        tensors = parallel.collected(tensors)
+        metadata = {"log": json.dumps(log)}
+        if parallel.is_writer():
+            write(self.resume / CHECKPOINT, lambda temporary: save_file(tensors, temporary, metadata), checksum=True)
+
+    def load_training(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
+        """(log, tensors) of the checkpoint; None if there is none or, with a line on stderr, if it is damaged."""
+        if not is_usable(self.resume, CHECKPOINT, "training this iteration again from its first step"):
+            return None
+        with safe_open(self.resume / CHECKPOINT, framework="pt") as reader:
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - not a dict
+            return json.loads(reader.metadata()["log"]), tensors
+
+
+@torch.no_grad()
+def restore_training(tensors: dict[str, Tensor] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Sets model and optimizer of all ranks to those of a checkpoint, whose tensors only rank 0 needs to pass."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = list(trained.values())
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in parallel.sent(tensors):
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            trained[name].copy_(parallel.placed(tensor, trained[name]))
+            continue
+        i, _, name = name.partition(".")
+        like = parameters[int(i)]  # A step counter has another shape than its parameter, and is not sharded.
+        states.setdefault(int(i), {})[name] = parallel.placed(tensor, like) if tensor.shape == like.shape else tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def in_shards(
+    folder: Folder | None, name: str, count: int, size: int, work: Callable[[range], Sequence[Any]]
+) -> list[Any]:
+    """Computes work(items) for items 0 to count - 1, `size` items at a time, and returns all results in order.
+
+    Ranks share the shards: each takes the next one when it has finished its last, writes it on its own host, and gets
+    the results of all. The content of a shard does not depend on the rank that computes it.
+
+    Args:
+        folder: Finished shards are written into its `resume` and found there again. Without a folder, or outside an
+            iterate, all stays in memory. The cut is the same, since rounding may depend on what is computed together.
+        work: Returns one JSON value for each item of the range that it is given.
+    """
+    place = folder and folder.resume
+    shards = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    names = [f"{name}-{items.start}-{items.stop}.jsonl" for items in shards]
+    done: dict[int, Sequence[Any]] = {}  # what this rank has, by the number of the shard
+    for n in parallel.dealt([n for n, shard in enumerate(names) if place and (place / shard).exists()]):
+        if is_usable(place, names[n], "computing it again"):
+            done[n] = list(read_rows(place / names[n]))
+    found = parallel.gather(dict.fromkeys(done))
+    for n in parallel.claimed([n for n in range(len(shards)) if n not in found]):
+        done[n] = list(work(shards[n]))
+        if place:
+            write_rows(place / names[n], done[n], checksum=True)
+    everything = parallel.gather(done)
+    return [row for n in range(len(shards)) for row in everything[n]]

@@ -1,0 +1,135 @@
+"""The weights of a run's iterates: in the player, sharded across ranks while it trains, and on disk."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+import lora
+from runtime import parallel
+from runtime.export import export
+from runtime.folder import Folder
+from runtime.fsdp import Sharded
+from runtime.resume import digest_of_adapter, digest_of_model
+from runtime.stopping import Stopped
+
+
+@dataclass
+class Weights:
+    """How iterates are kept: as adapters in PEFT's layout, or as whole models if all parameters are trained."""
+
+    args: Any
+    model_class: Any  # how models are made and loaded, and
+    config: Any  # what config.json says of this one; see setup.py
+    start: Path  # directory of theta_0
+    tokenizer: Tokenizer
+    eos_token_id: int
+    template: str  # The exported tokenizer keeps this template of prompts.
+    digests: dict[str, str]  # sha256 of the start ("model") and its adapter, as the run began with them
+    folder: Folder
+    dtype: torch.dtype = torch.float32  # the dtype of matrix products
+    sharded: Sharded | None = None  # the weights sharded across ranks, if --fsdp asks for it
+
+    @contextlib.contextmanager
+    def to_train(self, player: Any) -> Iterator[None]:
+        """Shards the player's weights for a while if --fsdp asks for it."""
+        if self.sharded is None:
+            yield
+            return
+        player.model = self.sharded.master
+        self.sharded.release()
+        yield
+        player.model = self.sharded.whole
+        self.sharded.gather()
+
+    @contextlib.contextmanager
+    def of_start(self, player: Any) -> Iterator[None]:
+        """Makes the player theta_0 for a while: with its adapters off, or, if those do not suffice, from disk.
+
+        One model is in memory at a time: the player's own weights wait on disk.
+        """
+        if self.args.rank and not self.args.adapter:
+            with lora.lora_disabled(player.model):
+                yield
+            return
+        own = self.folder.path / "resume" / f"player-{parallel.rank()}"
+        own.mkdir(parents=True, exist_ok=True)
+        if self.args.adapter:
+            self.check_start("adapter")
+            lora.save_adapter(player.model, own)
+            lora.load_adapter(player.model, self.args.adapter)
+        else:
+            self.check_start()
+            player.model.save_pretrained(own)
+            player.model.load_weights(self.start)
+        yield  # There is no `finally`: an error ends the run, and a resumed run reads its last iterate.
+        if self.args.adapter:
+            lora.load_adapter(player.model, own)
+        else:
+            player.model.load_weights(own)
+        shutil.rmtree(own)
+
+    def to_save(self, player: Any) -> nn.Module | None:
+        """The player's model in full precision; None on ranks that do not write. All ranks must call it."""
+        return player.model if self.sharded is None else self.sharded.to_save()
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Writes an iterate into a folder."""
+        if self.args.rank:
+            lora.save_adapter(model, path, self.args.model, task_type="CAUSAL_LM")
+        else:
+            self._export(model, path)
+
+    def load(self, player: Any, iterate: int) -> None:
+        """Turns the player into an iterate that an earlier process finished, whose files have been checked."""
+        path = self.folder.path / f"iterate-{iterate}"
+        if not iterate:
+            return
+        if self.sharded is not None:
+            self.sharded.load(path)
+            return
+        if self.args.rank:
+            parallel.on_writer(lambda: lora.load_adapter(player.model, path))
+        else:
+            parallel.on_writer(lambda: player.model.load_weights(path))
+        parallel.send_weights(player.model)
+
+    def export(self, model: nn.Module, iterate: int, path: Path, is_last: bool) -> None:
+        """Writes an iterate into a folder as one plain model that transformers loads, too.
+
+        `model` is the player's, which is the last iterate.
+        """
+        self.check_start()  # its tokenizer and, with LoRA, its weights are read again
+        source = self.folder.path / f"iterate-{iterate}"
+        if self.args.rank:
+            # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
+            model = self.model_class.from_pretrained(self.start)
+            lora.load_adapter(model, source)
+            lora.merge(model)
+            lora.remove_lora(model)
+            self._export(model, path)
+        elif is_last:
+            self._export(model, path)
+        else:
+            shutil.copytree(source, path, dirs_exist_ok=True)
+
+    def _export(self, model: nn.Module, path: Path) -> None:
+        export(model, self.config, path, self.start, self.tokenizer, self.eos_token_id, self.template)
+
+    def check_start(self, name: str = "model") -> None:
+        """Compares the start, or its "adapter", with what it was when the run began. Raises: Stopped."""
+        if name == "model":
+            scratch = getattr(self.args, "from_scratch", False)
+            path, digest = self.start, digest_of_model(self.start, with_weights=not scratch)
+        else:
+            path, digest = Path(self.args.adapter), digest_of_adapter(Path(self.args.adapter))
+        if digest != self.digests[name]:
+            raise Stopped(
+                f"--{name} {path}: has changed since the run began; restore it, then the same command resumes"
+            )

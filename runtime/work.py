@@ -1,0 +1,162 @@
+"""What a player is asked for: responses, log-probabilities and values of metrics, in shards that survive a crash."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from data.examples import Example, decode
+from evaluate import DECODINGS, Metric, Row
+from runtime.folder import Folder, in_shards
+from runtime.progress import Progress
+from runtime.stopping import SIGNALS, Stopped
+
+SHARDS = 32  # Aim for 32 shards per phase, within the limits below.
+SHARD_BATCHES = 4, 64  # fewest and most batches of responses per shard
+SCORE_SHARD = 256, 1024  # fewest and most items per shard of log-probabilities
+VALUE_SHARD = 1, 1024  # fewest and most values per shard of a function of the user's, which may be slow
+
+
+def seed_of(seed: int, t: int, purpose: str) -> int:
+    """A seed for one purpose in one iteration: no phase disturbs the random numbers of another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class Work:
+    """Asks a player, in shards that ranks share and that a resumed run finds again; evaluate.py asks through it.
+
+    Random numbers depend on (seed, iteration, purpose) alone. Without a folder nothing is written.
+    """
+
+    args: Any  # the options
+    tokenizer: Tokenizer
+    eos_token_id: int
+    heldout: list[Example]
+    metrics: dict[str, Metric] = field(default_factory=dict)  # the functions of --metric by name
+    batch: int = 64  # --gen-batch as the run began: it decides the size of a shard
+    folder: Folder | None = None  # where shards are kept; None outside the iterations of a run
+    progress: Progress = field(default_factory=Progress)
+
+    def respond(
+        self,
+        player: Any,
+        examples: list[Example],
+        name: str,
+        seed: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        with_logps: bool = False,
+    ) -> list[tuple]:
+        """The player's response to each example's prompt: (ids, whether it ended), in shards, with a progress bar.
+
+        `name` says what the responses are for. `with_logps` adds the log-probability of every token, in nats.
+
+        Raises: Stopped if logits are not finite.
+        """
+        written, clock = 0, self.progress.clock
+        began = clock()
+
+        def work(items: range, advance: Callable) -> list[tuple]:
+            def progress(rows: int, tokens: int) -> None:
+                nonlocal written
+                written += tokens
+                advance(rows, tokens=f"{written / max(clock() - began, 1e-9):,.0f}/s")
+
+            prompts = [examples[i].prompt_ids for i in items]
+            sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+            return player.respond(prompts, seed, rows=items, **sampling, progress=progress, with_logps=with_logps)
+
+        try:
+            return self._work(name, len(examples), [n * self.batch for n in SHARD_BATCHES], work)
+        except FloatingPointError as error:
+            raise Stopped(f"responses for '{name}': {error}") from None
+
+    def logps(
+        self, player: Any, items: Sequence[tuple], name: str, temperature: float = 1.0, by_token: bool = False
+    ) -> list[list[float]]:
+        """log p(response | prompt) of every response of every item, nats, in shards, with a progress bar.
+
+        An item is (prompt ids, response ids, ...), with as many responses in each item. `by_token`, with one response
+        per item: a number for each of its tokens.
+        """
+
+        def work(part: range, advance: Callable) -> list[list[float]]:
+            return player.logps(items[part.start : part.stop], advance, temperature, by_token)
+
+        return self._work(name, len(items), SCORE_SHARD, work)
+
+    def measure(
+        self, name: str, rows: Sequence[Row], decodings: Iterable[str] = DECODINGS, where: str = ""
+    ) -> list[list[float]]:
+        """What a function of --metric gives each row's responses: one number for each of `decodings`.
+
+        `rows` are those of `evaluate.answers`; `where` tells one set of responses from others.
+        """
+        metric = self.metrics[name]
+        return self.each(
+            f"metric-{name}{where}",
+            rows,
+            lambda row: [metric(row["prompt"], row[decoding], row["references"]) for decoding in decodings],
+        )
+
+    def each(self, name: str, items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
+        """function(item) for every item, JSON values, in shards: for functions of the user's, which may be slow."""
+
+        def work(part: range, advance: Callable) -> list[Any]:
+            values = []
+            for item in items[part.start : part.stop]:
+                values.append(function(item))
+                advance(1)
+            return values
+
+        return self._work(name, len(items), VALUE_SHARD, work)
+
+    def _work(self, name: str, count: int, limits: Sequence[int], work: Callable[..., Sequence[Any]]) -> list[Any]:
+        """work(items, advance) for items 0 to count - 1, in shards that ranks share and a resumed run finds again.
+
+        The size of a shard is --shard, or a multiple of the first limit up to the second. It does not depend on the
+        number of ranks, so neither do the results. `work` calls advance(n) for every n items: it moves the progress
+        bar and ends the run if a signal has arrived.
+        """
+        least, most = limits
+        size = self.args.shard or min(most, -(-max(count, 1) // (SHARDS * least)) * least)
+        bar = self.progress.bar(name, count)
+
+        def advance(items: int, **notes: str) -> None:
+            bar.update(items, **notes)
+            SIGNALS.check()
+
+        def shard(items: range) -> Sequence[Any]:
+            bar.at(items.start)
+            return work(items, advance)
+
+        with bar, self.progress.timed(name):
+            return in_shards(self.folder, name, count, size, shard)
+
+    def seed(self, t: int, purpose: str) -> int:
+        return seed_of(self.args.seed, t, purpose)
+
+    def generator(self, t: int, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed(t, purpose))
+
+    def text(self, ids: list[int]) -> str:
+        """The text of a response, without trailing end-of-sequence tokens and surrounding white space."""
+        return decode(ids, self.tokenizer, self.eos_token_id)
+
+    def pieces(self, ids: list[int], logps: Sequence[float]) -> list[tuple[str, float]]:
+        """A response as (text, log-probability) per token, rounded; tokens that are no whole character are joined."""
+        pieces: list[tuple[str, float]] = []
+        waiting: list[int] = []
+        total = 0.0
+        for token, logp in zip(ids, logps):
+            waiting, total = [*waiting, token], total + logp
+            text = "" if waiting == [self.eos_token_id] else self.tokenizer.decode(waiting, skip_special_tokens=False)
+            if not text.endswith("\ufffd") or len(waiting) == 4:  # a character has at most 4 bytes in UTF-8
+                pieces.append((text, round(total, 3)))
+                waiting, total = [], 0.0
+        return pieces

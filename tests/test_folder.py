@@ -1,0 +1,226 @@
+"""runtime/folder.py: files written whole and synced, their checksums, shards, and the state of training."""
+
+import errno
+import os
+import shutil
+import subprocess
+
+import pytest
+from helpers import die_at, rows, small, tree
+from safetensors import safe_open
+
+import spin
+from runtime import folder
+from runtime.folder import Folder, in_shards
+from runtime.run import Run
+from runtime.stopping import Stopped
+
+
+def spy_on_fsync(monkeypatch, calls) -> None:
+    """Adds to `calls` what is synced, as (device, inode)."""
+    fsync = os.fsync
+
+    def spy(handle):
+        status = os.fstat(handle)
+        calls.append((status.st_dev, status.st_ino))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+
+
+def identity(path):
+    return path.stat().st_dev, path.stat().st_ino
+
+
+def evaluates_a_trained_player(run, player) -> bool:
+    return run.iterate == 1
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_content_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    """The file is synced, then renamed, then the directory that names it is synced; its checksum comes before."""
+    calls, replace = [], os.replace
+    spy_on_fsync(monkeypatch, calls)
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append(a[1].name), replace(*a)))
+    Folder(tmp_path).write_rows("x", [1])
+    x, checksums, directory = (identity(tmp_path / name) for name in ("x", "checksums", ""))
+    assert calls == [x, checksums, "checksums", directory, "x", directory]
+
+
+def test_folders_appear_as_a_whole_and_are_synced(tmp_path, monkeypatch):
+    """A folder takes the place of an old one with other files; a reader never finds a part of it."""
+    synced, run = [], Folder(tmp_path)
+    spy_on_fsync(monkeypatch, synced)
+    run.write_folder("it", lambda place: [(place / name).write_text(name) for name in "ab"])
+    with pytest.raises(OSError, match="run out") as caught:
+        run.write_folder("it", lambda place: ((place / "c").write_text("c"), broken())[0])
+    assert caught.value.filename == str(tmp_path / "it") and tree(tmp_path / "it") == {"a": b"a", "b": b"b"}
+    run.check(["it/a", "it/b"])
+    run.write_folder("it", lambda place: (place / "c").write_text("c"))
+    assert tree(tmp_path / "it") == {"c": b"c"} and {identity(tmp_path / "it"), identity(tmp_path / "it/c")} < {*synced}
+    assert [line[66:] for line in (tmp_path / "checksums").read_text().splitlines()] == ["it/c"]
+    run.remove("it")
+    assert not (tmp_path / "it").exists() and (tmp_path / "checksums").read_text() == ""
+
+
+def broken():
+    raise OSError(errno.ENOSPC, "run out")
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, name):
+    """The error names the file and not the temporary one, which is removed. The old content is still valid."""
+    run = Folder(tmp_path)
+    run.write_rows("x", ["before"])
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            run.write_rows("x", ["after"])
+    assert caught.value.filename == str(tmp_path / "x") and caught.value.errno == errno.ENOSPC
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checksums", "x"] and list(run.read_rows("x")) == ["before"]
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
+    """A run whose folder was removed must not go on in an incomplete one."""
+    with pytest.raises(FileNotFoundError, match="gone/x"):
+        folder.write_text(tmp_path / "gone/x", "y")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_temporary_files_follow_no_link_and_keep_the_mode_of_the_umask(tmp_path):
+    """A link under the file's own name is replaced, not followed; files are as readable as others of the user."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "x").symlink_to(tmp_path / "precious")
+    folder.write_text(tmp_path / "x", "y")
+    (tmp_path / "plain").write_text("z")
+    assert (tmp_path / "precious").read_text() == "precious" and (tmp_path / "x").read_text() == "y"
+    assert not (tmp_path / "x").is_symlink()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def test_rows_are_read_as_they_were_written_or_not_at_all(tmp_path):
+    """Floats to the bit; the first row of a damaged or missing file is not given out."""
+    run = Folder(tmp_path)
+    values = [0.1, 1 / 3, 1e-320, -0.0, [None, True], {"a": "\u2028"}]
+    run.write_rows("x.jsonl", values)
+    assert list(map(repr, run.read_rows("x.jsonl"))) == list(map(repr, values))
+    with pytest.raises(Stopped, match="none: missing"):
+        next(run.read_rows("none"))
+    (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text().replace("0.1", "0.2"))
+    with pytest.raises(Stopped, match=r"x\.jsonl: damaged"):
+        next(run.read_rows("x.jsonl"))
+
+
+def test_old_and_new_content_are_valid_if_a_process_dies_between_checksum_and_rename(tmp_path, monkeypatch):
+    """Otherwise only the new one is, and no file in place of another."""
+    run = Folder(tmp_path)
+    run.write_rows("x", [1])
+    shutil.copy(tmp_path / "x", tmp_path / "old")
+    run.write_rows("y", [3])
+    replace = os.replace
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", lambda old, new: broken() if new.name == "x" else replace(old, new))
+        run.write_rows("x", [2])
+    run.check(["x", "y"])
+    (tmp_path / "x").write_text("2\n")
+    run.check(["x", "y"])
+    run.write_rows("x", [2])
+    assert [line[66:] for line in (tmp_path / "checksums").read_text().splitlines()] == ["y", "x"]
+    for other in ("old", "y"):
+        shutil.copy(tmp_path / other, tmp_path / "x")
+        with pytest.raises(Stopped, match="x: damaged"):
+            run.check(["x", "y"])
+
+
+def test_a_run_that_died_before_its_first_row_begins_again_but_lost_rows_are_missed(tmp_path):
+    run = Folder(tmp_path)
+    assert run.finished() == []
+    run.write_rows("heldout-0.jsonl", [0])
+    run.finish_iterate([{"iterate": 0}])
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run.finished() == []
+    run.write_folder("iterate-1", lambda place: (place / "weights").write_text("w"))
+    with pytest.raises(Stopped, match=r"metrics\.jsonl: missing"):
+        run.finished()
+
+
+def test_sha256sum_reads_the_checksums_of_a_run(start, data, here):
+    """All files are in it once, apart from pages and plots that are drawn anew."""
+    assert spin.main(small(start, data)) == 0
+    names = [line[66:] for line in (here / "run/checksums").read_text().splitlines()]
+    assert sorted(names) == sorted(tree(here / "run").keys() - {"checksums", "metrics.svg"})
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "--strict", "checksums"], cwd=here / "run", check=True)
+
+
+# ---------------------------------------------------------------- shards
+
+
+def test_shards_are_read_or_computed_but_never_mixed_up(tmp_path, capsys):
+    """Each range is worked on once; another size finds nothing to read; a damaged shard is computed again."""
+    asked = []
+
+    def work(items):
+        asked.append(items)
+        return [[i, i / 3, [None, True]] for i in items]
+
+    expected = [[i, i / 3, [None, True]] for i in range(7)]
+    assert in_shards(None, "x", 7, 3, work) == expected and len(asked) == 3
+    run = Folder(tmp_path)
+    assert in_shards(run, "x", 7, 3, work) == expected and len(asked) == 6
+    assert not any(tmp_path.iterdir()), "outside an iterate nothing is written"
+    run.enter(1)
+    place = run.resume
+    assert in_shards(run, "x", 7, 3, work) == expected and len(asked) == 9
+    (place / "x-3-6.jsonl").unlink()
+    assert in_shards(run, "x", 7, 3, work) == expected and asked[9:] == [range(3, 6)]
+    assert in_shards(run, "x", 7, 4, work) == expected and len(asked) == 12
+    assert in_shards(run, "y", 0, 4, work) == []
+    assert capsys.readouterr().err == ""
+    shutil.copy(place / "x-3-6.jsonl", place / "x-0-3.jsonl")  # it is intact, but belongs elsewhere
+    assert in_shards(run, "x", 7, 3, work) == expected and asked[12:] == [range(0, 3)]
+    assert "x-0-3.jsonl: damaged" in capsys.readouterr().err
+    assert in_shards(run, "x", 7, 3, work) == expected and len(asked) == 13
+    run.enter(2)
+    shutil.copy(tmp_path / "resume/iterate-1/x-0-3.jsonl", run.resume)
+    assert in_shards(run, "x", 3, 3, work) == expected[:3] and len(asked) == 14
+
+
+# ---------------------------------------------------------------- the state of training
+
+
+def test_a_damaged_checkpoint_or_shard_is_computed_again(start, data, here, capsys):
+    """One line with the file's name, and the run ends as it would have without the damage."""
+    die_at(Run, "evaluate", small(start, data), evaluates_a_trained_player)
+    shutil.copytree(here / "run", here / "died")
+    assert spin.main(small(start, data)) == 0
+    whole = tree(here / "run")
+    for name in ("train.safetensors", "score-0-32.jsonl"):
+        shutil.rmtree(here / "run")
+        shutil.copytree(here / "died", here / "run")
+        path = here / "run/resume/iterate-1" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        capsys.readouterr()
+        assert spin.main(small(start, data)) == 0
+        error = capsys.readouterr().err
+        assert name in error and "damaged" in error and "again" in error and error.count("\n") == 1
+        assert tree(here / "run") == whole
+
+
+def test_nothing_is_saved_by_pickle(start, data, here):
+    """The state of training is tensors and JSON, both data."""
+    die_at(Run, "evaluate", small(start, data), evaluates_a_trained_player)
+    names = {".json", ".jsonl", ".safetensors", ".svg", ".html", ""}
+    assert {p.suffix for p in (here / "run").rglob("*") if p.is_file()} <= names
+    with safe_open(here / "run/resume/iterate-1/train.safetensors", framework="pt") as reader:
+        assert [*reader.metadata()] == ["log"]
+    assert len(rows(here / "run/steps-0.jsonl")) == 5

@@ -1,0 +1,63 @@
+"""examples/minimal.py plays SPIN without the machinery, and plays the same game as spin.py."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import spin
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("model.py", "lora.py", "sampling.py", "player.py", "spin.py", "kernels", "examples", "pronounce")
+PROGRAM = """
+import json, sys
+sys.argv = ["minimal.py"]
+sys.path.insert(0, "examples")
+import minimal
+print(json.dumps([name for name in sys.modules if name.split(".")[0] in ("runtime", "data", "report", "evaluate")]))
+"""
+
+
+def test_the_method_needs_nothing_of_the_machinery(tmp_path):
+    """The files that minimal.py names, alone in a folder: it imports, and no module of the machinery is loaded."""
+    for name in FILES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and json.loads(done.stdout) == []
+
+
+def test_pairs_and_losses_are_those_of_spin(tmp_path, capsys):
+    """Two iterations with LoRA on the same texts: every id, log-probability, loss and margin has the same bits.
+
+    One process, one machine, the same number of threads: only then are bits to be expected.
+    """
+    spec = importlib.util.spec_from_file_location("minimal", ROOT / "examples" / "minimal.py")
+    minimal = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = minimal
+    spec.loader.exec_module(minimal)
+    texts = [(f"w{i:x}rd", "W AA1 R D" if i % 2 else "V UH0 R T IH1") for i in range(60)]
+    data, heldout, out = tmp_path / "data.jsonl", tmp_path / "heldout.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in texts))
+    heldout.write_text(json.dumps({"prompt": "hello", "response": "HH AH0 L OW1"}) + "\n")
+    start = ROOT / "pronounce" / "start"
+    words = f"--model {start} --data {data} --eval-data {heldout} --out {out} --iterations 2 --max-new-tokens 32"
+    assert (
+        spin.main([*words.split(), *["--lr", "1e-3", "5e-4", "--beta", "0.5", "--epochs", "2", "--batch", "16"]]) == 0
+    )
+    args = minimal.Options(lr=(1e-3, 5e-4), beta=(0.5, 0.5), epochs=(2, 2), batch=16)
+    run = minimal.play(texts, start, args)
+    assert len(run.pairs) == 2
+    steps = []
+    for t, pairs in enumerate(run.pairs):
+        rows = [json.loads(line) for line in (out / f"pairs-{t}.jsonl").read_text().splitlines()]
+        for name in ("prompt_ids", "real_ids", "generated_ids", "opponent_real_logp", "opponent_generated_logps"):
+            assert [row[name] for row in rows] == [getattr(pair, name) for pair in pairs]
+        steps += [json.loads(line) for line in (out / f"steps-{t}.jsonl").read_text().splitlines()]
+    assert len(steps) == len(run.log) > 8
+    for name in ("loss", "margin", "real_logp", "generated_logp"):
+        assert [row[name] for row in steps] == [row[name] for row in run.log]
+    assert abs(steps[0]["loss"] - 0.6931) < 1e-4 and steps[-1]["loss"] < 0.6
+    assert "before" in capsys.readouterr().out

@@ -1,14 +1,14 @@
 """The losses of self-play fine-tuning and of its relatives. They need torch alone, so this file can be copied.
 
-All are functions of (real_ratios, generated_ratios, beta), with SPIN's own, Eq. 4.7, in spin.py. A ratio is
-log p_theta(response|x) - log q(response|x) in nats, summed over the response's tokens, with q the reference.
+All are functions of (real_ratios, generated_ratios, beta); SPIN's own, Eq. 4.7, is in spin.py. A ratio is
+log p_theta(response|x) - log q(response|x) in nats, summed over the response's tokens, where q is the reference.
 
 Shapes: real_ratios (B,); generated_ratios (B,), or (K, B) for K responses to each prompt; the result has the shape of
-generated_ratios. Where lengths, probabilities or log-probabilities of the responses are given, they broadcast to these.
+generated_ratios. Lengths, probabilities and log-probabilities of the responses broadcast to these.
 
 Optimum: what a player with enough capacity reaches in one iteration, for y from p_data and y' from p_t = q. Each was
-reached by a trained softmax table (tests/test_losses.py). "Found" says where the equation comes from: the papers'
-own text, summaries of it, or a derivation from what the abstract states.
+reached by a trained softmax table (tests/test_losses.py). "Source" also says if the equation does not come from the
+paper's own text but from a summary of it, or was derived from what its abstract states.
 """
 
 import torch
@@ -77,11 +77,10 @@ def spif_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Ten
     E R(y) - E R(y') - E [R(y)^2 + R(y')^2] / 2, whose value is a chi-squared divergence between the data and the
     mixture of both. This loss is 1 minus that. A free reward would be (p_data - p_t) / (p_data + p_t), within [-1, 1].
     Optimum: as near to that as beta times a log-ratio can be, so a step towards p_data, and p_data once p_t is p_data.
-    It equals beta^2 times the hard form of `sppo_loss` at beta / 2: in this form the two methods are one.
     Source: SPIF, arXiv 2602.01357. Its equations were not found; derived from the abstract (chi-squared variational
     objective, bounded reward) and from LS-IQ, arXiv 2303.00599, on which it builds.
     """
-    return ((1 - beta * real_ratios) ** 2 + (1 + beta * generated_ratios) ** 2) / 2
+    return beta**2 * sppo_loss(real_ratios, generated_ratios, beta / 2)  # The two methods are one in this form.
 
 
 def tspin_loss(
@@ -123,7 +122,7 @@ def iris_loss(
     weights over its own batch. Above order 1 real responses with a large reward weigh most, below it those with a small
     one; of generated responses always those with a large one. At 1 the first risk is a plain mean, at 0 the second.
     The mean of the result over the batch is the objective. If the ratios are a part of the batch, the norms are those
-    of the whole: log_mean_exp((order - 1) R) and log_mean_exp(order R').
+    of the whole: log_mean_exp((order - 1) R) and log_mean_exp(order R'); without norms the part is weighed by itself.
     Optimum: proportional to p_t (p_data / p_t)^(1/beta), p_data at the paper's beta of 1, for every order; there the
     objective is -R_order / order, with R_order the Renyi divergence of p_data from p_t.
     The orders that the paper names, as tested: 1 is the KL divergence, and the gradient that of SPACE with a large mu
@@ -141,7 +140,7 @@ def iris_loss(
 def tilted_risk(rewards: Tensor, tilt: float, norm: Tensor | None = None) -> Tensor:
     """Terms whose mean has the value and the gradient of (1 / tilt) log mean exp(tilt * reward); tilt 0: the rewards.
 
-    `norm` is log_mean_exp(tilt * reward) over the whole batch: with it the terms of a part can be computed alone.
+    `norm` is log_mean_exp(tilt * reward) over the whole batch: the terms of a part then do not need the rest.
     """
     if tilt == 0:
         return rewards

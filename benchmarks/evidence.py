@@ -26,7 +26,6 @@ import platform
 import random
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -42,11 +41,10 @@ import numpy as np
 import theory
 from measuring import ROOT, commit, flags_of, run_script, write
 
+from data.examples import draw, load_examples, split
+from evaluate import Row
 from player import Player
-from runtime import panels
-from runtime.data import draw, load_examples, split
-from runtime.evaluate import Row
-from runtime.run import Run
+from runtime.work import Work as Run
 
 # ---------------------------------------------------------------- what is run
 
@@ -139,7 +137,6 @@ TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48, "test-glosses-agai
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
 
 
-DEFAULT_RUNS = {"spin": [], "sft": [f"@{ROOT}/recipes/pronounce-continue.args"]}
 CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of theory.limited_capacity
 SHOWN = 6  # answers of each model
 
@@ -297,11 +294,12 @@ def write_models(work: Path) -> None:
 
 
 def words_of(flags: dict[str, str | None]) -> list[str]:
-    return [word for pair in flags.items() for word in pair if word is not None]
+    return [word for flag, value in flags.items() for word in (flag, *(value or "").split())]
 
 
 def command_of(script: str, flags: dict[str, str | None], work: Path) -> str:
-    line = " ".join([f"python {script}.py", *map(shlex.quote, words_of(flags))])
+    program = f"{script}.py" if script in ("spin", "sft") else f"-m methods.{script}"
+    line = " ".join([f"python {program}", *map(shlex.quote, words_of(flags))])
     return line.replace(str(work), "WORK").replace(str(ROOT), ".")
 
 
@@ -525,26 +523,6 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     found["summary"] = summary(found["starts"], found["runs"], work)
 
 
-def default_runs(work: Path) -> Row:
-    """The default run, and supervised training at its cost, one after the other as a user begins them."""
-    found: Row = {"commit": commit(), "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    for script, words in DEFAULT_RUNS.items():
-        folder = work / "default" / script
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        command, began = [sys.executable, str(ROOT / f"{script}.py"), *words], time.perf_counter()
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-        (out,) = (folder / "runs").iterdir()
-        found[script] = {
-            "command": " ".join([f"python {script}.py", *words]).replace(f"{ROOT}/", ""),
-            "seconds": time.perf_counter() - began,
-            "printed": done.stdout[done.stdout.index("Held-out metrics") :].strip(),
-            "rows": [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
-        }
-    return found
-
-
 def gradients(name: str, size: Size, work: Path) -> Row:
     """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
     player, run, _ = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
@@ -596,12 +574,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                             other.cancel()
 
             play(wanted, found, Size(), args.work, do)
-        if not args.only and "default" not in found:
-            found["default"] = default_runs(args.work)
     found["regimes"] = regimes
-    if "default" in found:
-        title = "runs/spin: held-out metrics and training signals"
-        found["default"]["plot"] = panels.plot(found["default"]["spin"]["rows"], title)
     found["capacity"] = [
         {"temperature": t, "beta": beta, "nats": theory.limited_capacity(t, beta, 6)} for t, beta in CAPACITY
     ]

@@ -48,7 +48,6 @@ def block_of(name: str, found: dict) -> str:
     special = {
         "about": about, "verdict": verdict, "starts": starts, "gradients": gradients, "exponents": exponents,
         "iterates": iterates, "answers": answers, "capacity": capacity,
-        "default run": default_run, "default controls": default_controls,
     }  # fmt: skip
     if name in special:
         return special[name](found)
@@ -207,34 +206,6 @@ def capacity(found: dict) -> str:
     return table(lines)
 
 
-def default_run(found: dict) -> str:
-    """What the default run prints at its end."""
-    return f"```\n{found['default']['spin']['printed']}\n```\n"
-
-
-def default_controls(found: dict) -> str:
-    """The default run beside both of its controls."""
-    names = ("greedy", "sampled", "sampled_error", "nll", "entropy")
-    lines = [
-        ["", "greedy", "sampled", "sampled error", "NLL", "entropy", "start at equal entropy", "sampled: gain over it"]
-    ]
-    lines[0].append("sampled error: gain over it")
-    rows = {"the start": found["default"]["spin"]["rows"][0]}
-    rows["self-play, the default run"] = found["default"]["spin"]["rows"][-1]
-    rows["supervised training instead"] = found["default"]["sft"]["rows"][-1]
-    for label, row in rows.items():
-        cells = [f"{100 * row[name]:.1f}%" for name in names[:3]] + [f"{row['nll']:.4f}", f"{row['entropy']:.2f}"]
-        if equal := row.get("at_equal_entropy"):
-            change, error = equal["sampled_error"]
-            cells += [
-                f"T {equal['temperature']:.2f}",
-                signed(equal["sampled"], 100, 1),
-                signed((-change, error), 100, 1),
-            ]
-        lines.append([label, *cells, *([""] * (len(lines[0]) - len(cells) - 1))])
-    return table(lines)
-
-
 def answers(found: dict) -> str:
     """Greedy responses of the start, the control and self-play, of seed 0, to the same held-out prompts."""
     rows = [row for row in self_play(found) if "answers" in row]
@@ -259,7 +230,6 @@ STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:
 def figures(found: dict) -> dict[str, str]:
     """File name -> SVG."""
     result = {"evidence-frontiers.svg": frontiers(found), "evidence-settings.svg": settings(found)}
-    result |= {"pronounce.svg": found["default"]["plot"]} if "default" in found else {}
     return result | {figure_of(name): leads(found, name) for name in drawn(found)}
 
 

@@ -13,15 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from bench import Case, Ways, optional
 from torch import Tensor
 
 import sampling
+from data.examples import encode, load_examples, load_tokenizer
+from data.templates import DEFAULT_TEMPLATE, Template
 from kernels import onednn
-from model import HEAD_MULTIPLE, GPTNeo, GPTNeoConfig
-from runtime.data import encode, load_examples, load_tokenizer
-from runtime.options import DEFAULT_TEMPLATE
+from model import GPTNeo, GPTNeoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden size, layers, heads
@@ -40,13 +39,9 @@ def neo_config(shape: str) -> GPTNeoConfig:
 
 
 def random_model(config: GPTNeoConfig, dtype: torch.dtype, device: torch.device) -> GPTNeo:
-    """With rows of zeros behind the head, as from_pretrained creates them."""
     with torch.device(device):
         model = GPTNeo(config)
-    model = model.init_weights(torch.Generator(device).manual_seed(0)).to(dtype).eval()
-    model._padded_head = F.pad(model.head_weight.detach(), (0, 0, 0, -config.vocab_size % HEAD_MULTIPLE))
-    model.transformer["wte"].weight = torch.nn.Parameter(model._padded_head[: config.vocab_size])
-    return model
+    return model.init_weights(torch.Generator(device).manual_seed(0)).to(dtype).eval()
 
 
 def in_transformers(model: GPTNeo) -> object:
@@ -73,15 +68,14 @@ def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
 
 
 def ours(
-    model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, fast: bool = False,
-    attend: Callable | None = None,
-) -> Callable:  # fmt: skip
-    """`fast`: with onednn.py, as spin.py does on a CPU. `attend`: as sampling.respond takes it."""
+    model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, fast: bool = False
+) -> Callable:
+    """`fast`: with onednn.py, as spin.py does on a CPU."""
 
     def run() -> int:
         with forced_ends(lengths), onednn.products() if fast else contextlib.nullcontext():
             responses = sampling.respond(
-                model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch, temperature=1.0, attend=attend
+                model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch, temperature=1.0
             )
         if lengths:
             assert [len(ids) for ids in responses.ids] == lengths
@@ -96,7 +90,8 @@ def forced_ends(lengths: list[int] | None) -> Iterator[None]:
     plain = sampling.uniforms
 
     def steered(seed: int, rows: list[int], count: int) -> Tensor:
-        uniform = plain(seed, rows, count) * (1 - 2**-14)  # never the last token, whose probability here is 2^-16
+        # Never the last token, the end: its probability is about 2^-16 and was seen to reach 2^-12.
+        uniform = plain(seed, rows, count) * (1 - 2**-10)
         for i, row in enumerate(rows):
             uniform[i, lengths[row] - 1 :] = 1 - 2**-24
         return uniform
@@ -186,12 +181,6 @@ def build(
     ways = {"ours": ours(model, prompts, lengths, batch, M, eos, fast=device.type == "cpu")}
     if device.type == "cpu":
         ways["ours without onednn.py"] = ours(model, prompts, lengths, batch, M, eos)
-    else:
-        from kernels import triton_attention
-
-        ways["ours, each row to its own length"] = ours(
-            model, prompts, lengths, batch, M, eos, attend=triton_attention.decode_attention
-        )
     if not alone:
         ways |= peers(notes, model, prompts, lengths, batch, M, eos, device)
     if device.type == "cuda":
@@ -228,7 +217,7 @@ def build_default_model(count: int, batch: int) -> Ways:
     model = GPTNeo.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, model.config.eos_token_id, model.config.vocab_size)
     examples = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[:count]
-    encode(examples, tokenizer, DEFAULT_TEMPLATE.replace(r"\n", "\n"), model.config.eos_token_id)
+    encode(examples, tokenizer, Template(DEFAULT_TEMPLATE.replace(r"\n", "\n"), tokenizer), model.config.eos_token_id)
     prompts = [example.prompt_ids for example in examples]
     eos, device = model.config.eos_token_id, torch.device("cpu")
     notes: dict[str, str] = {}

@@ -32,7 +32,7 @@ def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: 
     options = dict(batch=batch, gen_batch=count, max_new_tokens=LIMIT)
     player, other, pairs, run, notes = parts(shape, dtype, device, count, **options)
     eos = player.eos_token_id
-    prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids) for p in pairs]
+    prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids[0]) for p in pairs]
     cpu = device.type == "cpu"
 
     def iteration(fast: bool) -> Callable:

@@ -13,7 +13,6 @@ from bench import Case, Ways, optional
 from torch import Tensor
 
 from kernels import linear_logprobs, onednn, token_logprobs
-from model import HEAD_MULTIPLE
 
 V_ODD, V_EVEN = 50257, 50304
 TRL_TOKENS = 512  # of a sequence
@@ -32,16 +31,9 @@ def with_onednn(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_logprobs(hidden, weight, targets)
 
 
-def with_padding(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As the model calls it on a GPU: rows of zeros follow the head in its storage."""
-    return linear_logprobs(hidden, weight, targets, padding_rows=-len(weight) % HEAD_MULTIPLE)
-
-
 def ours(V: int, device: torch.device) -> dict[str, Logps]:
     if device.type == "cpu":
         return {"ours": with_onednn, "ours without onednn.py": linear_logprobs}
-    if V % HEAD_MULTIPLE:
-        return {"ours": with_padding, "ours without padding rows": linear_logprobs}
     return {"ours": linear_logprobs}
 
 
@@ -99,10 +91,9 @@ def inputs(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> 
     """hidden, weight as model.py keeps it, targets, and a signed gradient for each token."""
     rng = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, D, generator=rng, device=device).to(dtype)
-    storage = torch.zeros((V + HEAD_MULTIPLE - 1) // HEAD_MULTIPLE * HEAD_MULTIPLE, D, device=device, dtype=dtype)
-    storage[:V] = torch.randn(V, D, generator=rng, device=device) * D**-0.5
+    weight = (torch.randn(V, D, generator=rng, device=device) * D**-0.5).to(dtype)
     targets = torch.randint(V, (N,), generator=rng, device=device)
-    return hidden, storage[:V], targets, torch.randn(N, generator=rng, device=device)
+    return hidden, weight, targets, torch.randn(N, generator=rng, device=device)
 
 
 def error_of(exact: Callable[[], Tensor]) -> Callable[[Tensor], str]:

@@ -27,23 +27,25 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from evaluate import Row, StartSamples, evaluate, interpolation, nearest_edits, sample_start  # noqa: E402
 from player import Player  # noqa: E402
-from runtime.evaluate import Row, StartSamples, evaluate, interpolation, nearest_edits, sample_start  # noqa: E402
-from runtime.options import Args, parse  # noqa: E402
-from runtime.run import Run  # noqa: E402
+from runtime.options import combined, parse  # noqa: E402
 from runtime.setup import setup  # noqa: E402
+from runtime.work import Work  # noqa: E402
+from spin import SpinOptions  # noqa: E402
 
 # ---------------------------------------------------------------- running
 
 
 def flags_of(*texts: str) -> dict[str, str | None]:
-    """Flags and their values, None for a flag without one; a later text's replace an earlier one's."""
+    """Flags and their values, separated by spaces, or None; those of a later text replace those of an earlier one."""
     flags: dict[str, str | None] = {}
-    for word in [word for text in texts for word in shlex.split(text)]:
-        if word.startswith("--"):
-            name, flags[word] = word, None
-        else:
-            flags[name] = word
+    for text in texts:
+        for word in shlex.split(text):
+            if word.startswith("--"):
+                name, flags[word] = word, None
+            else:
+                flags[name] = word if flags[name] is None else f"{flags[name]} {word}"
     return flags
 
 
@@ -55,7 +57,7 @@ def run_script(script: str, argv: Sequence[str], name: str) -> float:
     printed = io.StringIO()
     began = time.process_time()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = importlib.import_module(script).main(list(argv))
+        code = importlib.import_module("methods.family" if script == "family" else script).main(list(argv))
     if code:
         raise RuntimeError(f"{name}: exit code {code}: {printed.getvalue().strip()[-500:]}")
     return time.process_time() - began
@@ -79,14 +81,14 @@ def write(path: Path, found: dict) -> None:
 
 
 @functools.cache
-def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, Run, StartSamples]:
+def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, Work, StartSamples]:
     """A player to load weights into, a run with these prompts held out, and the start's responses to them."""
     argv = ["--model", model, "--data", heldout, "--eval-data", heldout, "--eval-limit", "0", "--device", "cpu"]
     argv += ["--max-new-tokens", str(max_new_tokens), "--gen-batch", "1024", "--rank", "0", "--out", f"{heldout}-none"]
     with contextlib.redirect_stdout(io.StringIO()):  # held-out prompts are given as data, too: nothing is trained
-        loaded, _, run = setup(parse("spin", argv, Args), "spin")
-    player = Player(loaded.eval(), run.eos_token_id, run.args, run.dtype)
-    return player, run, sample_start(player, run)
+        loaded, _, run = setup(parse(combined(SpinOptions), argv, "spin.py"), "spin", Player.model_class)
+    player = Player(loaded.eval(), run.work.eos_token_id, run.args, run.weights.dtype)
+    return player, run.work, sample_start(player, run.work)
 
 
 def measure(weights: str | Path, model: str, heldout: str, temperature: float = 1.0) -> Row:
@@ -140,7 +142,7 @@ def overlap(text: str, references: Sequence[str], without: Collection[str] = ())
 
 
 def frontier(
-    player: Player, run: Run, temperatures: Sequence[float], agreement: Callable = equal, more: Sequence[Callable] = ()
+    player: Player, run: Work, temperatures: Sequence[float], agreement: Callable = equal, more: Sequence[Callable] = ()
 ) -> Frontier:
     """A player's held-out metrics at every sampling temperature, with the same random numbers for all players.
 

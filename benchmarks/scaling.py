@@ -31,6 +31,7 @@ from kernels import onednn
 from model import GPTNeo
 from player import Player
 from runtime import parallel
+from runtime.folder import in_shards
 from runtime.run import Run
 
 PROMPTS, SHARD, LONGEST = 48, 12, 48  # prompts to generate for, of which a rank takes SHARD at a time; new tokens
@@ -63,7 +64,7 @@ def worker(shape: str) -> dict[str, float]:
     """What one rank measures."""
     pairs = random_pairs(PROMPTS, LONGEST)
     for pair in pairs:
-        pair.opponent_real_logp = pair.opponent_generated_logp = -100.0
+        pair.opponent_real_logp, pair.opponent_generated_logps = -100.0, [-100.0]
     found: dict[str, float] = {}
     for trained, rank in (("LoRA", 16), ("all parameters", 0)):
         model = random_model(neo_config(shape), torch.float32, torch.device("cpu"))
@@ -73,7 +74,7 @@ def worker(shape: str) -> dict[str, float]:
         if rank:
             found["generate"] = generation(player, pairs, run)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        seconds, sent = steps(player, pairs, spin.make_optimizer(parameters, run.args))
+        seconds, sent = steps(player, pairs, run)
         found |= {f"train {trained}": seconds, f"bytes {trained}": sent}
         found[f"trained {trained}"] = sum(p.numel() for p in parameters)
     return found
@@ -85,20 +86,15 @@ def generation(player: Player, pairs: list, run: Run) -> float:
     def respond(items: range) -> list:
         return player.respond([pairs[i].prompt_ids for i in items], 0, rows=items)
 
-    with forced_ends([len(p.generated_ids) for p in pairs]):
+    with forced_ends([len(p.generated_ids[0]) for p in pairs]):
         player.respond([pairs[0].prompt_ids], 0, rows=[0])
-        return timed(lambda: run.shards("generate", PROMPTS, SHARD, SHARD, respond))[0]
+        return timed(lambda: in_shards(None, "generate", PROMPTS, SHARD, respond))[0]
 
 
-def steps(player: Player, pairs: list, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+def steps(player: Player, pairs: list, run: Run) -> tuple[float, int]:
     """(seconds, bytes on the loopback device) of a step."""
-    player.model.train()
-
-    def loss_of(batch: list) -> dict:
-        return spin.pair_loss(player, batch, 1.0)
-
-    spin.take_step(player, optimizer, pairs[PAIRS : PAIRS + 4], loss_of, 1.0)  # warms up
-    return timed(lambda: spin.take_step(player, optimizer, pairs[:PAIRS], loss_of, 1.0))
+    spin.train(player, pairs[PAIRS : PAIRS + 4], 0, run)  # warms up
+    return timed(lambda: spin.train(player, pairs[:PAIRS], 0, run))
 
 
 def memory(folder: str) -> dict[str, int]:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from data.examples import Example
+from evaluate import Row
 from player import Player
-from runtime.data import Example
-from runtime.evaluate import Row
-from runtime.run import Run
+from runtime.work import Work as Run
 from spin import spin_loss
 
 # ---------------------------------------------------------------- the exponent

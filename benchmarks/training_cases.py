@@ -17,9 +17,12 @@ import spin
 from kernels import onednn
 from model import GPTNeo
 from player import Player
-from runtime.data import Pair
-from runtime.options import Args
+from runtime.folder import Folder
+from runtime.options import combined
 from runtime.run import Run
+from runtime.weights import Weights
+from runtime.work import Work
+from spin import Pair, SpinOptions
 
 RANK, ALPHA = 16, 32.0
 BETA, LR = 0.1, 5e-5
@@ -34,17 +37,19 @@ def random_pairs(count: int, longest: int) -> list[Pair]:
         real, generated = (
             torch.randint(50000, (n - 1,), generator=rng).tolist() + [50256] for n in (lengths[i], lengths[i - 1])
         )
-        pairs.append(Pair(prompt, real, generated, True))
+        pairs.append(Pair(prompt, real, [generated], True))
     return pairs
 
 
-def our_run(model: GPTNeo, bf16: bool, args_class: type[Args] = Args, **options: Any) -> tuple[Player, Run]:
+def our_run(model: GPTNeo, bf16: bool, options_class: type = SpinOptions, **options: Any) -> tuple[Player, Run]:
     """The model as a player, and a run that writes no checkpoints, in a temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    args = args_class(**{"epochs": (1,), "warmup": 0.0, "out": str(folder)} | options)
+    path = Path(tempfile.mkdtemp(prefix="bench-"))
+    args = combined(options_class)(**{"iterations": 1, "epochs": 1, "warmup": 0.0, "out": str(path)} | options)
     dtype = torch.bfloat16 if bf16 else torch.float32
     player = Player(model, model.config.eos_token_id, args, dtype)
-    return player, Run(args, None, player.eos_token_id, player.device, folder, folder, dtype)
+    folder, eos = Folder(path), player.eos_token_id
+    weights = Weights(args, None, None, path, None, eos, "", {}, folder, dtype)
+    return player, Run(args, Work(args, None, eos, []), folder, weights, player.device, {})
 
 
 def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: float, precompute: bool,
@@ -90,7 +95,7 @@ def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: f
         report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="no", use_cpu=model.device.type == "cpu",
     )  # fmt: skip
     data = Dataset.from_list(
-        [{"prompt_ids": p.prompt_ids, "chosen_ids": p.real_ids, "rejected_ids": p.generated_ids} for p in pairs]
+        [{"prompt_ids": p.prompt_ids, "chosen_ids": p.real_ids, "rejected_ids": p.generated_ids[0]} for p in pairs]
     )
     peft = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
     trainer = Trainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft)
@@ -104,8 +109,8 @@ def needed(model: GPTNeo, pairs: list[Pair]) -> float:
     Blocks work on all tokens, the head on those that are predicted; attention is left out.
     """
     blocks = sum(p.numel() for p in model.transformer["h"].parameters())
-    tokens = sum(2 * len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in pairs)
-    predicted = sum(len(p.real_ids) + len(p.generated_ids) for p in pairs)
+    tokens = sum(len(p.prompt_ids) + p.tokens for p in pairs)
+    predicted = sum(len(ids) for p in pairs for ids in p.responses)
     return 4 * (blocks * tokens + model.head_weight.numel() * predicted) / 1e12
 
 
@@ -141,9 +146,8 @@ def step_case(
 def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
     player, other, pairs, run, notes = parts(shape, dtype, device, count, batch)
 
-    def train(fast: bool, with_scores: bool, packed: bool = False) -> Callable:
+    def train(fast: bool, with_scores: bool) -> Callable:
         def call() -> None:
-            player.packed = packed
             with onednn.products() if fast else contextlib.nullcontext():
                 if with_scores:
                     spin.score(player, pairs, run)
@@ -156,10 +160,6 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
     ways = {"ours": train(cpu, False)}
     if cpu:
         ways["ours without onednn.py"] = train(False, False)
-    else:
-        with optional(notes, "ours, packed rows"):
-            notes["ours, packed rows"] = f"log-probabilities within {packing_error(player, pairs):.2g} nats a response"
-            ways["ours, packed rows"] = train(False, False, packed=True)
     settings = peer_settings(dtype, device, batch)
     notes["ours"] = f"{needed(player.model, pairs):.2f} TFLOP"
     with optional(notes, "TRL, reference precomputed before"):
@@ -171,15 +171,6 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
         second = trl_trainer(another, pairs, precompute=False, **settings)
         ways["TRL, reference in each step"] = second.train
     return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
-
-
-def packing_error(player: Player, pairs: list[Pair]) -> float:
-    """The largest difference of a response's log-probability by packed rows to that by padded ones, in nats."""
-    items = [(pair.prompt_ids, pair.real_ids, pair.generated_ids) for pair in pairs]
-    logps = []
-    for player.packed in (False, True):
-        logps.append(torch.tensor(player.logps(items)))
-    return (logps[1] - logps[0]).abs().max().item()
 
 
 def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, estimate: float = 0.0) -> Case:
@@ -195,7 +186,7 @@ def scoring_ways(shape: str, dtype: torch.dtype, device: torch.device, count: in
     player, _, pairs, run, _ = parts(shape, dtype, device, count, count)
     model, tokens = player.model, [pair.tokens for pair in pairs]
     shapes = [(len(group), max(tokens[i] for i in group) - 2) for group in player.micro_batches(tokens)]
-    predicted = sum(len(p.real_ids) + len(p.generated_ids) for p in pairs) // len(shapes)
+    predicted = sum(len(ids) for p in pairs for ids in p.responses) // len(shapes)
 
     def call(score: bool) -> None:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

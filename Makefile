@@ -1,4 +1,4 @@
-# make run    the default run on the embedded task (two to four minutes on two cores)
+# make run    the default run on the embedded task (about two minutes on two cores)
 # make test   all tests
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU, the most informative first; a part takes less than 8 minutes
@@ -28,9 +28,8 @@ bench: $(VENV)/dev.stamp
 test-gpu:
 	python3 -m pytest -vv --continue-on-collection-errors tests/test_kernels.py tests/test_sampling.py \
 		tests/test_model.py tests/test_lora.py tests/test_player.py tests/test_spin.py tests/test_run.py \
-		tests/test_family.py tests/test_parallel.py tests/test_triton_attention.py \
-		--deselect tests/test_kernels.py::test_everything_under_the_triton_interpreter \
-		--deselect tests/test_triton_attention.py::test_everything_under_the_triton_interpreter $(ARGS)
+		tests/test_family.py tests/test_parallel.py \
+		--deselect tests/test_kernels.py::test_everything_under_the_triton_interpreter $(ARGS)
 
 bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)

@@ -1,4 +1,4 @@
-"""GPT-Neo from scratch: the model and its weights on disk.
+"""GPT-Neo from scratch, and what it shares with the Llama family of llama.py: masks, the head, weights on disk.
 
 This file needs only torch and safetensors, plus numpy to save; it can be copied alone into another code base.
 
@@ -12,15 +12,16 @@ As in GPT-2, positions are learned, the activation is gelu_new (tanh) and the he
 Module attributes are named like the state-dict keys on the hub, and config fields like those of config.json. Loading
 is therefore strict and needs no table of renames.
 
-Shapes: B rows, T tokens, S cached tokens, D hidden size, H heads, K head size, V vocabulary.
+Shapes: B rows, T tokens, S cached tokens, D hidden size, H heads, G key/value heads, K head size, V vocabulary.
 Source: github.com/EleutherAI/gpt-neo (Black et al., 2021); checked against transformers' GPTNeoForCausalLM.
 """
 
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,28 @@ from torch.utils.checkpoint import checkpoint
 
 WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit and integer weights need scales
-# Hub checkpoints hold these keys too, although they are no parameters: causal-mask buffers and the tied head.
-IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "lm_head.weight")
+# Hub checkpoints hold these keys too, although they are no parameters: causal masks and rotary frequencies.
+IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "rotary_emb.inv_freq")
+HEAD = "lm_head.weight"  # A tied model has no such parameter; files may hold it as well as the embedding.
+WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel put these in front of every key
+LFS = b"version https://git-lfs"  # how a pointer begins that stands in place of a file
 HEAD_BLOCK = 4096  # a CPU casts a 16-bit head to fp32 in blocks of this many rows; all at once is up to 5 times slower
+
+
+def check_fields(config: Any, names: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
+    """Raises ValueError naming the first of these fields, separated by spaces, whose value is not valid."""
+    for name in names.split():
+        value = getattr(config, name)
+        if not is_valid(value):
+            raise ValueError(f"config field {name} = {value!r}: expected {expected}")
+
+
+SIZE = "an integer of at least 1", lambda size: type(size) is int and size >= 1
+DROPOUT = "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1
+END = (
+    "null, a token id or a list of them",
+    lambda ids: ids is None or all(type(token) is int for token in (ids if isinstance(ids, list) else [ids])),
+)
 
 
 @dataclass(frozen=True)
@@ -61,22 +81,15 @@ class GPTNeoConfig:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
 
     def __post_init__(self) -> None:
-        def check(names: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
-            for name in names.split():
-                value = getattr(self, name)
-                if not is_valid(value):
-                    raise ValueError(f"config field {name} = {value!r}: expected {expected}")
-
-        sizes = "vocab_size max_position_embeddings hidden_size num_layers num_heads window_size"
-        check(sizes, "an integer of at least 1", lambda size: type(size) is int and size >= 1)
-        dropouts = "embed_dropout attention_dropout resid_dropout"
-        check(dropouts, "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1)
+        check = partial(check_fields, self)
+        check("vocab_size max_position_embeddings hidden_size num_layers num_heads window_size", *SIZE)
+        check("embed_dropout attention_dropout resid_dropout", *DROPOUT)
         check("activation_function", "'gelu_new', the only supported one", lambda name: name == "gelu_new")
         check("tie_word_embeddings", "true, since only a tied head is supported", lambda tied: tied is True)
-        check("eos_token_id", "null or one token id", lambda token: token is None or type(token) is int)
+        check("eos_token_id", *END)
         check("num_heads", f"a divisor of hidden_size = {self.hidden_size}", lambda n: self.hidden_size % n == 0)
         expected = f"[[kinds, repeats], ...] that give {self.num_layers} layers, each 'global' or 'local'"
         check("attention_types", expected, lambda _: len(self.attention_layers) == self.num_layers)
@@ -90,21 +103,18 @@ class GPTNeoConfig:
             return []
         return kinds if all(kind in ("global", "local") for kind in kinds) else []
 
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "GPTNeoConfig":
         """Reads a config.json. Raises: FileNotFoundError; ValueError naming the file and the unsupported field."""
-        path = Path(path)
-        if not path.exists() and path.with_name("adapter_config.json").is_file():
-            problem = "an adapter's directory; load the base model and put the adapter on top"
-            raise FileNotFoundError(f"{path.parent}: {problem}")
-        raw = _read_json(path)
-        if raw.get("model_type") != "gpt_neo":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'gpt_neo'")
-        known = {f.name for f in fields(cls)}
-        try:
-            return cls(**{name: value for name, value in raw.items() if name in known})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return config_from(cls, Path(path), read_config(Path(path), ["gpt_neo"]))
 
     def to_json(self) -> str:
         """The text of a config.json, which transformers can read too."""
@@ -112,40 +122,71 @@ class GPTNeoConfig:
         return json.dumps(head | asdict(self) | {"attention_layers": self.attention_layers}, indent=2) + "\n"
 
 
-# Takes a layer's index and its new keys and values (B, H, T, K); returns the keys and values to attend to.
+def read_config(path: Path, model_types: Collection[str]) -> dict[str, Any]:
+    """The fields of a config.json. Raises: FileNotFoundError; ValueError if its model is not one of `model_types`."""
+    if not path.exists() and path.with_name("adapter_config.json").is_file():
+        problem = "an adapter's directory; load the base model and put the adapter on top"
+        raise FileNotFoundError(f"{path.parent}: {problem}")
+    raw = _read_json(path)
+    if raw.get("model_type") not in model_types:
+        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected {' or '.join(model_types)}")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config: expected weights of 16 or 32 bits, not quantized ones")
+    return raw
+
+
+def config_from(config_class: type, path: Path, raw: dict[str, Any]) -> Any:
+    """An instance of the dataclass from those fields that it has. Raises: ValueError naming the file and the field."""
+    known = {field.name for field in fields(config_class)}
+    try:
+        return config_class(**{name: value for name, value in raw.items() if name in known})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# Takes a layer's index and its new keys and values (B, G, T, K); returns the keys and values to attend to.
 CacheUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 # A mask is (B, 1, T, S) bool, True where attention is allowed. None means causal attention.
 Mask = Tensor | None
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float = 0.0) -> Tensor:
-    """Causal attention to the last `window` positions, including a query's own, with unscaled scores.
-
-    The function works in blocks of `window` queries. Each block attends to its own block of keys and to the one before
-    it, so time and memory grow with T * window, and the only mask has shape (window, 2 * window).
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int, scale: float, dropout: float = 0.0) -> Tensor:
+    """Attention of each query to the keys that `mask` allows; without a mask, to the last `window` ones and itself.
 
     Args:
-        q, k, v: (B, H, T, K).
-        dropout: the probability of dropping an attention weight.
+        q: (B, H, T, K). k, v: (B, G, S, K) with H a multiple of G; H / G queries in a row share a key/value head.
+        scale: multiplies the scores. dropout: the probability of dropping an attention weight.
 
     Returns: (B, H, T, K).
     """
-    B, H, T, K = q.shape
+    facts = dict(dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if mask is None and window < q.shape[2]:
+        return _local_attention(q, k, v, window, facts)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **facts)
+
+
+def _local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, facts: dict[str, Any]) -> Tensor:
+    """Causal attention to the last `window` positions, including a query's own.
+
+    The function works in blocks of `window` queries. Each block attends to its own block of keys and to the one before
+    it, so time and memory grow with T * window, and the only mask has shape (window, 2 * window).
+    """
+    B, T = q.shape[0], q.shape[2]
     blocks = -(-T // window)
-    q, k, v = (F.pad(x, (0, 0, 0, blocks * window - T)).unflatten(2, (blocks, window)) for x in (q, k, v))
-    first = F.scaled_dot_product_attention(
-        q[:, :, 0], k[:, :, 0], v[:, :, 0], is_causal=True, dropout_p=dropout, scale=1.0
-    )
+    q, k, v = (
+        F.pad(x, (0, 0, 0, blocks * window - T)).unflatten(2, (blocks, window)).transpose(1, 2) for x in (q, k, v)
+    )  # (B, blocks, heads, window, K)
+    first = F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], is_causal=True, **facts)
     slot = torch.arange(2 * window, device=q.device)
     query = slot[window:, None]
     y = F.scaled_dot_product_attention(
-        q[:, :, 1:].flatten(1, 2),  # (B, H (blocks - 1), window, K)
-        *(torch.cat([x[:, :, :-1], x[:, :, 1:]], 3).flatten(1, 2) for x in (k, v)),  # (B, H (blocks - 1), 2 window, K)
+        q[:, 1:].flatten(0, 1),  # (B (blocks - 1), H, window, K)
+        *(torch.cat([x[:, :-1], x[:, 1:]], 3).flatten(0, 1) for x in (k, v)),  # (B (blocks - 1), G, 2 window, K)
         attn_mask=(slot <= query) & (query - slot < window),
-        dropout_p=dropout,
-        scale=1.0,
+        **facts,
     )
-    return torch.cat([first.unsqueeze(2), y.view(B, H, blocks - 1, window, K)], 2).flatten(2, 3)[:, :, :T]
+    y = torch.cat([first.unsqueeze(1), y.unflatten(0, (B, blocks - 1))], 1)
+    return y.transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 class GPTNeoSelfAttention(nn.Module):
@@ -168,13 +209,7 @@ class GPTNeoSelfAttention(nn.Module):
         q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in projections)  # (B, H, T, K)
         if update_cache is not None:
             k, v = update_cache(self.layer, k, v)
-        dropout = self.dropout * self.training
-        if mask is None and self.window < x.shape[1]:
-            y = local_attention(q, k, v, self.window, dropout)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=1.0
-            )
+        y = attention(q, k, v, mask, self.window, 1.0, self.dropout * self.training)
         return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
 
 
@@ -212,25 +247,21 @@ class GPTNeoBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPTNeo(nn.Module):
-    """GPT-Neo with a language-model head tied to the token embedding."""
+class LanguageModel(nn.Module):
+    """What GPTNeo and Llama share: segments, decoding with a cache, the head in fp32, weights on disk.
 
-    config_class = GPTNeoConfig
+    A subclass has `config_class`, the properties `blocks` and `head_weight`, and `_run_blocks`.
+    """
 
-    def __init__(self, config: GPTNeoConfig) -> None:
+    config_class: type
+    blocks: nn.ModuleList
+    head_weight: Tensor  # (V, D), for a fused kernel. logits = hidden @ head_weight.T.
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         # If checkpointing is True, each block saves only its input and runs again in the backward pass.
         self.checkpointing = False
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.hidden_size),
-                "wpe": nn.Embedding(config.max_position_embeddings, config.hidden_size),
-                "drop": nn.Dropout(config.embed_dropout),
-                "h": nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_layers)),
-                "ln_f": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
-            }
-        )
 
     def forward(
         self, input_ids: Tensor, segments: Tensor | None = None, update_cache: CacheUpdate | None = None
@@ -241,9 +272,9 @@ class GPTNeo(nn.Module):
             input_ids: (B, T) int64.
             segments: (B, T) int64. Segment 0 is the text, or a prompt; 1, 2, ... are continuations of the prompt, which
                 do not see each other; -1 is padding, on either side. A token sees those tokens before it that are in
-                segment 0 or in its own segment. Its learned position is the number of tokens that it sees before it.
+                segment 0 or in its own segment. Its position is the number of tokens that it sees before it.
                 None puts every token in segment 0. This suits padding on the right too, since no real token can see it.
-            update_cache: called with each layer's keys and values (B, H, T, K), to cache them; must return them.
+            update_cache: called with each layer's keys and values (B, G, T, K), to cache them; must return them.
 
         Returns: (B, T, D) in the model's dtype; finite but meaningless at padding.
         Raises: ValueError if a row has more than max_position_embeddings tokens.
@@ -263,9 +294,9 @@ class GPTNeo(nn.Module):
 
         Args:
             tokens: (B,) int64.
-            positions: (B,) int64, the learned position of each token, below max_position_embeddings.
+            positions: (B,) int64, the position of each token, below max_position_embeddings.
             masks: "global" and "local" -> (B, 1, 1, S) bool, True where layers of this kind may attend.
-            update_cache: takes a layer's new keys and values, (B, H, 1, K), and returns all of them, (B, H, S, K).
+            update_cache: takes a layer's new keys and values, (B, G, 1, K), and returns all of them, (B, G, S, K).
 
         Returns: (B, D) in the model's dtype.
         """
@@ -274,18 +305,11 @@ class GPTNeo(nn.Module):
     def _run_blocks(
         self, input_ids: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate | None
     ) -> Tensor:
-        wte, wpe, drop, h, ln_f = self.transformer.values()
-        x = drop(wte(input_ids) + wpe(positions))
-        saving = self.checkpointing and torch.is_grad_enabled()
-        for block in h:
-            inputs = x, masks[block.kind], update_cache
-            x = checkpoint(block, *inputs, use_reentrant=False) if saving else block(*inputs)
-        return ln_f(x)
+        raise NotImplementedError
 
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D): the weight of the language-model head, for a fused kernel. logits = hidden @ head_weight.T."""
-        return self.transformer["wte"].weight
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        saving = self.checkpointing and torch.is_grad_enabled()
+        return checkpoint(block, *inputs, use_reentrant=False) if saving else block(*inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), in fp32 for a 16-bit model and under autocast: close logits would tie in 16 bits."""
@@ -312,7 +336,7 @@ class GPTNeo(nn.Module):
         # Padding sees padding. Its positions are meaningless and may exceed the limit, so they are set to 0.
         return positions.masked_fill(segments < 0, 0), {"global": seen[:, None], "local": (seen & near)[:, None]}
 
-    def init_weights(self, generator: torch.Generator | None = None) -> "GPTNeo":
+    def init_weights(self, generator: torch.Generator | None = None) -> "LanguageModel":
         """Draws weights from N(0, initializer_range), with biases 0 and norms 1, to train from scratch."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -324,7 +348,7 @@ class GPTNeo(nn.Module):
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> "GPTNeo":
+    ) -> "LanguageModel":
         """Loads a model from a directory in the hub's layout, in evaluation mode.
 
         The directory must hold config.json and one of WEIGHT_FILES, of which the first is read. Each tensor is copied
@@ -335,13 +359,13 @@ class GPTNeo(nn.Module):
         not supported, if the file cannot be read, or if its tensors do not fit the config.
         """
         path = Path(path)
-        config = GPTNeoConfig.from_json(path / "config.json")
+        config = cls.config_class.from_json(path / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        state: dict[str, Tensor] = {}
         for key, tensor in _read_weights(path, model):
-            state[key] = tensor.to(device, dtype, copy=True)  # what was read is a view of the mapped file
-        model.load_state_dict(state, assign=True)
+            module, _, name = key.rpartition(".")
+            own = tensor.to(device, dtype, copy=True)  # what was read is a view of the mapped file
+            setattr(model.get_submodule(module), name, nn.Parameter(own))
         return model.eval()
 
     @torch.no_grad()
@@ -357,18 +381,57 @@ class GPTNeo(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors. transformers loads them with no missing or unexpected key.
 
-        Raises: ValueError if the module has parameters that GPT-Neo does not have, such as those of adapters.
+        Raises: ValueError if the module has parameters that its class does not have, such as those of adapters.
         """
         state = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
         with torch.device("meta"):
-            unknown = state.keys() - GPTNeo(self.config).state_dict().keys()
+            unknown = state.keys() - type(self)(self.config).state_dict().keys()
         if unknown:
-            raise ValueError(f"{min(unknown)} is no parameter of GPT-Neo: merge and remove adapters before saving")
+            name = type(self).__name__
+            raise ValueError(f"{min(unknown)} is no parameter of {name}: merge and remove adapters before saving")
         config, weights = Path(path, "config.json"), Path(path, "model.safetensors")
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(self.config.to_json())
         save_file(state, weights, metadata={"format": "pt"})
         weights.chmod(config.stat().st_mode)  # safetensors ignores the umask: only the owner could read the file
+
+
+class GPTNeo(LanguageModel):
+    """GPT-Neo with a language-model head tied to the token embedding."""
+
+    config_class = GPTNeoConfig
+
+    def __init__(self, config: GPTNeoConfig) -> None:
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.hidden_size),
+                "wpe": nn.Embedding(config.max_position_embeddings, config.hidden_size),
+                "drop": nn.Dropout(config.embed_dropout),
+                "h": nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_layers)),
+                "ln_f": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
+            }
+        )
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer["h"]
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.transformer["wte"].weight
+
+    def _run_blocks(
+        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate | None
+    ) -> Tensor:
+        wte, wpe, drop, h, ln_f = self.transformer.values()
+        x = drop(wte(input_ids) + wpe(positions))
+        for block in h:
+            x = self._run(block, x, masks[block.kind], update_cache)
+        return ln_f(x)
+
+
+# ---------------------------------------------------------------- files
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -406,17 +469,30 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in shards]
 
 
-def _read_weights(path: Path, model: GPTNeo) -> Iterator[tuple[str, Tensor]]:
+def _read_weights(path: Path, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Yields the weights in directory `path` that fit `model`, each read on demand, as (name, tensor).
+
+    Keys may have the prefixes of torch.compile and DistributedDataParallel, or lack that of the model without a head.
 
     Raises: ValueError, after all other tensors, if any is missing, superfluous, or of another shape or an unsupported
     dtype. The message names the file, or the directory of several files, and the first three such tensors.
     """
     missing = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    count, base = len(missing), next(iter(missing)).partition(".")[0]  # "transformer" or "model"
+    tied_head = None
     problems = []
     files = weight_files(path)
     for file in files:
-        for key, tensor in _read_file(file):
+        for found, tensor in _read_file(file):
+            key = found
+            while key.startswith(WRAPPERS):
+                key = key.partition(".")[2]
+            key = f"{base}.{key}" if f"{base}.{key}" in missing else key
+            if key != found and len(missing) == count:
+                print(f"{file}: its tensor {found} is read as {key}, and others likewise", flush=True)
+            if key == HEAD and HEAD not in missing:
+                tied_head = tensor
+                continue
             shape = missing.pop(key, None)  # a name that occurs twice is unexpected the second time
             if shape is None:
                 problems.append(f"unexpected {key!r}")
@@ -427,10 +503,14 @@ def _read_weights(path: Path, model: GPTNeo) -> Iterator[tuple[str, Tensor]]:
             else:
                 yield key, tensor
     problems += [f"missing {key}" for key in missing]
+    weight = model.head_weight
+    if tied_head is not None and not problems and not torch.equal(tied_head.to(weight), weight):
+        problems.append(f"{HEAD} differs from the embedding, but config.json ties them (tie_word_embeddings)")
     if problems:
         place = files[0] if len(files) == 1 else path
+        name, first = type(model).__name__, "; ".join(problems[:3])
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{place}: tensors do not fit the GPT-Neo of config.json: {'; '.join(problems[:3])}{more}")
+        raise ValueError(f"{place}: tensors do not fit the {name} of config.json: {first}{more}")
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -446,6 +526,9 @@ def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch.load raises UnpicklingError, EOFError, KeyError and others
         reason = str(error).partition("\n")[0] or type(error).__name__
+        with open(file, "rb") as start:
+            if start.read(len(LFS)) == LFS:
+                reason = "a Git LFS pointer: run git lfs pull"
         raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file}: expected a dict from names to tensors")

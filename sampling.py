@@ -8,8 +8,8 @@ Every active row has a slot of a preallocated cache. When a row finishes, the ne
 the batch stays full until no prompt is waiting; then it shrinks. All tensors of a step stay at fixed addresses. On CUDA
 a step is therefore captured as a graph, and the host checks for finished rows only every STEPS_PER_CHECK steps.
 
-Legend: B slots, n of them, S tokens per slot, P longest prompt, M maximum of new tokens, V vocabulary, H heads,
-K head size.
+Legend: B slots, n of them, S tokens per slot, P longest prompt, M maximum of new tokens, V vocabulary, G key/value
+heads, K head size.
 """
 
 import hashlib
@@ -208,7 +208,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KVCache:
-    """Keys and values of every row, (B, H, S, K) for each layer.
+    """Keys and values of every row, (B, G, S, K) for each layer.
 
     A local layer holds at most window_size tokens per row, as a ring buffer: a new token overwrites the one that has
     left its window. The order of the entries does not matter to attention.
@@ -223,13 +223,12 @@ class KVCache:
         config, device = model.config, model.head_weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
-        H = config.num_heads
-        K = config.hidden_size // H
+        G, K = config.num_key_value_heads, config.head_dim
         self.window = config.window_size
         self.capacity = capacity
         lengths = [min(capacity, self.window) if kind == "local" else capacity for kind in config.attention_layers]
         # Zeros, because an empty entry has weight 0 in attention, but 0 * nan would be nan.
-        self.keys = [torch.zeros(size, H, S, K, dtype=dtype, device=device) for S in lengths]
+        self.keys = [torch.zeros(size, G, S, K, dtype=dtype, device=device) for S in lengths]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)  # tokens of each row so far
         self.rows = torch.arange(size, device=device)
@@ -238,7 +237,7 @@ class KVCache:
     def fill(self, rows: Tensor, lengths: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's keys and values of new prompts in `rows` (n,). The caller sets self.lengths[rows].
 
-        Takes the prompts' numbers of tokens, (n,) int64, and k and v, (n, H, P, K), padded on the right. Returns k and
+        Takes the prompts' numbers of tokens, (n,) int64, and k and v, (n, G, P, K), padded on the right. Returns k and
         v, to which the prompts' own tokens attend.
         """
         P = k.shape[2]
@@ -252,9 +251,9 @@ class KVCache:
         return k, v
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's key and value of one new token per row, k and v (B, H, 1, K).
+        """Stores a layer's key and value of one new token per row, k and v (B, G, 1, K).
 
-        Returns: all keys and values that attention reads, (B, H, read_length or fewer, K).
+        Returns: all keys and values that attention reads, (B, G, read_length or fewer, K).
         """
         keys, values = self.keys[layer], self.values[layer]
         entry = self.lengths % keys.shape[2]

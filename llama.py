@@ -1,0 +1,307 @@
+"""The Llama family from scratch: Llama 2 and 3, Mistral, Qwen2 and Qwen3, and what has their layout.
+
+SmolLM2, TinyLlama, Yi and DeepSeek's distillates are Llamas or Qwens, Zephyr is a Mistral. This file needs model.py, of
+which it uses the base class, attention and files; the two can be copied together into another code base.
+
+Where these models differ from GPT-Neo:
+- norms are RMS norms, computed in fp32, without biases;
+- positions rotate queries and keys; there is no table of positions;
+- queries in groups of H / G share a key/value head;
+- the MLP is a product of two branches, one of which goes through silu;
+- the head may have weights of its own.
+
+Module attributes are named like the state-dict keys on the hub, and config fields like those of config.json.
+
+Shapes: B rows, T tokens, D hidden size, H heads, G key/value heads, K head size, V vocabulary.
+Sources: arXiv 2307.09288 (Llama 2), 2407.21783 (Llama 3), 2310.06825 (Mistral), 2407.10671 (Qwen2), 2505.09388 (Qwen3);
+checked against transformers.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import (
+    DROPOUT,
+    END,
+    SIZE,
+    CacheUpdate,
+    LanguageModel,
+    Mask,
+    attention,
+    check_fields,
+    config_from,
+    read_config,
+)
+
+# The fields whose defaults differ from Llama's, by model_type.
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "mistral": {
+        "architectures": ["MistralForCausalLM"], "intermediate_size": 14336, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072, "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "intermediate_size": 22016,
+        "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "intermediate_size": 22016,
+        "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+}  # fmt: skip
+# Fields that change the computation in ways that are not implemented, and the values that do not.
+REFUSED = {"partial_rotary_factor": (None, 1), "rope_interleaved": (None, False)}
+ROPE_FIELDS = {  # the fields of each type of rotary positions
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+KINDS = {"full_attention": "global", "sliding_attention": "local"}  # names of layer_types -> those of model.py
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of config.json that define the computation, with Llama's defaults.
+
+    Raises: ValueError naming the field that has an unsupported value.
+    """
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None means num_attention_heads
+    head_dim: int | None = None  # None means hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # {"rope_type": ..., "factor": ...}; None means default
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 28  # the layers before it are global
+    layer_types: list[str] | None = None  # overrides the three fields above
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self) -> None:
+        check = partial(check_fields, self)
+        check("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads", *SIZE)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        check("num_key_value_heads head_dim max_position_embeddings", *SIZE)
+        heads = self.num_attention_heads
+        check("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", lambda n: heads % n == 0)
+        check("head_dim", "an even number, since positions rotate pairs", lambda size: size % 2 == 0)
+        check("hidden_act", "'silu', the only supported one", lambda name: name == "silu")
+        check("attention_dropout", *DROPOUT)
+        check("sliding_window", "null or an integer of at least 1", lambda n: n is None or SIZE[1](n))
+        check("eos_token_id", *END)
+        types = ", ".join(ROPE_FIELDS)
+        check("rope_scaling", f"null, or the type ({types}) with its fields as numbers", self._is_rope)
+        expected = f"null, or for each of {self.num_hidden_layers} layers one of {', '.join(KINDS)}"
+        check("layer_types", expected, lambda _: len(self.attention_layers) == self.num_hidden_layers)
+
+    @staticmethod
+    def _is_rope(scaling: Any) -> bool:
+        if scaling is None:
+            return True
+        needed = ROPE_FIELDS.get(scaling.get("rope_type")) if isinstance(scaling, dict) else None
+        return needed is not None and all(type(scaling.get(name)) in (int, float) for name in needed)
+
+    @property
+    def attention_layers(self) -> list[str]:
+        """The kind of attention of each layer, "global" or "local"; empty if layer_types is malformed."""
+        types = self.layer_types
+        if types is None:
+            first = self.max_window_layers if self.sliding_window and self.use_sliding_window else math.inf
+            return ["local" if layer >= first else "global" for layer in range(self.num_hidden_layers)]
+        if not isinstance(types, list) or not all(kind in KINDS for kind in types):
+            return []
+        return [KINDS[kind] for kind in types]
+
+    @property
+    def window_size(self) -> int:
+        return self.sliding_window or self.max_position_embeddings
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> "LlamaConfig":
+        """Reads a config.json. Raises: FileNotFoundError; ValueError naming the file and the unsupported field."""
+        path = Path(path)
+        raw = read_config(path, FAMILY)
+        for name, harmless in REFUSED.items():
+            if raw.get(name) not in harmless:
+                raise ValueError(f"{path}: config field {name} = {raw[name]!r} is not supported")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the names of transformers 5 and 4
+        if isinstance(rope, dict):  # otherwise the check of rope_scaling says what is wrong
+            raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            rope = {"rope_type": kind} | {name: rope.get(name) for name in ROPE_FIELDS.get(kind, ())}
+        raw["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        if raw["model_type"] == "mistral":  # its window needs no switch
+            raw = {
+                name: value for name, value in raw.items() if name not in ("use_sliding_window", "max_window_layers")
+            }
+        return config_from(cls, path, FAMILY[raw["model_type"]] | raw)
+
+    def to_json(self) -> str:
+        """The text of a config.json, which transformers can read too."""
+        head = {"architectures": FAMILY[self.model_type]["architectures"]}
+        return json.dumps(head | asdict(self), indent=2) + "\n"
+
+    def frequencies(self) -> Tensor:
+        """(K / 2,) fp32: by how many radians each pair of a head's numbers turns from one position to the next."""
+        frequencies = self.rope_theta ** -(torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+        scaling = self.rope_scaling or {"rope_type": "default"}
+        if scaling["rope_type"] == "linear":
+            return frequencies / scaling["factor"]
+        if scaling["rope_type"] == "llama3":
+            # Turns that are complete within `high` wavelengths of the old context stay; those that are longer than the
+            # old context divided by `low` are slowed down; those between get a mixture.
+            _, factor, low, high, context = scaling.values()
+            turns = context * frequencies / (2 * math.pi)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            return frequencies * (kept + (1 - kept) / factor)
+        return frequencies
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 but for the last product."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns pair (i, i + K / 2) of every head by the angle of its position. x: (B, heads, T, K); cos, sin: fp32."""
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        D, K, G = config.hidden_size, config.head_dim, config.num_key_value_heads
+        inner = config.num_attention_heads * K
+        self.layer, self.head_dim = layer, K
+        self.dropout = config.attention_dropout
+        local = config.attention_layers[layer] == "local"
+        self.window = config.window_size if local else config.max_position_embeddings
+        qwen2, mistral = config.model_type == "qwen2", config.model_type == "mistral"
+        bias = config.attention_bias and not mistral
+        self.q_proj = nn.Linear(D, inner, bias=bias or qwen2)
+        self.k_proj = nn.Linear(D, G * K, bias=bias or qwen2)
+        self.v_proj = nn.Linear(D, G * K, bias=bias or qwen2)
+        self.o_proj = nn.Linear(inner, D, bias=bias and not qwen2)
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(K, config.rms_norm_eps)
+            self.k_norm = RMSNorm(K, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, update_cache: CacheUpdate | None
+    ) -> Tensor:
+        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K) and twice (B, G, T, K)
+        q, k = rotated(q, *rotation), rotated(k, *rotation)
+        if update_cache is not None:
+            k, v = update_cache(self.layer, k, v)
+        y = attention(q, k, v, mask, self.window, self.head_dim**-0.5, self.dropout * self.training)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        bias = config.mlp_bias and config.model_type == "llama"
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.kind = config.attention_layers[layer]
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, update_cache: CacheUpdate | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, update_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(LanguageModel):
+    """A model of the Llama family, with a tied or a separate language-model head."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # No buffer: it is in no file, and a model on the meta device gets real frequencies when it first runs.
+        self._frequencies: Tensor | None = None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model["layers"]
+
+    @property
+    def head_weight(self) -> Tensor:
+        return (self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def _run_blocks(
+        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate | None
+    ) -> Tensor:
+        embed_tokens, layers, norm = self.model.values()
+        if self._frequencies is None or self._frequencies.device != positions.device:
+            self._frequencies = self.config.frequencies().to(positions.device)
+        angles = positions[:, None, :, None] * self._frequencies  # (B, 1, T, K / 2)
+        rotation = angles.cos(), angles.sin()
+        x = embed_tokens(input_ids)
+        for block in layers:
+            x = self._run(block, x, rotation, masks[block.kind], update_cache)
+        return norm(x)

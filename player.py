@@ -12,6 +12,7 @@ Shapes: B items of R responses each; T tokens per row; D hidden size; N response
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor
 
 import sampling
 from kernels import linear_logprobs
-from model import GPTNeo
+from llama import FAMILY, Llama
+from model import GPTNeo, LanguageModel, read_config
+
+MODELS: dict[str, type[LanguageModel]] = {"gpt_neo": GPTNeo} | dict.fromkeys(FAMILY, Llama)  # by model_type
 
 # A prompt with several responses shares one row with them, up to this many tokens. In longer rows the (T, T) mask costs
 # more than it saves, and each response gets a row of its own.
@@ -30,7 +34,7 @@ Item = tuple[list[int], ...]
 
 
 class Player:
-    """GPT-Neo, with or without LoRA, as a player.
+    """A model of ours, with or without LoRA, as a player.
 
     Args:
         model: its trained parameters are fp32; frozen parameters may be bf16.
@@ -39,9 +43,12 @@ class Player:
         dtype: of matrix products. In bf16, training and scoring use autocast, and generation casts the weights.
     """
 
-    model_class = GPTNeo  # The class with which a run constructs and loads its model.
+    @staticmethod
+    def class_of(folder: Path) -> type[LanguageModel]:
+        """The class of the model in a directory, by its config.json. Raises: FileNotFoundError, ValueError."""
+        return MODELS[read_config(folder / "config.json", MODELS)["model_type"]]
 
-    def __init__(self, model: GPTNeo, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: LanguageModel, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self.eos_token_id = eos_token_id
         self.args = args

@@ -113,13 +113,14 @@ class Responder:
             path, _ = resolve_model(str(base), None if args.base else (record or {}).get("revision"))
         else:
             path, _ = resolve_model(str(folder), flag="")
-        config = Player.model_class.config_class.from_json(path / "config.json")
+        model_class = Player.class_of(path)
+        config = model_class.config_class.from_json(path / "config.json")
         self.eos = end_token(path, config.eos_token_id, args.eos or settings.get("eos", ""))
         self.tokenizer = load_tokenizer(path, self.eos, config.vocab_size)
         self.context = config.max_position_embeddings
         device = choose_device(args.device)
         bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-        model = Player.model_class.from_pretrained(path, dtype=torch.float32, device=device).eval()
+        model = model_class.from_pretrained(path, dtype=torch.float32, device=device).eval()
         if adapter:
             lora.load_adapter(model, adapter)
         self.args = dataclasses.replace(

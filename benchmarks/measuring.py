@@ -86,7 +86,7 @@ def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, W
     argv = ["--model", model, "--data", heldout, "--eval-data", heldout, "--eval-limit", "0", "--device", "cpu"]
     argv += ["--max-new-tokens", str(max_new_tokens), "--gen-batch", "1024", "--rank", "0", "--out", f"{heldout}-none"]
     with contextlib.redirect_stdout(io.StringIO()):  # held-out prompts are given as data, too: nothing is trained
-        loaded, _, run = setup(parse(combined(SpinOptions), argv, "spin.py"), "spin", Player.model_class)
+        loaded, _, run = setup(parse(combined(SpinOptions), argv, "spin.py"), "spin", Player.class_of)
     player = Player(loaded.eval(), run.work.eos_token_id, run.args, run.weights.dtype)
     return player, run.work, sample_start(player, run.work)
 

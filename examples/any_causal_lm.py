@@ -88,7 +88,9 @@ class CausalLM(Player):
     Raises: ValueError if the model's logits are more than hidden states times the head's weight.
     """
 
-    model_class = HubModel
+    @staticmethod
+    def class_of(folder: Path) -> type:
+        return HubModel
 
     def __init__(self, model: Any, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.eos_token_id, self.args, self.dtype = model, eos_token_id, args, dtype

@@ -2,7 +2,8 @@
 
     python examples/minimal.py
 
-It needs model.py, lora.py, sampling.py, kernels/, player.py and spin.py, and nothing else of this repository.
+It needs model.py, llama.py, lora.py, sampling.py, kernels/, player.py and spin.py, and nothing else of this
+repository.
 `MemoryRun` is all that spin.py asks of its surroundings: put your own data, logging and checkpoints there. For the same
 texts and options, pairs and losses are those of spin.py bit for bit (tests/test_minimal.py).
 """

@@ -32,7 +32,6 @@ from typing import Any
 
 from data.examples import Example, fit_context, read_tokenizer
 from data.files import shown
-from model import GPTNeo, GPTNeoConfig
 from player import Player
 from runtime import cli
 from runtime.folder import Folder
@@ -138,7 +137,7 @@ def load_reviser(run: Run) -> Player:
     path = Path(run.args.reviser, "final")
     if digest_of_model(path) != run.record["digests"]["reviser"]:
         raise Stopped(f"--reviser {run.args.reviser}: has changed since the run began; restore it")
-    model = GPTNeo.from_pretrained(path, dtype=run.weights.dtype, device=run.device)
+    model = Player.class_of(path).from_pretrained(path, dtype=run.weights.dtype, device=run.device)
     return Player(model.eval(), run.work.eos_token_id, run.args, run.weights.dtype)
 
 
@@ -199,7 +198,7 @@ class SeftOptions(TrainingOptions):
         context = model.config.max_position_embeddings
         if self.reviser:
             path = Path(self.reviser, "final")
-            context = GPTNeoConfig.from_json(path / "config.json").max_position_embeddings
+            context = Player.class_of(path).config_class.from_json(path / "config.json").max_position_embeddings
             if read_tokenizer(path)[0].get_vocab() != run.work.tokenizer.get_vocab():
                 raise ValueError(f"--reviser {shown(self.reviser)}: its tokenizer is not that of --model")
             if unanswered := next((e for e in run.work.heldout if not e.real_ids), None):

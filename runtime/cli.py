@@ -42,7 +42,7 @@ def main(
             args = parse(combined(options_class), sys.argv[1:] if argv is None else argv, script, about, recipe)
             trackers.check(args.log)
             parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
-            model, examples, run = setup(args, command, player_class.model_class)
+            model, examples, run = setup(args, command, player_class.class_of)
             player = player_class(model, run.work.eos_token_id, run.args, run.weights.dtype)
             SIGNALS.check()
             if args.dry_run:

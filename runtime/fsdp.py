@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import GPTNeo
+from model import LanguageModel
 from runtime import parallel
 
 
@@ -30,20 +30,21 @@ class Sharded:
         model: in fp32 on rank 0's CPU, and on the meta device on the other ranks. It becomes `whole`.
     """
 
-    def __init__(self, model: GPTNeo, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: LanguageModel, device: torch.device, dtype: torch.dtype) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         self.dtype = dtype
         outline = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
         self.master = copy.deepcopy(model, outline)  # Its parameters have no storage yet.
-        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self.in_dtype = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in linear}
+        linear = {id(m) for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)}
+        layers = {name for name, module in model.named_modules() if id(module) in linear}
+        self.in_dtype = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers}
         # FSDP warns of in-place operations on the outputs of a layer. The model has none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         mesh = init_device_mesh(device.type, (parallel.world_size(),))
         products = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in self.master.transformer["h"]:
+        for block in self.master.blocks:
             fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=products)
         fully_shard(self.master, mesh=mesh)
         for part in self.master.modules():
@@ -56,7 +57,7 @@ class Sharded:
         self.gather()
 
     @torch.no_grad()
-    def overwrite(self, model: GPTNeo | None) -> None:
+    def overwrite(self, model: LanguageModel | None) -> None:
         """Sets the weights of `master` to those of rank 0's model. The other ranks' `model` is ignored."""
         parameters = dict(self.master.named_parameters())
         for name, weight in parallel.sent(model.state_dict() if parallel.is_writer() else None):
@@ -64,7 +65,7 @@ class Sharded:
 
     def load(self, folder: Path) -> None:
         """Sets both forms to the model in a folder on rank 0's disk."""
-        self.overwrite(GPTNeo.from_pretrained(folder) if parallel.is_writer() else None)
+        self.overwrite(type(self.whole).from_pretrained(folder) if parallel.is_writer() else None)
         self.gather()
 
     @torch.no_grad()
@@ -79,12 +80,12 @@ class Sharded:
         """Frees the storage of `whole`."""
         self.whole.to("meta")
 
-    def to_save(self) -> GPTNeo | None:
+    def to_save(self) -> LanguageModel | None:
         """The model in fp32 on rank 0's CPU, to be written as an iterate; None on the other ranks."""
         weights = parallel.collected(dict(self.master.named_parameters()))
         if not parallel.is_writer():
             return None
         with torch.device("meta"):
-            model = GPTNeo(self.whole.config)
+            model = type(self.whole)(self.whole.config)
         model.load_state_dict(weights, assign=True)
         return model

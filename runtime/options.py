@@ -59,7 +59,7 @@ class RunOptions:
     rank: int = option(16, "Rank of the LoRA adapters; 0 trains all parameters.", within="[0, inf)")
     lora_alpha: float = option(32.0, "An adapter's output is scaled by lora_alpha / rank.", within="(0, inf)")
     lora_dropout: float = option(0.0, "Dropout on the input of the adapters.", within="[0, 1)")
-    lora_targets: tuple[str, ...] = option(lora.DEFAULT_TARGETS, "Names of the linear layers that get an adapter.",
+    lora_targets: tuple[str, ...] = option((), "Names of the linear layers that get an adapter; default: all.",
                                            metavar="NAME")
     dropout: bool = option(False, "Train with the dropout of the model's config.json, which makes margins noisy.")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +36,31 @@ from runtime.weights import Weights
 from runtime.work import Work, seed_of
 
 
-def setup(args: Any, command: str, model_class: type) -> tuple[nn.Module, list[Example], Run]:
+def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn.Module, list[Example], Run]:
     """Checks and loads everything before the first token is generated. Writes nothing.
 
     Args:
         command: the script, "spin" say: a run is resumed by the script that began it.
-        model_class: GPTNeo, or a class with its `config_class`, `from_pretrained` and constructor.
+        class_of: takes a model's directory and returns its class: GPTNeo, or one with its `config_class`,
+            `from_pretrained` and constructor.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
     Raises: ValueError and OSError; Finished if there is nothing left to do. All ranks raise the same.
     """
     found = parallel.on_writer(Folder(Path(args.out)).record)
-    examples, run = parallel.on_all(lambda: prepare(args, command, model_class, found))
+    examples, run = parallel.on_all(lambda: prepare(args, command, class_of, found))
     parallel.on_writer(lambda: check_unfinished(run))
     digests = parallel.on_writer(lambda: run.record["digests"])
     parallel.on_all(lambda: resume.check_same_inputs("on rank 0", digests, run.record["digests"]))
     dtype = run.weights.dtype
-    model = parallel.on_all(lambda: load_model(model_class, run.weights.start, run.args, run.device, dtype))
+    model = parallel.on_all(lambda: load_model(run.weights.model_class, run.weights.start, run.args, run.device, dtype))
     parallel.on_all(lambda: args.prepare(model, examples, run))
     if args.fsdp:
         run.weights.sharded = fsdp.Sharded(model, run.device, dtype)
     return model, examples, run
 
 
-def prepare(args: Any, command: str, model_class: type, found: dict[str, Any] | None) -> tuple[list[Example], Run]:
+def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] | None) -> tuple[list[Example], Run]:
     """All of `setup` but the weights, on one rank. `found` is the record of the run to resume."""
     option, source, _ = args.source
     if not args.model or not source:
@@ -77,6 +79,7 @@ def prepare(args: Any, command: str, model_class: type, found: dict[str, Any] | 
             resume.check_ranks(args.out, found, parallel.world_size())
         resume.check_same(args.out, found, record, may_change)
     path, revision = resolve_model(args.model, found and found.get("revision"))
+    model_class = class_of(path)
     config = load_config(model_class, path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step

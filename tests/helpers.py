@@ -57,7 +57,7 @@ def small_sft(start, data, **options) -> list[str]:
 def begin(start, data, out, command="spin", **options) -> tuple[Player, list[Example], Run]:
     """(player, training examples, run) of a tiny run that has not begun: nothing is written."""
     args = parse(OPTIONS[command], flags(start, data, out, **options), f"{command}.py")
-    model, examples, run = setup(args, command, GPTNeo)
+    model, examples, run = setup(args, command, Player.class_of)
     return Player(model, run.work.eos_token_id, run.args, run.weights.dtype), examples, run
 
 

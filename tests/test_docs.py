@@ -75,7 +75,8 @@ def test_files_and_links_in_the_documents_exist(document):
 LAYERS = {  # What may import what, by the name of a folder or a file at the top.
     "model": set(), "lora": set(), "sampling": set(), "kernels": set(), "data": set(), "evaluate": set(),
     "report": {"evaluate"},
-    "player": {"model", "lora", "sampling", "kernels"},
+    "llama": {"model"},
+    "player": {"model", "llama", "lora", "sampling", "kernels"},
     "runtime": {"model", "lora", "sampling", "kernels", "data", "evaluate", "report"},
     "spin": {"player", "runtime"},  # runtime in main() alone: see test_minimal.py
     "sft": {"player", "runtime", "spin"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import spin
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("model.py", "lora.py", "sampling.py", "player.py", "spin.py", "kernels", "examples", "pronounce")
+FILES = ("model.py", "llama.py", "lora.py", "sampling.py", "player.py", "spin.py", "kernels", "examples", "pronounce")
 PROGRAM = """
 import json, sys
 sys.argv = ["minimal.py"]

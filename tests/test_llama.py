@@ -1,0 +1,304 @@
+"""llama.py against transformers' Llama, Mistral, Qwen2 and Qwen3: the network, its cache, its files, a whole game."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from helpers import flags
+from safetensors.torch import load_file, save_file
+
+import lora
+import spin
+from llama import Llama, LlamaConfig
+from model import GPTNeo
+from player import MODELS, Player
+from sampling import KVCache, respond
+
+TINY = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+)  # fmt: skip
+LINEAR = dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))
+LLAMA3 = dict(
+    rope_parameters=dict(
+        rope_type="llama3", factor=8.0, rope_theta=500.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    )
+)  # fmt: skip
+# What is random here are the weights: each config has something that no other has.
+CONFIGS = {
+    "llama": ("Llama", {}),
+    "llama, every head its own": ("Llama", dict(num_key_value_heads=4)),
+    "llama, one key/value head": ("Llama", dict(num_key_value_heads=1)),
+    "llama, tied, biases": ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama, wide heads, epsilon": ("Llama", dict(head_dim=24, rms_norm_eps=0.1)),
+    "llama, linear": ("Llama", LINEAR),
+    "llama, llama3": ("Llama", LLAMA3),
+    "mistral, window 7": ("Mistral", dict(sliding_window=7)),
+    "mistral, window 1": ("Mistral", dict(sliding_window=1, tie_word_embeddings=True)),
+    "mistral, window beyond the text": ("Mistral", dict(sliding_window=50)),
+    "mistral, no window": ("Mistral", dict(sliding_window=None, head_dim=16)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2, one local layer": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3, tied, biases, groups of 4": (
+        "Qwen3", dict(head_dim=8, num_key_value_heads=1, attention_bias=True, tie_word_embeddings=True),
+    ),
+}  # fmt: skip
+FEW = ["llama, tied, biases", "mistral, window 7", "qwen2, one local layer", "qwen3"]
+
+
+def pair(name: str, folder: Path, dtype: torch.dtype = torch.float32, **saving) -> tuple[Llama, torch.nn.Module]:
+    """Our model and that of transformers, whose files ours has loaded. No parameter has its neutral value."""
+    kind, changes = CONFIGS[name]
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**TINY | changes))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    theirs.to(dtype).save_pretrained(folder, **saving)
+    # Read again, since the cast above has rounded the frequencies of its positions.
+    return Llama.from_pretrained(folder), type(theirs).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_equal_those_of_transformers(name, tmp_path):
+    ours, theirs = pair(name, tmp_path)
+    ids = tokens(2, 40)
+    logits, expected = ours.logits(ours(ids)), theirs(ids).logits
+    assert (logits - expected).abs().max() <= 1e-4
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / logits.numel() ** 0.5
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    reference = dict(theirs.named_parameters())
+    assert reference.keys() == dict(ours.named_parameters()).keys()
+    for key, parameter in ours.named_parameters():
+        gradient = reference[key].grad
+        scale = gradient.abs().max().clamp(min=1e-2)  # with a window of 1, queries have none
+        assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_responses_equal_those_of_transformers(name, tmp_path):
+    """Through the cache, in a batch of ragged prompts; a window shorter than the text becomes a ring buffer."""
+    ours, theirs = pair(name, tmp_path)
+    prompts = [tokens(n).tolist() for n in (3, 20, 9)]
+    responses = respond(ours, prompts, max_new_tokens=20, eos_token_id=2, temperature=0, batch_size=2)
+    for prompt, ids in zip(prompts, responses.ids):
+        expected = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False,
+            pad_token_id=0,
+            use_cache="window 1" not in name,  # their cache keeps all tokens in place of the last 1 - 1
+        )  # fmt: skip
+        assert ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_equals_uncached(name, tmp_path):
+    """Ragged prompts at once, then one token at a time, past the window."""
+    model, _ = pair(name, tmp_path)
+    ids, cut = tokens(3, 40), 9
+    cache = KVCache(model, 3, 40)
+    assert all(keys.shape[1] == model.config.num_key_value_heads for keys in cache.keys)
+    rows, lengths = torch.arange(3), torch.tensor([cut, 4, 7])
+    hidden = model(
+        torch.where(torch.arange(cut) < lengths[:, None], ids[:, :cut], 0),
+        update_cache=partial(cache.fill, rows, lengths),
+    )
+    cache.lengths[rows] = lengths
+    expected = model.logits(model(ids))
+    for row, length in enumerate(lengths):
+        assert (model.logits(hidden[row, :length]) - expected[row, :length]).abs().max() <= 1e-4
+    for _ in range(40 - cut):
+        at = cache.lengths.clone()
+        got = model.decode(ids[rows, at], cache.lengths, cache.masks(), cache.append)
+        assert (model.logits(got) - expected[rows, at]).abs().max() <= 1e-4
+        cache.lengths += 1
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_several_responses_in_one_row_are_as_in_a_row_each(name, tmp_path):
+    """Log-probabilities and gradients of two and of three responses to a prompt, under --checkpoint, too."""
+    model, _ = pair(name, tmp_path)
+    args = type("Args", (), dict(micro_tokens=2000, max_new_tokens=8, gen_batch=4, gen_tokens=1000))
+    player = Player(model, 2, args)
+    items = [tuple(tokens(n + row).tolist() for n in (9, 12, 4, 7)) for row in range(3)]
+    together = player.response_logps(items)
+    apart = torch.stack([torch.cat([player.response_logps([(i[0], i[n])])[0] for i in items]) for n in (1, 2, 3)])
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+    weights = torch.randn(apart.shape, generator=torch.Generator().manual_seed(0))
+    model.checkpointing = True
+    again = player.response_logps(items)
+    gradients = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (together, apart, again)]
+    for a, b, c in zip(*gradients):
+        assert (a - b).norm() <= 1e-4 * b.norm() and (a - c).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_files_go_to_transformers_and_back(name, tmp_path):
+    """bf16 in several files, then our own file, which transformers loads with nothing missing or left over."""
+    ours, theirs = pair(name, tmp_path / "theirs", torch.bfloat16, max_shard_size="8KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    ids = tokens(2, 30)
+    assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() <= 1e-4
+    ours.save_pretrained(tmp_path / "ours")
+    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits)
+    assert LlamaConfig.from_json(tmp_path / "ours" / "config.json") == ours.config
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_adapters_go_to_peft_and_back(name, tmp_path):
+    ours, theirs = pair(name, tmp_path / "model")
+    lora.add_lora(ours, 4, 8, targets=lora.linear_names(ours))
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in lora.lora_layers(ours):
+        layer.lora_B.data.normal_(0, 0.1, generator=generator)
+    lora.save_adapter(ours, tmp_path / "adapter")
+    ids = tokens(2, 30)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(wrapped(ids).logits, ours.logits(ours(ids)), atol=1e-4, rtol=1e-4)
+    wrapped.save_pretrained(tmp_path / "again")
+    other = Llama.from_pretrained(tmp_path / "model")
+    lora.load_adapter(other, tmp_path / "again")
+    torch.testing.assert_close(other(ids), ours(ids))
+
+
+# ---------------------------------------------------------------- weights under other names, a head in the file
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "without model."])
+def test_wrapped_and_bare_keys_are_read_with_one_line(prefix, tmp_path, capsys):
+    ours, _ = pair("llama", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for key in list(state):
+        other = key.removeprefix("model.") if prefix == "without model." else prefix + key
+        state[other] = state.pop(key)
+    save_file(state, tmp_path / "model.safetensors")
+    again = Llama.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.state_dict().values(), ours.state_dict().values()))
+    assert capsys.readouterr().out.count("is read as") == 1
+
+
+def test_a_head_in_the_file_of_a_tied_model(tmp_path):
+    """The same numbers as the embedding are left out; others would be lost, so they are refused."""
+    pair("qwen2", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    Llama.from_pretrained(tmp_path)
+    state["lm_head.weight"][5, 5] += 1
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding.*tie_word_embeddings"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    pair("llama", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="do not fit the Llama of config.json: missing lm_head.weight"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    pair("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="a Git LFS pointer: run git lfs pull"):
+        Llama.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- the configuration
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "gemma"), ("hidden_act", "gelu"), ("num_key_value_heads", 3), ("head_dim", 7),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}), ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", "linear"), ("partial_rotary_factor", 0.5), ("layer_types", ["full_attention"]),
+        ("layer_types", ["chunked_attention"] * 2), ("quantization_config", {"quant_method": "gptq"}),
+        ("sliding_window", 0), ("eos_token_id", "2"), ("attention_dropout", 1), ("rope_interleaved", True),
+    ],
+)  # fmt: skip
+def test_an_unsupported_field_is_refused_by_its_name(field, value, tmp_path):
+    config = {"model_type": "qwen3", **TINY, field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: .*{field}") as error:
+        LlamaConfig.from_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_rotary_settings_of_transformers_4_and_5_are_the_same(tmp_path):
+    new = {"model_type": "llama", **TINY, **LLAMA3}
+    old = {"model_type": "llama", **TINY, "rope_theta": 500.0, "rope_scaling": dict(LLAMA3["rope_parameters"])}
+    old["rope_scaling"]["type"] = old["rope_scaling"].pop("rope_type")
+    del old["rope_scaling"]["rope_theta"]
+    read = []
+    for raw in (new, old):
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        read.append(LlamaConfig.from_json(tmp_path / "config.json"))
+    assert read[0] == read[1] and read[0].rope_theta == 500
+
+
+def test_defaults_are_those_of_transformers(tmp_path):
+    """Of each model_type: a config.json may leave out what is the default of its class."""
+    for kind in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        theirs = getattr(transformers, f"{kind}Config")()
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": theirs.model_type}))
+        ours = LlamaConfig.from_json(tmp_path / "config.json")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+                     "bos_token_id", "eos_token_id"):  # fmt: skip
+            assert getattr(ours, name) == getattr(theirs, name), (kind, name)
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 128)
+        window = theirs.sliding_window if kind == "Mistral" else None
+        assert (ours.window_size if ours.attention_layers[-1] == "local" else None) == window
+
+
+def test_the_class_of_a_model_is_that_of_its_model_type(tmp_path):
+    for name, expected in {"gpt_neo": GPTNeo, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+        assert Player.class_of(tmp_path) is expected
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(ValueError, match=f"model_type is 'gemma', expected {' or '.join(MODELS)}"):
+        Player.class_of(tmp_path)
+
+
+# ---------------------------------------------------------------- a game
+
+
+def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path, monkeypatch):
+    """LoRA on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
+    monkeypatch.chdir(tmp_path)
+    vocabulary = json.loads((start / "config.json").read_text())["vocab_size"]
+    end = json.loads((start / "config.json").read_text())["eos_token_id"]
+    config = LlamaConfig(**{k: v for k, v in TINY.items() if k != "pad_token_id"} | dict(vocab_size=vocabulary))
+    config = LlamaConfig(**vars(config) | dict(eos_token_id=end, initializer_range=0.2))
+    model = Llama(config).init_weights(torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
+    assert spin.main(flags("start", data, "run", iterations=2, prompts=40)) == 0
+    ours = Llama.from_pretrained("start")
+    lora.load_adapter(ours, "run/iterate-2")
+    assert len(dict(lora.lora_layers(ours))) == 2 * 7
+    ids = tokens(2, 12) % vocabulary
+    logits = ours.logits(ours(ids))
+    final, info = transformers.LlamaForCausalLM.from_pretrained("run/final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(final(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    base = transformers.LlamaForCausalLM.from_pretrained("start")
+    wrapped = peft.PeftModel.from_pretrained(base, "run/iterate-2")
+    torch.testing.assert_close(wrapped(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    assert transformers.AutoConfig.from_pretrained("run/final").eos_token_id == end

@@ -121,7 +121,7 @@ def _respond_all(
 
 
 def uniforms(seed: int, rows: Sequence[int], count: int) -> Tensor:
-    """(n, count) fp32 in [0, 1): number i of row r is a hash of (seed, r, i).
+    """(n, count) fp64 in [0, 1): number i of row r is a hash of (seed, r, i). 53 bits reach every token of a long tail.
 
     The hash is SplitMix64 (Steele, Lea and Flood, 2014) of a counter that starts at a random value for each row.
     """
@@ -132,7 +132,7 @@ def uniforms(seed: int, rows: Sequence[int], count: int) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # the mask makes it an unsigned shift
     x = x ^ ((x >> 31) & (2**33 - 1))
-    return ((x >> 40) & (2**24 - 1)).float() / 2**24
+    return ((x >> 11) & (2**53 - 1)).double() / 2**53
 
 
 class Sampler(NamedTuple):
@@ -143,7 +143,7 @@ class Sampler(NamedTuple):
     top_p: float
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Selects one token per row, from logits (n, V) fp32 and random numbers (n,) fp32 in [0, 1).
+        """Selects one token per row, from logits (n, V) fp32 and random numbers (n,) fp64 in [0, 1).
 
         Returns: tokens (n,) int64 and their log-probabilities (n,) fp32, in nats, under `logits` before the filters.
         """
@@ -165,7 +165,8 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: flo
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
+        p = ordered.softmax(-1, dtype=torch.float64)  # in fp32, sums on a GPU vary between two calls
+        before = p.cumsum(-1) - p  # probability of all likelier tokens
         excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(excluded, -torch.inf)
     return logits
@@ -178,13 +179,13 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     are cumulated. They are cumulated in fp64, because V = 50257 roundings in fp32 would bias the tail. A token of
     probability 0 is never drawn.
 
-    Takes logits (n, V) fp32 and uniform numbers (n,) in [0, 1); returns (n,) int64.
+    Takes logits (n, V) fp32 and uniform numbers (n,) fp64 in [0, 1); returns (n,) int64.
     """
     n, V = logits.shape
     p = logits.new_zeros(n, -(-V // DRAW_BLOCK) * DRAW_BLOCK)
     torch.exp(logits - logits.amax(1, keepdim=True), out=p[:, :V])
     p = p.view(n, -1, DRAW_BLOCK)
-    block, within = _invert(p.sum(2), uniform.double())
+    block, within = _invert(p.sum(2), uniform)
     index = block[:, None, None].expand(-1, 1, DRAW_BLOCK)
     token, _ = _invert(p.gather(1, index)[:, 0], within)
     return (block * DRAW_BLOCK + token).clamp(max=V - 1)  # with NaN logits, the index is past the end
@@ -301,7 +302,8 @@ class Batch:
         self.active = torch.zeros(size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(size, dtype=torch.long, device=device)  # new tokens of each row so far
         self.ids = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
-        self.logps, self.uniform = torch.zeros(2, size, max_new_tokens, device=device)
+        self.logps = torch.zeros(size, max_new_tokens, device=device)
+        self.uniform = torch.zeros(size, max_new_tokens, dtype=torch.float64, device=device)
         self.graphs: dict[int, Any] = {}  # captured steps, by read_length
         if self.tokens.is_cuda:  # graphs never run at the same time, so they can share their scratch memory
             self.pool = torch.cuda.graph_pool_handle()
@@ -358,7 +360,8 @@ class Batch:
         self._step()
         if self.tokens.is_cuda:  # the step above was the warm-up; capturing records a step without running it
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # thread_local: other threads, such as NCCL's watchdog, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 self._step()
             self.graphs[self.cache.read_length] = graph
 

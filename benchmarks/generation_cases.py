@@ -93,7 +93,7 @@ def forced_ends(lengths: list[int] | None) -> Iterator[None]:
         # Never the last token, the end: its probability is about 2^-16 and was seen to reach 2^-12.
         uniform = plain(seed, rows, count) * (1 - 2**-10)
         for i, row in enumerate(rows):
-            uniform[i, lengths[row] - 1 :] = 1 - 2**-24
+            uniform[i, lengths[row] - 1 :] = 1 - 2**-53
         return uniform
 
     sampling.uniforms = steered if lengths else plain

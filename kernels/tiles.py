@@ -117,8 +117,11 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _as_factor(matrix: Tensor) -> Tensor:
-    """The matrix in a dtype whose products torch can return in fp32: any dtype on CUDA, fp32 elsewhere."""
-    return matrix if matrix.is_cuda else matrix.float()
+    """The matrix in a dtype whose products torch can return in fp32: fp32 or, on CUDA, bf16.
+
+    Not fp16, in which the terms of a softmax would vanish below 6e-8, and with them the tail of a large vocabulary.
+    """
+    return matrix if matrix.is_cuda and matrix.dtype != torch.float16 else matrix.float()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:

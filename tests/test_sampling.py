@@ -138,7 +138,7 @@ def test_no_graph_is_captured_into_a_pool_whose_graphs_have_died(model, monkeypa
         return len(pools) - 1
 
     @contextlib.contextmanager
-    def capture(graph, pool, stream):
+    def capture(graph, pool, stream, capture_error_mode):
         assert not pools[pool] or any(captured() for captured in pools[pool]), "the pool is dead"
         pools[pool].append(weakref.ref(graph))
         capturing.append(graph)
@@ -326,23 +326,23 @@ def test_uniforms_are_splitmix64_of_a_hash():
         x = (start + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return ((x ^ (x >> 31)) >> 40) / 2**24
+        return ((x ^ (x >> 31)) >> 11) / 2**53
 
     rows = [0, 5, 10**9]
     actual = uniforms(3, rows, 20)
-    assert actual.dtype == torch.float32
+    assert actual.dtype == torch.float64
     assert actual.tolist() == [[expected(3, row, i) for i in range(20)] for row in rows]
 
 
 def test_draw_inverts_the_distribution():
     """p = (0.5, 0, 0.25, 0.25): the token changes at the cumulative sums; probability 0 is never drawn."""
     logits = torch.tensor([0.5, 0.0, 0.25, 0.25]).log()
-    uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1 - 2**-24])
+    uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(6, 4), uniform).tolist() == [0, 0, 2, 2, 3, 3]
     first_excluded = torch.tensor([[-torch.inf, 0.0]])
-    assert draw(first_excluded, torch.zeros(1)).tolist() == [1]
+    assert draw(first_excluded, torch.zeros(1).double()).tolist() == [1]
     last_excluded = torch.tensor([[0.0, -torch.inf]])
-    assert draw(last_excluded, torch.tensor([1 - 2**-24])).tolist() == [0]
+    assert draw(last_excluded, torch.tensor([1 - 2**-53]).double()).tolist() == [0]
 
 
 def test_draw_over_many_blocks():
@@ -350,8 +350,8 @@ def test_draw_over_many_blocks():
     rng = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(500, 50257, generator=rng)
     logits[:, 1000:30000] = -torch.inf
-    uniform = torch.rand(500, generator=rng)
-    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
+    uniform = torch.rand(500, generator=rng, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
     cumulated = logits.double().softmax(1).cumsum(1)
     token = draw(logits, uniform)
     low = cumulated.gather(1, (token - 1).clamp(min=0)[:, None])[:, 0] * (token > 0)
@@ -359,6 +359,20 @@ def test_draw_over_many_blocks():
     goal = uniform * cumulated[:, -1]
     assert (low <= goal + 1e-6).all() and (goal <= high + 1e-6).all()  # fp32 sums of blocks
     assert logits.gather(1, token[:, None]).isfinite().all()
+
+
+def test_every_token_of_a_long_tail_can_be_drawn():
+    """Neighbours of probability 1e-9 each: 24 bits would never draw most of them."""
+    logits = torch.zeros(1, 1000)
+    logits[0, 0] = math.log(1e9)
+    cumulated = logits.double().softmax(1).cumsum(1)
+    middles = (cumulated[0, :-1] + cumulated[0, 1:]) / 2
+    assert (middles < 1).all() and draw(logits.expand(999, -1), middles).tolist() == list(range(1, 1000))
+
+
+def test_a_tie_at_top_p_keeps_the_fewest_tokens():
+    """Four tokens of probability 1/4 and top_p 1/2: two reach it."""
+    assert filter_logits(torch.zeros(1, 4), 1.0, top_p=0.5).isfinite().sum() == 2
 
 
 def test_sampled_frequencies_follow_the_model(model):

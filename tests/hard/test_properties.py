@@ -470,7 +470,7 @@ def test_schedule_rises_to_1_and_falls_towards_0(steps, warmup):
 
 def slow_uniform(seed: int, row: int, number: int) -> float:
     """SplitMix64 as published, on Python's integers: the counter's step, two rounds of xor-shift and multiply, a last
-    xor-shift; then the 24 highest bits."""
+    xor-shift; then the 53 highest bits."""
     word = 2**64
     state = int(hashlib.sha256(f"{seed}/{row}".encode()).hexdigest()[:16], 16)
     for _ in range(number + 1):
@@ -479,7 +479,7 @@ def slow_uniform(seed: int, row: int, number: int) -> float:
     z = (z ^ z // 2**30) * 0xBF58476D1CE4E5B9 % word
     z = (z ^ z // 2**27) * 0x94D049BB133111EB % word
     z = z ^ z // 2**31
-    return z // 2**40 / 2**24
+    return z // 2**11 / 2**53
 
 
 @examples(100)

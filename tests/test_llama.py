@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import flags
+from helpers import ROOT, flags
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -279,21 +279,38 @@ def test_the_class_of_a_model_is_that_of_its_model_type(tmp_path):
 # ---------------------------------------------------------------- a game
 
 
+def tiny_start(start: Path, folder: Path, **changes) -> LlamaConfig:
+    """A random model of the family with the tokenizer of the start of all tests; returns its config."""
+    theirs = json.loads((start / "config.json").read_text())
+    settings = {name: value for name, value in TINY.items() if name != "pad_token_id"}
+    settings |= dict(vocab_size=theirs["vocab_size"], eos_token_id=theirs["eos_token_id"], initializer_range=0.2)
+    config = LlamaConfig(**settings | changes)
+    Llama(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
+    return config
+
+
+@pytest.mark.parametrize("recipe, model_type", [("zephyr-7b", "mistral"), ("qwen3-0.6b", "qwen3")])
+def test_a_dry_run_of_the_recipes(recipe, model_type, start, data, tmp_path, monkeypatch, capsys):
+    """On a tiny random model of the recipe's type, with a chat template; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    tiny_start(start, tmp_path / "start", model_type=model_type)
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{{ 'assistant: ' }}"
+    (tmp_path / "start" / "chat_template.jinja").write_text(template)
+    words = f"--model start --data {data} --eval-share 0.2 --max-new-tokens 8 --out run --device cpu --dry-run"
+    assert spin.main([f"@{ROOT}/recipes/{recipe}.args", *words.split()]) == 0
+    assert "peak" in capsys.readouterr().out and not Path("run").exists()
+
+
 def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path, monkeypatch):
     """LoRA on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
     monkeypatch.chdir(tmp_path)
-    vocabulary = json.loads((start / "config.json").read_text())["vocab_size"]
-    end = json.loads((start / "config.json").read_text())["eos_token_id"]
-    config = LlamaConfig(**{k: v for k, v in TINY.items() if k != "pad_token_id"} | dict(vocab_size=vocabulary))
-    config = LlamaConfig(**vars(config) | dict(eos_token_id=end, initializer_range=0.2))
-    model = Llama(config).init_weights(torch.Generator().manual_seed(0))
-    model.save_pretrained(tmp_path / "start")
-    (tmp_path / "start" / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
+    config = tiny_start(start, tmp_path / "start")
     assert spin.main(flags("start", data, "run", iterations=2, prompts=40)) == 0
     ours = Llama.from_pretrained("start")
     lora.load_adapter(ours, "run/iterate-2")
     assert len(dict(lora.lora_layers(ours))) == 2 * 7
-    ids = tokens(2, 12) % vocabulary
+    ids = tokens(2, 12) % config.vocab_size
     logits = ours.logits(ours(ids))
     final, info = transformers.LlamaForCausalLM.from_pretrained("run/final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -301,4 +318,4 @@ def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path
     base = transformers.LlamaForCausalLM.from_pretrained("start")
     wrapped = peft.PeftModel.from_pretrained(base, "run/iterate-2")
     torch.testing.assert_close(wrapped(ids).logits, logits, atol=1e-4, rtol=1e-4)
-    assert transformers.AutoConfig.from_pretrained("run/final").eos_token_id == end
+    assert transformers.AutoConfig.from_pretrained("run/final").eos_token_id == config.eos_token_id

@@ -140,6 +140,7 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tens
 @pytest.mark.parametrize("N", [0, 1, 33])
 @pytest.mark.parametrize("V", [1, 2, 17, 1023, 50257])
 def test_both_functions_match_float64(device: str, dtype: torch.dtype, N: int, V: int) -> None:
+    N = min(N, 3) if V > 10**4 and INTERPRETED else N  # the interpreter takes long rows in many blocks
     targets, upstream = some_targets(N, V, device), normal(N, device=device, seed=2)
     check_token((2 * normal(N, V)).to(device, dtype).requires_grad_(), targets, upstream)
     hidden, weight = normal(N, D, seed=3), 0.5 * normal(V, D, seed=4)
@@ -495,10 +496,10 @@ class LargestTensor(TorchDispatchMode):
 @dtypes
 @trained_or_not
 def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: bool) -> None:
-    N, V = (128, 1023) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms per row
+    N, V = (128, 127) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms per row of a tile
     if INTERPRETED:
-        monkeypatch.setattr(tiles, "CPU_ROWS", 64)
-        monkeypatch.setattr(tiles, "CPU_COLUMNS", 128)
+        monkeypatch.setattr(tiles, "CPU_ROWS", 32)
+        monkeypatch.setattr(tiles, "CPU_COLUMNS", 64)
     hidden, weight = leaf(normal(N, D, dtype=dtype)), normal(V, D, dtype=dtype).requires_grad_(trained)
     targets = some_targets(N, V, "cpu")
     with LargestTensor() as largest:

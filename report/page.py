@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from evaluate import Row, best_of, column
+from evaluate import Row, best_of, column, verdict
 from report import console
 from report.figures import svg
 from report.files import RunFiles, flag_of, load
@@ -57,7 +57,7 @@ class Page:
 
 
 def headline(run: RunFiles) -> list[str]:
-    """Sentences: which metrics changed by more than two paired standard errors, which did not, and the best iterate."""
+    """Sentences: which metrics changed beyond the noise (`verdict`), which did not, and the best iterate."""
     if not run.rows:
         return ["No iterate has been evaluated yet."]
     first, last, names = run.rows[0], run.rows[-1], telling(run.rows)
@@ -70,13 +70,14 @@ def headline(run: RunFiles) -> list[str]:
     moved, still = [], []
     for name in [name for name in names if column(name).better]:
         change, error = last["since_start"][name]
-        if abs(change) <= 2 * error:
+        judged = {1: "better", -1: "worse"}.get(verdict(last, name))
+        if not judged:
             still.append(title_of(name))
             continue
-        word, verdict = "rose" if change > 0 else "fell", "better" if column(name).better * change > 0 else "worse"
-        moved.append(f"{title_of(name)} {word} {values[name]} ({difference(name, change, error)}, {verdict})")
+        word = "rose" if change > 0 else "fell"
+        moved.append(f"{title_of(name)} {word} {values[name]} ({difference(name, change, error)}, {judged})")
     sentences += [f"{capital('; '.join(moved))}."] if moved else []
-    sentences += [f"{capital(', '.join(still))} did not change by more than two standard errors."] if still else []
+    sentences += [f"{capital(', '.join(still))} did not change beyond the noise."] if still else []
     equal = last.get("at_equal_entropy")
     if equal:
         leads = ", ".join(f"{title_of(n)} {difference(n, *lead)}" for n, lead in equal.items() if n != "temperature")

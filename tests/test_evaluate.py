@@ -1,6 +1,7 @@
 """evaluate.py: metrics of known responses, standard errors, the KL estimate, equal entropy, edit distances."""
 
 import dataclasses
+import inspect
 import math
 import random
 from types import SimpleNamespace
@@ -17,7 +18,6 @@ from evaluate import (
     answers,
     at_equal_entropy,
     best_of,
-    better,
     changes,
     column,
     edit_distance,
@@ -27,6 +27,9 @@ from evaluate import (
     metrics_with,
     nearest_edits,
     sample_start,
+    significant_errors,
+    summary,
+    verdict,
     with_se,
 )
 from runtime.work import Work
@@ -84,49 +87,84 @@ def test_the_paired_standard_error_of_a_mean_is_the_spread_of_the_differences():
     assert changes(now, now)["x"] == (0.0, 0.0)
 
 
-def test_an_iterate_is_better_than_the_start_by_more_than_two_standard_errors():
-    for name, change, error, expected in (
-        ("nll", -0.21, 0.1, True), ("greedy", 1, 0, True), ("nll", -0.2, 0.1, False), ("greedy", -1, 0.1, False),
-        ("entropy", 1, 0, False),
+def test_an_iterate_is_better_or_worse_than_the_start_by_more_than_two_standard_errors():
+    """By more of them with few examples; never if the error is 0, as with one example, or if all change alike."""
+    for name, change, error, examples, expected in (
+        ("nll", -0.21, 0.1, 1000, 1), ("nll", -0.2, 0.1, 1000, 0), ("greedy", -1, 0.1, 1000, -1),
+        ("entropy", 1, 0.1, 1000, 0), ("greedy", 0.5, 0.1, 3, 0), ("greedy", 0.6, 0.1, 3, 1),
+        ("greedy", 1, 0, 1000, 0), ("nll", 1, 1e-17, 4, 0), ("nll", 1, 0.01, 1, 0),
     ):  # fmt: skip
-        assert better({"since_start": {name: (change, error)}}, name) == expected
+        assert verdict({"examples": examples, "since_start": {name: (change, error)}}, name) == expected
     rows = [{"iterate": 0, "nll": 1.0}]
-    assert not better(rows[0], "nll") and best_of(rows, "nll") == 0
+    assert verdict(rows[0], "nll") == best_of(rows, "nll") == 0
     rows += [{"iterate": t, "nll": nll, "since_start": {"nll": (nll - 1, 0.1)}} for t, nll in ((1, 0.5), (2, 0.6))]
     assert best_of(rows, "nll") == 1
 
 
+def test_chance_alone_is_called_a_change_in_4_55_percent_whatever_the_number_of_examples():
+    """Quantiles are those of the GUM's table G.2; then the share of changes called significant, of pure noise."""
+    for freedom, expected in {1: 13.97, 2: 4.53, 3: 3.31, 4: 2.87, 5: 2.65, 10: 2.28, 20: 2.13, 50: 2.05}.items():
+        quantile = significant_errors(freedom + 1) / math.sqrt(1 + 1 / freedom)
+        assert quantile == pytest.approx(expected, rel=0.004)
+    assert significant_errors(1) == math.inf and significant_errors(10_000) == pytest.approx(2, abs=1e-3)
+    for n in (2, 3, 10):
+        noise = torch.randn(100_000, n, generator=torch.Generator().manual_seed(n))
+        errors = noise.std(1, correction=0) / math.sqrt(n)  # as `changes` estimates them
+        share = (noise.mean(1).abs() > significant_errors(n) * errors).float().mean()
+        assert share == pytest.approx(0.0455, abs=0.003)
+
+
 def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeypatch):
+    """At every temperature. The KL is a difference, which is negative where the player is likelier than the start."""
     player, _, run = begin(start, data, tmp_path / "run")
     run = run.work
-    samples = StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [0.0, 0.0])
+    samples = StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [-1000.0, -1000.0])
     run.heldout = [dataclasses.replace(run.heldout[0], references=["A B", "HH AH0"]), run.heldout[1]]
     right = [*run.tokenizer.encode("HH AH0").ids, run.eos_token_id]
     script_responses(monkeypatch, [right, [1, 2]], [True, False])
-    row = evaluate(player, samples, run)
+    found = answers(player, samples, run)
+    add_temperatures(player, found, run)
+    assert [row["by_temperature"]["0.8"]["sampled"] for row in found] == [(1.0, 1.0), (0.0, 1.0)]
+    row = summary(found)
     assert row["greedy"] == row["sampled"] == 0.5
     logps = [logp for (logp,) in player.logps([(e.prompt_ids, e.real_ids) for e in run.heldout])]
     assert row["nll"] == pytest.approx(-sum(logps) / sum(len(e.real_ids) for e in run.heldout))
+    assert row["kl"] == pytest.approx(-1000 - sum(logps) / 2)
     assert row["entropy"] == (len(right) + 2) / 2
 
 
 def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path, monkeypatch):
-    """Whatever a run asks a player for, but for the opponent's responses and their scores, is about those prompts."""
+    """Whatever a run asks a player for, but for the opponent's responses and their scores, is about those prompts.
+
+    Iterates draw the same random numbers; the start's responses, which estimate the KL, are drawn at temperature 1.
+    """
     asked, scored = {}, {}
-    spy(monkeypatch, Work, "respond", lambda a, k: asked.setdefault(a[3], []).append([e.prompt_ids for e in a[2]]))
+    respond = inspect.signature(Work.respond)
+
+    def look(a, k):
+        call = respond.bind(*a, **k)
+        call.apply_defaults()
+        of = call.arguments
+        prompts = [e.prompt_ids for e in of["examples"]]
+        asked.setdefault(of["name"], []).append((prompts, of["seed"], of["temperature"], of["top_k"], of["top_p"]))
+
+    spy(monkeypatch, Work, "respond", look)
     spy(monkeypatch, Work, "logps", lambda a, k: scored.setdefault(a[3], []).append([item[0] for item in a[2]]))
-    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    assert spin.main(flags(start, data, tmp_path / "run", temperature=0.9)) == 0
     _, _, run = begin(start, data, tmp_path / "again")
     run = run.work
     heldout = [e.prompt_ids for e in run.heldout]
-    (generated,), (pairs,) = asked.pop("generate"), scored.pop("score")
-    colder = [f"{temperature:g}" for temperature in run.args.eval_temperatures]
-    assert asked == {"start": [heldout], "greedy": [heldout] * 2, "sampled": [heldout] * 2} | {
-        f"sampled-{temperature}": [heldout] for temperature in colder
+    ((generated, *_),), (pairs,) = asked.pop("generate"), scored.pop("score")
+    seed = run.seed(0, "evaluate")
+    assert asked == {
+        "start": [(heldout, run.seed(0, "kl"), 1.0, 0, 1.0)],
+        "greedy": [(heldout, seed, 0.0, 0, 1.0)] * 2,
+        "sampled": [(heldout, seed, 1.0, 0, 1.0)] * 2,
+        "sampled-0.8": [(heldout, seed, 0.8, 0, 1.0)],
     }
-    assert scored == {"start-logps": [heldout], "nll": [heldout] * 2, "kl": [heldout] * 2} | {
-        f"entropy-{temperature}": [heldout] for temperature in colder
-    }
+    assert scored == {
+        "start-logps": [heldout], "nll": [heldout] * 2, "kl": [heldout] * 2, "entropy-0.8": [heldout]
+    }  # fmt: skip
     assert all(prompt not in heldout for prompt in generated + pairs)
 
 
@@ -171,43 +209,49 @@ def test_the_entropy_is_that_of_the_whole_distribution():
     assert 1 < exact and abs(row["entropy"] - exact) <= 5 * row["entropy_se"] < 0.1
 
 
-def at_temperatures(rng, n, better=0.0, colder=0.0):
-    """Held-out rows, as of `answers`, of a start whose accuracy falls with entropy. Examples differ, and one of larger
-    entropy is answered better."""
+def at_temperatures(sets, n, temperatures, metric, noise, seed):
+    """Held-out rows, as of `answers`, of models at temperatures, in many data sets. The first is the temperature 1."""
+    draws = torch.randn(sets, n, len(temperatures), 2, generator=torch.Generator().manual_seed(seed))
+    entropy = 10 * torch.tensor(temperatures) + draws[..., 0]
+    sampled = metric(10 * torch.tensor(temperatures)) + noise * draws[..., 1]
 
-    def values(temperature):
-        temperature = temperature - colder
-        noise = rng.gauss(0, 0.5)
-        right = 0.9 - 0.5 * temperature**2 + better + 0.3 * noise + rng.gauss(0, 0.05)
-        return {"entropy": (3 * temperature**2 + noise, 1.0), "sampled": (right, 1.0), "sampled_error": (2.0, 4.0)}
+    def values(entropy, sampled):
+        return {"entropy": (entropy, 1.0), "sampled": (sampled, 1.0), "sampled_error": (2.0, 4.0)}
 
-    others = (0.5, 0.75, 1.2)
-    return [{"values": values(1.0), "by_temperature": {str(t): values(t) for t in others}} for _ in range(n)]
+    return [
+        [
+            {"values": values(*one), "by_temperature": {str(t): values(*o) for t, o in zip(temperatures[1:], others)}}
+            for one, *others in rows
+        ]
+        for rows in torch.stack([entropy, sampled], -1).tolist()
+    ]
 
 
-def test_a_gain_at_equal_entropy_is_what_a_lower_temperature_does_not_give():
+@pytest.mark.parametrize("gain", [0.0, 0.03])
+def test_a_gain_at_equal_entropy_is_what_a_lower_temperature_does_not_give(gain):
     """A synthetic iterate that is only colder gains nothing; the temperature of equal entropy is found."""
-    rng = random.Random(0)
-    start = at_temperatures(rng, 20_000)
-    for gain in (0.0, 0.03):
-        found = at_equal_entropy(start, at_temperatures(rng, 20_000, gain, 0.1))
-        assert found["temperature"] == pytest.approx(0.9, abs=0.01)
-        assert found["sampled"][0] == pytest.approx(gain, abs=0.02)
-        assert abs(found["sampled"][0] - gain) <= 4 * found["sampled"][1]
-        assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-12), "the same at every entropy"
-    assert at_equal_entropy(start, at_temperatures(rng, 20_000, 0.0, -0.3)) == {}, "beyond the hottest"
-    assert at_equal_entropy([{"values": row["values"]} for row in start], start) == {
-        "temperature": 1.0, "sampled": (0.0, 0.0), "sampled_error": (0.0, 0.0)
-    }, "no other temperatures, and the start itself"  # fmt: skip
+    temperatures = (1.0, 0.6, 0.8, 1.2)
+    (start,) = at_temperatures(1, 4000, temperatures, lambda entropy: 0.9 - 0.005 * entropy**2, 0.1, 0)
+    (now,) = at_temperatures(1, 4000, (0.9,), lambda entropy: 0.9 - 0.005 * entropy**2 + gain, 0.1, 1)
+    found = at_equal_entropy(start, now)
+    assert found["temperature"] == pytest.approx(0.9, abs=0.01)
+    assert abs(found["sampled"][0] - gain) <= 3 * found["sampled"][1] < 0.01
+    assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-9), "the same at every entropy"
+    assert at_equal_entropy(now, start) == {}, "beyond the only temperature"
+    unchanged = at_equal_entropy([{"values": row["values"]} for row in start], start)
+    assert unchanged == {"temperature": 1.0, "sampled": (0.0, 0.0), "sampled_error": (0.0, 0.0)}
 
 
 def test_the_standard_error_at_equal_entropy_is_the_spread():
-    """Over 200 data sets. It counts the noise of both entropies, with which accuracy is tied."""
-    rng = random.Random(1)
-    found = [at_equal_entropy(at_temperatures(rng, 200), at_temperatures(rng, 200, 0.0, 0.1)) for _ in range(200)]
-    changes, errors = zip(*(one["sampled"] for one in found))
-    spread = torch.tensor(changes).std().item()
-    assert spread == pytest.approx(sum(errors) / len(errors), rel=0.2)
+    """Over 200 data sets. The metric is flat at the iterate's entropy and steep at the start's: noise counts there."""
+
+    def metric(entropy):
+        return 0.005 * (entropy - 9) ** 3
+
+    start = at_temperatures(200, 40, (1.0, 0.6, 0.8, 1.2), metric, 0.01, 0)
+    now = at_temperatures(200, 40, (0.9,), metric, 0.01, 1)
+    changes, errors = zip(*(at_equal_entropy(*rows)["sampled"] for rows in zip(start, now)))
+    assert sum(errors) / 200 == pytest.approx(torch.tensor(changes).std().item(), rel=0.15)
 
 
 def test_a_polynomial_is_reproduced_by_interpolation():

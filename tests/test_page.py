@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -148,9 +149,11 @@ def test_the_headline_tells_changes_from_noise(tmp_path):
     run = RunFiles(write_run(tmp_path / "run", 4, 2, 2))
     assert page.headline(run) == [
         "Sampled accuracy rose from 30.0% to 34.0% (+4.0 \u00b1 0.3 points, better).",
-        "NLL did not change by more than two standard errors.",
+        "NLL did not change beyond the noise.",
         "No iterate is better by NLL.",
     ]
+    few = [row | {"examples": 2} for row in run.rows]
+    assert page.headline(SimpleNamespace(rows=few, args=run.args))[0].endswith("did not change beyond the noise.")
     run.rows[-1]["at_equal_entropy"] = {"temperature": 0.93, "sampled": [0.004, 0.003]}
     run.args |= {"best": "sampled", "iterations": 3}
     assert page.headline(run)[0] == "The run is not finished: 2 of 3 iterations."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evaluate import Row
 from report.panels import plot
-from report.tables import Table, text_of
+from report.tables import text_of
 
 METHODS = {"spin": "SPIN (self-play fine-tuning, arXiv 2401.01335)", "sft": "supervised fine-tuning"}
 RELATIVE = "a relative of SPIN (self-play fine-tuning, arXiv 2401.01335)"
@@ -84,7 +84,7 @@ def card(iterate: int, rows: list[Row], record: Row, settings: str) -> str:
         last=rows[-1]["iterate"],
         command=command,
         method=METHODS.get(command, RELATIVE),
-        facts=Table("", ["", ""], [list(fact) for fact in facts.items()]).markdown(),
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
         tables=text_of(rows),
     )
 

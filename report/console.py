@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluate import Row
-from report.tables import flat, line, metrics_of, text_of
+from report.tables import difference, flat, line, metrics_of, text_of
 
 FALL = 0.1  # Warn if held-out real responses lose more nats per token than this in one iteration.
 CUT = 0.05  # Warn if the share of responses that are cut at the length limit rises by more than this in one iteration.
@@ -39,7 +39,8 @@ class Console:
         print(f"\n{text_of(rows)}\n")
         if best:
             folder = self.out / ("final" if best == rows[-1]["iterate"] else "best")
-            print(f"Best by {name}: iterate {best} ({folder}), {change(rows[best], metric)}.")
+            change = difference(metric, rows[best]["since_start"][metric])
+            print(f"Best by {name}: iterate {best} ({folder}), {name} {change} against the start.")
         else:
             print(f"No iterate is better than the start by {name} (more than two standard errors). {REMEDY}")
         print(f"The plot is {self.out}/metrics.svg, the last iterate {self.out}/final.")
@@ -55,11 +56,6 @@ def changes(row: Row) -> list[str]:
     if equal:
         found[f"the start at temperature {equal['temperature']:.2f}, of equal entropy"] = equal
     return [f"  against {name}: {line(some, metrics_of([some]), '+')}" for name, some in found.items() if some]
-
-
-def change(row: Row, metric: str) -> str:
-    """One metric's change against the start: "sampled +2.0% \u00b1 0.3% against the start"."""
-    return f"{line(flat(row['since_start']), [metric], '+')} against the start"
 
 
 def examples(answers: Mapping[str, Sequence[Row]], width: int = 0) -> str:

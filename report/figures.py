@@ -1,4 +1,4 @@
-"""Figures as SVG, written by hand: the panels of the report page, and the same panels as files.
+"""Figures as SVG, written by hand: the panels of the report page, of metrics.svg and of model cards.
 
 Two kinds of series share one kind of panel: points with bars, and curves with bands. An axis never zooms in so far that
 noise looks like a trend: see `span`. The colours resemble those of Okabe and Ito, which colour-blind readers can tell
@@ -69,14 +69,12 @@ def bins(values: Sequence[tuple[float, float]], width: float) -> list[Mark]:
     return [Mark(statistics.fmean(xs), statistics.fmean(ys), (min(ys), max(ys))) for xs, ys in columns]
 
 
-def quantiles(x: float, values: Sequence[float], fmt: str) -> list[Mark]:
-    """The median with a bar over 90% of the values, which is thick over half of them; [] if there are none."""
-    if not values:
-        return []
+def quantiles(x: float, values: Sequence[float], fmt: str) -> Mark:
+    """The median with a bar over 90% of the values, which is thick over half of them."""
     values = sorted(values)
     low, first, middle, third, high = (values[round(q * (len(values) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95))
     note = f"median {middle:{fmt}}, half of all {first:{fmt}} to {third:{fmt}}, 90% {low:{fmt}} to {high:{fmt}}"
-    return [Mark(x, middle, (low, high), (first, third), note)]
+    return Mark(x, middle, (low, high), (first, third), note)
 
 
 def span(panel: Panel) -> tuple[float, float]:
@@ -98,8 +96,8 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def svg(panel: Panel, standalone: bool = False) -> str:
-    """A panel as an SVG element, or as an SVG file of its own if `standalone`."""
+def svg(panel: Panel) -> str:
+    """A panel as an SVG element, which is also a file of its own."""
     (x0, x1), (y0, y1) = panel.x, span(panel)
     pad = 2 if all(series.curve for series in panel.series) else 18
 
@@ -107,13 +105,12 @@ def svg(panel: Panel, standalone: bool = False) -> str:
         return LEFT + pad + (RIGHT - LEFT - 2 * pad) * (x - x0) / ((x1 - x0) or 1)
 
     def py(y: float) -> float:
-        return TOP + (BOTTOM - TOP) * (y1 - min(max(y, y0), y1)) / (y1 - y0)
+        return TOP + (BOTTOM - TOP) * (y1 - y) / (y1 - y0)
 
     direction = {1: "\u2191 better", -1: "\u2193 better"}.get(panel.better, "")
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{panel.name}. {panel.note}")}"'
     parts = [
         f'<svg class="panel" xmlns="http://www.w3.org/2000/svg" {size} {FONT} font-size="11">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>' if standalone else "",
         f'<text x="6" y="14" font-size="13" font-weight="bold">{escape(panel.name)}</text>',
         f'<text x="{RIGHT}" y="14" text-anchor="end" class="dim">{direction}</text>',
         f'<text x="6" y="30" class="dim">{escape(panel.note)}</text>',
@@ -129,64 +126,48 @@ def svg(panel: Panel, standalone: bool = False) -> str:
         if x == int(x) or not panel.whole:
             parts.append(f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.6g}</text>')
     for n, series in enumerate(panel.series):
-        number, colour = series.colour % len(COLOURS), COLOURS[series.colour % len(COLOURS)]
-        beside = (n - (len(panel.series) - 1) / 2) * 6 if panel.whole else 0.0  # bars of several runs
-        drawn = _curve(series, px, py) if series.curve else _points(series, lambda x, d=beside: px(x) + d, py)
-        parts.append(f'<g class="s{number}" fill="{colour}" stroke="{colour}">{drawn}</g>')
+        points = panel.whole and not series.curve  # Those of several runs are drawn beside each other.
+        beside = (n - (len(panel.series) - 1) / 2) * 6 if points else 0.0
+        parts.append(drawn(series, lambda x, beside=beside: px(x) + beside, py))
     return "".join(parts) + "</svg>"
 
 
-def _points(series: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """Markers with bars, joined by a line."""
-    parts = [_path(series, [(px(mark.x), py(mark.y)) for mark in series.marks], 1.5)]
-    for mark in series.marks:
+def drawn(series: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
+    """A line through the values, with a band between the ends of their bars, or with the bars and markers."""
+    marks, number = series.marks, series.colour % len(COLOURS)
+    dash = DASHES[series.colour % len(DASHES)]
+    line = "L".join(f"{px(mark.x):.1f} {py(mark.y):.1f}" for mark in marks)
+    parts = [f'<path d="M{line}" fill="none" stroke-width="1.5" stroke-dasharray="{dash}"/>']
+    if series.curve:
+        ends = [(mark.x, mark.bar[1]) for mark in marks if mark.bar]
+        ends += [(mark.x, mark.bar[0]) for mark in reversed(marks) if mark.bar]
+        around = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in ends)
+        parts += [f'<path d="M{around}z" stroke="none" opacity="0.22"/>'] if ends else []
+    for mark in [] if series.curve else marks:
         x = px(mark.x)
-        if mark.bar and mark.bar[1] > mark.bar[0]:
+        if mark.bar:
             low, high = map(py, mark.bar)
             ends = "" if mark.thick else f"M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
             parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}{ends}" fill="none" stroke-width="1.5"/>')
         if mark.thick:
             low, high = map(py, mark.thick)
             parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke-width="6" opacity="0.4"/>')
-        title = f"<title>{escape(mark.note)}</title>" if mark.note else ""
-        shape = MARKERS[series.colour % len(MARKERS)]
+        shape, title = MARKERS[series.colour % len(MARKERS)], f"<title>{escape(mark.note)}</title>"
         parts.append(f'<path d="M{x:.1f} {py(mark.y):.1f}{shape}" stroke="none">{title}</path>')
-    return "".join(parts)
+    return f'<g class="s{number}" fill="{COLOURS[number]}" stroke="{COLOURS[number]}">{"".join(parts)}</g>'
 
 
-def _curve(series: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """A line through the values, and a band between the ends of their bars."""
-    line = _path(series, [(px(mark.x), py(mark.y)) for mark in series.marks], 1.3)
-    band = [mark for mark in series.marks if mark.bar and mark.bar[1] > mark.bar[0]]
-    if not band:
-        return line
-    ends = [(mark.x, mark.bar[1]) for mark in band] + [(mark.x, mark.bar[0]) for mark in reversed(band)]
-    around = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in ends)
-    return f'<path d="M{around}z" stroke="none" opacity="0.22"/>{line}'
-
-
-def _path(series: Series, places: Sequence[tuple[float, float]], width: float) -> str:
-    dash = DASHES[series.colour % len(DASHES)]
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    return f'<path d="M{line}" fill="none" stroke-width="{width}"{dashed}/>'
-
-
-def sheet(title: str, panels: Iterable[Panel], names: Sequence[str] = ()) -> str:
-    """All panels in one SVG file, with a legend for several runs of the given names."""
+def sheet(title: str, panels: Iterable[Panel]) -> str:
+    """All panels in one SVG file."""
     placed = []
     for i, panel in enumerate(panels):
-        left, top = i % COLUMNS * WIDTH, 50 + i // COLUMNS * HEIGHT
+        left, top = i % COLUMNS * WIDTH, 40 + i // COLUMNS * HEIGHT
         place = f'x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}"'
         placed.append(svg(panel).replace("<svg ", f"<svg {place} ", 1))
-    width, height = COLUMNS * WIDTH, 56 - (-len(placed) // COLUMNS) * HEIGHT
-    legend = []
-    for n, name in enumerate(names):
-        x, colour = 10 + n * width // len(names), COLOURS[n % len(COLOURS)]
-        legend.append(f'<text x="{x}" y="42" fill="{colour}">\u25a0 {escape(name)}</text>')
+    width, height = COLUMNS * WIDTH, 46 - (-len(placed) // COLUMNS) * HEIGHT
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT} font-size="12">'
         f'<rect width="100%" height="100%" fill="white"/><text x="10" y="24" font-size="16">{escape(title)}</text>'
-        f"{''.join(legend + placed)}</svg>\n"
+        f"{''.join(placed)}</svg>\n"
     )

@@ -4,6 +4,7 @@ The page is one file that loads nothing. Prompts, responses and options may hold
 through Jinja's autoescape or `html.escape`, and the content security policy forbids every request.
 """
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -17,15 +18,15 @@ from markupsafe import Markup
 from evaluate import Row, best_of, column, verdict
 from report import console
 from report.figures import svg
-from report.files import RunFiles, flag_of, load
+from report.files import RunFiles, load
 from report.panels import figures, plot
 from report.tables import Table, difference, held_out, plain, signals, telling, title_of
 
-PAGE = 950_000  # the most bytes of a page
-PROMPTS = 1000  # the most prompts in the table of responses
+PROMPTS = 300  # the most prompts in the table of responses
 TEXT = 2000  # the most characters of a text on the page
 LEAST = -9.0  # log-probability of a token with the strongest shade
 KINDS = {"better": "got better", "worse": "got worse", "changed": "changed", "same": "unchanged"}
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {127: "\u2421"}
 
 
 class Page:
@@ -53,43 +54,32 @@ class Page:
         self.iterate(rows, {}, "")
 
 
-# ---------------------------------------------------------------- what happened, in words
-
-
 def headline(run: RunFiles) -> list[str]:
     """Sentences: which metrics changed beyond the noise (`verdict`), which did not, and the best iterate."""
     if not run.rows:
         return ["No iterate has been evaluated yet."]
     first, last, names = run.rows[0], run.rows[-1], telling(run.rows)
-    if not last["iterate"]:
-        values = ", ".join(f"{title_of(name)} {plain(first, name)}" for name in names)
-        return [f"Only the start has been evaluated: {values}"]
-    done, total = last["iterate"], run.args.get("iterations")
+    if len(run.rows) == 1:
+        return [f"Only the start has been evaluated: {', '.join(f'{title_of(n)} {plain(first, n)}' for n in names)}."]
+    done, total, metric = last["iterate"], run.args["iterations"], run.args["best"]
     sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []
-    values = {name: f"from {plain(first, name)} to {plain(last, name)}" for name in names}
-    moved, still = [], []
+    beyond, within = [], []
     for name in [name for name in names if column(name).better]:
-        change, error = last["since_start"][name]
         judged = {1: "better", -1: "worse"}.get(verdict(last, name))
-        if not judged:
-            still.append(title_of(name))
-            continue
-        word = "rose" if change > 0 else "fell"
-        moved.append(f"{title_of(name)} {word} {values[name]} ({difference(name, change, error)}, {judged})")
-    sentences += [f"{capital('; '.join(moved))}."] if moved else []
-    sentences += [f"{capital(', '.join(still))} did not change beyond the noise."] if still else []
+        if judged:
+            change = f"{difference(name, last['since_start'][name])}, {judged}"
+            beyond.append(f"{title_of(name)} from {plain(first, name)} to {plain(last, name)} ({change})")
+        else:
+            within.append(title_of(name))
+    sentences += [f"Changed beyond the noise: {'; '.join(beyond)}."] if beyond else []
+    sentences += [f"Not changed beyond the noise: {', '.join(within)}."] if within else []
     equal = last.get("at_equal_entropy")
     if equal:
-        leads = ", ".join(f"{title_of(n)} {difference(n, *lead)}" for n, lead in equal.items() if n != "temperature")
+        leads = ", ".join(f"{title_of(n)} {difference(n, lead)}" for n, lead in equal.items() if n != "temperature")
         start = f"the start at temperature {equal['temperature']:.2f}, which has the same entropy"
         sentences.append(f"Against {start}: {leads}.")
-    metric = run.args.get("best", "nll")
     best, name = best_of(run.rows, metric), title_of(metric)
     return [*sentences, f"The best iterate by {name} is {best}." if best else f"No iterate is better by {name}."]
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 # ---------------------------------------------------------------- responses
@@ -104,15 +94,11 @@ def kind_of(first: Row, last: Row) -> str:
 
 
 def visible(text: Any) -> str:
-    """A text, or any other value, without what breaks a page.
-
-    Control characters become their pictures, lone surrogates question marks.
-    """
+    """A text, or any other value as JSON, cut, with pictures in place of control characters, which break a page."""
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
     if len(text) > TEXT:
         text = f"{text[:TEXT]} [... {len(text) - TEXT:,} more characters]"
-    pictures = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {127: "\u2421"}
-    return text.translate(pictures).encode("utf-8", "replace").decode()
+    return text.translate(PICTURES)
 
 
 def encoded(pieces: Sequence[tuple[str, float]], text: str) -> str:
@@ -136,9 +122,8 @@ def answer(who: str, text: str, tokens: str = "", logp: str = "", right: bool = 
     return {"who": who, "text": visible(text), "tokens": tokens, "logp": logp, "right": right}
 
 
-def block(said: Mapping[str, Row]) -> dict[str, Any]:
+def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
     """A prompt with its reference and the responses. Equal responses one after the other share a line."""
-    names, rows = list(said), list(said.values())
     first, last = rows[0], rows[-1]
     pieces = last["tokens"]["real"]
     real = "".join(piece for piece, _ in pieces).strip()
@@ -146,30 +131,27 @@ def block(said: Mapping[str, Row]) -> dict[str, Any]:
     answers = [answer("reference", real, encoded(pieces, real), f"{-before:.2f} \u2192 {-after:.2f}")]
     others = [text for text in first["references"] if text != real]
     answers += [answer("also right", " | ".join(others))] if others else []
-    since = 0  # the first of those with the same response
-    for n, row in enumerate(rows):
-        text, pieces = row["greedy"], row["tokens"]["greedy"]
-        if n + 1 < len(rows) and rows[n + 1]["greedy"] == text:
-            continue
-        who = names[n] if n == since else f"{names[since]} \u2026 {names[n]}"
+    for text, group in itertools.groupby(zip(names, rows), lambda said: said[1]["greedy"]):
+        group = list(group)
+        pieces = group[-1][1]["tokens"]["greedy"]
         tokens = encoded(pieces, text)
         logp = f"{sum(logp for _, logp in pieces):.2f}" if tokens else ""
+        who = " \u2026 ".join(dict.fromkeys([group[0][0], group[-1][0]]))
         answers.append(answer(who, text, tokens, logp, text in first["references"]))
-        since = n + 1
     kind = kind_of(first, last)
     return {"prompt": visible(first["prompt"]), "kind": kind, "change": before - after, "answers": answers}
 
 
-def responses(runs: Sequence[RunFiles]) -> dict[str, list[Row]]:
-    """The rows to show side by side: those of a run's iterates, or of the last iterates of several runs.
+def responses(runs: Sequence[RunFiles]) -> tuple[list[str], list[tuple[Row, ...]]]:
+    """Names, and for every prompt as many rows: of a run's iterates, or of the last iterates of several runs.
 
-    {} if the runs were evaluated on different prompts.
+    There are no rows if the runs were evaluated on different prompts.
     """
-    if len(runs) == 1:
-        return {f"iterate {t}" if t else "start": rows for t, rows in runs[0].heldout.items()}
-    last = {run.name: run.heldout[max(run.heldout)] for run in runs if run.heldout}
-    prompts = [[row["prompt"] for row in rows] for rows in last.values()]
-    return last if all(some == prompts[0] for some in prompts) else {}
+    said = {f"iterate {t}" if t else "start": rows for t, rows in enumerate(runs[0].heldout)}
+    if len(runs) > 1:
+        said = {run.name: run.heldout[-1] for run in runs if run.heldout}
+    prompts = [[row["prompt"] for row in rows] for rows in said.values()]
+    return list(said), list(zip(*said.values())) if all(some == prompts[0] for some in prompts) else []
 
 
 # ---------------------------------------------------------------- tables
@@ -177,33 +159,26 @@ def responses(runs: Sequence[RunFiles]) -> dict[str, list[Row]]:
 
 def times_table(run: RunFiles) -> Table:
     """Seconds and peak memory of every phase by iterate."""
-    phases = list(dict.fromkeys(phase for row in run.times.values() for phase in row["seconds"]))
+    phases = list(dict.fromkeys(phase for row in run.times for phase in row["seconds"]))
     lines = []
-    for t, row in sorted(run.times.items()):
+    for row in run.times:
         cells = {phase: f"{s:.1f} s, {row['memory'][phase] / 2**20:,.0f} MiB" for phase, s in row["seconds"].items()}
-        lines.append([str(t), *(cells.get(phase, "-") for phase in phases)])
+        lines.append([str(row["iterate"]), *(cells.get(phase, "-") for phase in phases)])
     return Table("", ["iterate", *phases], lines)
 
 
 def settings_table(runs: Sequence[RunFiles]) -> Table:
     """Options, hashes and environment of all runs."""
-
-    def flat(run: RunFiles) -> dict[str, str]:
-        values = {flag_of(name): value for name, value in run.args.items()}
-        values |= {f"sha256 of {name}": value for name, value in run.record.get("digests", {}).items()}
+    found = []
+    for run in runs:
+        values = {f"--{name.replace('_', '-')}": value for name, value in run.args.items()}
+        values |= {f"sha256 of {name}": value for name, value in run.record["digests"].items()}
         values |= {name: run.record.get(name) for name in ("command", "torch", "ranks", "revision", "template")}
-        values["machine"] = list(dict.fromkeys(row["machine"] for row in run.times.values()))
-        return {name: text_of(value) for name, value in values.items()}
-
-    found = [flat(run) for run in runs]
+        values["machine"] = ", ".join(dict.fromkeys(row["machine"] for row in run.times))
+        found.append({name: visible(value) for name, value in values.items()})
     names = dict.fromkeys(name for values in found for name in values)
     lines = [[name, *(values.get(name, "-") for values in found)] for name in names]
     return Table("", ["", *(run.name for run in runs)], lines)
-
-
-def text_of(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-    return visible(text)[:500]
 
 
 # ---------------------------------------------------------------- the page
@@ -216,41 +191,29 @@ def page(folders: Iterable[Path]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    panels = {name: [Markup(svg(one)) for one in some] for name, some in figures(runs).items()}
-    said = responses(runs)
-    count = min(map(len, said.values()), default=0)
-    kinds = [kind_of(*(list(said.values())[n][i] for n in (0, -1))) for i in range(count)]
+    names, prompts = responses(runs)
+    kinds = [kind_of(rows[0], rows[-1]) for rows in prompts]
+    changed_first = sorted(range(len(prompts)), key=lambda i: kinds[i] == "same")[:PROMPTS]
     settings = settings_table(runs)
-    missing = [f"{run.name}: {line}" for run in runs for line in run.missing]  # known once the files are read
-    if not said and any(run.heldout for run in runs):
-        missing.append("the responses side by side: the runs were evaluated on different prompts")
     values = {
         "runs": [(run.name, headline(run), warnings(run)) for run in runs],
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        "panels": panels,
+        "panels": {name: [Markup(svg(one)) for one in panels] for name, panels in figures(runs).items()},
         "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
         "signals": [(run.name, [signals(run.rows)]) for run in runs],
         "times": [(run.name, [times_table(run)]) for run in runs if run.times],
         "settings": settings,
         "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
-        "commands": [(run.name, visible(run.command)) for run in runs],
+        "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
         "kinds": [(kind, name, Counter(kinds)[kind]) for kind, name in KINDS.items()],
-        "count": count,
-        "missing": missing,
         "kind_names": KINDS,
+        "count": len(prompts),
+        "blocks": [block(names, prompts[i]) for i in changed_first],
     }
-    template = environment.get_template("page.html")
-    without = template.make_module(values | {"blocks": []})
-    blocks: list[Markup] = []
-    left = PAGE - len(str(without).encode("utf-8", "replace"))
-    for i in sorted(range(count), key=lambda i: (kinds[i] == "same", i))[:PROMPTS]:  # the changed ones first
-        blocks.append(without.prompt_block(block({who: rows[i] for who, rows in said.items()})))
-        left -= len(blocks[-1].encode())
-    while left < 0:
-        left += len(blocks.pop().encode())
-    return template.render(values, blocks=blocks).encode("utf-8", "replace").decode()
+    text = environment.get_template("page.html").render(values)
+    return text.encode("utf-8", "replace").decode()  # A lone surrogate becomes a question mark.
 
 
 def warnings(run: RunFiles) -> list[str]:
     """Signs of degeneration in any iterate."""
-    return [text for n in range(2, len(run.rows) + 1) for text in console.warnings(run.rows[:n])]
+    return [text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])]

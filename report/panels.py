@@ -1,6 +1,6 @@
 """The panels of the report page, of metrics.svg and of model cards: values by iterate, and curves by step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from evaluate import COLUMNS, Row, column, interpolation
@@ -9,61 +9,75 @@ from report.files import RunFiles
 from report.tables import difference, plain, telling, title_of
 
 NOISE = 12.0  # The axis of a metric spans at least this many paired standard errors.
+DISTRIBUTIONS = {  # (note, format) by title
+    "log-ratio, real": ("log p(real) \u2212 the start's, nats", ".2f"),
+    "log-ratio, generated": ("the same for the start's own response, nats", ".2f"),
+    "held-out margin": ("the first minus the second, nats", ".2f"),
+    "length, real": ("tokens of a pair's response", ".0f"),
+    "length, generated": ("tokens of a pair's response", ".0f"),
+    "log p per token, real": ("before the iteration, nats", ".2f"),
+    "log p per token, generated": ("before the iteration, nats", ".2f"),
+}
+SHARES: dict[str, Callable[[Row], float]] = {
+    "identical to the real": lambda row: row["identical"] / row["generated"],
+    "dropped": lambda row: 1 - row["pairs"] / row["generated"],
+    "truncated": lambda row: row["truncated"],
+}
 
-Rows = Mapping[str, Sequence[Row]]  # rows of metrics.jsonl by the run's name
+Runs = Sequence[Sequence[Row]]  # rows of metrics.jsonl of each run
 
 
 def panel(title: str, marks: Iterable[list[Mark]], fmt: str, curve: bool = False, **facts: Any) -> Panel:
     """A panel of each run's marks. Runs without marks keep their colours."""
     series = [Series(some, n, curve) for n, some in enumerate(marks) if some]
+    facts = {"x": (0, max([1, *(mark.x for one in series for mark in one.marks)]))} | facts
     return Panel(title, series, fmt.replace("d", ".3g"), **facts)
 
 
 def measured(x: float, y: float, error: float, note: str) -> Mark:
-    return Mark(x, y, (y - error, y + error), note=note)
+    return Mark(x, y, (y - error, y + error) if error else (), note=note)
 
 
 # ---------------------------------------------------------------- by iterate
 
 
-def metric_panel(name: str, runs: Rows) -> Panel:
+def metric_panel(name: str, runs: Runs) -> Panel:
     """A held-out metric. A bar is one paired standard error of the change from the start."""
 
     def mark_of(row: Row) -> Mark:
         change = row.get("since_start", {}).get(name)
         note = f"iterate {row['iterate']}: {plain(row, name)}"
-        note += f", {difference(name, *change)} against the start" if change else ""
+        note += f", {difference(name, change)} against the start" if change else ""
         return measured(row["iterate"], row[name], change[1] if change else 0.0, note)
 
-    every = [[row for row in rows if name in row] for rows in runs.values()]
-    marks = [[mark_of(row) for row in rows] for rows in every]
-    paired = max(mark.bar[1] - mark.y for some in marks for mark in some)
-    single = max(row.get(f"{name}_se", 0.0) for rows in every for row in rows)
+    first, last = runs[0][0], runs[0][-1]
     note = ""
-    if len(runs) == 1 and name in every[0][-1].get("since_start", {}):
-        change = difference(name, *every[0][-1]["since_start"][name])
-        note = f"{plain(every[0][0], name)} \u2192 {plain(every[0][-1], name)} ({change})"
-    facts = {"better": column(name).better, "note": note, "least": NOISE * (paired or single / 2)}
-    return panel(title_of(name), marks, column(name).format, **facts)
+    if len(runs) == 1 and name in last.get("since_start", {}):
+        note = f"{plain(first, name)} \u2192 {plain(last, name)} ({difference(name, last['since_start'][name])})"
+    return judged(name, title_of(name), [[mark_of(row) for row in rows if name in row] for rows in runs], note)
 
 
-def equal_entropy_panel(name: str, runs: Rows) -> Panel:
+def equal_entropy_panel(name: str, runs: Runs) -> Panel:
     """How much better a sampled metric is than that of the start at the temperature of equal entropy."""
 
     def mark_of(row: Row) -> Mark:
         equal = row["at_equal_entropy"]
-        note = f"iterate {row['iterate']}: {difference(name, *equal[name])}; start at {equal['temperature']:.2f}"
+        note = f"iterate {row['iterate']}: {difference(name, equal[name])}; start at {equal['temperature']:.2f}"
         return measured(row["iterate"], *equal[name], note)
 
-    every = [[row for row in rows if name in row.get("at_equal_entropy", {})] for rows in runs.values()]
+    every = [[row for row in rows if name in row.get("at_equal_entropy", {})] for rows in runs]
     marks = [[Mark(0, 0.0, note="the start"), *map(mark_of, rows)] for rows in every]
-    change, error = next(rows for rows in every if rows)[-1]["at_equal_entropy"][name]
-    note = "change from the start" + (f": {difference(name, change, error)}" if len(runs) == 1 else "")
-    facts = {"better": column(name).better, "note": note, "least": NOISE * error}
-    return panel(f"{name.replace('_', ' ')}, equal entropy", marks, column(name).format, **facts)
+    note = f": {difference(name, every[0][-1]['at_equal_entropy'][name])}" if len(runs) == 1 else ""
+    return judged(name, f"{name.replace('_', ' ')}, equal entropy", marks, f"change from the start{note}")
 
 
-def frontier_panel(name: str, runs: Rows) -> Panel:
+def judged(name: str, title: str, marks: Sequence[list[Mark]], note: str) -> Panel:
+    """A panel of a metric, on an axis that keeps noise small."""
+    error = max((mark.bar[1] - mark.y for some in marks for mark in some if mark.bar), default=0.0)
+    return panel(title, marks, column(name).format, better=column(name).better, note=note, least=NOISE * error)
+
+
+def frontier_panel(name: str, runs: Runs) -> Panel:
     """A sampled metric against entropy: the start at all temperatures, and the path of the iterates at temperature 1.
 
     An iterate has learned something if it is on the better side of the start's line. A bar is the standard error of
@@ -74,9 +88,9 @@ def frontier_panel(name: str, runs: Rows) -> Panel:
         error = row.get("at_equal_entropy", {}).get(name, (0.0, 0.0))[1]
         return measured(row["entropy"], row[name], error, f"iterate {row['iterate']}")
 
-    marks = [[mark_of(row) for row in rows if name in row] for rows in runs.values()]
+    marks = [[mark_of(row) for row in rows if name in row] for rows in runs]
     xs = [mark.x for some in marks for mark in some]
-    lines = [rows[0].get("frontier", []) for rows in runs.values() if name in rows[0]]
+    lines = [rows[0]["frontier"] for rows in runs if rows and name in rows[0]]
     lines = [near([(p["entropy"], p[name]) for p in line], xs) for n, line in enumerate(lines) if line not in lines[:n]]
     xs += [mark.x for line in lines for mark in line]
     note = "entropy in nats; grey: the start by temperature"
@@ -91,7 +105,7 @@ def near(line: Sequence[tuple[float, float]], xs: Sequence[float]) -> list[Mark]
 
     There is no such line if there is one point only, or if two have the same x.
     """
-    if len(line) < 2 or len({x for x, _ in line}) < len(line):
+    if len({x for x, _ in line}) < max(len(line), 2):
         return []
     places, values = zip(*sorted(line))
     low = max([x for x in places if x < min(xs)], default=places[0])
@@ -100,75 +114,44 @@ def near(line: Sequence[tuple[float, float]], xs: Sequence[float]) -> list[Mark]
     return [Mark(x, sum(w * y for w, y in zip(interpolation(x, places), values))) for x in steps]
 
 
+def distributions(run: RunFiles) -> Iterator[tuple[str, int, list[float]]]:
+    """(title, iterate, values) of held-out responses against the start, and of the pairs that made the iterate."""
+    for t, rows in enumerate(run.heldout):
+        values = [(old["values"], now["values"]) for old, now in zip(run.heldout[0], rows)] if t else []
+        real = [old["nll"][0] - now["nll"][0] for old, now in values]
+        generated = [-now["kl"][0] for _, now in values]
+        yield "log-ratio, real", t, real
+        yield "log-ratio, generated", t, generated
+        yield "held-out margin", t, [a - b for a, b in zip(real, generated)]
+    for t, pairs in enumerate(run.pairs, 1):
+        reals = [(pair["real_ids"], pair["opponent_real_logp"]) for pair in pairs]
+        several = [(pair["generated_ids"], pair["opponent_generated_logps"]) for pair in pairs]
+        yield "length, real", t, [len(ids) for ids, _ in reals]
+        yield "length, generated", t, [len(ids) for responses, _ in several for ids in responses]
+        yield "log p per token, real", t, [logp / len(ids) for ids, logp in reals if logp is not None]
+        yield "log p per token, generated", t, [logp / len(ids) for some in several for ids, logp in zip(*some)]
+
+
 def distribution_panels(runs: Sequence[RunFiles]) -> list[Panel]:
-    """Log-ratios of held-out responses, and lengths and the opponent's log-probabilities of pairs."""
-    notes = {
-        "log-ratio, real": "log p(real) \u2212 the start's, nats",
-        "log-ratio, generated": "the same for the start's own response, nats",
-        "held-out margin": "the first minus the second, nats",
-    }
-    every: dict[str, list[list[Mark]]] = {name: [[] for _ in runs] for name in notes}
+    """The distributions, and shares of an iteration's generated responses."""
+    every = {title: [[] for _ in runs] for title in DISTRIBUTIONS}
     for n, run in enumerate(runs):
-        for t in [t for t in run.heldout if t and 0 in run.heldout]:
-            values = [(old["values"], now["values"]) for old, now in zip(run.heldout[0], run.heldout[t])]
-            real = [old["nll"][0] - now["nll"][0] for old, now in values]
-            generated = [-now["kl"][0] for _, now in values]
-            margins = [a - b for a, b in zip(real, generated)]
-            for marks, some in zip(every.values(), (real, generated, margins)):
-                marks[n] += quantiles(t, some, ".2f")
-    panels = [panel(name, marks, ".2f", note=notes[name], least=1.0) for name, marks in every.items()]
-    return panels + (pair_panels(runs[0]) if len(runs) == 1 else []) + share_panels(runs)
-
-
-def pair_panels(run: RunFiles) -> list[Panel]:
-    """Real responses in the first colour and generated ones in the second."""
-    lengths: list[list[Mark]] = [[], []]
-    logps: list[list[Mark]] = [[], []]
-    for t, rows in run.pairs.items():
-        responses = [[(row["real_ids"], row.get("opponent_real_logp")) for row in rows], generated_responses(rows)]
-        for n, some in enumerate(responses):
-            lengths[n] += quantiles(t + 1, [len(ids) for ids, _ in some], ".0f")
-            logps[n] += quantiles(t + 1, [logp / len(ids) for ids, logp in some if logp is not None], ".2f")
-    return [
-        panel("length", lengths, ".0f", note="tokens of a pair's responses"),
-        panel("log p per token", logps, ".2f", note="before the iteration, nats"),
-    ]
-
-
-def generated_responses(pairs: Sequence[Row]) -> list[tuple[list[int], float | None]]:
-    """(ids, the opponent's log-probability or None) of all generated responses."""
-    found = []
-    for row in pairs:
-        several = row["generated_ids"]
-        found += zip(several, row.get("opponent_generated_logps") or [None] * len(several))
-    return found
-
-
-def share_panels(runs: Sequence[RunFiles]) -> list[Panel]:
-    """Shares of an iteration's generated responses."""
-    shares: dict[str, Callable[[Row], float]] = {
-        "identical to the real": lambda row: row["identical"] / row["generated"],
-        "dropped": lambda row: 1 - row["pairs"] / row["generated"],
-        "truncated": lambda row: row["truncated"],
-    }
+        for title, t, values in distributions(run):
+            every[title][n] += [quantiles(t, values, DISTRIBUTIONS[title][1])] if values else []
     panels = []
-    for name, share in shares.items():
-        every = []
-        for run in runs:
-            values = [(row["iterate"], share(row)) for row in run.rows if row.get("generated")]
-            every.append([Mark(x, y, note=f"{y:.2%}") for x, y in values])
-        panels.append(panel(name, every, ".1%", note="share of generated responses", least=0.05))
-    return panels
+    for title, marks in every.items():
+        note, fmt = DISTRIBUTIONS[title]
+        panels.append(panel(title, marks, fmt, note=note, least=1.0))
+    generated = [[row for row in run.rows if row.get("generated")] for run in runs]
+    note = "share of generated responses"
+    return panels + [value_panel(*share, generated, ".1%", note=note, least=0.05) for share in SHARES.items()]
 
 
-def signal_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Training signals by iterate, but for counts."""
-    panels = []
-    for name, one in COLUMNS.items():
-        if one.kind == "signal" and one.format != "d":
-            marks = [Mark(row["iterate"], row[name]) for row in rows if row.get(name) is not None]
-            panels.append(panel(title_of(name), [marks], one.format))
-    return panels
+def value_panel(title: str, value: Callable[[Row], float | None], runs: Runs, fmt: str, **facts: Any) -> Panel:
+    """A number without an error, of the rows that have it."""
+    found = [[(row["iterate"], value(row)) for row in rows] for rows in runs]
+    marks = [[Mark(x, y, note=f"{y:{fmt}}") for x, y in some if y is not None] for some in found]
+    return panel(title, marks, fmt, **facts)
 
 
 # ---------------------------------------------------------------- by step
@@ -176,57 +159,48 @@ def signal_panels(rows: Sequence[Row]) -> list[Panel]:
 
 def step_panels(runs: Sequence[RunFiles]) -> list[Panel]:
     """Training signals by step, one iteration after the other."""
-    lengths = [[len(steps) for steps in run.steps.values()] for run in runs]
-    total = max((sum(some) for some in lengths), default=0)
-    if not total:
-        return []
-    starts = [sum(lengths[0][:t]) for t in range(len(lengths[0]))]
-    lines = [(start, f"iteration {t}" if len(starts) < 6 else str(t)) for t, start in enumerate(starts)]
-    lines = lines if all(some == lengths[0][: len(some)] for some in lengths) else []
-    rows = [[row for steps in run.steps.values() for row in steps] for run in runs]
-    found = dict.fromkeys(name for some in rows for name in (some or [{}])[0])
-    known = [name for name in COLUMNS if name in found]
-    others = [name for name in found if name not in (*COLUMNS, "iteration", "step", "skipped")]
+    every = [[row for rows in run.steps for row in rows] for run in runs]
+    total = max(map(len, every))
+    lines = []
+    if len(runs) == 1:
+        starts = [(t, sum(map(len, runs[0].steps[:t]))) for t, rows in enumerate(runs[0].steps) if rows]
+        lines = [(start, f"iteration {t}" if len(starts) < 6 else str(t)) for t, start in starts]
     panels = []
-    for name in known + others:
-        values = [[(i, row.get(name)) for i, row in enumerate(some, 1)] for some in rows]
-        marks = [bins([(x, y) for x, y in some if y is not None], total / BINS * len(runs)) for some in values]
-        panels.append(panel(title_of(name), marks, column(name).format, curve=True, x=(0, total), lines=lines))
+    for name in dict.fromkeys(name for rows in every if rows for name in rows[0]):
+        if name not in ("iteration", "step", "skipped"):
+            values = [[(i, row[name]) for i, row in enumerate(rows, 1) if row.get(name) is not None] for rows in every]
+            marks = [bins(some, total / BINS * len(runs)) for some in values]
+            panels.append(panel(title_of(name), marks, column(name).format, True, x=(0, total), lines=lines))
     return panels
 
 
 # ---------------------------------------------------------------- all of them
 
 
-def by_iterate(panels: Iterable[Panel], last: int) -> list[Panel]:
-    """The panels that show anything, on axes from the start to the last iterate."""
-    shown = [one for one in panels if one.series]
-    for one in shown:
-        one.x = (0, max(last, 1))
-    return shown
-
-
-def held_out_panels(runs: Rows) -> list[Panel]:
+def held_out_panels(runs: Runs) -> list[Panel]:
     """All held-out metrics, and their gains at equal entropy."""
-    names = dict.fromkeys(name for rows in runs.values() for name in telling(rows))
-    rows = [row for rows in runs.values() for row in rows]
-    equal = [name for name in names if any(name in row.get("at_equal_entropy", {}) for row in rows)]
+    names = dict.fromkeys(name for rows in runs for name in telling(rows))
+    equal = [name for name in names if any(name in row.get("at_equal_entropy", {}) for rows in runs for row in rows)]
     return [metric_panel(name, runs) for name in names] + [equal_entropy_panel(name, runs) for name in equal]
 
 
 def figures(runs: Sequence[RunFiles]) -> dict[str, list[Panel]]:
     """All panels of the page by section."""
-    last = max(run.last for run in runs)
-    rows = {run.name: run.rows for run in runs if run.rows}
-    sampled = dict.fromkeys(name for some in rows.values() for name in telling(some) if name.startswith("sampled"))
+    rows = [run.rows for run in runs]
+    sampled = dict.fromkeys(name for some in rows for name in telling(some) if name.startswith("sampled"))
     frontiers = [frontier_panel(name, rows) for name in sampled]
-    return {
-        "metrics": by_iterate(held_out_panels(rows), last) + [one for one in frontiers if one.series[0].curve],
-        "training": [one for one in step_panels(runs) if one.series],
-        "distributions": by_iterate(distribution_panels(runs), last),
+    sections = {
+        "metrics": held_out_panels(rows) + [one for one in frontiers if one.series[0].curve],
+        "training": step_panels(runs),
+        "distributions": distribution_panels(runs),
     }
+    return {name: [one for one in panels if one.series] for name, panels in sections.items()}
 
 
 def plot(rows: Sequence[Row], title: str) -> str:
     """metrics.svg: held-out metrics and training signals by iterate."""
-    return sheet(title, by_iterate(held_out_panels({"": rows}) + signal_panels(rows), rows[-1]["iterate"]))
+    panels = held_out_panels([rows])
+    for name, one in COLUMNS.items():
+        if one.kind == "signal" and one.format != "d":
+            panels.append(value_panel(title_of(name), lambda row, name=name: row.get(name), [rows], one.format))
+    return sheet(title, [one for one in panels if one.series])

@@ -21,10 +21,6 @@ class Table:
         aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
         return "\n".join([self.title, *aligned] if self.title else aligned)
 
-    def markdown(self) -> str:
-        lines = [self.heads, ["---"] * len(self.heads), *self.rows]
-        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
 
 def table_of(title: str, rows: Sequence[Row], names: Sequence[str], sign: str = "") -> Table:
     """A table with a line per row. A column that no row has is left out."""
@@ -43,15 +39,12 @@ def cell(row: Row, name: str, sign: str = "") -> str:
 
 def plain(row: Row, name: str) -> str:
     """A value without its standard error."""
-    return cell({name: row.get(name)}, name)
+    return cell({name: row[name]}, name)
 
 
-def difference(name: str, change: float, error: float) -> str:
-    """A change for the page: "+2.0 \u00b1 0.3 points" of a share, otherwise in the metric's unit."""
-    fmt = column(name).format
-    if "%" in fmt:
-        return f"{100 * change:+.1f} \u00b1 {100 * error:.1f} points"
-    return f"{change:+{fmt}} \u00b1 {error:{fmt}}"
+def difference(name: str, change: Sequence[float]) -> str:
+    """A (change, standard error): "+2.0% \u00b1 0.3%"."""
+    return cell(flat({name: change}), name, "+")
 
 
 def title_of(name: str) -> str:

@@ -1,14 +1,14 @@
 """--log: the rows of a run in TensorBoard or W&B, besides the run's own files. Both are optional packages.
 
 A row's number is its place on the axis: 0 for the start, then the steps of training, then iterate 1, and so on. A
-resumed run, which repeats the steps after its last checkpoint, gives every row the number that it had.
+resumed run logs all rows again, so every row keeps its number.
 """
 
 import importlib
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def start(names: Sequence[str], out: Path, record: Row) -> list["Tracker"]:
 
 
 class Tracker:
-    """An observer that gives every row its number and logs it. If logging fails, the run goes on without it.
+    """An observer that numbers the rows and logs them. If logging fails, the run goes on without it.
 
     Args:
         out: folder of the run.
@@ -49,36 +49,35 @@ class Tracker:
 
     def __init__(self, name: str, out: Path, log: Callable[[dict[str, float], int], None], close: Callable) -> None:
         self.name, self.out, self.log, self.close = name, out, log, close
-        self.began = False  # whether this process has logged a row
-        self.steps: dict[int, int] = {}  # steps of training before each iterate
+        self.count = 0  # rows that this process has logged
 
-    def step(self, row: Row) -> None:
-        if row["step"] == 1 and not self.began:  # The last process may have died before it logged the iterate.
-            self.iterate(read_rows(self.out / "metrics.jsonl"), {}, "")
-        self._log("train", row, self._number(row["iteration"]) + row["step"])
+    def step(self, row: Row) -> None:  # The row is not in the file yet.
+        self._log([row] if self.count else [*self._earlier(), row])
 
     def iterate(self, rows: list[Row], answers: Mapping[int, list[Row]], note: str) -> None:
-        self._log("iterate", rows[-1], self._number(rows[-1]["iterate"]))
+        self._log([rows[-1]] if self.count else self._earlier())
 
     def finish(self, rows: list[Row], record: Row) -> None:
-        if not self.began:
-            self.iterate(rows, {}, "")
+        self._log([] if self.count else self._earlier())
 
-    def _number(self, iterate: int) -> int:
-        if iterate not in self.steps:
-            files = [self.out / f"steps-{t}.jsonl" for t in range(iterate)]
-            self.steps[iterate] = sum(file.read_bytes().count(b"\n") for file in files)
-        return iterate + self.steps[iterate]
+    def _earlier(self) -> list[Row]:
+        """All rows in the run's files, in the order in which they were made."""
+        rows = []
+        for t, row in enumerate(read_rows(self.out / "metrics.jsonl")):
+            rows += [row, *read_rows(self.out / f"steps-{t}.jsonl")]
+        return rows
 
-    def _log(self, group: str, row: Row, number: int) -> None:
-        self.began = True
-        place = ("iteration", "step", "iterate")
-        values = {f"{group}/{k}": float(v) for k, v in row.items() if isinstance(v, int | float) and k not in place}
-        try:
-            self.log(values, number)
-        except Exception as error:
-            print(f"--log {self.name}: {error}; the run goes on without it", file=sys.stderr, flush=True)
-            self.log = lambda values, number: None
+    def _log(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            group = "train" if "step" in row else "iterate"
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            values = {f"{group}/{k}": float(v) for k, v in numbers.items() if k not in ("iteration", "step", "iterate")}
+            try:
+                self.log(values, self.count)
+            except Exception as error:
+                print(f"--log {self.name}: {error}; the run goes on without it", file=sys.stderr, flush=True)
+                self.log = lambda values, number: None
+            self.count += 1
 
 
 def tensorboard(module: Any, out: Path, record: Row) -> tuple[Callable, Callable]:
@@ -87,8 +86,8 @@ def tensorboard(module: Any, out: Path, record: Row) -> tuple[Callable, Callable
 
     def log(values: dict[str, float], number: int) -> None:
         nonlocal writer
-        # What an earlier process logged from this number on no longer counts.
-        writer = writer or module.SummaryWriter(str(out / "tensorboard"), purge_step=number)
+        # What an earlier process logged no longer counts: all rows are logged again.
+        writer = writer or module.SummaryWriter(str(out / "tensorboard"), purge_step=0)
         for name, value in values.items():
             writer.add_scalar(name, value, number)
 
@@ -96,7 +95,7 @@ def tensorboard(module: Any, out: Path, record: Row) -> tuple[Callable, Callable
 
 
 def wandb(module: Any, out: Path, record: Row) -> tuple[Callable, Callable]:
-    """(log, close) of W&B. A resumed run has the same id there."""
+    """(log, close) of W&B. A resumed run has the same id there, and what W&B has already stays as it is."""
     file = out / "wandb" / "run-id"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
@@ -104,9 +103,4 @@ def wandb(module: Any, out: Path, record: Row) -> tuple[Callable, Callable]:
     project = os.environ.get("WANDB_PROJECT", "spin")
     settings = {"id": file.read_text(), "resume": "allow", "name": str(out), "project": project}
     run = module.init(dir=str(out), config=record["args"], **settings)
-
-    def log(values: dict[str, float], number: int) -> None:
-        if number >= run.step:  # W&B has the earlier ones already, and cannot take them back.
-            run.log(values, step=number)
-
-    return log, run.finish
+    return lambda values, number: number < run.step or run.log(values, step=number), run.finish

@@ -247,7 +247,7 @@ def test_the_code_in_the_model_card_answers_as_respond_does(finished, capsys, mo
 def test_the_model_card_says_where_the_model_comes_from_and_tells_no_folders(finished, start, data):
     card, run = (finished / "final/README.md").read_text(), read(finished / "run.json")
     for text in (
-        f"| Base model | `{start.name}` |", f"| Training data | `{data.name}` |", run["digests"]["data"],
+        f"- Base model: `{start.name}`", f"- Training data: `{data.name}`", run["digests"]["data"],
         run["digests"]["model"], "--lr 0.1", "--rank 4", json.dumps("Say {prompt}:\n"), "Held-out metrics \u00b1 one",
         "tags: [gpt_neo, spin, self-play]", "(metrics.svg)",
     ):  # fmt: skip

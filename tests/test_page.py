@@ -40,7 +40,7 @@ def finished(start, data, tmp_path_factory):
 def heldout_row(i: int, text: str, nll: float, error: float) -> dict:
     real = f"real response {i}"
     words = [[f" {word}" if n else word, -0.5] for n, word in enumerate(text.split(" "))]
-    values = {"greedy": [float(text == real), 1.0], "greedy_error": [error, 3.0], "nll": [nll, 3.0], "kl": [0.1, 1.0]}
+    values = {"greedy_error": [error, 3.0], "nll": [nll, 3.0], "kl": [0.1, 1.0]}
     tokens = {"greedy": words, "real": [["real", -nll], [" response", 0.0], [f" {i}", 0.0]]}
     return {"prompt": f"prompt {i}", "references": [real], "values": values, "tokens": tokens, "greedy": text}
 
@@ -49,24 +49,18 @@ def write_run(folder, count: int, iterates: int, changed: int, steps: int = 20, 
     """Files of a run. Of `count` prompts the last `changed` get another, better response in every iterate."""
     folder.mkdir(parents=True)
     record = {"command": "spin", "args": {"iterations": iterates, "best": "nll", "lr": [1e-3]} | args}
-    (folder / "run.json").write_text(json.dumps(record | {"digests": {"model": "12ab"}, "torch": "2"}))
+    record |= {"digests": {"model": "12ab"}, "settings": "--lr 1e-3"}
+    (folder / "run.json").write_text(json.dumps(record))
 
     def write(name, lines):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     metrics = []
     for t in range(iterates + 1):
-        row = {
-            "iterate": t,
-            "sampled": 0.3 + 0.02 * t,
-            "sampled_se": 0.01,
-            "nll": 1 - 0.1 * t,
-            "nll_se": 0.2,
-            "entropy": 2,
-        }
+        row = {"iterate": t, "sampled": 0.3 + 0.02 * t, "sampled_se": 0.01, "nll": 1 - 0.1 * t, "nll_se": 0.2}
         changes = {"sampled": [0.02 * t, 0.003], "nll": [-0.1 * t, 0.2]}
         counts = {"pairs": 9, "generated": 12, "identical": 3, "truncated": 0.0, "skipped": 0}
-        metrics.append(row | ({"since_start": changes} | counts if t else {}))
+        metrics.append(row | {"entropy": 2} | ({"since_start": changes} | counts if t else {"frontier": []}))
         texts = [f"answer {t if i >= count - changed else 0} to {i}" for i in range(count)]
         errors = [9.0 - t * (i >= count - changed) for i in range(count)]
         write(f"heldout-{t}.jsonl", [heldout_row(i, texts[i], 2 - t * i / count, errors[i]) for i in range(count)])
@@ -148,17 +142,19 @@ def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):
 def test_the_headline_tells_changes_from_noise(tmp_path):
     run = RunFiles(write_run(tmp_path / "run", 4, 2, 2))
     assert page.headline(run) == [
-        "Sampled accuracy rose from 30.0% to 34.0% (+4.0 \u00b1 0.3 points, better).",
-        "NLL did not change beyond the noise.",
+        "Changed beyond the noise: sampled accuracy from 30.0% to 34.0% (+4.0% \u00b1 0.3%, better).",
+        "Not changed beyond the noise: NLL.",
         "No iterate is better by NLL.",
     ]
     few = [row | {"examples": 2} for row in run.rows]
-    assert page.headline(SimpleNamespace(rows=few, args=run.args))[0].endswith("did not change beyond the noise.")
+    assert page.headline(SimpleNamespace(rows=few, args=run.args))[0] == (
+        "Not changed beyond the noise: sampled accuracy, NLL."
+    )
     run.rows[-1]["at_equal_entropy"] = {"temperature": 0.93, "sampled": [0.004, 0.003]}
     run.args |= {"best": "sampled", "iterations": 3}
     assert page.headline(run)[0] == "The run is not finished: 2 of 3 iterations."
     assert page.headline(run)[3:] == [
-        "Against the start at temperature 0.93, which has the same entropy: sampled accuracy +0.4 \u00b1 0.3 points.",
+        "Against the start at temperature 0.93, which has the same entropy: sampled accuracy +0.4% \u00b1 0.3%.",
         "The best iterate by sampled accuracy is 2.",
     ]
 
@@ -169,14 +165,14 @@ def test_the_page_of_a_real_run(finished):
     reader = Reader(text)
     shown = {attrs["aria-label"].partition(".")[0] for tag, attrs in reader.tags if tag == "svg"}
     assert {
-        "greedy error", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "length",
+        "greedy error", "NLL", "KL", "loss", "margin", "accuracy", "grad norm", "lr", "length, real",
         "log-ratio, real", "log-ratio, generated", "held-out margin", "truncated", "dropped", "identical to the real",
         "sampled error by entropy",
     } <= shown  # fmt: skip
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text
-    assert re.search("python spin.py --model .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
-    assert "--top-k" not in reader.text.partition("All options")[0] and "What is missing" not in reader.text
+    assert re.search("spin.py .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
+    assert "--top-k" not in reader.text.partition("All options")[0]
     digest = json.loads((finished / "run.json").read_text())["digests"]["model"]
     assert digest in reader.text
     scripts = [attrs for tag, attrs in reader.tags if tag == "script"]
@@ -184,21 +180,17 @@ def test_the_page_of_a_real_run(finished):
 
 
 def test_runs_without_some_files_still_get_a_page(finished, start, data, tmp_path):
-    """Not finished, being written, or supervised: a line says what is missing."""
+    """Not finished, being written, or supervised."""
     older = shutil.copytree(finished, tmp_path / "older")
     for name in ("heldout-0.jsonl", "heldout-1.jsonl", "heldout-2.jsonl", "steps-1.jsonl", "times.jsonl"):
         (older / name).unlink()
     with open(older / "metrics.jsonl", "a") as file:
         file.write('{"iterate": 3, "nll')
-    text = Reader(page.page([older])).text
-    assert "Responses to held-out prompts" not in text
-    for name in ("heldout-0.jsonl: missing", "steps-1.jsonl: missing"):
-        assert f"older: {name}" in text
+    assert "Responses to held-out prompts" not in Reader(page.page([older])).text
     (older / "metrics.jsonl").unlink()
     assert "No iterate has been evaluated yet." in Reader(page.page([older])).text
     assert sft.main([*small_sft(start, data, iterations=1, out=tmp_path / "sft")]) == 0
-    text = Reader((tmp_path / "sft/report.html").read_text()).text
-    assert "What is missing" not in text and "python sft.py" in text
+    assert "sft.py --" in Reader((tmp_path / "sft/report.html").read_text()).text
     assert "2 runs" in Reader(page.page([finished, older])).text
 
 
@@ -211,19 +203,17 @@ def test_several_runs_are_compared(tmp_path):
     assert "--lr" in table and "0.0005" in table and "--iterations" in table and "--best" not in table
     assert f'class="s1" fill="{COLOURS[1]}"' in text and "answer 2 to 4" in text and "answer 1 to 4" in text
     text = page.page([one, write_run(tmp_path / "other", 4, 1, 4)])
-    assert "Responses to held-out" not in text and "evaluated on different prompts" in text
+    assert "Responses to held-out" not in text
 
 
-def test_the_page_stays_below_a_megabyte(tmp_path):
+def test_the_page_of_many_prompts_stays_small(tmp_path):
     """3 iterations, 2,000 held-out prompts, 500 steps each: the changed responses come first, and it says so."""
-    run = write_run(tmp_path / "run", 2000, 3, 600, steps=500)
-    text = page.page([run])
+    text = page.page([write_run(tmp_path / "run", 2000, 3, 200, steps=500)])
     assert len(text.encode()) < 1_000_000
     kinds = [attrs["data-kind"] for tag, attrs in Reader(text).tags if tag == "tbody" and "data-kind" in attrs]
-    count = kinds.count("better")
-    assert count >= 300 and kinds == ["better"] * count + ["same"] * (len(kinds) - count)
+    assert kinds == ["better"] * 200 + ["same"] * 100
     words = " ".join(Reader(text).text.split())
-    assert f"{len(kinds)} of 2,000 held-out prompts" in words and "got better 600" in words
+    assert "300 of 2,000 held-out prompts" in words and "got better 200" in words
 
 
 def hostile_run(folder):
@@ -270,7 +260,7 @@ def test_pages_and_figures_are_written(finished, tmp_path, monkeypatch):
     assert script.main([str(copy), "--figures", "figures"]) == 0
     assert (copy / "report.html").read_text().startswith("<!doctype html>")
     files = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert {"metrics.svg", "NLL.svg", "loss.svg", "length.svg"} <= files
+    assert {"NLL.svg", "loss.svg", "length--real.svg"} <= files
     for name in files:
         ElementTree.parse(tmp_path / "figures" / name)
     assert script.main([str(copy), str(finished)]) == 0 and (tmp_path / "report.html").is_file()
@@ -278,15 +268,14 @@ def test_pages_and_figures_are_written(finished, tmp_path, monkeypatch):
 
 
 def test_what_people_get_wrong_is_one_line(tmp_path, capsys):
-    run = str(write_run(tmp_path / "run", 3, 2, 1))
-    for name, file, text in (("one", "run.json", "[]"), ("two", "heldout-1.jsonl", '{}\n{"prompt": \n')):
-        (write_run(tmp_path / name, 3, 2, 1) / file).write_text(text)
+    run = write_run(tmp_path / "run", 3, 2, 1)
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    (damaged / "heldout-1.jsonl").write_text('{}\n{"prompt": \n')
     for argv, said in (
-        ([str(tmp_path)], "holds no run"), ([run, "--out", "no/such/page.html"], "no/such"),
-        ([str(tmp_path / "one")], "run.json: damaged"),
-        ([str(tmp_path / "two")], "heldout-1.jsonl, line 2: damaged"),
+        ([tmp_path], "holds no run"), ([run, "--out", "no/such/page.html"], "no/such"),
+        ([damaged], "heldout-1.jsonl, line 2: damaged"),
     ):  # fmt: skip
-        assert script.main(argv) == 2
+        assert script.main([*map(str, argv)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("report: error: ") and error.count("\n") == 1 and said in error
 

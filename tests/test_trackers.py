@@ -66,14 +66,18 @@ class Server:
 
 
 def process(out, name, events, finished=False):
-    """A process that takes part in the run: it writes the row of each event and then tells the observer."""
+    """A process that takes part in the run: it tells of a step and writes it, or writes an iterate and tells of it."""
     (observer,) = trackers.start([name], out, {"args": {"lr": 0.1}})
     for event, file, row in events:
         path = out / f"{file}.jsonl"
         lines = rows(path) if path.exists() else []
-        lines = lines[: row["step"] - 1] if event == "step" else lines  # resume cuts the file
+        if event == "step":
+            lines = lines[: row["step"] - 1]  # A resumed run has cut the file.
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            observer.step(row)
         path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, row]))
-        getattr(observer, event)(*([row] if event == "step" else [[*lines, row], {}, ""]))
+        if event == "iterate":
+            observer.iterate([*lines, row], {}, "")
     if finished:
         observer.finish(rows(out / "metrics.jsonl"), {})
     observer.close()

@@ -78,15 +78,12 @@ class Run(Protocol):
     heldout: Sequence[Any]  # examples with `prompt`, `references`, `prompt_ids` and `real_ids`
     metrics: Mapping[str, Metric]  # the functions of --metric
 
-    def respond(self, player, examples, name, seed, temperature=1.0, *, with_logps=False) -> list[tuple]:
-        """For each example (ids, whether the response ended), and log p of each token in nats if `with_logps`."""
-
-    def logps(self, player, items, name, temperature=1.0, by_token=False) -> list[list[float]]:
-        """For each (prompt ids, response ids) [log p of the response], in nats, or log p of each of its tokens."""
-
-    def measure(self, name, rows, decodings=tuple(DECODINGS), where="") -> list[list[float]]:
-        """For each row the values of a function of --metric, one per decoding."""
-
+    # Per example (ids, whether the response ended), and log p of each token in nats if `with_logps`.
+    def respond(self, player, examples, name, seed, temperature=1.0, *, with_logps=False) -> list[tuple]: ...
+    # Per (prompt ids, response ids) [log p of the response], in nats, or log p of each of its tokens.
+    def logps(self, player, items, name, temperature=1.0, by_token=False) -> list[list[float]]: ...
+    # Per row the values of a function of --metric, one per decoding.
+    def measure(self, name, rows, decodings=tuple(DECODINGS), where="") -> list[list[float]]: ...
     def seed(self, t: int, purpose: str) -> int: ...
     def text(self, ids: list[int]) -> str: ...
     def pieces(self, ids: list[int], logps: Sequence[float]) -> list[tuple[str, float]]: ...  # (text, log p) of tokens
@@ -232,13 +229,13 @@ def verdict(row: Row, metric: str) -> int:
 def significant_errors(examples: float) -> float:
     """How many standard errors a change must exceed to be no noise: 2 for many examples, inf for a single one.
 
-    It is the quantile of Student's t, with examples - 1 degrees of freedom, that is exceeded as often as 2 by a normal
-    variable, in 4.55% of all cases. Source: the expansion of Fisher and Cornish 1960 to the fourth order. Its last term
-    here makes one degree exact, and others are within 0.4%.
+    It is the quantile of Student's t, with examples - 1 degrees of freedom, that noise exceeds in 4.55% of all cases,
+    like 2 in a normal distribution. Source: the expansion of Fisher and Cornish 1960 to the fourth order; the last term
+    makes one degree exact, and the others are within 0.4%.
     """
-    freedom = examples - 1
-    if freedom < 1:
+    if examples < 2:
         return math.inf
+    freedom = examples - 1
     quantile = 2 + sum(c / freedom**n for n, c in enumerate((2.5, 3.0625, 2.8594, 1.8441, 1.7017), 1))
     return quantile * math.sqrt(1 + 1 / freedom)  # The errors of `ratio_of` divide by n, those of Student by n - 1.
 
@@ -252,18 +249,18 @@ def best_of(rows: Sequence[Row], metric: str) -> int:
 def frontier(rows: list[Row]) -> list[Row]:
     """The sampled metrics and the entropy at every temperature, each with its "temperature", in rising order."""
     return [
-        {"temperature": temperature} | {name: ratio_of(value[name] for value in values)[0] for name in values[0]}
-        for temperature, values in _by_temperature(rows)
+        {"temperature": temperature} | {name: ratio for name, (ratio, *_) in ratios.items()}
+        for temperature, ratios in by_temperature(rows)
     ]
 
 
-def _by_temperature(rows: list[Row]) -> list[tuple[float, list[Row]]]:
-    """(temperature, each row's values) for all temperatures, 1 included, in rising order."""
-    sampled = rows[0].get("by_temperature", {})
+def by_temperature(rows: list[Row]) -> list[tuple[float, dict[str, tuple]]]:
+    """(temperature, `ratio_of` the entropy and each sampled metric) in rising order, temperature 1 included."""
     names = ["entropy", *(name for name in rows[0]["values"] if name.startswith("sampled"))]
-    at_one = [{name: row["values"][name] for name in names} for row in rows]
-    others = [(float(key), [row["by_temperature"][key] for row in rows]) for key in sampled]
-    return sorted([(1.0, at_one), *others], key=lambda item: item[0])
+    values = {1.0: [{name: row["values"][name] for name in names} for row in rows]}
+    for key in rows[0].get("by_temperature", {}):
+        values[float(key)] = [row["by_temperature"][key] for row in rows]
+    return [(t, {name: ratio_of(row[name] for row in values[t]) for name in values[t][0]}) for t in sorted(values)]
 
 
 def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
@@ -283,13 +280,11 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
     Returns: {"temperature": the start's, metric: (change, paired standard error)} for the sampled metrics. The result
     is {} if the start's temperatures do not reach the iterate's entropy.
     """
-    temperatures, values = zip(*_by_temperature(start))
-    curves = {name: [ratio_of(value[name] for value in at) for at in values] for name in values[0][0]}
-    entropies, _, entropy_parts = zip(*curves.pop("entropy"))
+    temperatures, ratios = zip(*by_temperature(start))
+    entropies, _, entropy_parts = zip(*(ratio["entropy"] for ratio in ratios))
     entropy, _, own_entropy_parts = ratio_of(row["values"]["entropy"] for row in now)
-    if any(b <= a for a, b in itertools.pairwise(entropies)):
-        return {}  # too few examples to tell the temperatures apart
-    if not entropies[0] <= entropy <= entropies[-1]:
+    told_apart = all(a < b for a, b in itertools.pairwise(entropies))  # Few examples may not do so.
+    if not told_apart or not entropies[0] <= entropy <= entropies[-1]:
         return {}
 
     def at(place: float, points: Sequence[float]) -> float:
@@ -297,14 +292,14 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
 
     weights = interpolation(entropy, entropies)
     result: Row = {"temperature": at(entropy, temperatures)}
-    for name, curve in curves.items():
-        points, _, parts = zip(*curve)
+    for name in [name for name in ratios[0] if name != "entropy"]:
+        points, _, parts = zip(*(ratio[name] for ratio in ratios))
         slope, *slopes = [(at(x + 1e-4, points) - at(x - 1e-4, points)) / 2e-4 for x in (entropy, *entropies)]
-        ratio, _, own_parts = ratio_of(row["values"][name] for row in now)
+        value, _, own_parts = ratio_of(row["values"][name] for row in now)
         errors = [dy - slope * dx for dy, dx in zip(own_parts, own_entropy_parts)]
         for weight, slope, dys, des in zip(weights, slopes, parts, entropy_parts):
             errors = [error - weight * (dy - slope * de) for error, dy, de in zip(errors, dys, des)]
-        result[name] = (ratio - at(entropy, points), math.sqrt(sum(error**2 for error in errors)))
+        result[name] = (value - at(entropy, points), math.sqrt(sum(error**2 for error in errors)))
     return result
 
 
@@ -322,10 +317,7 @@ def mean(values: list[float]) -> float:
 
 def nearest_edits(text: str, references: list[str]) -> tuple[int, int]:
     """(edit distance, length) of the reference with the lowest error rate, in whitespace tokens."""
-    if text in references:
-        return 0, max(len(text.split()), 1)
-    words = text.split()
-    edits = [(edit_distance(words, r.split()), max(len(r.split()), 1)) for r in references]
+    edits = [(edit_distance(text.split(), r.split()), max(len(r.split()), 1)) for r in references]
     return min(edits, key=lambda e: e[0] / e[1])
 
 

@@ -58,14 +58,12 @@ def changes(row: Row) -> list[str]:
     return [f"  against {name}: {line(some, metrics_of([some]), '+')}" for name, some in found.items() if some]
 
 
-def examples(answers: Mapping[str, Sequence[Row]], width: int = 0) -> str:
+def examples(answers: Mapping[str, Sequence[Row]]) -> str:
     """Some held-out prompts with their references and the greedy responses of several iterates below each other.
 
-    Args:
-        answers: rows of `evaluate.answers` by the iterate's name.
-        width: characters of a line, to which a text is cut; 0: those of the terminal.
+    Texts are cut to the terminal's width. `answers` are rows of `evaluate.answers` by the iterate's name.
     """
-    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
     first = next(iter(answers.values()))
     blocks = []
     for i in sorted({n * len(first) // EXAMPLES for n in range(EXAMPLES)}):

@@ -69,11 +69,11 @@ def bins(values: Sequence[tuple[float, float]], width: float) -> list[Mark]:
     return [Mark(statistics.fmean(xs), statistics.fmean(ys), (min(ys), max(ys))) for xs, ys in columns]
 
 
-def quantiles(x: float, values: Sequence[float], fmt: str) -> Mark:
+def quantiles(x: float, values: Sequence[float]) -> Mark:
     """The median with a bar over 90% of the values, which is thick over half of them."""
     values = sorted(values)
     low, first, middle, third, high = (values[round(q * (len(values) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95))
-    note = f"median {middle:{fmt}}, half of all {first:{fmt}} to {third:{fmt}}, 90% {low:{fmt}} to {high:{fmt}}"
+    note = f"median {middle:.3g}, half of all {first:.3g} to {third:.3g}, 90% {low:.3g} to {high:.3g}"
     return Mark(x, middle, (low, high), (first, third), note)
 
 

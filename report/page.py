@@ -85,14 +85,6 @@ def headline(run: RunFiles) -> list[str]:
 # ---------------------------------------------------------------- responses
 
 
-def kind_of(first: Row, last: Row) -> str:
-    """A key of KINDS: whether the greedy response came closer to a reference, in edits."""
-    if first["greedy"] == last["greedy"]:
-        return "same"
-    before, after = (row["values"]["greedy_error"][0] for row in (first, last))
-    return "better" if after < before else "worse" if after > before else "changed"
-
-
 def visible(text: Any) -> str:
     """A text, or any other value as JSON, cut, with pictures in place of control characters, which break a page."""
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
@@ -138,7 +130,9 @@ def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
         logp = f"{sum(logp for _, logp in pieces):.2f}" if tokens else ""
         who = " \u2026 ".join(dict.fromkeys([group[0][0], group[-1][0]]))
         answers.append(answer(who, text, tokens, logp, text in first["references"]))
-    kind = kind_of(first, last)
+    before_edits, edits = (row["values"]["greedy_error"][0] for row in (first, last))
+    kind = "better" if edits < before_edits else "worse" if edits > before_edits else "changed"
+    kind = "same" if first["greedy"] == last["greedy"] else kind
     return {"prompt": visible(first["prompt"]), "kind": kind, "change": before - after, "answers": answers}
 
 
@@ -192,8 +186,8 @@ def page(folders: Iterable[Path]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     names, prompts = responses(runs)
-    kinds = [kind_of(rows[0], rows[-1]) for rows in prompts]
-    changed_first = sorted(range(len(prompts)), key=lambda i: kinds[i] == "same")[:PROMPTS]
+    blocks = [block(names, rows) for rows in prompts]
+    kinds = Counter(block["kind"] for block in blocks)
     settings = settings_table(runs)
     values = {
         "runs": [(run.name, headline(run), warnings(run)) for run in runs],
@@ -205,10 +199,10 @@ def page(folders: Iterable[Path]) -> str:
         "settings": settings,
         "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
         "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
-        "kinds": [(kind, name, Counter(kinds)[kind]) for kind, name in KINDS.items()],
+        "kinds": [(kind, name, kinds[kind]) for kind, name in KINDS.items()],
         "kind_names": KINDS,
-        "count": len(prompts),
-        "blocks": [block(names, prompts[i]) for i in changed_first],
+        "count": len(blocks),
+        "blocks": sorted(blocks, key=lambda block: block["kind"] == "same")[:PROMPTS],
     }
     text = environment.get_template("page.html").render(values)
     return text.encode("utf-8", "replace").decode()  # A lone surrogate becomes a question mark.

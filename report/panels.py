@@ -1,5 +1,6 @@
 """The panels of the report page, of metrics.svg and of model cards: values by iterate, and curves by step."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,21 +10,6 @@ from report.files import RunFiles
 from report.tables import difference, plain, telling, title_of
 
 NOISE = 12.0  # The axis of a metric spans at least this many paired standard errors.
-DISTRIBUTIONS = {  # (note, format) by title
-    "log-ratio, real": ("log p(real) \u2212 the start's, nats", ".2f"),
-    "log-ratio, generated": ("the same for the start's own response, nats", ".2f"),
-    "held-out margin": ("the first minus the second, nats", ".2f"),
-    "length, real": ("tokens of a pair's response", ".0f"),
-    "length, generated": ("tokens of a pair's response", ".0f"),
-    "log p per token, real": ("before the iteration, nats", ".2f"),
-    "log p per token, generated": ("before the iteration, nats", ".2f"),
-}
-SHARES: dict[str, Callable[[Row], float]] = {
-    "identical to the real": lambda row: row["identical"] / row["generated"],
-    "dropped": lambda row: 1 - row["pairs"] / row["generated"],
-    "truncated": lambda row: row["truncated"],
-}
-
 Runs = Sequence[Sequence[Row]]  # rows of metrics.jsonl of each run
 
 
@@ -50,10 +36,11 @@ def metric_panel(name: str, runs: Runs) -> Panel:
         note += f", {difference(name, change)} against the start" if change else ""
         return measured(row["iterate"], row[name], change[1] if change else 0.0, note)
 
-    first, last = runs[0][0], runs[0][-1]
     note = ""
-    if len(runs) == 1 and name in last.get("since_start", {}):
-        note = f"{plain(first, name)} \u2192 {plain(last, name)} ({difference(name, last['since_start'][name])})"
+    if len(runs) == 1:
+        first, last = runs[0][0], runs[0][-1]
+        change = last.get("since_start", {}).get(name)
+        note = f"{plain(first, name)} \u2192 {plain(last, name)} ({difference(name, change)})" if change else ""
     return judged(name, title_of(name), [[mark_of(row) for row in rows if name in row] for rows in runs], note)
 
 
@@ -114,37 +101,40 @@ def near(line: Sequence[tuple[float, float]], xs: Sequence[float]) -> list[Mark]
     return [Mark(x, sum(w * y for w, y in zip(interpolation(x, places), values))) for x in steps]
 
 
-def distributions(run: RunFiles) -> Iterator[tuple[str, int, list[float]]]:
-    """(title, iterate, values) of held-out responses against the start, and of the pairs that made the iterate."""
-    for t, rows in enumerate(run.heldout):
-        values = [(old["values"], now["values"]) for old, now in zip(run.heldout[0], rows)] if t else []
+def distributions(run: RunFiles) -> Iterator[tuple[str, str, int, list[float]]]:
+    """(title, note, iterate, values) of held-out responses against the start and of the pairs that made the iterate."""
+    for t, rows in enumerate(run.heldout[1:], 1):
+        values = [(old["values"], now["values"]) for old, now in zip(run.heldout[0], rows)]
         real = [old["nll"][0] - now["nll"][0] for old, now in values]
         generated = [-now["kl"][0] for _, now in values]
-        yield "log-ratio, real", t, real
-        yield "log-ratio, generated", t, generated
-        yield "held-out margin", t, [a - b for a, b in zip(real, generated)]
+        yield "log-ratio, real", "log p(real) \u2212 the start's, nats", t, real
+        yield "log-ratio, generated", "the same for the start's own response, nats", t, generated
+        yield "held-out margin", "the first minus the second, nats", t, [a - b for a, b in zip(real, generated)]
     for t, pairs in enumerate(run.pairs, 1):
-        reals = [(pair["real_ids"], pair["opponent_real_logp"]) for pair in pairs]
+        real = [(pair["real_ids"], pair["opponent_real_logp"]) for pair in pairs]
         several = [(pair["generated_ids"], pair["opponent_generated_logps"]) for pair in pairs]
-        yield "length, real", t, [len(ids) for ids, _ in reals]
-        yield "length, generated", t, [len(ids) for responses, _ in several for ids in responses]
-        yield "log p per token, real", t, [logp / len(ids) for ids, logp in reals if logp is not None]
-        yield "log p per token, generated", t, [logp / len(ids) for some in several for ids, logp in zip(*some)]
+        generated = [one for ids, logps in several for one in itertools.zip_longest(ids, logps)]
+        for whose, some in (("real", real), ("generated", generated)):
+            per_token = [logp / len(ids) for ids, logp in some if logp is not None]
+            yield f"length, {whose}", "tokens of a pair's response", t, [len(ids) for ids, _ in some]
+            yield f"log p per token, {whose}", "before the iteration, nats", t, per_token
 
 
 def distribution_panels(runs: Sequence[RunFiles]) -> list[Panel]:
     """The distributions, and shares of an iteration's generated responses."""
-    every = {title: [[] for _ in runs] for title in DISTRIBUTIONS}
+    marks: dict[tuple[str, str], list[list[Mark]]] = {}
     for n, run in enumerate(runs):
-        for title, t, values in distributions(run):
-            every[title][n] += [quantiles(t, values, DISTRIBUTIONS[title][1])] if values else []
-    panels = []
-    for title, marks in every.items():
-        note, fmt = DISTRIBUTIONS[title]
-        panels.append(panel(title, marks, fmt, note=note, least=1.0))
+        for title, note, t, values in distributions(run):
+            marks.setdefault((title, note), [[] for _ in runs])[n] += [quantiles(t, values)] if values else []
+    panels = [panel(title, some, ".3g", note=note, least=1.0) for (title, note), some in marks.items()]
+    shares: dict[str, Callable[[Row], float]] = {
+        "identical to the real": lambda row: row["identical"] / row["generated"],
+        "dropped": lambda row: 1 - row["pairs"] / row["generated"],
+        "truncated": lambda row: row["truncated"],
+    }
     generated = [[row for row in run.rows if row.get("generated")] for run in runs]
     note = "share of generated responses"
-    return panels + [value_panel(*share, generated, ".1%", note=note, least=0.05) for share in SHARES.items()]
+    return panels + [value_panel(*share, generated, ".1%", note=note, least=0.05) for share in shares.items()]
 
 
 def value_panel(title: str, value: Callable[[Row], float | None], runs: Runs, fmt: str, **facts: Any) -> Panel:

@@ -73,7 +73,7 @@ def test_curves_keep_mean_and_extremes_and_distributions_their_quantiles():
     marks = figures.bins([(0, 1.0), (1, 3.0), (2, 5.0), (3, -5.0)], 2)
     assert [(m.x, m.y, m.bar) for m in marks] == [(0.5, 2.0, (1.0, 3.0)), (2.5, 0.0, (-5.0, 5.0))]
     assert len(figures.bins([(i, 0.0) for i in range(10_000)], 10_000 / figures.BINS)) <= figures.BINS + 1
-    mark = figures.quantiles(7, [*range(101)], ".0f")
+    mark = figures.quantiles(7, [*range(101)])
     assert (mark.x, mark.y, mark.bar, mark.thick) == (7, 50, (5, 95), (25, 75))
 
 

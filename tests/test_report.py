@@ -19,10 +19,7 @@ def test_signs_of_degeneration_are_warned_of(now, said):
     before = {"iterate": 1, "nll": 1.0, "truncated": 0.02, "skipped": 0}
     found = console.warnings([before, before | {"iterate": 2} | now])
     assert len(found) == bool(said) and all(text in found[0] for text in said)
-
-
-def test_the_start_has_no_share_of_cut_responses_that_another_could_be_compared_with():
-    start = {"iterate": 0, "nll": 1.0}
+    start = {"iterate": 0, "nll": 1.0}  # which has no share of cut responses
     assert console.warnings([start]) == []
     assert console.warnings([start, {"iterate": 1, "nll": 1.0, "truncated": 1, "skipped": 0}]) == []
 
@@ -79,11 +76,13 @@ def test_changes_are_written_with_sign_and_paired_standard_error():
     ]
 
 
-def test_examples_are_aligned_and_in_one_line_each():
+def test_examples_are_aligned_and_in_one_line_each(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+
     def said(text):
         return [{"prompt": f"p{i}", "references": ["r", "s"], "greedy": text} for i in range(7)]
 
-    text = console.examples({"start": said("a\nb\x1b" + 50 * "c"), "iterate 1": said("d")}, width=40)
+    text = console.examples({"start": said("a\nb\x1b" + 50 * "c"), "iterate 1": said("d")})
     first, second, third = text.rstrip("\n").split("\n\n")
     assert first.splitlines() == [
         "  prompt     p0",

@@ -1,12 +1,8 @@
-"""report/trackers.py: every row reaches TensorBoard and W&B once, also when a run dies and resumes.
-
-Modules in their place do what those do: TensorBoard drops rows from `purge_step` on, W&B refuses a step that is past.
-"""
+"""report/trackers.py: every row reaches TensorBoard and W&B under its number, also when a run dies and resumes."""
 
 import json
 import math
 import sys
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -24,50 +20,21 @@ EVENTS = [  # of a run of two iterations: (event, file, row)
     *(("step", "steps-1", {"iteration": 1, "step": n, "loss": None, "skipped": True}) for n in (1, 2, 3)),
     ("iterate", "metrics", {"iterate": 2, "nll": 1.0}),
 ]  # fmt: skip
+LOGGED = [
+    {"iterate/nll": 2.0}, *({"train/loss": 0.1 * n, "train/skipped": 0.0} for n in (1, 2, 3)),
+    {"iterate/nll": 1.5}, *[{"train/skipped": 1.0}] * 3, {"iterate/nll": 1.0},
+]  # fmt: skip
 
 
-class Server:
-    """Both modules, and what they show: {name: {number: value}}."""
+def process(out, events, finished=False):
+    """What a process logs that takes part in the run. It tells of a step and writes it, but writes an iterate first."""
+    logged = []
 
-    def __init__(self):
-        self.shown, self.ids, self.closed = defaultdict(dict), [], 0
+    def log(values, number):
+        assert number == len(logged)
+        logged.append(values)
 
-    def close(self):
-        self.closed += 1
-
-    def numbers(self):
-        return {number for values in self.shown.values() for number in values}
-
-    def SummaryWriter(self, folder, purge_step):
-        assert folder.endswith("run/tensorboard")
-        for values in self.shown.values():
-            for number in [n for n in values if n >= purge_step]:
-                del values[number]
-
-        def add_scalar(name, value, number):
-            assert number not in self.shown[name], "shown twice"
-            self.shown[name][number] = value
-
-        return SimpleNamespace(add_scalar=add_scalar, close=self.close)
-
-    def init(self, id, **settings):
-        assert settings["resume"] == "allow" and settings["dir"] == settings["name"]
-        assert settings["config"] == {"lr": 0.1} and settings["project"] == "spin"
-        self.ids.append(id)
-        run = SimpleNamespace(step=max(self.numbers(), default=-1) + 1, finish=self.close)
-
-        def log(values, step):
-            assert step >= run.step and step not in self.numbers()
-            for name, value in values.items():
-                self.shown[name][step] = value
-
-        run.log = log
-        return run
-
-
-def process(out, name, events, finished=False):
-    """A process that takes part in the run: it tells of a step and writes it, or writes an iterate and tells of it."""
-    (observer,) = trackers.start([name], out, {"args": {"lr": 0.1}})
+    observer = trackers.Tracker("name", out, log, None)
     for event, file, row in events:
         path = out / f"{file}.jsonl"
         lines = rows(path) if path.exists() else []
@@ -80,32 +47,48 @@ def process(out, name, events, finished=False):
             observer.iterate([*lines, row], {}, "")
     if finished:
         observer.finish(rows(out / "metrics.jsonl"), {})
-    observer.close()
+    return logged
 
 
-@pytest.mark.parametrize("name", trackers.MODULES)
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("died", range(1, len(EVENTS) + 1))
-def test_every_row_is_shown_once(died, told, name, tmp_path, monkeypatch):
+def test_a_resumed_run_logs_every_row_under_its_number(died, told, tmp_path):
     """A process dies after any event, or before it has told of it; the next one repeats an unfinished iteration."""
-    out, server = tmp_path / "run", Server()
-    out.mkdir()
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    monkeypatch.setitem(sys.modules, trackers.MODULES[name], server)
-    process(out, name, EVENTS[: died - 1 + told])
+    assert process(tmp_path, EVENTS[: died - 1 + told]) == LOGGED[: died - 1 + told]
     if not told and EVENTS[died - 1][0] == "iterate":  # it had written the row
-        with open(out / "metrics.jsonl", "a") as file:
+        with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(EVENTS[died - 1][2]) + "\n")
-    finished = len(rows(out / "metrics.jsonl"))
-    process(out, name, EVENTS[1 + 4 * (finished - 1) :], finished=True)
-    expected = defaultdict(dict)
-    for number, (event, _, row) in enumerate(EVENTS):
-        for key in row.keys() & {"nll", "loss", "skipped"}:
-            if row[key] is not None:
-                expected[f"{'train' if event == 'step' else 'iterate'}/{key}"][number] = row[key]
-    assert server.shown == expected
-    assert server.closed == 2 or (name == "tensorboard" and died == 1 and not told), "nothing was opened"
-    assert len(set(server.ids)) == (name == "wandb")
+    finished = len(rows(tmp_path / "metrics.jsonl")) - 1
+    assert process(tmp_path, EVENTS[1 + 4 * finished :], finished=True) == LOGGED
+
+
+def test_tensorboard_forgets_what_an_earlier_process_logged(tmp_path):
+    opened, shown = [], []
+    writer = SimpleNamespace(add_scalar=lambda *values: shown.append(values))
+    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: opened.append((folder, purge_step)) or writer)
+    log, close = trackers.tensorboard(module, tmp_path, {})
+    close()  # Nothing was opened.
+    log({"iterate/nll": 2.0, "iterate/kl": 0.0}, 0)
+    log({"train/loss": 0.5}, 1)
+    assert opened == [(f"{tmp_path}/tensorboard", 0)]
+    assert shown == [("iterate/nll", 2.0, 0), ("iterate/kl", 0.0, 0), ("train/loss", 0.5, 1)]
+
+
+def test_wandb_keeps_its_run_and_the_rows_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    ids, steps = [], []
+
+    def init(id, **settings):
+        path = str(tmp_path)
+        assert settings == {"dir": path, "name": path, "config": {"lr": 0.1}, "project": "spin", "resume": "allow"}
+        ids.append(id)
+        return SimpleNamespace(step=2, log=lambda values, step: steps.append(step), finish=None)
+
+    for _ in range(2):
+        log, _ = trackers.wandb(SimpleNamespace(init=init), tmp_path, {"args": {"lr": 0.1}})
+        for number in range(4):
+            log({}, number)
+    assert steps == [2, 3] * 2 and len(ids) == 2 and ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("name", trackers.MODULES)

@@ -227,10 +227,10 @@ def verdict(row: Row, metric: str) -> int:
 
 
 def significant_errors(examples: float) -> float:
-    """How many standard errors a change must exceed to be no noise: 2 for many examples, inf for a single one.
+    """How many standard errors a change must exceed to be more than noise: 2 with many examples, inf with one.
 
-    It is the quantile of Student's t, with examples - 1 degrees of freedom, that noise exceeds in 4.55% of all cases,
-    like 2 in a normal distribution. Source: the expansion of Fisher and Cornish 1960 to the fourth order; the last term
+    It is the quantile of Student's t with examples - 1 degrees of freedom that noise exceeds in 4.55% of all cases, as
+    a normal variable exceeds 2. Source: the expansion of Fisher and Cornish 1960 to the fourth order; the fifth term
     makes one degree exact, and the others are within 0.4%.
     """
     if examples < 2:
@@ -290,11 +290,12 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
     def at(place: float, points: Sequence[float]) -> float:
         return sum(weight * point for weight, point in zip(interpolation(place, entropies), points))
 
+    step = 1e-4 * (entropies[-1] - entropies[0]) or 1.0  # of the slopes: central differences
     weights = interpolation(entropy, entropies)
     result: Row = {"temperature": at(entropy, temperatures)}
     for name in [name for name in ratios[0] if name != "entropy"]:
         points, _, parts = zip(*(ratio[name] for ratio in ratios))
-        slope, *slopes = [(at(x + 1e-4, points) - at(x - 1e-4, points)) / 2e-4 for x in (entropy, *entropies)]
+        slope, *slopes = [(at(x + step, points) - at(x - step, points)) / (2 * step) for x in (entropy, *entropies)]
         value, _, own_parts = ratio_of(row["values"][name] for row in now)
         errors = [dy - slope * dx for dy, dx in zip(own_parts, own_entropy_parts)]
         for weight, slope, dys, des in zip(weights, slopes, parts, entropy_parts):

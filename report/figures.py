@@ -73,7 +73,7 @@ def quantiles(x: float, values: Sequence[float]) -> Mark:
     """The median with a bar over 90% of the values, which is thick over half of them."""
     values = sorted(values)
     low, first, middle, third, high = (values[round(q * (len(values) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95))
-    note = f"median {middle:.3g}, half of all {first:.3g} to {third:.3g}, 90% {low:.3g} to {high:.3g}"
+    note = f"median {middle:.2f}, half of all {first:.2f} to {third:.2f}, 90% {low:.2f} to {high:.2f}"
     return Mark(x, middle, (low, high), (first, third), note)
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 
 from evaluate import Row
@@ -41,21 +40,10 @@ class RunFiles:
         self.args = self.record["args"]
         self.rows = read_rows(folder / "metrics.jsonl")
         self.times = read_rows(folder / "times.jsonl")
-
-    @cached_property
-    def heldout(self) -> list[list[Row]]:
-        """heldout-<t>.jsonl of every iterate."""
-        return [read_rows(self.folder / f"heldout-{t}.jsonl") for t in range(len(self.rows))]
-
-    @cached_property
-    def steps(self) -> list[list[Row]]:
-        """steps-<t>.jsonl of every iteration, including the one that is at work."""
-        return [read_rows(self.folder / f"steps-{t}.jsonl") for t in range(len(self.rows))]
-
-    @cached_property
-    def pairs(self) -> list[list[Row]]:
-        """pairs-<t>.jsonl of every finished iteration; supervised fine-tuning has none."""
-        return [read_rows(self.folder / f"pairs-{t}.jsonl", SAMPLE) for t in range(len(self.rows) - 1)]
+        iterates = range(len(self.rows))
+        self.heldout = [read_rows(folder / f"heldout-{t}.jsonl") for t in iterates]
+        self.steps = [read_rows(folder / f"steps-{t}.jsonl") for t in iterates]  # The last iteration may be at work.
+        self.pairs = [read_rows(folder / f"pairs-{t}.jsonl", SAMPLE) for t in iterates[:-1]]
 
 
 def load(folders: Iterable[Path]) -> list[RunFiles]:

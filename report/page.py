@@ -20,7 +20,7 @@ from report import console
 from report.figures import svg
 from report.files import RunFiles, load
 from report.panels import figures, plot
-from report.tables import Table, difference, held_out, plain, signals, telling, title_of
+from report.tables import Table, difference, held_out, plain, signals, table_of, telling, title_of
 
 PROMPTS = 300  # the most prompts in the table of responses
 TEXT = 2000  # the most characters of a text on the page
@@ -153,12 +153,11 @@ def responses(runs: Sequence[RunFiles]) -> tuple[list[str], list[tuple[Row, ...]
 
 def times_table(run: RunFiles) -> Table:
     """Seconds and peak memory of every phase by iterate."""
-    phases = list(dict.fromkeys(phase for row in run.times for phase in row["seconds"]))
-    lines = []
+    rows = []
     for row in run.times:
         cells = {phase: f"{s:.1f} s, {row['memory'][phase] / 2**20:,.0f} MiB" for phase, s in row["seconds"].items()}
-        lines.append([str(row["iterate"]), *(cells.get(phase, "-") for phase in phases)])
-    return Table("", ["iterate", *phases], lines)
+        rows.append({"iterate": row["iterate"]} | cells)
+    return table_of("", rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 def settings_table(runs: Sequence[RunFiles]) -> Table:
@@ -189,8 +188,9 @@ def page(folders: Iterable[Path]) -> str:
     blocks = [block(names, rows) for rows in prompts]
     kinds = Counter(block["kind"] for block in blocks)
     settings = settings_table(runs)
+    warned = [[text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])] for run in runs]
     values = {
-        "runs": [(run.name, headline(run), warnings(run)) for run in runs],
+        "runs": [(run.name, headline(run), texts) for run, texts in zip(runs, warned)],
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "panels": {name: [Markup(svg(one)) for one in panels] for name, panels in figures(runs).items()},
         "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
@@ -206,8 +206,3 @@ def page(folders: Iterable[Path]) -> str:
     }
     text = environment.get_template("page.html").render(values)
     return text.encode("utf-8", "replace").decode()  # A lone surrogate becomes a question mark.
-
-
-def warnings(run: RunFiles) -> list[str]:
-    """Signs of degeneration in any iterate."""
-    return [text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])]

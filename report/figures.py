@@ -13,7 +13,7 @@ from html import escape
 
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#3a86c8", "#444444")
 GREY = len(COLOURS) - 1
-DASHES = ("", "6 3", "2 3", "8 3 2 3")
+DASHES = ("none", "6 3", "2 3", "8 3 2 3")
 MARKERS = (
     "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0",
     "m-3-3h6v6h-6z",

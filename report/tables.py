@@ -8,7 +8,7 @@ from evaluate import COLUMNS, Row, column
 
 @dataclass
 class Table:
-    """Cells of text. page.html writes a table as HTML, the methods here write it as other text."""
+    """Cells of text. `text` aligns them for a terminal or a card, and page.html writes them as HTML."""
 
     title: str
     heads: list[str]

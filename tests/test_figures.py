@@ -1,6 +1,5 @@
 """report/figures.py and report/panels.py: what is drawn, on which axes."""
 
-import re
 from xml.etree import ElementTree
 
 import pytest
@@ -75,11 +74,3 @@ def test_curves_keep_mean_and_extremes_and_distributions_their_quantiles():
     assert len(figures.bins([(i, 0.0) for i in range(10_000)], 10_000 / figures.BINS)) <= figures.BINS + 1
     mark = figures.quantiles(7, [*range(101)])
     assert (mark.x, mark.y, mark.bar, mark.thick) == (7, 50, (5, 95), (25, 75))
-
-
-def test_the_panels_of_several_runs_differ_in_colour_and_marker():
-    rows = [{"iterate": 0, "nll": 1.0, "nll_se": 0.1}, {"iterate": 1, "nll": 0.9, "nll_se": 0.1}]
-    (panel,) = panels.held_out_panels([rows, rows])
-    svg = figures.svg(panel)
-    assert re.findall(r'<g class="(s\d)" fill="(#\w+)"', svg) == [("s0", "#0072b2"), ("s1", "#d55e00")]
-    assert figures.MARKERS[0] in svg and figures.MARKERS[1] in svg

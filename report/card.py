@@ -60,21 +60,21 @@ class Card:
 
 def card(iterate: int, rows: list[Row], record: Row, settings: str) -> str:
     """The text of the card. `record` is that of run.json."""
-    args, digests, command = record["args"], record.get("digests", {}), record.get("command", "spin")
+    args, digests, command = record["args"], record["digests"], record["command"]
     source = "pairs" if args.get("pairs") else "data"
     hub = "" if Path(args["model"]).is_dir() else args["model"].partition("@")[0]
-    commit = f", commit {record['revision']}" if record.get("revision") else ""
+    commit = f", commit {record['revision']}" if record["revision"] else ""
     held_out = ", ".join(f"`{public(name)}`" for name in args["eval_data"])
     facts = {
         "Base model": f"`{public(args['model'])}`{commit}",
-        "sha256 of its files": digests.get("model", "unknown"),
+        "sha256 of its files": digests["model"],
         "Training data": ", ".join(f"`{public(name)}`" for name in args[source]),
-        "sha256 of its contents": digests.get(source, "unknown"),
+        "sha256 of its contents": digests[source],
         "Held-out data": held_out or f"a share of {args['eval_share']} of the data",
-        "sha256 of its examples": digests.get("eval-data", "unknown"),
+        "sha256 of its examples": digests["eval-data"],
         "Settings that are not the default": f"`{settings or 'none'}`",
-        "Prompt template": f"`{json.dumps(record.get('template', ''), ensure_ascii=False)}`",
-        "torch": record.get("torch", ""),
+        "Prompt template": f"`{json.dumps(record['template'], ensure_ascii=False)}`",
+        "torch": record["torch"],
     }
     return CARD.format(
         tags="gpt_neo, sft" if command == "sft" else "gpt_neo, spin, self-play",

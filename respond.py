@@ -4,7 +4,7 @@
     python respond.py runs/spin                                 a loop of prompts, answered by the run's last iterate
     python respond.py runs/spin --prompt "HELLO" "BYE"          one answer per prompt
     python respond.py runs/spin/iterate-2 --prompts F.jsonl     every prompt of a file, in any layout of --data
-    python respond.py runs/spin --compare runs/spin/iterate-0   two side by side; iterate-0 is the start of the run
+    python respond.py runs/spin --compare runs/spin/iterate-0   two models; iterate-0 is the start of the run
     python respond.py runs/spin --eval-data F.jsonl             held-out metrics instead of responses
 
 A prompt is written by the template that the run used, which --template overrides. Responses are the likeliest ones
@@ -14,18 +14,16 @@ unless --temperature asks for samples.
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lora
-from data.examples import Example, as_decoded, draw, encode, fit_context, load_examples, load_tokenizer
+from data.examples import Example, as_decoded, decode, draw, encode, fit_context, load_examples, load_tokenizer
 from data.files import read_object
 from data.templates import choose, read_chat
 from evaluate import evaluate, sample_start
@@ -40,49 +38,42 @@ from runtime.setup import choose_device, end_token, resolve_model
 from runtime.work import Work
 from spin import SpinOptions
 
-
-def same(options_class: type, name: str, **changes: Any) -> Any:
-    """The option of the same name of spin.py, but for the changes."""
-    original = options_class.__dataclass_fields__[name]
-    default = changes.pop("default", original.default)
-    return field(default=default, metadata={**original.metadata, "group": ""} | changes)
+RUN, SPIN = RunOptions.__dataclass_fields__, SpinOptions.__dataclass_fields__
 
 
 @dataclass(frozen=True)
 class RespondOptions:
     """The options of respond.py."""
 
+    # fmt: off
     model: str = option("", "A run, an iterate, a model's directory or a hub id.", positional=True, metavar="MODEL")
-    compare: tuple[str, ...] = option((), "Other iterates or models, to show beside the first.", metavar="MODEL")
+    compare: tuple[str, ...] = option((), "Other iterates or models, to show below the first.", metavar="MODEL")
     base: str = option("", "The model below an adapter; default: the one that the run began with.")
-    eos: str = same(RunOptions, "eos")
-    prompt: tuple[str, ...] = option(
-        (),
-        "Prompts. Without any, prompts are read from the terminal.",
-        metavar="TEXT",
-        group="prompts",
-        check=str.strip,
-        expected="a text",
-    )
+    eos: str = RUN["eos"]
+    prompt: tuple[str, ...] = option((), "Prompts. Without any, prompts are read from the terminal.", metavar="TEXT",
+                                     group="prompts", check=str.strip, expected="a text")
     prompts: tuple[str, ...] = option((), "Files, directories or hub data sets with prompts.", metavar="PATH")
-    fields: tuple[str, ...] = same(RunOptions, "fields")
-    template: str = same(RunOptions, "template", help="Prompt template; auto: that of the run, or of the model.")
-    special_tokens: bool = same(RunOptions, "special_tokens")
+    fields: tuple[str, ...] = RUN["fields"]
+    template: str = option("auto", "Prompt template; auto: that of the run, or of the model.",
+                           check=RUN["template"].metadata["check"], expected=RUN["template"].metadata["expected"])
+    special_tokens: bool = RUN["special_tokens"]
     chat: bool = option(False, "In the loop, earlier turns stay part of the prompt; an empty line begins anew.")
-    eval_data: tuple[str, ...] = same(RunOptions, "eval_data", help="Print metrics on this data, not responses.")
-    metric: tuple[str, ...] = same(RunOptions, "metric")
-    eval_limit: int = same(RunOptions, "eval_limit", default=0)
-    max_new_tokens: int = same(RunOptions, "max_new_tokens", default=0, within="[0, inf)")
-    temperature: float = same(SpinOptions, "temperature", default=0.0, group="sampling")
-    top_k: int = same(SpinOptions, "top_k")
-    top_p: float = same(SpinOptions, "top_p")
-    seed: int = same(RunOptions, "seed")
+    eval_data: tuple[str, ...] = option((), "Print metrics on this data, not responses.", metavar="PATH")
+    metric: tuple[str, ...] = RUN["metric"]
+    eval_limit: int = option(0, "Largest number of examples to evaluate on; 0: all.", within="[0, inf)")
+    max_new_tokens: int = option(0, "Length limit of responses, in tokens; 0: that of the run, or 256.",
+                                 within="[0, inf)", group="sampling")
+    temperature: float = option(0.0, "Temperature of responses; 0: the likeliest.", within="0 or [0.001, inf)")
+    top_k: int = SPIN["top_k"]
+    top_p: float = SPIN["top_p"]
+    seed: int = RUN["seed"]
     out: str = option("", "Write responses, or metrics, to this new file, as JSON Lines.", group="output")
-    device: str = same(RunOptions, "device")
-    precision: str = same(RunOptions, "precision")
-    gen_batch: int = same(RunOptions, "gen_batch")
-    gen_tokens: int = same(RunOptions, "gen_tokens")
-    micro_tokens: int = same(RunOptions, "micro_tokens")
+    device: str = RUN["device"]
+    precision: str = RUN["precision"]
+    gen_batch: int = RUN["gen_batch"]
+    gen_tokens: int = RUN["gen_tokens"]
+    micro_tokens: int = RUN["micro_tokens"]
+    # fmt: on
 
     shard = 0  # the default size
 
@@ -104,6 +95,7 @@ class Responder:
 
     def __init__(self, name: str, args: RespondOptions, fallback: str = "") -> None:
         self.name = name
+        self.answered = 0  # The number of prompts so far: each has random numbers of its own.
         folder, record = find(name)
         settings = (record or {}).get("args", {})
         adapter = folder if folder and Path(folder, "adapter_config.json").exists() else None
@@ -115,23 +107,22 @@ class Responder:
             path, _ = resolve_model(str(folder), flag="")
         model_class = Player.class_of(path)
         config = model_class.config_class.from_json(path / "config.json")
-        self.eos = end_token(path, config.eos_token_id, args.eos or settings.get("eos", ""))
-        self.tokenizer = load_tokenizer(path, self.eos, config.vocab_size)
+        wanted = args.eos or settings.get("eos", "")
         self.context = config.max_position_embeddings
+        self.tokenizer = load_tokenizer(path, end_token(path, config.eos_token_id, wanted), config.vocab_size)
+        self.own = (record or {}).get("template", "") or ("chat" if read_chat(path)[0] else fallback)
+        special = args.special_tokens or settings.get("special_tokens", False)
+        asked = args.template if args.template != "auto" else self.own or "auto"
+        self.template = choose(asked, path, self.tokenizer, messages=False, special_tokens=special)
+        self.eos = end_token(path, config.eos_token_id, wanted, self.template)
         device = choose_device(args.device)
-        bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
         model = model_class.from_pretrained(path, dtype=torch.float32, device=device).eval()
         if adapter:
             lora.load_adapter(model, adapter)
-        self.args = dataclasses.replace(
-            args, out="", max_new_tokens=args.max_new_tokens or settings.get("max_new_tokens", 256)
-        )
+        length = args.max_new_tokens or settings.get("max_new_tokens", 256)
+        self.args = dataclasses.replace(args, out="", max_new_tokens=length)
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
         self.player = Player(model, self.eos, self.args, torch.bfloat16 if bf16 else torch.float32)
-        own = (record or {}).get("template", "") or ("chat" if read_chat(path)[0] else fallback) or "auto"
-        special = args.special_tokens or settings.get("special_tokens", False)
-        asked = args.template if args.template != "auto" else own
-        self.template = choose(asked, path, self.tokenizer, messages=False, special_tokens=special)
-        self.own = "" if own == "auto" else own
 
     def respond(self, examples: list[Example]) -> list[tuple[str, bool]]:
         """(text, whether it ended by itself) for the prompt of each example."""
@@ -141,20 +132,18 @@ class Responder:
         if room < 1:
             size = f"{len(longest.prompt_ids)} tokens with the template, the context of {self.name} is {self.context}"
             raise ValueError(f"{longest.where}: the prompt has {size}")
+        rows = range(self.answered, self.answered + len(examples))
+        self.answered = rows.stop
         responses = self.player.respond(
             [example.prompt_ids for example in examples],
             self.args.seed,
+            rows=rows,
             temperature=self.args.temperature,
             top_k=self.args.top_k,
             top_p=self.args.top_p,
             max_new_tokens=min(self.args.max_new_tokens, room),
         )
-        work = self.work([])
-        return [(work.text(ids), finished) for ids, finished in responses]
-
-    def work(self, heldout: list[Example]) -> Work:
-        """Asks the player for what evaluation needs, and writes nothing."""
-        return Work(self.args, self.tokenizer, self.eos, heldout, load_metrics(self.args.metric), self.args.gen_batch)
+        return [(decode(ids, self.tokenizer, self.eos), finished) for ids, finished in responses]
 
 
 def find(name: str) -> tuple[str | None, dict[str, Any] | None]:
@@ -217,25 +206,14 @@ def typed_prompts(chat: bool) -> Iterator[Example]:
 
 
 def show(example: Example, answers: list[tuple[str, bool]], names: list[str], with_prompt: bool) -> None:
-    """Prints a response as it is, or several side by side."""
-    texts = [text if finished else f"{text} [...]" for text, finished in answers]  # it was cut at the length limit
+    """Prints a response as it is, or several, each below the name of its model."""
     if with_prompt:
         print(f"> {example.prompt}")
-    print(texts[0] if len(texts) == 1 else side_by_side(names, texts, shutil.get_terminal_size().columns), flush=True)
+    for name, (text, finished) in zip(names, answers):
+        title = f"[{name}]\n" if len(names) > 1 else ""
+        print(title + (text if finished else f"{text} [...]"), flush=True)  # Otherwise the length limit cut it.
     if with_prompt:
         print()
-
-
-def side_by_side(titles: list[str], texts: list[str], width: int) -> str:
-    """Texts in columns under their titles, wrapped to the width of the terminal."""
-    column = max(20, (width - 3 * (len(texts) - 1)) // len(texts))
-    cells = []
-    for title, text in zip(titles, texts):
-        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
-        cells.append([title[-column:], "-" * column, *lines])
-    rows = max(map(len, cells))
-    padded = [cell + [""] * (rows - len(cell)) for cell in cells]
-    return "\n".join(" | ".join(line.ljust(column) for line in row).rstrip() for row in zip(*padded))
 
 
 def rows_of(example: Example, answers: list[tuple[str, bool]], names: list[str]) -> list[dict[str, Any]]:
@@ -254,7 +232,7 @@ def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str,
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
     names, rows = [responder.name for responder in responders], []
     examples = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
-    examples += load_examples(args.prompts, "prompts", args.fields) if args.prompts else []
+    examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
     for example in () if examples else typed_prompts(args.chat):
         answers = [responder.respond([example])[0] for responder in responders]
         show(example, answers, names, with_prompt=False)
@@ -269,16 +247,27 @@ def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str,
 
 
 def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
-    """Held-out metrics of every model; KL is KL(first, model)."""
+    """Held-out metrics of every model, on the examples that fit the contexts of all; KL is KL(first, model)."""
+    for other in responders[1:]:
+        if other.tokenizer.get_vocab() != responders[0].tokenizer.get_vocab():
+            raise ValueError(
+                f"--compare {other.name}: expected the vocabulary of {args.model}: metrics count its tokens"
+            )
+    examples = draw(load_examples(args.eval_data, fields=args.fields), args.eval_limit)
+    context = min(responder.context for responder in responders)
+    length, skipped = max(responder.args.max_new_tokens for responder in responders), 0
+    for responder in responders:
+        encode(examples, responder.tokenizer, responder.template, responder.eos)
+        examples, count = fit_context(examples, context, length, "skip")
+        skipped += count
+    if skipped:
+        print(f"left out {skipped} examples that do not fit a context of {context} tokens", flush=True)
     rows, start = [], None
     for responder in responders:
-        examples = draw(load_examples(args.eval_data, fields=args.fields), args.eval_limit)
         encode(examples, responder.tokenizer, responder.template, responder.eos)
         as_decoded(examples, responder.tokenizer, responder.eos)
-        examples, skipped = fit_context(examples, responder.context, responder.args.max_new_tokens, "skip")
-        if skipped:
-            print(f"{responder.name}: left out {skipped} examples that do not fit the context", flush=True)
-        work = responder.work(examples)
+        functions = load_metrics(args.metric)
+        work = Work(responder.args, responder.tokenizer, responder.eos, examples, functions, args.gen_batch)
         start = start or sample_start(responder.player, work)
         rows.append({"model": responder.name} | evaluate(responder.player, start, work))
     print(table_of("", rows, ["model", *metrics_of(rows)]).text())

@@ -4,7 +4,9 @@
 template.
 """
 
+import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +15,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from data.files import shown
-from data.layouts import LAYOUTS, Turn, parts_of
+from data.files import lfs_hint, read_object, shown, token_text
+from data.layouts import LAYOUTS, Reader, Turn
 from data.records import files_of, read
-from data.templates import Piece, Template
+from data.templates import SPECIAL_TOKENS, Piece, Template
 
 ENCODED_TOGETHER = 4096  # Texts per call: the tokenizer's own results take far more memory than the ids.
+FIRST = b'"prepend_scheme":"first"'  # The setting of a pre-tokenizer that puts a space before the beginning of a text.
 
 
 @dataclass(slots=True)
@@ -57,9 +60,11 @@ class Example:
 
 
 def load_examples(
-    names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = ()
+    names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = (), quiet: bool = False
 ) -> list[Example]:
     """Reads files, directories and data sets of the hub in order. records.py and layouts.py say what they may hold.
+
+    Prints which files were read, what was taken from them and what was left out, unless `quiet`.
 
     Args:
         layout: "responses"; "pairs" if a record must also hold the worse response, as "generated" or "rejected", and
@@ -69,21 +74,38 @@ def load_examples(
     Raises: ValueError naming file and line; FileNotFoundError; other kinds of OSError.
     """
     examples: list[Example] = []
-    for name in [str(names)] if isinstance(names, str | Path) else names:
+    names, reader = [str(names)] if isinstance(names, str | Path) else names, Reader(layout, fields)
+    for name in names:
         files = files_of(name)
-        if files != [name]:
+        if files != [name] and not quiet:
             print(f"{name}: reading {', '.join(Path(file).name for file in files)}", flush=True)
         for file in files:
             count, before = len(examples), examples[-1].line if examples else 0
             for number, record in read(file):
                 try:
-                    parts = parts_of(record, layout, fields)
+                    parts = reader.parts(record)
                 except ValueError as error:
                     raise ValueError(f"{file}:{number}: {error}") from None
-                examples.append(Example(file, before + number, before=before, **parts))
+                if parts:
+                    examples.append(Example(file, before + number, before=before, **parts))
             if len(examples) == count:
-                raise ValueError(f"{file}: holds no records; accepted are {LAYOUTS}")
+                raise ValueError(f"{file}: holds no records to train on; accepted are {LAYOUTS}")
+            _refuse_leaks(examples[count:])
+    if not quiet:
+        print(f"{', '.join(names)}: {reader.summary()}", flush=True)
     return examples
+
+
+def _refuse_leaks(examples: list[Example]) -> None:
+    """Refuses prompts that end with their own response, as whole rendered texts do.
+
+    For some responses this may happen by chance ("Yes or no?" "no"), so most of the distinct ones are asked for.
+
+    Raises: ValueError naming the first record.
+    """
+    leaks = [e for e in examples if e.response and e.prompt.rstrip().endswith(e.response.strip())]
+    if 2 * len({e.response for e in leaks}) > len({e.response for e in examples}):
+        raise ValueError(f"{leaks[0].where}: the prompt ends with its own response; --fields prompt=NAME names another")
 
 
 def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
@@ -118,15 +140,36 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
     path = Path(directory)
     source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
     if source.is_file():
-        with _named(f"{source}: not a readable tokenizer"):
-            return Tokenizer.from_file(str(source)), source
-    if not (vocab.is_file() and merges.is_file()):
+        with _named(f"{source}: not a readable tokenizer{lfs_hint(source)}"):
+            tokenizer = Tokenizer.from_file(str(source))
+    elif vocab.is_file() and merges.is_file():
+        source = vocab
+        with _named(f"{vocab} and merges.txt: not a readable tokenizer{lfs_hint(vocab) or lfs_hint(merges)}"):
+            tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
         raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
-    with _named(f"{vocab} and merges.txt: not a readable tokenizer"):
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, vocab
+    with _named(f"{path}: the added tokens of its tokenizer are not readable"):
+        _add_tokens(tokenizer, path)
+    return tokenizer, source
+
+
+def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
+    """Adds the tokens that only other files of the model define, in the order of their ids, as transformers does.
+
+    Tokens of the vocabulary become special if those files name them as special.
+    """
+    config = read_object(path / "special_tokens_map.json") | read_object(path / "tokenizer_config.json")
+    several = [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
+    special = [token_text(token) for token in (*(config.get(name) for name in SPECIAL_TOKENS), *several) if token]
+    tokens = {}
+    for text, number in read_object(path / "added_tokens.json").items():
+        tokens[number] = AddedToken(text, normalized=text not in special, special=text in special)
+    for number, token in (config.get("added_tokens_decoder") or {}).items():
+        tokens[int(number)] = AddedToken(**token)
+    tokenizer.add_tokens([token for _, token in sorted(tokens.items(), key=lambda item: item[0])])
+    tokenizer.add_special_tokens([text for text in special if tokenizer.token_to_id(text) is not None])
 
 
 @contextmanager
@@ -157,8 +200,8 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Templa
         pieces = [template.pieces(e.where, e.turns or (("user", e.prompt),)) for e in some]
         with _named(f"{some[0].path}: the tokenizer cannot encode the data"):
             prompts = _ids_of_pieces(pieces, tokenizer)
-            responses = _ids([e.response for e in some], tokenizer)
-            others = _ids([e.generated or "" for e in some], tokenizer)
+            responses = _ids([e.response for e in some], tokenizer, inside=True)
+            others = _ids([e.generated or "" for e in some], tokenizer, inside=True)
         for example, prompt_ids, ids, other in zip(some, prompts, responses, others):
             if not prompt_ids:
                 raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
@@ -178,22 +221,36 @@ def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int)
     """Rewrites references as `decode` would write them, so that a perfect response equals its reference."""
     for example in examples:
         with _named(f"{example.where}: the tokenizer cannot encode and decode the references"):
-            example.references = [decode(ids, tokenizer, eos_token_id) for ids in _ids(example.references, tokenizer)]
+            ids = _ids(example.references, tokenizer, inside=True)
+            example.references = [decode(some, tokenizer, eos_token_id) for some in ids]
 
 
 def _ids_of_pieces(pieces: list[list[Piece]], tokenizer: Tokenizer) -> list[list[int]]:
     """Encodes texts that are given in pieces. Each distinct piece, such as the template's, is encoded once."""
-    ids: dict[Piece, list[int]] = {}
-    for special in (True, False):
-        texts = list({text: None for some in pieces for text, counts in some if counts == special})
-        ids |= zip(((text, special) for text in texts), _ids(texts, tokenizer, special))
-    return [[number for piece in some for number in ids[piece]] for some in pieces]
+    ids: dict[tuple, list[int]] = {}
+    placed = [[(*piece, i > 0) for i, piece in enumerate(some)] for some in pieces]
+    for special, inside in itertools.product((True, False), repeat=2):
+        group = list({piece: None for some in placed for piece in some if piece[1:] == (special, inside)})
+        ids |= zip(group, _ids([text for text, *_ in group], tokenizer, special, inside))
+    return [[number for piece in some for number in ids[piece]] for some in placed]
 
 
-def _ids(texts: list[str], tokenizer: Tokenizer, special: bool = True) -> list[list[int]]:
-    """Encodes texts. Unless `special`, special tokens in them are encoded like other text."""
+def _ids(texts: list[str], tokenizer: Tokenizer, special: bool = True, inside: bool = False) -> list[list[int]]:
+    """Encodes texts. Unless `special`, special tokens in them are encoded like other text.
+
+    `inside`: other text is before them, so tokenizers that put a space before the beginning of a text put none.
+    """
     tokenizer.encode_special_tokens = not special
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    original = tokenizer.pre_tokenizer
+    state = original.__getstate__() if original else b""
+    if inside and FIRST in state:
+        inner = copy.deepcopy(original)
+        inner.__setstate__(state.replace(FIRST, FIRST.replace(b"first", b"never")))
+        tokenizer.pre_tokenizer = inner
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    finally:
+        tokenizer.pre_tokenizer = original
 
 
 def _ended(ids: list[int], eos_token_id: int, name: str, blank: bool = False) -> list[int]:

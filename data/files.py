@@ -5,13 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-LONGEST_SHOWN = 100  # The most characters of a value that a message quotes.
 
-
-def shown(value: object) -> str:
-    """Returns a value for a message: control characters are escaped and the middle of a long text is left out."""
+def shown(value: object, most: int = 100) -> str:
+    """Returns a value for a message: control characters are escaped, and the middle is left out beyond `most`."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[3 - LONGEST_SHOWN // 2 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[3 - most // 2 :]}"
 
 
 def near_files(path: Path, directories: bool = False) -> str:
@@ -48,6 +46,14 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def lfs_hint(path: Path) -> str:
+    """Returns "; ..." if a file is the pointer that Git LFS keeps in place of a large file, or ""."""
+    with open(path, "rb") as file:
+        first = file.readline(100)
+    pointer = first.startswith(b"version ") and b"git-lfs" in first
+    return "; it is a pointer of Git LFS: run git lfs pull" if pointer else ""
 
 
 def token_text(token: Any) -> Any:

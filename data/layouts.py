@@ -1,24 +1,27 @@
 """Reads a prompt and its response from a record, whatever its fields are called; docs/runs.md lists the layouts.
 
-Every layout is first read as a list of turns. The last assistant turn is the response, all turns before it are the
-prompt, and what follows it is left out.
+Every layout is first read as a list of turns. The last assistant turn that may be trained on is the response, and all
+turns before it are the prompt.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from data.files import shown
+from data.files import parse_json, shown
 
-# The names of fields in order of precedence: the first one that a record has is read. "instruction" and "output" are
-# Alpaca's, "question" and "answer" GSM8K's, "real" is that of SPIN's official code, "conversations" ShareGPT's.
-PROMPTS = ("prompt", "instruction", "question")
+# The names of fields by what they hold. "instruction" and "output" are Alpaca's, "question" and "answer" GSM8K's,
+# "real" is that of SPIN's official code, "conversations" ShareGPT's.
+PROMPTS = ("prompt", "instruction", "question", "query")
+MORE = ("input", "context")  # They follow a prompt that is a text, after a blank line.
 CONVERSATIONS = ("real", "messages", "conversations", "conversation")
 RESPONSES = ("real", "chosen", *CONVERSATIONS[1:], "response", "completion", "output", "answer")
+NAMES = {*PROMPTS, *MORE, *RESPONSES, "rejected", "generated", "system", "history", "references", "wins", "label"}
 # The fields that a name in --fields takes the place of; any other name takes the place of itself.
 REPLACED = {"prompt": (*PROMPTS, *CONVERSATIONS), "response": RESPONSES, "messages": RESPONSES}
-ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "chatgpt", "model"), "assistant"
 )
+NO_TARGET = "no target"  # The role of an assistant turn that is marked as not to be trained on.
 LAYOUTS = (
     "prompt/response, prompt/completion, instruction/input/output, question/answer, messages, conversations, real, "
     "or prompt/chosen/rejected; --fields prompt=NAME,response=NAME names others"
@@ -27,98 +30,193 @@ LAYOUTS = (
 Turn = tuple[str, str]  # (role, text); the role is "system", "user" or "assistant".
 
 
-def parts_of(record: Any, layout: str = "responses", fields: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a record; `layout` and `fields` are those of `load_examples`.
+class Reader:
+    """Reads records, and remembers what it took and what it left out. The arguments are those of `load_examples`."""
 
-    Returns: the fields of an Example that describe its texts: prompt, turns, response, references, generated, wins.
-    Raises: ValueError naming the field and, if one is missing, the fields that the record has and those accepted.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    # In a table, a column is null for the records that lack it.
-    record = _renamed({name: value for name, value in record.items() if value is not None}, fields)
-    name = next((name for name in RESPONSES if name in record), "response")
-    turns = [] if layout == "prompts" and name not in record else _turns(record, name, "assistant")
-    messages = name in CONVERSATIONS or "user" in _roles(turns)
-    if not messages:
-        asked = next((name for name in PROMPTS if name in record), "prompt")
-        messages = isinstance(record.get(asked), list)
-        turns = _turns(record, asked, "user") + turns
-    turns, response = _split(turns, name, answered=layout != "prompts")
-    generated, wins = None, (1.0, 0.0)
-    if layout == "pairs":
+    def __init__(self, layout: str = "responses", fields: Sequence[str] = ()) -> None:
+        self.layout = layout
+        self.fields = dict(pair.split("=", 1) for pair in fields)
+        self.names: dict[str, str] = {}  # The names in the data, of the fields of one record, by ours.
+        self.taken: dict[str, str] = {}  # What was read from a field.
+        self.left_out: dict[str, None] = {}  # Fields, and what was left out of conversations.
+        self.unwanted = 0  # The number of records that are marked as not to be trained on.
+
+    def summary(self) -> str:
+        """Says what was taken and what was left out, in one line."""
+        taken = ", ".join(f"{name} -> {part}" for name, part in self.taken.items())
+        left = [*self.left_out]
+        if self.unwanted:
+            left.append(f"records marked as not to be trained on: {self.unwanted}")
+        return shown(f"{taken}; left out: {', '.join(left) or 'nothing'}", 500)
+
+    def parts(self, record: Any) -> dict[str, Any] | None:
+        """Returns the fields of an Example that describe its texts, or None if the record must not be trained on.
+
+        Raises: ValueError naming the field and, if one is missing, the fields that the record has and those accepted.
+        """
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+        record = self._named(record)
+        name = self._one_of(record, "response", RESPONSES)
+        turns = self._turns(record, name or "response", "assistant") if name or self.layout != "prompts" else []
+        messages = name in CONVERSATIONS or "user" in _roles(turns)
+        used = {name: "prompt and response" if messages else "response"}  # What was read from which field.
+        if not messages:
+            question, messages = self._question(record, used)
+            turns = question + turns
+        turns, response = self._split(turns, name or "response", answered=self.layout != "prompts")
+        label = str(record.get("label")).lower()  # TRL's data for KTO has true or false.
+        if response is None or label == "false":
+            self.unwanted += 1
+            return None
+        if label == "true":
+            del record["label"]
+        generated = self._generated(record, name, turns, used) if self.layout == "pairs" else None
+        system = text_of(record, "system", blank=True) if "system" in record else ""
+        if system.strip() and turns[0][0] != "system":
+            turns, messages, used["system"] = [("system", system), *turns], True, "prompt"
+        prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
+        references = record.get("references", [response] if response else [])
+        if not isinstance(references, list) or ("references" in record and not references):
+            raise ValueError("field 'references' must be a list of texts")
+        references = [text_of({"references": text}, "references") for text in references]
+        wins = _wins(record) if self.layout == "pairs" else (1.0, 0.0)
+        used |= {"references": "references"} | ({"wins": "wins"} if self.layout == "pairs" else {})
+        for ours, value in record.items():
+            if ours in used:
+                self.taken[self.names[ours]] = used[ours]
+            elif value not in ("", [], {}):
+                self.left_out[self.names[ours]] = None
+        parts = dict(prompt=prompt, response=response, references=references, generated=generated, wins=wins)
+        return parts | dict(turns=tuple(turns) if messages else ())
+
+    def _named(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Returns the record under our names, without what is missing: null in JSON, NaN in some tables.
+
+        A record that has none of the fields in --fields keeps its names.
+        """
+        record = {name: value for name, value in record.items() if value is not None and value == value}
+        fields = self.fields if any(theirs in record for theirs in self.fields.values()) else {}
+        for ours, theirs in fields.items():
+            if theirs not in record:
+                found = shown(", ".join(map(repr, record)))
+                raise ValueError(f"field {theirs!r} of --fields {ours}={theirs} is missing; the fields are {found}")
+        replaced = {name for ours in fields for name in REPLACED.get(ours, (ours,))}
+        self.names = dict(fields)
+        for name in record:
+            lower = name.lower()
+            ours = lower if lower in NAMES and lower not in record else name
+            if ours in replaced or ours in self.names:
+                self.left_out |= {} if name in fields.values() else {name: None}
+            elif name not in fields.values():
+                self.names[ours] = name
+        return {ours: record[theirs] for ours, theirs in self.names.items()}
+
+    def _one_of(self, record: dict[str, Any], part: str, names: Sequence[str]) -> str | None:
+        """Returns the field that holds a part of the example. Raises: ValueError if several hold it and differ."""
+        there = [name for name in names if name in record]
+        there = [name for name in there if record[name] not in ("", [])] or there
+        for other in there[1:]:
+            if _last(record[other]) != _last(record[there[0]]):
+                one, two = self.names[there[0]], self.names[other]
+                raise ValueError(f"{one!r} and {two!r} may both be the {part}; --fields {part}={one} chooses one")
+        return there[0] if there else None
+
+    def _question(self, record: dict[str, Any], used: dict[str, str]) -> tuple[list[Turn], bool]:
+        """Returns the prompt of a record whose response stands apart, and whether it consists of messages."""
+        name = self._one_of(record, "prompt", PROMPTS) or "prompt"
+        turns = self._turns(record, name, "user")
+        used[name] = "prompt"
+        if isinstance(record[name], list):
+            return turns, True
+        for more in MORE:
+            if more in record and not isinstance(record[more], list | dict):
+                used[more] = "prompt"
+                if text_of(record, more, blank=True).strip():
+                    turns = [("user", f"{turns[0][1]}\n\n{record[more]}")]
+        history = record.get("history")
+        if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            used["history"] = "prompt"
+            texts = [text_of({"history": text}, "history") for pair in history for text in pair]
+            turns = [*zip(("user", "assistant") * len(history), texts), *turns]
+        return turns, len(turns) > 1
+
+    def _generated(self, record: dict[str, Any], name: str | None, turns: list[Turn], used: dict[str, str]) -> str:
+        """Returns the worse response of a given pair, whose prompt must be that of the better one."""
         worse = "rejected" if "chosen" in record or "rejected" in record else "generated"
-        others = _turns(record, worse, "assistant", blank=True)
-        others, generated = _split(others if "user" in _roles(others) else turns + others, worse)
-        if others != turns:
+        others = self._turns(record, worse, "assistant", blank=True)
+        others, generated = self._split(others if "user" in _roles(others) else turns + others, worse)
+        if others != turns or generated is None:
             raise ValueError(f"the prompts of {name!r} and {worse!r} differ, expected the same")
-        wins = _wins(record)
-    system = text_of(record, "system", blank=True) if "system" in record else ""
-    if system.strip() and turns[0][0] != "system":
-        turns, messages = [("system", system), *turns], True
-    prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-    references = record.get("references", [response] if response else [])
-    if not isinstance(references, list) or ("references" in record and not references):
-        raise ValueError("field 'references' must be a list of texts")
-    references = [text_of({"references": text}, "references") for text in references]
-    parts = dict(prompt=prompt, response=response, references=references, generated=generated, wins=wins)
-    return parts | dict(turns=tuple(turns) if messages else ())
+        used[worse] = "generated response"
+        return generated
 
+    def _turns(self, record: dict[str, Any], name: str, role: str, blank: bool = False) -> list[Turn]:
+        """Reads a field as turns: a list of messages, which may be written as JSON, or a text, one turn of the role."""
+        value = record.get(name)
+        if not isinstance(value, list) and name not in CONVERSATIONS:
+            return [(role, text_of(record, name, blank))]
+        if isinstance(value, str):
+            value = parse_json(value, f"field {name!r}")
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise ValueError(f"field {name!r} must be a list of {{'role', 'content'}}")
+        turns = [self._turn(message, name) for message in value]
+        return [(role, text) for role, text in turns if text.strip() or role != "system"]
 
-def _renamed(record: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """Returns the record under our names. A record that has none of the fields in --fields stays as it is."""
-    names = dict(pair.split("=", 1) for pair in fields)
-    if not any(theirs in record for theirs in names.values()):
-        return record
-    for ours, theirs in names.items():
-        if theirs not in record:
-            found = shown(", ".join(map(repr, record)))
-            raise ValueError(f"field {theirs!r} of --fields {ours}={theirs} is missing; the fields are {found}")
-    replaced = {name for ours in names for name in REPLACED.get(ours, (ours,))}
-    kept = {name: value for name, value in record.items() if name not in replaced}
-    return kept | {ours: record[theirs] for ours, theirs in names.items()}
+    def _turn(self, message: dict[str, Any], name: str) -> Turn:
+        """Reads {"role", "content"} or {"from", "value"}; the content may be a list of texts."""
+        given = message.get("role", message.get("from"))
+        role = ROLES.get(given.lower()) if isinstance(given, str) else None
+        if role is None:
+            expected = "'system', 'user' or 'assistant'; results of tools are not supported"
+            raise ValueError(f"field {name!r} has a turn of the role {shown(repr(given))}, expected {expected}")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise ValueError(f"field {name!r} has a turn with tool calls, which are not supported")
+        key = "value" if "value" in message and "content" not in message else "content"
+        content = message.get(key)
+        if isinstance(content, list):
+            texts = [
+                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in content
+            ]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"field {name!r} has content that is no text; images are not supported")
+            content = "".join(texts)
+        no_target = role == "assistant" and any(message.get(mark) == 0 for mark in ("weight", "train", "training"))
+        for other in message.keys() - {"role", "from", key, "weight", "train", "training"}:
+            if message[other]:
+                self.left_out[f"{other} of {self.names.get(name, name)}"] = None
+        return NO_TARGET if no_target else role, text_of({key: content}, key, blank=role == "system")
 
+    def _split(self, turns: list[Turn], name: str, answered: bool = True) -> tuple[list[Turn], str | None]:
+        """Returns (turns before the last assistant turn, its text), the text None if no turn may be trained on.
 
-def _turns(record: dict[str, Any], name: str, role: str, blank: bool = False) -> list[Turn]:
-    """Reads a field as turns: a list of messages, or a text, which is one turn of the role."""
-    value = record.get(name)
-    if not isinstance(value, list) and name not in CONVERSATIONS:
-        text = text_of(record, name, blank)
-        more = text_of(record, "input", blank=True) if name == "instruction" and "input" in record else ""
-        return [(role, f"{text}\n\n{more}" if more.strip() else text)]
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"field {name!r} must be a list of {{'role', 'content'}}")
-    turns = [_turn(message, name) for message in value]
-    return [(role, text) for role, text in turns if text.strip() or role != "system"]
-
-
-def _turn(message: dict[str, Any], name: str) -> Turn:
-    """Reads {"role", "content"} or {"from", "value"}; the content may be a list of texts."""
-    given = message.get("role", message.get("from"))
-    role = ROLES.get(given.lower()) if isinstance(given, str) else None
-    if role is None:
-        expected = "'system', 'user' or 'assistant'"
-        raise ValueError(f"field {name!r} has a turn of the role {shown(repr(given))}, expected {expected}")
-    key = "value" if "value" in message and "content" not in message else "content"
-    content = message.get(key)
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        message = {key: "".join(str(part.get("text", "")) for part in content)}
-    return role, text_of(message, key, blank=role == "system")
+        Unless `answered`, the last turn may be a user's.
+        """
+        roles = _roles(turns)
+        targets = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
+        if not answered and roles[-1:] == ["user"]:
+            return _unmarked(turns), ""
+        if not targets and NO_TARGET in roles:
+            return turns, None
+        if not targets:
+            raise ValueError(f"field {name!r} has the roles {shown(roles)}, expected a 'user' before an 'assistant'")
+        if turns[targets[-1] + 1 :]:
+            self.left_out["turns behind the response"] = None
+        return _unmarked(turns[: targets[-1]]), turns[targets[-1]][1]
 
 
 def _roles(turns: Sequence[Turn]) -> list[str]:
     return [role for role, _ in turns]
 
 
-def _split(turns: list[Turn], name: str, answered: bool = True) -> tuple[list[Turn], str]:
-    """Returns (turns before the last assistant turn, its text). Unless `answered`, the last turn may be a user's."""
-    roles = _roles(turns)
-    if not answered and roles[-1:] == ["user"]:
-        return turns, ""
-    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
-    if "user" not in roles[:last]:
-        raise ValueError(f"field {name!r} has the roles {shown(roles)}, expected a 'user' before an 'assistant'")
-    return turns[:last], turns[last][1]
+def _unmarked(turns: list[Turn]) -> list[Turn]:
+    return [("assistant" if role == NO_TARGET else role, text) for role, text in turns]
+
+
+def _last(value: Any) -> Any:
+    """Returns the text of the last message if a field holds messages, and otherwise what it holds."""
+    messages = isinstance(value, list) and value and isinstance(value[-1], dict)
+    return value[-1].get("content", value[-1].get("value")) if messages else value
 
 
 def _wins(record: dict[str, Any]) -> tuple[float, float]:

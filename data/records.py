@@ -1,6 +1,7 @@
 """Reads records from JSON Lines, a JSON array, CSV or TSV (each plain or gzipped), Parquet and data sets of the hub.
 
-A record is a dictionary of the fields that the data has; layouts.py says what they mean.
+A record is a dictionary of the fields that the data has; layouts.py says what they mean. A JSON object may wrap the
+array, as {"data": [...]} does.
 """
 
 import csv
@@ -10,11 +11,11 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.files import near_files, parse_json, shown
+from data.files import lfs_hint, near_files, parse_json, shown
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")  # The files that are read from a directory.
 GZIP, PARQUET, BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"  # The first bytes of files.
@@ -22,6 +23,8 @@ HUB_ID = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>.+))?"
 )
 HINT = "; expected a JSON object per line or a JSON array, or a name that ends in .csv, .tsv or .parquet"
+
+WRAPPERS = ("data", "train", "examples", "records", "rows")  # Names of the list in a JSON object that wraps it.
 
 Record = tuple[int, Any]  # (number, content); the number is that of a line, or counts records if there are no lines.
 
@@ -63,9 +66,10 @@ def read(name: str) -> Iterator[Record]:
         yield from _hub(name)
         return
     path = Path(name)
+    if hint := lfs_hint(path):
+        raise ValueError(f"{path}: no data{hint}")
     with open(path, "rb") as raw:
-        magic = raw.read(4)
-        raw.seek(0)
+        magic = raw.peek(4)[:4]
         if magic == PARQUET:
             yield from _parquet(path)
             return
@@ -78,10 +82,10 @@ def read(name: str) -> Iterator[Record]:
                 yield from enumerate(parse_json("".join(lines), path, HINT), 1)
             elif first != b"{" and kind_of(path) in (".csv", ".tsv"):
                 yield from _csv(lines, path)
+            elif first == b"{" and kind_of(path) == ".json":
+                yield from _object(list(lines), path)
             else:
-                for number, line in enumerate(lines, 1):
-                    if line := line.strip():
-                        yield number, parse_json(line, f"{path}:{number}", HINT)
+                yield from _json_lines(lines, path)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: not readable as gzip ({error})") from None
 
@@ -93,6 +97,23 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error})") from None
+
+
+def _json_lines(lines: Iterable[str], path: Path) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        if line := line.strip():
+            yield number, parse_json(line, f"{path}:{number}", HINT)
+
+
+def _object(lines: list[str], path: Path) -> Iterator[Record]:
+    """Reads the JSON object that a file consists of, which may wrap a list of records, or an object per line."""
+    try:
+        value = parse_json("".join(lines), path)
+    except ValueError:
+        yield from _json_lines(lines, path)
+        return
+    wrapped = [value[name] for name in WRAPPERS if isinstance(value.get(name), list)]
+    yield from enumerate(wrapped[0] if wrapped else [value], 1)
 
 
 def _csv(lines: Iterator[str], path: Path) -> Iterator[Record]:

@@ -4,8 +4,8 @@ A chat template is code that comes with a model. It runs in Jinja's sandbox, whi
 access to Python's objects, though it can waste time. It has no clock either: a prompt must be the same tomorrow.
 
 Special tokens in the text of a turn are plain text, so nobody can end the sequence or forge a part of the template. To
-this end, the template is filled with placeholders, and `Template.pieces` puts the text back after it has cut the
-prompt at the template's own special tokens.
+this end, placeholders take their place, and `Template.pieces` puts them back after it has cut the prompt at the
+template's own special tokens.
 """
 
 import json
@@ -21,6 +21,7 @@ from data.files import read_object, read_text, shown, token_text
 from data.layouts import Turn
 
 DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
+SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # They enclose the number of a placeholder; Unicode gives them no meaning.
 PLACEHOLDER = re.compile(f"{OPEN}[0-9]+{CLOSE}")
 
@@ -42,7 +43,7 @@ class Template:
         special = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
         special.sort(key=lambda token: len(token.content), reverse=True)  # The tokenizer prefers the longest one too.
         patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
-        self.cut = re.compile(f"({'|'.join(patterns)})") if patterns else None
+        self.cut = re.compile(f"({'|'.join(patterns) or '(?!)'})")
         self.forged = re.compile("|".join(re.escape(text) for text in [*(t.content for t in special), OPEN, CLOSE]))
 
     def pieces(self, where: str, turns: Sequence[Turn]) -> list[Piece]:
@@ -50,32 +51,49 @@ class Template:
 
         Raises: ValueError naming the record by `where` if a chat template refuses the turns.
         """
-        if self.special_tokens or self.cut is None:
-            return [(self._written(where, turns), True)]
-        hidden: dict[str, str] = {}  # Texts by their placeholders.
+        hidden: dict[str, str] = {}  # Special tokens in the text of turns, by their placeholders.
 
-        def hide(text: str) -> str:
+        def hide(found: re.Match) -> str:
             placeholder = f"{OPEN}{len(hidden)}{CLOSE}"
-            hidden[placeholder] = text
+            hidden[placeholder] = found[0]
             return placeholder
 
-        # A chat template may trim or compare the text of a turn, so only the special tokens in it are hidden.
-        if self.chat is not None:
-            turns = [(role, self.forged.sub(lambda found: hide(found[0]), text)) for role, text in turns]
-        else:
-            turns = [(role, hide(text)) for role, text in turns]
-        parts = self.cut.split(self._written(where, turns))  # Every second part is a special token.
+        if not self.special_tokens:
+            turns = [(role, self.forged.sub(hide, text)) for role, text in turns]
+        written = self._written(where, turns)
+        asked = next((text.strip() for role, text in reversed(turns) if role == "user"), "")
+        if asked not in written and json.dumps(asked, ensure_ascii=False)[1:-1] not in written:
+            raise ValueError(f"{where}: {self.name} leaves out the user's text: it writes '{shown(written)}'")
+        if self.special_tokens:
+            return [(written, True)]
+        parts = self.cut.split(written)  # Every second part is a special token.
         parts = [PLACEHOLDER.sub(lambda found: hidden.get(found[0], found[0]), part) for part in parts]
         return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
-    def _written(self, where: str, turns: Sequence[Turn]) -> str:
-        """Returns the whole prompt. A text template writes every user turn; a blank line follows each other turn."""
+    def turn_end(self) -> int | None:
+        """Returns the id of the token with which a chat template ends an assistant's turn, None if there is none."""
+        if self.chat is None:
+            return None
+        try:
+            text = self._written("", (("user", "q"), ("assistant", OPEN)), ask=False)
+        except ValueError:  # It expects more than that, such as a system turn.
+            return None
+        _, _, rest = text.partition(OPEN)
+        tokens = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
+        ends = [content for content in tokens if rest.lstrip().startswith(content)]
+        return tokens[max(ends, key=len)] if ends else None
+
+    def _written(self, where: str, turns: Sequence[Turn], ask: bool = True) -> str:
+        """Returns the text of turns, which `ask` for an answer.
+
+        A text template writes every user turn, and a blank line follows each other turn.
+        """
         if self.chat is None:
             texts = [self.source.replace("{prompt}", t) if role == "user" else f"{t}\n\n" for role, t in turns]
             return "".join(texts)
         messages = [{"role": role, "content": text} for role, text in turns]
         try:
-            return self.chat.render(messages=messages, add_generation_prompt=True, **self.variables)
+            return self.chat.render(messages=messages, add_generation_prompt=ask, **self.variables)
         except Exception as error:  # Jinja's errors, and whatever Python raises while the template runs.
             raise ValueError(f"{where}: {self.name} cannot write the prompt ({shown(error)})") from None
 
@@ -135,8 +153,7 @@ def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
     if not isinstance(source, str):
         raise ValueError(f"{file}: its chat template is {type(source).__name__}, expected text")
     fields = read_object(directory / "special_tokens_map.json") | config
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-    texts = {name: token_text(fields.get(name)) for name in names}
+    texts = {name: token_text(fields.get(name)) for name in SPECIAL_TOKENS}
     return source, {name: text for name, text in texts.items() if isinstance(text, str)}, file
 
 

@@ -84,7 +84,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step
     metrics = functions.load_metrics(args.metric)
-    examples, heldout, template = load_data(args, tokenizer, config, path)
+    examples, heldout, template, config = load_data(args, tokenizer, config, path)
     for measure in metrics.values() if heldout[0].references else ():  # it should fail now, not after a night
         measure(heldout[0].prompt, heldout[0].response, heldout[0].references)
     outline, args = outline_of(model_class, config, args)
@@ -171,10 +171,11 @@ def load_config(model_class: Any, path: Path, args: Any) -> Any:
     return dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos))
 
 
-def end_token(path: Path, eos_token_id: int | None, wanted: str) -> int:
-    """Id of the token that ends responses: --eos, otherwise that of config.json.
+def end_token(path: Path, eos_token_id: Any, wanted: str, template: Template | None = None) -> int:
+    """Id of the token that ends responses: --eos, else the end of a turn of a chat template, else that of config.json.
 
-    Prints a line if tokenizer_config.json names another one, as those of chat models do.
+    Of several in config.json it is the first. A line says if it is not that of config.json, or if
+    tokenizer_config.json names another one; before the template is known, nothing is printed.
     """
     if re.fullmatch("[0-9]{1,9}", wanted):
         return int(wanted)
@@ -184,30 +185,45 @@ def end_token(path: Path, eos_token_id: int | None, wanted: str) -> int:
             raise ValueError(f"--eos {shown(wanted)}: {source} has no such token")
         return tokenizer.token_to_id(wanted)
     if eos_token_id is None:
+        eos_token_id = read_object(path / "generation_config.json").get("eos_token_id")
+    first = eos_token_id[0] if isinstance(eos_token_id, list) and eos_token_id else eos_token_id
+    if type(first) is not int:
         missing = "eos_token_id is missing, and responses could not end"
         raise ValueError(f"{path / 'config.json'}: {missing}; --eos names the end token")
-    other = token_text(read_object(path / "tokenizer_config.json").get("eos_token"))
-    used = other and read_tokenizer(path)[0].id_to_token(eos_token_id)
-    if other != used:
+    if template is None:
+        return first
+    used = shown(template.tokenizer.id_to_token(first))
+    end = template.turn_end()
+    named = token_text(read_object(path / "tokenizer_config.json").get("eos_token"))
+    if end not in (None, first):
+        text = shown(template.tokenizer.id_to_token(end))
         print(
-            f"{path}: tokenizer_config.json ends responses with {shown(other)}, config.json with {shown(used)}, "
+            f"{path}: the chat template ends a turn with {text}, which is used, config.json with {used}; "
+            "--eos chooses another",
+            flush=True,
+        )
+    elif end is None and named and shown(named) != used:
+        print(
+            f"{path}: tokenizer_config.json ends responses with {shown(named)}, config.json with {used}, "
             "which is used; --eos chooses another",
             flush=True,
         )
-    return eos_token_id
+    return first if end is None else end
 
 
 def load_data(
     args: Any, tokenizer: Tokenizer, config: Any, path: Path
-) -> tuple[list[Example], list[Example], Template]:
-    """(training, held-out) examples, encoded and checked against the context, and the template of their prompts.
+) -> tuple[list[Example], list[Example], Template, Any]:
+    """(training, held-out) examples, encoded and checked against the context, the template of their prompts, and the
+    config with the token that ends responses to it.
 
     `path` is the model's directory, which may hold a chat template.
     """
     _, source, layout = args.source
-    train_set = load_examples(source, layout, args.fields)
+    resumed = Path(args.out, "run.json").is_file()
+    train_set = load_examples(source, layout, args.fields, quiet=resumed)
     if args.eval_data:
-        heldout = load_examples(args.eval_data, fields=args.fields)
+        heldout = load_examples(args.eval_data, fields=args.fields, quiet=resumed)
     else:
         train_set, heldout = split(train_set, args.eval_share)
         if not train_set or not heldout:
@@ -218,6 +234,8 @@ def load_data(
         print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
     messages = any(e.turns for e in (*train_set, *heldout))
     template = choose(args.template, path, tokenizer, messages, args.special_tokens)
+    if not args.eos:
+        config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, "", template))
     result = []
     for examples in (train_set, heldout):
         encode(examples, tokenizer, template, config.eos_token_id)
@@ -229,7 +247,10 @@ def load_data(
         if skipped:
             print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
         result.append(kept)
-    return result[0], result[1], template
+    first = result[0][0]
+    for name, ids in () if resumed else (("prompt", first.prompt_ids), ("response", first.real_ids)):
+        print(f'first {name}: "{shown(tokenizer.decode(ids, skip_special_tokens=False), 300)}"', flush=True)
+    return result[0], result[1], template, config
 
 
 def outline_of(model_class: Any, config: Any, args: Any) -> tuple[nn.Module, Any]:

@@ -10,6 +10,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from data.examples import Example, decode, digest, draw, encode, fit_context, held_out, load_examples, load_tokenizer
 from data.templates import DEFAULT_TEMPLATE, Template
 
+POINTER = "version git-lfs/v1\nsize 9\n"
+EMPTY = Tokenizer(models.BPE()).to_str()
 EOS_TEXT = "<|endoftext|>"
 TEMPLATE = DEFAULT_TEMPLATE.replace(r"\n", "\n")
 
@@ -81,11 +83,6 @@ def test_a_prompt_forges_no_special_token(tokenizer):
         assert (ids[0], ids[-1]) == tuple(marks)
         assert not {393, *marks} & {*ids[1:-1]}
         assert tokenizer.decode(ids[1:-1], skip_special_tokens=False) == prompt
-
-
-def test_a_prompt_and_a_text_template_make_no_special_token_together(tokenizer):
-    ids = prompt_ids(tokenizer, "endoftext", "<|{prompt}|>")
-    assert 393 not in ids and tokenizer.decode(ids, skip_special_tokens=False) == EOS_TEXT
 
 
 def test_special_tokens_of_the_template_count_and_those_of_prompts_on_request(tokenizer):
@@ -168,6 +165,51 @@ def test_gpt2_style_tokenizer_equals_that_of_transformers(tmp_path):
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
 
 
+MARK = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+NEW = {"<|im_start|>": 396, "<|im_end|>": 397, "<tool>": 398}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": NEW, "special_tokens_map.json": {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {
+            str(number): {"content": text, "special": text != "<tool>"} | MARK for text, number in NEW.items()}}},
+        {"added_tokens.json": dict(reversed(NEW.items())), "special_tokens_map.json": {"pad_token": "HH"}},
+    ],
+)  # fmt: skip
+def test_added_tokens_outside_the_tokenizers_file_count_as_in_transformers(files, start, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    changed_tokenizer(start, tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, theirs = load_tokenizer(tmp_path, 393, 400), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("<|im_start|>user\nHH<|im_end|> <tool>", "HH", "<|im_", "HH AH0 <|endoftext|>"):
+        assert ours.encode(text).ids == theirs.encode(text, add_special_tokens=False), text
+    assert ours.encode("<|im_start|><tool>").ids == [396, 398]
+    special = {token.content for token in ours.get_added_tokens_decoder().values() if token.special}
+    assert special == {token.content for token in theirs.added_tokens_decoder.values() if token.special}
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pieces_get_the_space_at_the_beginning_that_the_whole_text_gets(scheme, wrapped):
+    """Llama's tokenizers put a space before a text, which some of them put before its first word only."""
+    vocabulary = {letter: i for i, letter in enumerate(["\u2581", *"abc\n:", "\u2581a", "bc", "<unk>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u2581", "a"), ("b", "c")], unk_token="<unk>"))
+    space = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space]) if wrapped else space
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    end = tokenizer.token_to_id("</s>")
+    for template in ("<s>a{prompt}<s>\n", "{prompt}<s>", "<s> {prompt} b:<s>", "b<s>{prompt}</s>a:"):
+        whole = template.replace("{prompt}", "abc")
+        assert encoded(tokenizer, "abc", "", template).prompt_ids == tokenizer.encode(whole).ids, template
+    example = encoded(tokenizer, "abc", "bc a", "<s>{prompt}<s>", eos=end)
+    assert example.prompt_ids + example.real_ids == tokenizer.encode("<s>abc<s>bc a</s>").ids
+    assert tokenizer.encode("abc").ids == Tokenizer.from_str(tokenizer.to_str()).encode("abc").ids, "it is as it was"
+
+
 def test_a_tokenizer_encodes_in_one_way(start, tokenizer, tmp_path, capsys):
     """Dropout of merges, an option for training, is switched off with a line that says so."""
     changed_tokenizer(start, tmp_path, dropout=0.5)
@@ -195,6 +237,9 @@ def test_tokens_beyond_the_vocabulary_are_named(start, tmp_path):
     [
         ({"vocab.json": "{}"}, FileNotFoundError, ": no tokenizer, expected tokenizer.json, or vocab.json and merges"),
         ({"tokenizer.json": "{"}, ValueError, "/tokenizer.json: not a readable tokenizer (EOF while parsing"),
+        ({"tokenizer.json": POINTER}, ValueError, "; it is a pointer of Git LFS: run git lfs pull ("),
+        ({"vocab.json": "{}", "merges.txt": POINTER}, ValueError, "; it is a pointer of Git LFS: run git lfs pull ("),
+        ({"tokenizer.json": EMPTY, "added_tokens.json": '{"a": "x", "b": 3}'}, ValueError, ": the added tokens of its"),
         ({"vocab.json": "{}", "merges.txt": "a b"}, ValueError, "/vocab.json and merges.txt: not a readable tokenizer"),
     ],
 )  # fmt: skip

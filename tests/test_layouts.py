@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.examples import load_examples
-from data.layouts import LAYOUTS, parts_of
+from data.layouts import LAYOUTS, Reader
 
 
 def user(text):
@@ -23,7 +23,7 @@ def said(*turns):
 
 
 def read(record, layout="responses", fields=()):
-    return SimpleNamespace(**parts_of(record, layout, fields))
+    return SimpleNamespace(**Reader(layout, fields).parts(record))
 
 
 PLAIN = [  # (record, --fields)
@@ -35,6 +35,11 @@ PLAIN = [  # (record, --fields)
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ()),
     ({"prompt": "q", "response": "a", "system": " "}, ()),
     ({"prompt": "q", "response": "a", "messages": None}, ()),
+    ({"prompt": "q", "response": "a", "system": float("nan"), "references": None, "answer": ""}, ()),
+    ({"Prompt": "q", "RESPONSE": "a"}, ()),
+    ({"query": "q", "response": "a"}, ()),
+    ({"prompt": "q", "completion": "a", "label": True}, ()),
+    ({"question": "q", "prompt": "q", "answer": "a", "response": "a", "context": {"title": "t"}}, ()),
     ({"frage": "q", "antwort": "a"}, ("prompt=frage", "response=antwort")),
     ({"frage": "q", "answer": "a", "prompt": "other", "messages": []}, ("prompt=frage",)),
     ({"prompt": "q", "text": "a", "output": "other"}, ("response=text",)),
@@ -52,6 +57,11 @@ MESSAGES = [
     {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
     {"prompt": [user("q")], "completion": [assistant("a")]},
     {"prompt": [user("q")], "response": "a"},
+    {"messages": json.dumps([user("q"), assistant("a")])},
+    {"messages": [user(["q", ""]), assistant("a")]},
+    {"messages": [user("q"), assistant("a"), user("p"), assistant("BAD") | {"weight": 0}]},
+    {"messages": [user("q"), assistant("a") | {"weight": 1}], "chosen": [user("q"), assistant("a")], "prompt": "q"},
+    {"messages": [{"role": "developer", "content": ""}, user("q"), assistant("a") | {"reasoning_content": "r"}]},
 ]
 
 
@@ -99,6 +109,46 @@ def test_several_turns_and_a_system_turn():
     assert read({"instruction": "Add.", "input": "1, 2", "output": "3"}).prompt == "Add.\n\n1, 2"
 
 
+def test_context_and_history_belong_to_the_prompt():
+    """SQuAD and Dolly have a context, Alpaca an input, LLaMA-Factory a history; --fields keeps all three."""
+    for record, fields in (
+        ({"question": "q", "context": "c", "answer": "a"}, ()), ({"instruction": "q", "input": "c", "output": "a"}, ()),
+        ({"instruction": "q", "input": "c", "output": "a", "prompt": "q c a"}, ("prompt=instruction",)),
+    ):  # fmt: skip
+        assert read(record, fields=fields).prompt == "q\n\nc"
+    turns = (("user", "p"), ("assistant", "b"), ("user", "q"))
+    assert read({"instruction": "q", "output": "a", "history": [["p", "b"]]}).turns == turns
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "completion": "BAD", "label": False}, {"prompt": "q", "completion": "BAD", "label": "False"},
+        *({"messages": [user("q"), assistant("BAD") | mark]} for mark in ({"weight": 0}, {"train": False})),
+    ],
+)  # fmt: skip
+def test_what_is_marked_as_not_to_be_trained_on_is_left_out_and_counted(record):
+    reader = Reader()
+    assert reader.parts(record) is None
+    assert reader.summary() == "; left out: records marked as not to be trained on: 1"
+
+
+def test_the_reader_says_what_it_took_and_what_it_left_out():
+    reader = Reader()
+    reader.parts({"Question": "q", "input": "", "answer": "a", "context": "c", "id": 3, "tools": "", "x": None})
+    assert (
+        reader.summary() == "Question -> prompt, input -> prompt, answer -> response, context -> prompt; left out: id"
+    )
+    reader = Reader()
+    talk = [user("q"), assistant("a") | {"reasoning_content": "r", "name": None}, user("thanks")]
+    reader.parts({"messages": talk, "tools": [{}], "prompt": "q"})
+    left = "reasoning_content of messages, turns behind the response, tools, prompt"
+    assert reader.summary() == f"messages -> prompt and response; left out: {left}"
+    reader = Reader(fields=("response=answer",))
+    reader.parts({"prompt": "q", "response": "b", "answer": "a"})
+    assert reader.summary() == "answer -> response, prompt -> prompt; left out: response"
+
+
 def test_prompts_without_an_answer():
     for record in ({"prompt": "q"}, {"question": "q"}, {"messages": [user("q")]}, {"prompt": [user("q")]}):
         parts = read(record, "prompts")
@@ -124,14 +174,20 @@ def test_prompts_without_an_answer():
         ({"prompt": "a", "response": "b", "references": [3]}, {}, "field 'references' is int, expected text"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "wins": [1]}, {"layout": "pairs"}, "two probabilities"),
         ({"instruction": "q", "input": 3, "output": "a"}, {}, "field 'input' is int, expected text"),
-        ({"messages": "x"}, {}, "field 'messages' must be a list of {'role', 'content'}"),
+        ({"messages": "x"}, {}, "field 'messages': not valid JSON ("),
+        ({"messages": "3"}, {}, "field 'messages' must be a list of {'role', 'content'}"),
         ({"messages": []}, {}, "field 'messages' has the roles [], expected a 'user' before an 'assistant'"),
         ({"messages": [user("q")]}, {}, "field 'messages' has the roles ['user'], expected"),
         ({"messages": [assistant("a"), user("q")]}, {}, "has the roles ['assistant', 'user'], expected"),
         ({"messages": [{"role": "tool", "content": "q"}]}, {}, "has a turn of the role 'tool', expected"),
         ({"messages": [{"content": "q"}]}, {}, "a turn of the role None, expected 'system', 'user' or 'assistant'"),
         ({"messages": [user("q"), assistant(None)]}, {}, "field 'content' is NoneType, expected text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "field 'content' is list, expected"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "no text; images are not supported"),
+        ({"messages": [user("q"), assistant(None) | {"tool_calls": [{}]}]}, {}, "tool calls, which are not supported"),
+        ({"question": "q", "answer": "a", "response": "b"}, {},
+         "'response' and 'answer' may both be the response; --fields response=response chooses one"),
+        ({"Instruction": "q", "Prompt": "q a", "output": "a"}, {},
+         "'Prompt' and 'Instruction' may both be the prompt; --fields prompt=Prompt chooses one"),
         ({"prompt": [user("q")], "completion": [user("a")]}, {}, "field 'completion' has the roles ['user'], expected"),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("a")]}, {"layout": "pairs"},
          "the prompts of 'chosen' and 'rejected' differ, expected the same"),
@@ -141,8 +197,21 @@ def test_prompts_without_an_answer():
 )  # fmt: skip
 def test_a_record_that_fits_no_layout_is_refused_with_the_reason(record, options, says):
     with pytest.raises(ValueError) as caught:
-        parts_of(record, **options)
+        Reader(**options).parts(record)
     assert says in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_prompt_that_ends_with_its_own_response_is_refused(tmp_path):
+    """Whole rendered texts do, as in derivatives of Alpaca; a choice that is named last in the question is no error."""
+    path = tmp_path / "x.jsonl"
+
+    def write(*pairs):
+        path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
+        return [str(path)]
+
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: the prompt ends with its own response; --fields prompt=NAME"):
+        load_examples(write(("q", "b"), ("### q: c", "c\n"), ("### q: d", " d")))
+    assert len(load_examples(write(("Yes or no", "yes"), ("Yes or no", "no"), ("yes or no", "no")))) == 3
 
 
 def test_files_may_differ_in_their_layouts(tmp_path):

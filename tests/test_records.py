@@ -16,6 +16,7 @@ from data.examples import load_examples
 RECORDS = [{"prompt": f'caf\u00e9 {i}, "x"', "response": f"line\nof {i};\ttab"} for i in range(3)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 BOM = b"\xef\xbb\xbf"
+POINTER = b"version git-lfs/v1\noid sha256:0\nsize 9\n"
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
@@ -36,6 +37,8 @@ FILES = {
     "indented.json": b"\n " + json.dumps(RECORDS, indent=4, ensure_ascii=False).encode() + b"\n",
     "bom.json": BOM + json.dumps(RECORDS).encode(),
     "array.jsonl": json.dumps(RECORDS).encode(),
+    "wrapped.json": json.dumps({"version": "1", "data": RECORDS}).encode(),
+    "wrapped-and-indented.json": json.dumps({"train": RECORDS}, indent=1).encode(),
     "x.csv": as_csv(","),
     "semicolon.csv": as_csv(";"),
     "bom.csv": BOM + as_csv(","),
@@ -121,13 +124,18 @@ def test_a_directory_and_several_files_are_read_in_order(tmp_path, capsys):
     (folder / "README.md").write_text("words")
     (tmp_path / "c.json").write_bytes(FILES["array.json"])
     examples = load_examples([str(folder), str(tmp_path / "c.json")])
-    assert capsys.readouterr().out == f"{folder}: reading a.jsonl, b.csv\n"
+    assert capsys.readouterr().out == (
+        f"{folder}: reading a.jsonl, b.csv\n"
+        f"{folder}, {tmp_path}/c.json: prompt -> prompt, response -> response; left out: nothing\n"
+    )
     assert [e.prompt for e in examples] == [r["prompt"] for r in RECORDS] * 3
     names = [f"{folder}/a.jsonl", f"{folder}/b.csv", f"{tmp_path}/c.json"]
     assert [e.where for e in examples] == [f"{n}:{i}" for n, lines in zip(names, ("234", "357", "123")) for i in lines]
     assert [e.line for e in examples] == [2, 3, 4, 7, 9, 11, 12, 13, 14]
     (folder / "empty.jsonl").write_text("\n")
-    assert refusal(folder).startswith(f"{folder}/empty.jsonl: holds no records; accepted are prompt/response, ")
+    assert refusal(folder).startswith(
+        f"{folder}/empty.jsonl: holds no records to train on; accepted are prompt/response, "
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,8 +157,9 @@ def test_a_directory_and_several_files_are_read_in_order(tmp_path, capsys):
         ("x.jsonl", GOOD.encode() + b"\n\xff" + GOOD.encode(), "x.jsonl:2: not readable as UTF-8 text ("),
         ("x.jsonl", f"{GOOD}\n[1]\n", "x.jsonl:2: expected a JSON object, found list"),
         ("x.jsonl", "prompt,response\na,b\n", "expected a JSON object per line or a JSON array, or a name that ends"),
-        ("x.json", '{\n  "prompt": "a"\n}\n', "x.json:1: not valid JSON (Expecting property name"),
+        ("x.json", '{\n  "prompt" "a"\n}\n', "x.json:1: not valid JSON (Expecting property name"),
         ("x.jsonl", b"PAR1\x15\x04\xff\n", "x.jsonl: not readable as Parquet"),
+        ("x.jsonl", POINTER, "x.jsonl: no data; it is a pointer of Git LFS: run git lfs pull"),
         ("x.gz", GOOD, "x.gz: not readable as gzip (Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "x.jsonl.gz: not readable as gzip (Compressed file ended"),
     ],

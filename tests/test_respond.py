@@ -1,15 +1,19 @@
 """respond.py: what an iterate answers is what the run's own code gives, from every kind of name, in every form."""
 
+import dataclasses
 import io
 import json
+import re
 import shutil
 
 import pytest
+import torch
 from helpers import begin, flags, refused, rows
 
 import respond
 import spin
 from data.examples import Example, encode, load_examples
+from model import GPTNeo, GPTNeoConfig
 from runtime.folder import Folder
 
 TEMPLATE = r"Say {prompt}:\n"
@@ -81,15 +85,38 @@ def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monke
     assert lines == answers[2]
 
 
-def test_two_iterates_side_by_side(run, answers, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "63")
+def test_two_iterates_answer_below_each_other(run, answers, capsys):
     text = asked([run / "iterate-1", "--compare", run / "iterate-0", "--prompt", WORDS[1]], capsys)
-    title, rule, *lines = (line.split(" | ") for line in text.splitlines())
-    assert [t.strip() for t in title] == [str(run / "iterate-1")[-30:], str(run / "iterate-0")[-30:]]
-    assert rule == ["-" * 30] * 2
-    for column, t in ((0, 1), (1, 0)):
-        said = " ".join(line[column].strip() for line in lines if len(line) > column).removesuffix("[...]")
-        assert said.split() == answers[t][1].split()
+    first, one, second, two = text.splitlines()
+    assert (first, second) == (f"[{run / 'iterate-1'}]", f"[{run / 'iterate-0'}]")
+    assert [one.removesuffix(" [...]"), two.removesuffix(" [...]")] == [answers[1][1], answers[0][1]]
+
+
+def test_sampled_answers_differ_between_batches_and_turns(run, start, tmp_path, monkeypatch, capsys):
+    """Random numbers depend on the seed and the number of the prompt, not on the size of a batch."""
+    sampling = [start, "--template", TEMPLATE, "--temperature", 3, "--max-new-tokens", 12, "--seed", 3]
+    said = [asked([*sampling, *prompts(["abc"] * 12), "--gen-batch", n], capsys) for n in (2, 5)]
+    assert said[0] == said[1] and len({*said[0].split("> abc\n")[1:]}) == 12
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n" * 6))
+    assert len({*asked(sampling, capsys).splitlines()}) == 6
+
+
+def test_models_of_different_contexts_are_measured_on_common_examples(start, data, tmp_path, capsys):
+    """Models of different vocabularies are not compared: the log-probabilities of KL are those of ids."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig.from_json(start / "config.json")
+    short, other = (shutil.copytree(start, tmp_path / name) for name in ("short", "other"))
+    GPTNeo(dataclasses.replace(config, max_position_embeddings=20)).eval().save_pretrained(short)
+    options = ["--eval-data", data, "--max-new-tokens", 8, "--template", "{prompt}"]
+    text = asked([start, "--compare", short, *options, "--out", tmp_path / "m"], capsys)
+    found = re.search(r"left out (\d+) examples that do not fit a context of 20 tokens", text)
+    assert found and 0 < int(found[1]) < 80
+    one, two = rows(tmp_path / "m")
+    assert one.keys() == two.keys() and one["kl"] == 0 and two["kl"] != 0
+    tokenizer = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(tokenizer.replace("### Instruction: ", "### Task: "))
+    error = refused([start, "--compare", other, *options], tmp_path / "no", capsys, respond)
+    assert f"--compare {other}: its vocabulary is not that of {start}; metrics need the same" in error
 
 
 def test_held_out_metrics_are_those_of_the_run(run, data, capsys, tmp_path):

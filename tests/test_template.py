@@ -100,6 +100,29 @@ def test_a_template_is_no_program(source, says, tokenizer):
         template.pieces("x:7", (("user", "q"),))
 
 
+def test_a_template_that_leaves_out_the_text_of_the_user_is_refused(tokenizer):
+    """Every prompt would be the same. White space around the text and escapes of JSON do not matter."""
+    for source in ("<|im_start|>{{ messages[0].role }}", "{{ messages[0].content[:3] }}"):
+        with pytest.raises(ValueError, match=r"^x:7: f leaves out the user's text: it writes '.*'$"):
+            Template(source, tokenizer, {}, name="f").pieces("x:7", (("user", "abcd <|im_end|>"),))
+    for source in ("{{ messages[0].content | trim }}", "{{ messages[0] | tojson }}"):
+        assert Template(source, tokenizer, {}).pieces("x:7", (("user", ' a "b"\n'),))
+
+
+@pytest.mark.parametrize(
+    "source, ends",
+    [
+        (CHATML, "<|im_end|>"), (OTHERS[0], "<|endoftext|>"), (OTHERS[1], None), ("{{ messages[-1].content }}", None),
+        ("{% for m in messages %}{{ m.content ~ ' ' ~ eos_token ~ '\n' }}{% endfor %}", "<|endoftext|>"),
+        ("{% for m in messages %}{{ m.content }}\nUser:<|im_end|>{% endfor %}", None),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}", None),
+    ],
+)  # fmt: skip
+def test_the_end_of_a_turn_is_what_the_template_writes_behind_it(source, ends, tokenizer):
+    end = Template(source, tokenizer, VARIABLES).turn_end()
+    assert end == (ends and tokenizer.token_to_id(ends))
+
+
 def test_a_damaged_template_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"^f: its chat template is not valid \(.*end of template"):
         Template("{% if x %}", tokenizer, {}, name="f")
@@ -138,8 +161,28 @@ def test_messages_take_the_chat_template_and_texts_the_text(chat, start, data, t
     text = (TEXT.replace("{prompt}", word), TEXT)
     assert prompt_of(chat, data) == prompt_of(start, talks) == prompt_of(start, data) == text
     assert prompt_of(chat, talks, template=r"{prompt}\n") == (f"{word}\n", "{prompt}\n")
-    (chat / "chat_template.jinja").write_text("{{ messages[0].role }}")
-    assert prompt_of(chat, talks) == ("user", "chat"), "the file goes before the field"
+    (chat / "chat_template.jinja").write_text("{{ messages[0].role ~ messages[0].content }}")
+    assert prompt_of(chat, talks) == (f"user{word}", "chat"), "the file goes before the field"
+
+
+def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_path, capsys):
+    """A line names both tokens. --eos goes before, and with a text template the end is that of config.json."""
+    file = chat / "chat_template.jinja"
+    file.write_text("{% for m in messages %}{{ m.content + '### Instruction: ' }}{% endfor %}")
+
+    def end_of(source, **options):
+        _, examples, run = begin(chat, source, tmp_path / "run", **options)
+        assert run.weights.config.eos_token_id == run.work.eos_token_id == examples[0].real_ids[-1]
+        return run.work.eos_token_id
+
+    assert end_of(talks) == end_of(data, template="chat") == 394
+    line = (
+        f"{chat}: the chat template ends a turn with ### Instruction: , which is used, config.json with <|endoftext|>; "
+        "--eos chooses another\n"
+    )
+    assert capsys.readouterr().out.count(line) == 2
+    assert end_of(talks, eos="<|endoftext|>") == end_of(data) == end_of(talks, template="{prompt}") == 393
+    assert "which is used" not in capsys.readouterr().out
 
 
 def test_chat_without_a_chat_template_is_refused(start, data, tmp_path, capsys):

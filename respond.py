@@ -251,7 +251,7 @@ def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str,
     for other in responders[1:]:
         if other.tokenizer.get_vocab() != responders[0].tokenizer.get_vocab():
             raise ValueError(
-                f"--compare {other.name}: expected the vocabulary of {args.model}: metrics count its tokens"
+                f"--compare {other.name}: its vocabulary is not that of {args.model}; metrics need the same"
             )
     examples = draw(load_examples(args.eval_data, fields=args.fields), args.eval_limit)
     context = min(responder.context for responder in responders)

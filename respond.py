@@ -11,8 +11,8 @@ A prompt is written by the template that the run used, which --template override
 unless --temperature asks for samples.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -100,7 +100,10 @@ class Responder:
         settings = (record or {}).get("args", {})
         adapter = folder if folder and Path(folder, "adapter_config.json").exists() else None
         if adapter or folder is None:  # an adapter, or a run's start
-            base = args.base or settings.get("model") or read_base(adapter)
+            base = args.base or settings.get("model")
+            base = base or read_object(Path(adapter, "adapter_config.json")).get("base_model_name_or_path")
+            if not base:
+                raise ValueError(f"{adapter}/adapter_config.json: names no base model; --base names it")
             adapter = adapter or settings.get("adapter") or None
             path, _ = resolve_model(str(base), None if args.base else (record or {}).get("revision"))
         else:
@@ -168,81 +171,52 @@ def find(name: str) -> tuple[str | None, dict[str, Any] | None]:
     return name, record
 
 
-def read_base(adapter: str | None) -> str:
-    """The base model that an adapter names."""
-    file = Path(adapter or "", "adapter_config.json")
-    base = read_object(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{file}: names no base model; --base names it")
-    return base
-
-
-# ---------------------------------------------------------------- prompts and output
+# ---------------------------------------------------------------- responses, or metrics
 
 
 def typed_prompts(chat: bool) -> Iterator[Example]:
     """Prompts from a terminal or a pipe, one per line. With `chat` the caller fills in `response`, the next turn."""
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - input() then knows the arrow keys
         print("Type a prompt; Ctrl-D ends." + (" An empty line begins a new conversation." if chat else ""))
-    turns: list[tuple[str, str]] = []
-    number = 0
-    while True:
+    turns: tuple[tuple[str, str], ...] = ()
+    for number in itertools.count(1):
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
             return
-        number += 1
-        if not line:
-            turns.clear()
-            continue
-        turns = [*turns, ("user", line)] if chat else [("user", line)]
-        example = Example("stdin", number, line, "", [], turns=tuple(turns))
-        yield example
-        if chat:
-            turns.append(("assistant", example.response or " "))
+        example = Example("stdin", number, line, "", [], turns=(*turns, ("user", line)))
+        if line:
+            yield example
+        turns = (*example.turns, ("assistant", example.response or " ")) if line and chat else ()
 
 
-def show(example: Example, answers: list[tuple[str, bool]], names: list[str], with_prompt: bool) -> None:
-    """Prints a response as it is, or several, each below the name of its model."""
-    if with_prompt:
-        print(f"> {example.prompt}")
-    for name, (text, finished) in zip(names, answers):
-        title = f"[{name}]\n" if len(names) > 1 else ""
-        print(title + (text if finished else f"{text} [...]"), flush=True)  # Otherwise the length limit cut it.
-    if with_prompt:
-        print()
-
-
-def rows_of(example: Example, answers: list[tuple[str, bool]], names: list[str]) -> list[dict[str, Any]]:
-    """A row of --out for each model: "prompt" and "response" as --data reads them."""
-    references = {"references": example.references} if example.references else {}
-    return [
-        {"model": name, "prompt": example.prompt, "response": text, "finished": finished} | references
-        for name, (text, finished) in zip(names, answers)
-    ]
-
-
-# ---------------------------------------------------------------- responses, or metrics
+def answer(responders: list[Responder], examples: list[Example], with_prompt: bool) -> list[dict[str, Any]]:
+    """Prints every model's response to each prompt. Returns them as rows of --out, which --data can read."""
+    rows = []
+    for example, *answers in zip(examples, *(responder.respond(examples) for responder in responders)):
+        if with_prompt:
+            print(f"> {example.prompt}")
+        for responder, (text, finished) in zip(responders, answers):
+            title = f"[{responder.name}]\n" if len(responders) > 1 else ""
+            print(title + (text if finished else f"{text} [...]"), flush=True)  # Otherwise the length limit cut it.
+            row = {"model": responder.name, "prompt": example.prompt, "response": text, "finished": finished}
+            rows.append(row | ({"references": example.references} if example.references else {}))
+        if with_prompt:
+            print()
+        example.response = answers[0][0]
+    return rows
 
 
 def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
-    names, rows = [responder.name for responder in responders], []
     examples = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
+    rows = []
     for example in () if examples else typed_prompts(args.chat):
-        answers = [responder.respond([example])[0] for responder in responders]
-        show(example, answers, names, with_prompt=False)
-        example.response = answers[0][0]
-        rows += rows_of(example, answers, names)
+        rows += answer(responders, [example], with_prompt=False)
     for first in range(0, len(examples), args.gen_batch):
-        some = examples[first : first + args.gen_batch]
-        for example, *answers in zip(some, *(responder.respond(some) for responder in responders)):
-            show(example, answers, names, with_prompt=len(examples) > 1)
-            rows += rows_of(example, answers, names)
+        rows += answer(responders, examples[first : first + args.gen_batch], with_prompt=len(examples) > 1)
     return rows
 
 
@@ -250,9 +224,8 @@ def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str,
     """Held-out metrics of every model, on the examples that fit the contexts of all; KL is KL(first, model)."""
     for other in responders[1:]:
         if other.tokenizer.get_vocab() != responders[0].tokenizer.get_vocab():
-            raise ValueError(
-                f"--compare {other.name}: its vocabulary is not that of {args.model}; metrics need the same"
-            )
+            same = f"its vocabulary is not that of {args.model}; metrics need the same"
+            raise ValueError(f"--compare {other.name}: {same}")
     examples = draw(load_examples(args.eval_data, fields=args.fields), args.eval_limit)
     context = min(responder.context for responder in responders)
     length, skipped = max(responder.args.max_new_tokens for responder in responders), 0

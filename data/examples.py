@@ -150,26 +150,32 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
         tokenizer.decoder = decoders.ByteLevel()
     else:
         raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
-    with _named(f"{path}: the added tokens of its tokenizer are not readable"):
-        _add_tokens(tokenizer, path)
+    _add_tokens(tokenizer, path)
     return tokenizer, source
 
 
 def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
     """Adds the tokens that only other files of the model define, in the order of their ids, as transformers does.
 
-    Tokens of the vocabulary become special if those files name them as special.
+    Tokens of the vocabulary become special if those files name them as special. Raises: ValueError naming the file.
     """
     config = read_object(path / "special_tokens_map.json") | read_object(path / "tokenizer_config.json")
-    several = [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
-    special = [token_text(token) for token in (*(config.get(name) for name in SPECIAL_TOKENS), *several) if token]
-    tokens = {}
-    for text, number in read_object(path / "added_tokens.json").items():
-        tokens[number] = AddedToken(text, normalized=text not in special, special=text in special)
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
-        tokens[int(number)] = AddedToken(**token)
-    tokenizer.add_tokens([token for _, token in sorted(tokens.items(), key=lambda item: item[0])])
-    tokenizer.add_special_tokens([text for text in special if tokenizer.token_to_id(text) is not None])
+    added = read_object(path / "added_tokens.json")
+    with _named(f"{path}: the added tokens of its tokenizer are not readable"):
+        names = [config.get(name) for name in SPECIAL_TOKENS]
+        names += [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
+        special = [token_text(token) for token in names if token]
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokens = {
+            int(number): AddedToken(text, normalized=text not in special, special=text in special)
+            for text, number in added.items()
+            if text not in known
+        }
+        tokens |= {int(n): AddedToken(**token) for n, token in (config.get("added_tokens_decoder") or {}).items()}
+        tokenizer.add_tokens([tokens[number] for number in sorted(tokens)])
+        known |= {token.content for token in tokens.values()}
+        new = [text for text in special if text not in known and tokenizer.token_to_id(text) is not None]
+        tokenizer.add_special_tokens(new)
 
 
 @contextmanager

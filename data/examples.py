@@ -248,10 +248,9 @@ def _ids(texts: list[str], tokenizer: Tokenizer, special: bool = True, inside: b
     """
     tokenizer.encode_special_tokens = not special
     original = tokenizer.pre_tokenizer
-    state = original.__getstate__() if original else b""
-    if inside and FIRST in state:
+    if inside and original and FIRST in original.__getstate__():
         inner = copy.deepcopy(original)
-        inner.__setstate__(state.replace(FIRST, FIRST.replace(b"first", b"never")))
+        inner.__setstate__(original.__getstate__().replace(FIRST, FIRST.replace(b"first", b"never")))
         tokenizer.pre_tokenizer = inner
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -268,10 +267,9 @@ def _ended(ids: list[int], eos_token_id: int, name: str, blank: bool = False) ->
 
 
 def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == eos_token_id:
-        end -= 1
-    return ids[:end]
+    while ids[-1:] == [eos_token_id]:
+        ids = ids[:-1]
+    return ids
 
 
 # ---------------------------------------------------------------- choosing
@@ -291,24 +289,17 @@ def fit_context(examples: list[Example], context: int, max_new_tokens: int, over
         if need <= context:
             kept.append(example)
         elif overlong == "error":
-            raise ValueError(
-                f"{example.where}: needs {need} tokens (prompt {len(example.prompt_ids)}, response {given}, "
-                f"--max-new-tokens {max_new_tokens}) but the model's context is {context}; --overlong skip leaves such "
-                "examples out"
-            )
+            sizes = f"prompt {len(example.prompt_ids)}, response {given}, --max-new-tokens {max_new_tokens}"
+            hint = f"but the model's context is {context}; --overlong skip leaves such examples out"
+            raise ValueError(f"{example.where}: needs {need} tokens ({sizes}) {hint}")
     if not kept:
         raise ValueError(f"{examples[0].path}: no example fits the context of {context} tokens")
     return kept, len(examples) - len(kept)
 
 
 def held_out(prompt: str, share: float) -> bool:
-    """Tells whether a prompt belongs to the held-out share.
-
-    The answer depends on the prompt's text alone, so the same prompts are held out in every run and phase, and two
-    records with the same prompt are never on different sides.
-    """
-    digest = hashlib.sha256(prompt.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    """Tells whether a prompt is held out. This depends on its text alone, so it is the same in every run and phase."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") < share * 2**64
 
 
 def split(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:

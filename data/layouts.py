@@ -59,7 +59,7 @@ class Reader:
         record = self._named(record)
         name = self._one_of(record, "response", RESPONSES)
         turns = self._turns(record, name or "response", "assistant") if name or self.layout != "prompts" else []
-        messages = name in CONVERSATIONS or "user" in _roles(turns)
+        messages = name in CONVERSATIONS or "user" in dict(turns)
         used = {name: "prompt and response" if messages else "response"}  # What was read from which field.
         if not messages:
             question, messages = self._question(record, used)
@@ -71,7 +71,7 @@ class Reader:
             return None
         if label == "true":
             del record["label"]
-        generated = self._generated(record, name, turns, used) if self.layout == "pairs" else None
+        given = self._given(record, name, turns, used) if self.layout == "pairs" else {}
         system = text_of(record, "system", blank=True) if "system" in record else ""
         if system.strip() and turns[0][0] != "system":
             turns, messages, used["system"] = [("system", system), *turns], True, "prompt"
@@ -80,15 +80,14 @@ class Reader:
         if not isinstance(references, list) or ("references" in record and not references):
             raise ValueError("field 'references' must be a list of texts")
         references = [text_of({"references": text}, "references") for text in references]
-        wins = _wins(record) if self.layout == "pairs" else (1.0, 0.0)
-        used |= {"references": "references"} | ({"wins": "wins"} if self.layout == "pairs" else {})
+        used["references"] = "references"
         for ours, value in record.items():
             if ours in used:
                 self.taken[self.names[ours]] = used[ours]
             elif value not in ("", [], {}):
                 self.left_out[self.names[ours]] = None
-        parts = dict(prompt=prompt, response=response, references=references, generated=generated, wins=wins)
-        return parts | dict(turns=tuple(turns) if messages else ())
+        parts = {"prompt": prompt, "response": response, "references": references}
+        return parts | given | {"turns": tuple(turns) if messages else ()}
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
         """Returns the record under our names, without what is missing: null in JSON, NaN in some tables.
@@ -141,15 +140,21 @@ class Reader:
             turns = [*zip(("user", "assistant") * len(history), texts), *turns]
         return turns, len(turns) > 1
 
-    def _generated(self, record: dict[str, Any], name: str | None, turns: list[Turn], used: dict[str, str]) -> str:
-        """Returns the worse response of a given pair, whose prompt must be that of the better one."""
+    def _given(
+        self, record: dict[str, Any], name: str | None, turns: list[Turn], used: dict[str, str]
+    ) -> dict[str, Any]:
+        """Returns what only a given pair has: the worse response to the same prompt, and who wins."""
         worse = "rejected" if "chosen" in record or "rejected" in record else "generated"
         others = self._turns(record, worse, "assistant", blank=True)
-        others, generated = self._split(others if "user" in _roles(others) else turns + others, worse)
-        if others != turns or generated is None:
+        others, generated = self._split(others if "user" in dict(others) else turns + others, worse)
+        if others != turns:
             raise ValueError(f"the prompts of {name!r} and {worse!r} differ, expected the same")
-        used[worse] = "generated response"
-        return generated
+        used |= {worse: "generated response", "wins": "wins"}
+        wins = record.get("wins", (1.0, 0.0))
+        two = isinstance(wins, list | tuple) and len(wins) == 2
+        if not two or not all(type(win) in (int, float) and 0 <= win <= 1 for win in wins):
+            raise ValueError("field 'wins' must be two probabilities, of the response and of the generated one")
+        return {"generated": generated or "", "wins": (float(wins[0]), float(wins[1]))}
 
     def _turns(self, record: dict[str, Any], name: str, role: str, blank: bool = False) -> list[Turn]:
         """Reads a field as turns: a list of messages, which may be written as JSON, or a text, one turn of the role."""
@@ -192,39 +197,24 @@ class Reader:
 
         Unless `answered`, the last turn may be a user's.
         """
-        roles = _roles(turns)
+        roles = [role for role, _ in turns]
         targets = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         if not answered and roles[-1:] == ["user"]:
-            return _unmarked(turns), ""
-        if not targets and NO_TARGET in roles:
+            targets = [len(turns)]
+        elif not targets and NO_TARGET in roles:
             return turns, None
-        if not targets:
+        elif not targets:
             raise ValueError(f"field {name!r} has the roles {shown(roles)}, expected a 'user' before an 'assistant'")
         if turns[targets[-1] + 1 :]:
             self.left_out["turns behind the response"] = None
-        return _unmarked(turns[: targets[-1]]), turns[targets[-1]][1]
-
-
-def _roles(turns: Sequence[Turn]) -> list[str]:
-    return [role for role, _ in turns]
-
-
-def _unmarked(turns: list[Turn]) -> list[Turn]:
-    return [("assistant" if role == NO_TARGET else role, text) for role, text in turns]
+        before = [("assistant" if role == NO_TARGET else role, text) for role, text in turns[: targets[-1]]]
+        return before, [*turns, ("", "")][targets[-1]][1]
 
 
 def _last(value: Any) -> Any:
     """Returns the text of the last message if a field holds messages, and otherwise what it holds."""
     messages = isinstance(value, list) and value and isinstance(value[-1], dict)
     return value[-1].get("content", value[-1].get("value")) if messages else value
-
-
-def _wins(record: dict[str, Any]) -> tuple[float, float]:
-    wins = record.get("wins", (1.0, 0.0))
-    two = isinstance(wins, list | tuple) and len(wins) == 2
-    if not two or not all(type(win) in (int, float) and 0 <= win <= 1 for win in wins):
-        raise ValueError("field 'wins' must be two probabilities, of the response and of the generated one")
-    return float(wins[0]), float(wins[1])
 
 
 def text_of(record: dict[str, Any], name: str, blank: bool = False) -> str:

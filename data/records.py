@@ -4,6 +4,7 @@ A record is a dictionary of the fields that the data has; layouts.py says what t
 array, as {"data": [...]} does.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -82,10 +83,8 @@ def read(name: str) -> Iterator[Record]:
                 yield from enumerate(parse_json("".join(lines), path, HINT), 1)
             elif first != b"{" and kind_of(path) in (".csv", ".tsv"):
                 yield from _csv(lines, path)
-            elif first == b"{" and kind_of(path) == ".json":
-                yield from _object(list(lines), path)
             else:
-                yield from _json_lines(lines, path)
+                yield from _objects(lines, path)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: not readable as gzip ({error})") from None
 
@@ -99,21 +98,20 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[str]:
             raise ValueError(f"{path}:{number}: not readable as UTF-8 text ({error})") from None
 
 
-def _json_lines(lines: Iterable[str], path: Path) -> Iterator[Record]:
+def _objects(lines: Iterable[str], path: Path) -> Iterator[Record]:
+    """Reads a JSON object per line, or the only one of a .json file, which may wrap a list of records."""
+    if kind_of(path) == ".json":
+        lines = list(lines)
+        with contextlib.suppress(ValueError):
+            value = parse_json("".join(lines), path)
+            wrapped = [
+                value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)
+            ]
+            yield from enumerate(wrapped[0] if wrapped else [value], 1)
+            return
     for number, line in enumerate(lines, 1):
         if line := line.strip():
             yield number, parse_json(line, f"{path}:{number}", HINT)
-
-
-def _object(lines: list[str], path: Path) -> Iterator[Record]:
-    """Reads the JSON object that a file consists of, which may wrap a list of records, or an object per line."""
-    try:
-        value = parse_json("".join(lines), path)
-    except ValueError:
-        yield from _json_lines(lines, path)
-        return
-    wrapped = [value[name] for name in WRAPPERS if isinstance(value.get(name), list)]
-    yield from enumerate(wrapped[0] if wrapped else [value], 1)
 
 
 def _csv(lines: Iterator[str], path: Path) -> Iterator[Record]:

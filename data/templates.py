@@ -23,7 +23,6 @@ from data.layouts import Turn
 DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
 SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # They enclose the number of a placeholder; Unicode gives them no meaning.
-PLACEHOLDER = re.compile(f"{OPEN}[0-9]+{CLOSE}")
 
 Piece = tuple[str, bool]  # (text, whether special tokens in it count)
 
@@ -51,12 +50,11 @@ class Template:
 
         Raises: ValueError naming the record by `where` if a chat template refuses the turns.
         """
-        hidden: dict[str, str] = {}  # Special tokens in the text of turns, by their placeholders.
+        hidden: list[str] = []  # Special tokens in the text of turns, by the numbers of their placeholders.
 
         def hide(found: re.Match) -> str:
-            placeholder = f"{OPEN}{len(hidden)}{CLOSE}"
-            hidden[placeholder] = found[0]
-            return placeholder
+            hidden.append(found[0])
+            return f"{OPEN}{len(hidden) - 1}{CLOSE}"
 
         if not self.special_tokens:
             turns = [(role, self.forged.sub(hide, text)) for role, text in turns]
@@ -67,7 +65,7 @@ class Template:
         if self.special_tokens:
             return [(written, True)]
         parts = self.cut.split(written)  # Every second part is a special token.
-        parts = [PLACEHOLDER.sub(lambda found: hidden.get(found[0], found[0]), part) for part in parts]
+        parts = [re.sub(f"{OPEN}([0-9]+){CLOSE}", lambda found: hidden[int(found[1])], part) for part in parts]
         return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
 
     def turn_end(self) -> int | None:
@@ -89,8 +87,7 @@ class Template:
         A text template writes every user turn, and a blank line follows each other turn.
         """
         if self.chat is None:
-            texts = [self.source.replace("{prompt}", t) if role == "user" else f"{t}\n\n" for role, t in turns]
-            return "".join(texts)
+            return "".join(self.source.replace("{prompt}", t) if role == "user" else f"{t}\n\n" for role, t in turns)
         messages = [{"role": role, "content": text} for role, text in turns]
         try:
             return self.chat.render(messages=messages, add_generation_prompt=ask, **self.variables)
@@ -127,9 +124,9 @@ def choose(
         if source:
             return Template(source, tokenizer, variables, special_tokens, str(file))
         if option == "chat":
+            places = "neither chat_template.jinja nor one in tokenizer_config.json"
             raise ValueError(
-                f"--template chat: {directory} has no chat template, neither chat_template.jinja nor one in "
-                "tokenizer_config.json; expected a text with {prompt}"
+                f"--template chat: {directory} has no chat template, {places}; expected a text with {{prompt}}"
             )
     text = DEFAULT_TEMPLATE if option == "auto" else option
     return Template(text.replace(r"\n", "\n"), tokenizer, special_tokens=special_tokens)
@@ -140,13 +137,11 @@ def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
 
     Raises: ValueError naming the file.
     """
-    config = read_object(directory / "tokenizer_config.json")
-    file = directory / "chat_template.jinja"
+    config, file = read_object(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
     if file.is_file():
         source: Any = read_text(file)
     else:
-        file = directory / "tokenizer_config.json"
-        source = config.get("chat_template") or ""
+        file, source = directory / "tokenizer_config.json", config.get("chat_template") or ""
         if isinstance(source, list):  # A list holds several templates by name.
             named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
             source = named.get("default", "")
@@ -160,17 +155,7 @@ def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
 def _compiled(source: str, name: str) -> Any:
     """Returns the template in Jinja's sandbox, with what transformers offers to templates except for the clock."""
     import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """Accepts {% generation %}, which marks what a model wrote; a prompt does not need the mark."""
-
-        tags = frozenset(["generation"])
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+    from jinja2 import sandbox
 
     def refuse(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
@@ -179,8 +164,11 @@ def _compiled(source: str, name: str) -> Any:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    # {% generation %} marks what a model wrote, which a prompt does not need.
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     try:

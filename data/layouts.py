@@ -118,7 +118,7 @@ class Reader:
         for other in there[1:]:
             if _last(record[other]) != _last(record[there[0]]):
                 one, two = self.names[there[0]], self.names[other]
-                raise ValueError(f"{one!r} and {two!r} may both be the {part}; --fields {part}={one} chooses one")
+                raise ValueError(f"{one!r} and {two!r} may both be the {part}; --fields {part}=NAME chooses one")
         return there[0] if there else None
 
     def _question(self, record: dict[str, Any], used: dict[str, str]) -> tuple[list[Turn], bool]:

@@ -18,6 +18,7 @@ from model import GPTNeo
 from runtime.export import CHANGED, COPIED
 from runtime.resume import digest_of_model
 from runtime.run import Run
+from runtime.setup import end_token
 
 
 def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
@@ -202,6 +203,12 @@ def test_the_end_token_is_chosen_and_a_contradiction_is_said(chat, data, tmp_pat
     (chat / "tokenizer_config.json").write_text("{}")
     begin(chat, data, tmp_path / "run")
     assert "--eos" not in capsys.readouterr().out, "no contradiction, or one that --eos has settled"
+
+
+def test_the_first_of_several_end_tokens_is_used(chat):
+    """config.json may list several, as that of Llama 3 does, or leave them to generation_config.json."""
+    (chat / "generation_config.json").write_text('{"eos_token_id": [394, 393]}')
+    assert [end_token(chat, ids, "") for ids in ([395, 393], None, 393)] == [395, 394, 393]
 
 
 def test_a_model_without_an_end_token_needs_the_option(chat, data, tmp_path, capsys):

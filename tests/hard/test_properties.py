@@ -742,6 +742,7 @@ def test_gpt2_style_files_make_a_byte_level_tokenizer(folder, pairs, words, resp
 @given(st.lists(st.tuples(wanted_text, wanted_text, booleans, booleans), min_size=1, max_size=5), booleans)
 def test_loading_gives_what_was_written(folder, records, zipped):
     """Both layouts, plain and gzipped, blank lines between, escaped or not; each example knows its line."""
+    assume(not any(prompt.rstrip().endswith(response.strip()) for prompt, response, *_ in records))  # It is refused.
     lines, expected = [], []
     for prompt, response, official, escaped in records:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]

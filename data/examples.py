@@ -167,13 +167,12 @@ def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
         special = [token_text(token) for token in names if token]
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokens = {
-            int(number): AddedToken(text, normalized=text not in special, special=text in special)
+            int(number): {"content": text, "special": text in special, "normalized": text not in special}
             for text, number in added.items()
             if text not in known
-        }
-        tokens |= {int(n): AddedToken(**token) for n, token in (config.get("added_tokens_decoder") or {}).items()}
-        tokenizer.add_tokens([tokens[number] for number in sorted(tokens)])
-        known |= {token.content for token in tokens.values()}
+        } | {int(number): token for number, token in (config.get("added_tokens_decoder") or {}).items()}
+        tokenizer.add_tokens([AddedToken(**tokens[number]) for number in sorted(tokens)])
+        known |= {token["content"] for token in tokens.values()}
         new = [text for text in special if text not in known and tokenizer.token_to_id(text) is not None]
         tokenizer.add_special_tokens(new)
 

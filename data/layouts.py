@@ -105,9 +105,11 @@ class Reader:
         for name in record:
             lower = name.lower()
             ours = lower if lower in NAMES and lower not in record else name
+            if name in fields.values():
+                continue
             if ours in replaced or ours in self.names:
-                self.left_out |= {} if name in fields.values() else {name: None}
-            elif name not in fields.values():
+                self.left_out[name] = None
+            else:
                 self.names[ours] = name
         return {ours: record[theirs] for ours, theirs in self.names.items()}
 
@@ -205,10 +207,11 @@ class Reader:
             return turns, None
         elif not targets:
             raise ValueError(f"field {name!r} has the roles {shown(roles)}, expected a 'user' before an 'assistant'")
-        if turns[targets[-1] + 1 :]:
+        last = targets[-1]
+        if turns[last + 1 :]:
             self.left_out["turns behind the response"] = None
-        before = [("assistant" if role == NO_TARGET else role, text) for role, text in turns[: targets[-1]]]
-        return before, [*turns, ("", "")][targets[-1]][1]
+        before = [("assistant" if role == NO_TARGET else role, text) for role, text in turns[:last]]
+        return before, turns[last][1] if last < len(turns) else ""
 
 
 def _last(value: Any) -> Any:

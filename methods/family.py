@@ -42,18 +42,20 @@ class Loss(NamedTuple):
     found: str  # whether its equations stand in the paper, or were reconstructed
 
 
-PAPER = "equations from the paper"
+PAPER, SUMMARY = "equations from the paper", "equations from a summary"
 LOSSES = {
     "logistic": Loss(spin.spin_loss, "SPIN's own, Eq. 4.7", "arXiv 2401.01335", PAPER),
     "hinge": Loss(losses.hinge_loss, "no gradient from a margin of 1/beta on", "arXiv 2305.10425", PAPER),
     "ipo": Loss(losses.ipo_loss, "margins are drawn to 1/(2 beta)", "arXiv 2310.12036", PAPER),
     "sppo": Loss(losses.sppo_loss, "each ratio has a goal of its own", "arXiv 2405.00675", PAPER),
-    "space": Loss(losses.space_loss, "noise-contrastive estimation", "arXiv 2512.07175", "equations from a summary"),
+    "space": Loss(losses.space_loss, "noise-contrastive estimation", "arXiv 2512.07175", SUMMARY),
+    "gsil": Loss(losses.gsil_loss, "logistic classification, SPACE at mu 1", "arXiv 2410.10093", SUMMARY),
     "spif": Loss(losses.spif_loss, "bounded rewards", "arXiv 2602.01357", "reconstructed from the abstract"),
-    "tspin": Loss(losses.tspin_loss, "triplets with the start", "arXiv 2601.08198", "equations from a summary"),
+    "tspin": Loss(losses.tspin_loss, "triplets with the start", "arXiv 2601.08198", SUMMARY),
     "iris": Loss(losses.iris_loss, "Renyi divergence", "arXiv 2604.20933", "reconstructed from a summary"),
 }
 MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
+SETTINGS = {"mu": "space", "order": "iris", "historical": "tspin"}  # options that are arguments of one loss
 
 
 def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
@@ -63,33 +65,30 @@ def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
     probability. Source: iterative RPO, arXiv 2404.19733, whose weight is 1.
     """
     args, beta = run.args, run.args.beta[t]
-    order = adaptive_order(pairs) if args.adaptive_order else args.order
+    settings = {name: getattr(args, name) for name, loss in SETTINGS.items() if loss == args.loss}
+    if args.adaptive_order:
+        settings["order"] = adaptive_order(pairs)
 
     def loss_of(batch: list[Pair]) -> dict[str, Tensor]:
-        def column(rows: list) -> Tensor:
+        def columns(rows: list) -> Tensor:
             return torch.tensor(rows, dtype=torch.float32, device=player.device).T
 
         def loss(real: Tensor, generated: Tensor, beta: float) -> Tensor:  # (B,), (K, B)
-            extra: dict[str, object] = {}
+            own = dict(settings)
             if args.loss == "ipo":
-                lengths = column([[len(ids) for ids in pair.responses] for pair in batch])
-                extra = dict(real_lengths=lengths[0], generated_lengths=lengths[1:])
+                lengths = columns([[len(ids) for ids in pair.responses] for pair in batch])
+                real, generated = real / lengths[0], generated / lengths[1:]
             elif args.loss == "sppo":
-                extra = dict(zip(("real_wins", "generated_wins"), column([pair.wins for pair in batch])))
-            elif args.loss == "space":
-                extra = dict(mu=args.mu)
-            elif args.loss == "iris":
-                extra = dict(order=order)
+                own["real_wins"], own["generated_wins"] = columns([pair.wins for pair in batch])
             elif args.loss == "tspin" and t > 0:
-                generated, start = generated.tensor_split([-1])
-                extra = dict(start_logps=start, historical=args.historical)
-            return LOSSES[args.loss].function(real, generated, beta, **extra)
+                generated, own["start_logps"] = generated.tensor_split([-1])
+            return LOSSES[args.loss].function(real, generated, beta, **own)
 
         values = spin.pair_loss(player, batch, beta, loss)
         return values | {"loss": values["loss"] - args.nll_weight * values["real_logp"]}
 
     signals = spin.optimize(player, pairs, loss_of, t, run)
-    return signals | {"order": order} if args.loss == "iris" else signals
+    return signals | {"order": settings["order"]} if args.loss == "iris" else signals
 
 
 def adaptive_order(pairs: list[Pair]) -> float:
@@ -111,14 +110,10 @@ def score(opponent: Player, pairs: list[Pair], run: Run) -> None:
     """spin.score under the reference q of the log-ratios that the options name.
 
     p_t: the opponent, as in SPIN.
-    --reference sampled: the distribution s that wrote the responses. With --temperature T that is not p_t: its tokens
-        have the probabilities of p_t's logits over T. SPIN with p_t in the ratios has its optimum at
-        p_t (p_data / s)^(1/beta), normalised. If responses are one token and p_t is p_data already, that is p_t to the
-        power 1 + (1 - 1/T) / beta: a hot opponent sharpens the player in every iteration, whatever the data. With s in
-        the ratios the optimum is s (p_data / s)^(1/beta), there p_t to the power 1 + (1 - 1/T) (1/beta - 1): p_data at
-        beta 1; for T above 1 a flattening if beta is above 1, and a sharpening below. Only the reference changes,
-        the player stays p_theta, so the first loss is not ln 2. Top-k and top-p give some real responses probability
-        0, so they have no such reference. (No paper: derived here.)
+    --reference sampled: the distribution s that wrote the responses, the softmax of p_t's logits over --temperature.
+        With p_t in the ratios the optimum is p_t (p_data / s)^(1/beta), normalised: a hot opponent sharpens the player
+        in every iteration, whatever the data. With s it is s (p_data / s)^(1/beta), p_data at beta 1. The player stays
+        p_theta, so the first loss is not ln 2. (No paper: derived here; docs/family.md has the exponents.)
     --alpha: see `mixture_logp`; the base policy p_0 is the start, theta_0.
     --loss tspin: none, q = 1.
     """
@@ -158,9 +153,11 @@ def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tup
         pairs = reinforce(opponent, examples, t, run)
     else:
         pairs = fictitious_play(opponent, examples, t, run)
-        add_samples(opponent, examples, pairs, t, run)
+        for k in range(1, args.samples):
+            add_response(opponent, examples, pairs, t, f"generate-{k}", run)
         if args.loss == "tspin" and t > 0:
-            add_start_response(opponent, examples, pairs, t, run)
+            with run.weights.of_start(opponent):
+                add_response(opponent, examples, pairs, t, "proto", run)
     if args.scorer:
         ask_scorer(examples, pairs, run)
     better = [pair for pair in pairs if pair.wins[0] >= args.min_win]
@@ -200,28 +197,16 @@ def draw_from_history(examples: list[Example], responses: list[tuple], t: int, r
     return drawn
 
 
-def add_samples(opponent: Player, examples: list[Example], pairs: list[Pair], t: int, run: Run) -> None:
-    """Adds --samples K - 1 further responses of the opponent to every pair.
+def add_response(player: Player, examples: list[Example], pairs: list[Pair], t: int, purpose: str, run: Run) -> None:
+    """Adds one more response to every pair, drawn with random numbers of its own, those of `purpose`.
 
-    The K losses of a prompt have the minimiser of one, with less noise in the gradient. (One softmax over all K + 1
-    responses has it too, and with two seeds was as good.)
-    """
-    for k in range(1, run.args.samples):
-        with run.work.progress.timed("generate"):
-            add_responses(pairs, run.sample(opponent, examples, t, f"generate-{k}"))
-
-
-def add_start_response(player: Player, examples: list[Example], pairs: list[Pair], t: int, run: Run) -> None:
-    """Makes each pair T-SPIN's triplet: the last response is one of the start's, theta_0.
-
-    The paper draws these once; here each iteration draws its own, since with --prompts its prompts are its own. The
+    For --samples K it is the opponent's: the mean of K losses has the minimiser of one, and less noise in the gradient.
+    (One softmax over all K + 1 responses has it too, and with two seeds was as good.)
+    For T-SPIN it is the start's. The paper draws these once; here each iteration draws them for its own prompts. The
     logged margin and generated logp are means over the responses of opponent and start.
     """
-    with run.weights.of_start(player), run.work.progress.timed("generate"):
-        add_responses(pairs, run.sample(player, examples, t, "proto"))
-
-
-def add_responses(pairs: list[Pair], responses: list[tuple[list[int], bool]]) -> None:
+    with run.work.progress.timed("generate"):
+        responses = run.sample(player, examples, t, purpose)
     for pair, (ids, finished) in zip(pairs, responses):
         pair.generated_ids.append(ids)
         pair.finished = pair.finished and finished
@@ -255,6 +240,27 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
 
 
 # ---------------------------------------------------------------- options
+
+# A flag alone stands for any value but the default.
+REQUIRES = [  # (flag, those of which it requires one)
+    *((f"--{name}", [f"--loss {loss}"]) for name, loss in SETTINGS.items()),
+    ("--adaptive-order", ["--loss iris"]),
+    ("--min-win", ["--scorer", "--pairs"]),
+    ("--reinforce", ["--adapter"]),
+    ("--reinforce", ["--eval-data"]),
+]
+EXCLUDES = [  # (flag, those that cannot go with it, why)
+    ("--pairs", ["--data", "--reinforce"], "pairs replace them"),
+    ("--history", ["--pairs", "--reinforce", "--samples"], "it draws one response of many opponents"),
+    ("--adaptive-order", ["--order"], "it chooses the order"),
+    ("--loss tspin", ["--alpha", "--mix-previous", "--reference sampled"], "it has no reference"),
+    ("--loss tspin", ["--pairs", "--reinforce", "--scorer"], "it makes triplets"),
+    ("--samples", ["--pairs", "--reinforce", "--scorer"], "these are of one response"),
+    ("--samples", ["--temperature 0"], "all would be equal"),
+    ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce"], "it cuts to the length of one response"),
+    ("--reference sampled", ["--pairs", "--reinforce"], "the responses have other authors"),
+    ("--reference sampled", ["--temperature 0", "--top-k", "--top-p"], "real responses could have probability 0"),
+]
 
 
 @dataclass(frozen=True)
@@ -300,38 +306,16 @@ class FamilyOptions(spin.SpinOptions):
 
     def check_together(self) -> None:
         super().check_together()
-        sources = self.pairs or self.reinforce
-        several, triplets = self.samples > 1, self.loss == "tspin"
-        plain = self.temperature > 0 and not self.top_k and self.top_p == 1
-        for wrong, message in (
-            (self.pairs and self.data, "--pairs replaces --data: give only one of them"),
-            (self.min_win and not (self.scorer or self.pairs), "--min-win requires --scorer or --pairs"),
-            (self.history != 1 and sources, "--history cannot go with --pairs or --reinforce"),
-            (self.mu != 1 and self.loss != "space", "--mu requires --loss space"),
-            (self.order != 0.5 and self.loss != "iris", "--order requires --loss iris"),
-            (self.adaptive_order and self.loss != "iris", "--adaptive-order requires --loss iris"),
-            (self.order != 0.5 and self.adaptive_order, "--adaptive-order chooses the order: give no --order"),
-            (self.historical != 1 and not triplets, "--historical requires --loss tspin"),
-            (
-                triplets and (self.alpha or self.mix_previous or self.reference == "sampled"),
-                "--loss tspin cannot go with --alpha, --reference sampled or --mix-previous",
-            ),
-            (triplets and (sources or self.scorer), "--loss tspin cannot go with --pairs, --reinforce or --scorer"),
-            (several and (sources or self.scorer), "--samples cannot go with --pairs, --reinforce or --scorer"),
-            ((several or triplets) and self.unfinished == "cut", "--unfinished cut requires one generated response"),
-            (several and self.history != 1, "--samples cannot go with --history"),
-            (several and not self.temperature, "--samples requires a --temperature above 0: all would be equal"),
-            (self.reference == "sampled" and sources, "--reference sampled cannot go with --pairs or --reinforce"),
-            (
-                self.reference == "sampled" and not plain,
-                "--reference sampled cannot go with --temperature 0, --top-k or --top-p: they rule out real responses",
-            ),
-            (self.reinforce and not (self.adapter and self.rank), "--reinforce requires --adapter"),
-            (self.reinforce and not self.eval_data, "--reinforce requires --eval-data, which has answers"),
-            (self.reinforce and self.pairs, "--reinforce cannot go with --pairs"),
-            (self.reinforce and self.unfinished == "cut", "--reinforce cannot go with --unfinished cut"),
-        ):
-            self.require(not wrong, message)
+        for flag, others in REQUIRES:
+            self.require(not self.has(flag) or any(map(self.has, others)), f"{flag} requires {' or '.join(others)}")
+        for flag, others, why in EXCLUDES:
+            for other in others:
+                self.require(not (self.has(flag) and self.has(other)), f"{flag} cannot go with {other}: {why}")
+
+    def has(self, flag: str) -> bool:
+        name, _, value = flag[2:].replace("-", "_").partition(" ")
+        found = getattr(self, name)
+        return found == type(found)(value) if value else found != self.__dataclass_fields__[name].default
 
     @property
     def source(self) -> tuple[str, tuple[str, ...], str]:

@@ -4,7 +4,7 @@ All are functions of (real_ratios, generated_ratios, beta); SPIN's own, Eq. 4.7,
 log p_theta(response|x) - log q(response|x) in nats, summed over the response's tokens, where q is the reference.
 
 Shapes: real_ratios (B,); generated_ratios (B,), or (K, B) for K responses to each prompt; the result has the shape of
-generated_ratios. Lengths, probabilities and log-probabilities of the responses broadcast to these.
+generated_ratios. Probabilities and log-probabilities of the responses broadcast to these.
 
 Optimum: what a player with enough capacity reaches in one iteration, for y from p_data and y' from p_t = q. Each was
 reached by a trained softmax table (tests/test_losses.py). "Source" also says if the equation does not come from the
@@ -25,19 +25,13 @@ def hinge_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Te
     return torch.relu(1 - beta * (real_ratios - generated_ratios))
 
 
-def ipo_loss(
-    real_ratios: Tensor,
-    generated_ratios: Tensor,
-    beta: float,
-    real_lengths: Tensor | float = 1.0,
-    generated_lengths: Tensor | float = 1.0,
-) -> Tensor:
+def ipo_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
     """(margin - 1 / (2 beta))^2: the margin has a goal that it must not exceed, so it stays bounded.
 
-    Each ratio is divided by its response's length in tokens, as the authors say they did: otherwise the goal would
+    Divide each ratio by its response's length in tokens first, as the authors say they did: otherwise the goal would
     depend on the length. Source: arXiv 2310.12036, Eq. 17, with beta for its tau.
     """
-    return (real_ratios / real_lengths - generated_ratios / generated_lengths - 1 / (2 * beta)) ** 2
+    return (real_ratios - generated_ratios - 1 / (2 * beta)) ** 2
 
 
 def sppo_loss(
@@ -70,17 +64,25 @@ def space_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, mu: f
     return F.softplus(log_mu - beta * real_ratios) + mu * F.softplus(beta * generated_ratios - log_mu)
 
 
+def gsil_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
+    """log(1 + exp(-beta * ratio)) + log(1 + exp(beta * ratio')): SPACE's loss at mu 1, with its optimum.
+
+    Self-imitation: the ratio of the densities of data and opponent is estimated by logistic classification.
+    Source: GSIL, arXiv 2410.10093; found in a summary.
+    """
+    return space_loss(real_ratios, generated_ratios, beta)
+
+
 def spif_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
     """((1 - R)^2 + (1 + R')^2) / 2 with the reward R = beta * ratio: rewards are drawn to 1 and -1, and stay bounded.
 
-    Adversarial imitation: the reward that tells data from opponent best maximises
-    E R(y) - E R(y') - E [R(y)^2 + R(y')^2] / 2, whose value is a chi-squared divergence between the data and the
-    mixture of both. This loss is 1 minus that. A free reward would be (p_data - p_t) / (p_data + p_t), within [-1, 1].
+    This is hard SPPO at beta / 2, times beta^2. As adversarial imitation it is 1 - E [R - R' - (R^2 + R'^2) / 2]; that
+    mean is largest at R = (p_data - p_t) / (p_data + p_t), a chi-squared divergence between the data and the mixture.
     Optimum: as near to that as beta times a log-ratio can be, so a step towards p_data, and p_data once p_t is p_data.
     Source: SPIF, arXiv 2602.01357. Its equations were not found; derived from the abstract (chi-squared variational
     objective, bounded reward) and from LS-IQ, arXiv 2303.00599, on which it builds.
     """
-    return beta**2 * sppo_loss(real_ratios, generated_ratios, beta / 2)  # The two methods are one in this form.
+    return beta**2 * sppo_loss(real_ratios, generated_ratios, beta / 2)
 
 
 def tspin_loss(
@@ -108,21 +110,13 @@ def tspin_loss(
     return loss
 
 
-def iris_loss(
-    real_ratios: Tensor,
-    generated_ratios: Tensor,
-    beta: float,
-    order: float = 0.5,
-    real_norm: Tensor | None = None,
-    generated_norm: Tensor | None = None,
-) -> Tensor:
+def iris_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, order: float = 0.5) -> Tensor:
     """(1 / order) log E exp(order R') - (1 / (order - 1)) log E exp((order - 1) R), with R = beta * ratio.
 
     The variational form of the Renyi divergence between data and opponent: two risks, each tilted by exponential
-    weights over its own batch. Above order 1 real responses with a large reward weigh most, below it those with a small
-    one; of generated responses always those with a large one. At 1 the first risk is a plain mean, at 0 the second.
-    The mean of the result over the batch is the objective. If the ratios are a part of the batch, the norms are those
-    of the whole: log_mean_exp((order - 1) R) and log_mean_exp(order R'); without norms the part is weighed by itself.
+    weights over the given batch. The mean of the result is the objective. Above order 1 real responses with a large
+    reward weigh most, below it those with a small one; of generated responses always those with a large one. At 1 the
+    first risk is a plain mean, at 0 the second.
     Optimum: proportional to p_t (p_data / p_t)^(1/beta), p_data at the paper's beta of 1, for every order; there the
     objective is -R_order / order, with R_order the Renyi divergence of p_data from p_t.
     The orders that the paper names, as tested: 1 is the KL divergence, and the gradient that of SPACE with a large mu
@@ -133,20 +127,12 @@ def iris_loss(
     Source: IRIS, arXiv 2604.20933, of which a summary names the two risks' weights; the factors are those of the
     variational form (Birrell et al., arXiv 2007.03814).
     """
-    real = tilted_risk(beta * real_ratios, order - 1, real_norm)
-    return tilted_risk(beta * generated_ratios, order, generated_norm) - real
+    return tilted_risk(beta * generated_ratios, order) - tilted_risk(beta * real_ratios, order - 1)
 
 
-def tilted_risk(rewards: Tensor, tilt: float, norm: Tensor | None = None) -> Tensor:
-    """Terms whose mean has the value and the gradient of (1 / tilt) log mean exp(tilt * reward); tilt 0: the rewards.
-
-    `norm` is log_mean_exp(tilt * reward) over the whole batch: the terms of a part then do not need the rest.
-    """
+def tilted_risk(rewards: Tensor, tilt: float) -> Tensor:
+    """Terms whose mean has the value and gradient of (1 / tilt) log mean exp(tilt * reward), at tilt 0 mean reward."""
     if tilt == 0:
         return rewards
-    norm = (log_mean_exp(tilt * rewards) if norm is None else norm).detach()
-    return (norm + torch.expm1(tilt * rewards - norm)) / tilt
-
-
-def log_mean_exp(values: Tensor) -> Tensor:
-    return values.flatten().logsumexp(0) - values.new_tensor(values.numel()).log()
+    log_mean = (tilt * rewards).detach().flatten().logsumexp(0) - rewards.new_tensor(rewards.numel()).log()
+    return (log_mean + torch.expm1(tilt * rewards - log_mean)) / tilt

@@ -12,14 +12,12 @@
    for --iterations rounds. The prompts need no answers; an answer in --data is not looked at.
 
 Both phases are supervised (sft.py's loss). Held-out metrics of a reviser are those of its revisions of the start's
-held-out responses; compare "sampled" with the policy's own.
+held-out responses; compare "sampled" with the policy's own. The reviser is a second model, in memory only while a
+round's responses are revised.
 
-Source: the paper's abstract and a published summary of it, which tell of a preliminary reviser trained as above and of
-an adaptive one that improves low-quality responses and maintains high-quality ones. Simplified here: one reviser, which
-learns to maintain from real -> real pairs, without an explicit decision on how much to revise, and one pass over all
-prompts, which are not grouped by difficulty.
-
-The reviser is a second model, which is in memory only while a round's responses are written.
+Source: the paper's abstract and a published summary of it. Simplified here: one reviser, which learns to maintain good
+responses from real -> real pairs, without an explicit decision on how much to revise, and one pass over all prompts,
+which are not grouped by difficulty.
 """
 
 import re
@@ -101,15 +99,10 @@ def evolve(policy: Player, examples: list[Example], run: Run) -> None:
     """Rounds of: the policy responds, the reviser revises, the policy is fine-tuned on the revisions."""
     for t in run.iterations(policy):
         prompts = run.prompts(examples, t)
-        responses = generate(policy, prompts, t, run)
+        responses = run.sample(policy, prompts, t, "generate")
         targets, pairs, counts = revise(responses, prompts, t, run)
         signals = train(policy, targets, t, run)
         run.finish_iterate(policy, run.evaluate(policy) | counts | signals, pairs)
-
-
-def generate(policy: Player, examples: list[Example], t: int, run: Run) -> list[tuple[list[int], bool]]:
-    """The policy's response to every prompt: (ids, whether it ended)."""
-    return run.sample(policy, examples, t, "generate")
 
 
 def revise(responses: list[tuple], examples: list[Example], t: int, run: Run) -> tuple[list[Example], list[Pair], Row]:
@@ -122,12 +115,14 @@ def revise(responses: list[tuple], examples: list[Example], t: int, run: Run) ->
     """
     to_revise = reviser_prompts(run)
     asked = [to_revise(e, ids) for e, (ids, _) in zip(examples, responses)]
+    targets, pairs = [], []
     revisions = run.sample(load_reviser(run), asked, t, "revise")
-    kept = [both for both in zip(examples, responses, revisions) if both[2][1]]
-    if not kept:
+    for e, (ids, ended), (revised, revision_ended) in zip(examples, responses, revisions):
+        if revision_ended:
+            targets.append(replace(e, real_ids=revised, generated_ids=[]))
+            pairs.append(Pair(e.prompt_ids, revised, [ids], ended, e.asked))
+    if not pairs:
         raise Stopped(f"iteration {t}: all {len(asked)} revisions reached --max-new-tokens {run.args.max_new_tokens}")
-    targets = [replace(e, real_ids=revised, generated_ids=[]) for e, _, (revised, _) in kept]
-    pairs = [Pair(e.prompt_ids, revised, [ids], ended, e.asked) for e, (ids, ended), (revised, _) in kept]
     counts = {"generated": len(responses), "truncated": fmean(not ended for _, ended in responses)}
     return targets, pairs, select(pairs, "keep", drop_identical=False)[1] | counts
 
@@ -204,17 +199,16 @@ class SeftOptions(TrainingOptions):
             if unanswered := next((e for e in run.work.heldout if not e.real_ids), None):
                 expected = "held out, and has no response; expected --eval-data with answers"
                 raise ValueError(f"{unanswered.where}: {expected}")
+            examples[:] = [replace(e, real_ids=[], generated_ids=[]) for e in examples]  # Their answers are not read.
         to_revise = reviser_prompts(run)
         for group in [examples] if self.reviser else [examples, run.work.heldout]:
-            given = [[] if self.reviser else [len(e.real_ids), len(e.generated_ids)] for e in group]
-            longest = [[-1] * max([self.max_new_tokens, *lengths]) for lengths in given]
+            longest = [[-1] * max(self.max_new_tokens, len(e.real_ids), len(e.generated_ids)) for e in group]
             revised = [replace(to_revise(e, ids), real_ids=ids) for e, ids in zip(group, longest)]
-            fitting = {e.line for e in fit_context(revised, context, self.max_new_tokens, self.overlong)[0]}
-            if len(fitting) < len(group):
-                print(
-                    f"left out {len(group) - len(fitting)} of {len(group)} examples that no revision fits", flush=True
-                )
-            group[:] = [e for e in group if e.line in fitting]
+            kept, left_out = fit_context(revised, context, self.max_new_tokens, self.overlong)
+            if left_out:
+                print(f"left out {left_out} of {len(group)} examples that no revision fits", flush=True)
+            lines = {e.line for e in kept}
+            group[:] = [e for e in group if e.line in lines]
 
 
 def main(argv: list[str] | None = None) -> int:

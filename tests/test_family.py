@@ -9,12 +9,11 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 from statistics import fmean
 
 import pytest
 import torch
-from helpers import begin, flags, refused, rows, spy, tree
+from helpers import begin, die_at, flags, refused, rows, spy, tree
 from torch import Tensor
 
 import lora
@@ -22,7 +21,7 @@ import sampling
 import sft
 import spin
 from data.examples import Example, digest
-from methods import family, losses
+from methods import family
 from model import GPTNeo
 from runtime.training import Training
 from runtime.work import Work
@@ -136,7 +135,7 @@ def test_the_adaptive_order_grows_with_the_gap(start, data, tmp_path):
 
 
 def test_pairs_hold_all_responses(start, data, tmp_path):
-    """--samples 3: two further responses, others than the first; T-SPIN: one of the start's, from iteration 1 on."""
+    """--samples 3: two further responses, others than the first, and previous pairs are mixed in."""
     three = flags(start, data, tmp_path / "three", samples=3, iterations=2, mix_previous=True, temperature=1.3)
     assert family.main(three) == 0
     pairs = rows(tmp_path / "three/pairs-0.jsonl")
@@ -147,6 +146,22 @@ def test_pairs_hold_all_responses(start, data, tmp_path):
     assert count == math.ceil((metrics[1]["pairs"] + metrics[2]["pairs"]) / 16), "previous pairs are mixed in"
     assert spin.main(flags(start, data, tmp_path / "spin")) == 0
     assert all(len(pair["generated_ids"]) == 1 for pair in rows(tmp_path / "spin/pairs-0.jsonl"))
+
+
+def test_every_response_is_drawn_with_random_numbers_of_its_own(start, data, tmp_path, monkeypatch):
+    """Those of the opponent, of its further samples and of the start, in two iterations: no seed is used twice."""
+    seeds = []
+
+    def respond(work, player, examples, name, seed, *sampling):
+        seeds.append(seed)
+        return [([5], True) for _ in examples]
+
+    monkeypatch.setattr(Work, "respond", respond)
+    player, examples, run = begin(start, data, tmp_path / "run", "family", loss="tspin", samples=3)
+    for t, responses in ((0, 3), (1, 4)):
+        pairs, _ = family.generate(player, examples[:2], t, run)
+        assert len(pairs[0].generated_ids) == responses
+    assert len(set(seeds)) == len(seeds) == 7
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -219,26 +234,6 @@ def test_base_policy_is_the_start_in_every_iteration(start, data, tmp_path, rank
     assert rows(tmp_path / "run/steps-0.jsonl")[0]["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def test_full_parameter_base_is_read_from_disk_into_the_one_model(start, data, tmp_path, monkeypatch):
-    """No second model is made during the run, and the player has its own weights again afterwards."""
-    player, examples, run = begin(start, data, tmp_path / "run", "family", rank=0, alpha=0.5)
-    with torch.no_grad():
-        for p in player.model.parameters():
-            p.add_(0.1)
-    before = {name: p.clone() for name, p in player.model.named_parameters()}
-    pairs, _ = family.generate(player, examples[:8], 0, run)
-    with monkeypatch.context() as patch:
-        patch.setattr(GPTNeo, "from_pretrained", None)
-        family.score(player, pairs, run)
-    assert all(torch.equal(p, before[name]) for name, p in player.model.named_parameters())
-    item = pairs[0].prompt_ids, pairs[0].real_ids
-    ((opponent,),) = player.logps([item])
-    ((base,),) = begin(start, data, tmp_path / "again", rank=0)[0].logps([item])
-    assert abs(base - opponent) > 0.02
-    assert pairs[0].opponent_real_logp == pytest.approx((base + opponent) / 2, abs=1e-4)
-    assert not any((tmp_path / "run/resume").iterdir())
-
-
 # ---------------------------------------------------------------- fictitious play
 
 
@@ -264,19 +259,22 @@ def test_responses_are_drawn_evenly_from_the_last_opponents(start, data, tmp_pat
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_history_of_prompts_met_by_some_opponents_only(start, data, tmp_path):
-    """With fresh prompts each iteration, --history 0 draws from those opponents that met the prompt."""
+def test_the_history_of_a_prompt(start, data, tmp_path):
+    """--history 0 draws from the opponents that met the prompt, in each iteration with random numbers of its own."""
     _, examples, run = begin(start, data, tmp_path / "run", "family", history=0)
-    a, b, c = examples[:3]
     run.folder.begin()
 
-    def draw(examples, responses, t):
-        return family.draw_from_history(examples, responses, t, run)
+    def draw(examples, t):  # which opponent's response each example has; that of theta_t is [t], unfinished if t is odd
+        drawn = family.draw_from_history(examples, [([t], t % 2 == 0) for _ in examples], t, run)
+        assert all(finished == (opponent % 2 == 0) for (opponent,), finished in drawn)
+        return [opponent for (opponent,), _ in drawn]
 
-    assert draw([a, b], [([1], True), ([2], True)], 0) == [([1], True), ([2], True)]
-    drawn = [draw([b, c], [([3], True), ([4], False)], t) for t in range(1, 20)]
-    assert {tuple(ids) for (ids, _), _ in drawn} == {(2,), (3,)}
-    assert {(tuple(ids), end) for _, (ids, end) in drawn} == {((4,), False)}
+    a, b = examples[:25], examples[25:50]
+    assert draw(a, 0) == [0] * 25
+    first = draw(a + b, 1)
+    assert set(first[:25]) == {0, 1} and first[25:] == [1] * 25
+    second = draw(b, 2)
+    assert set(second) == {1, 2} and [n == 1 for n in first[:25]] != [n == 2 for n in second]
 
 
 # ---------------------------------------------------------------- given pairs, win probabilities
@@ -328,33 +326,6 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
     assert rows(tmp_path / "dpo/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_ipo_counts_ratios_a_token_in_runs(start, data, tmp_path, monkeypatch):
-    """A player other than the opponent: each ratio in the loss is over its response's length, pair by pair."""
-    player, examples, run = begin(start, data, tmp_path / "run", "family", loss="ipo", batch=1000, micro_tokens=100_000)
-    pairs, _ = family.generate(player, examples, 0, run)
-    spin.score(player, pairs, run)
-    with torch.no_grad():
-        for p in player.model.parameters():
-            p.mul_(1.01)
-    logps = player.logps([(p.prompt_ids, *p.responses) for p in pairs])
-    seen = []
-
-    def ipo_loss(*args: object, **lengths: Tensor) -> Tensor:
-        values = losses.ipo_loss(*args, **lengths)
-        seen.append(((args[0] / lengths["real_lengths"]).tolist(), values[0].tolist()))
-        return values
-
-    monkeypatch.setitem(family.LOSSES, "ipo", family.LOSSES["ipo"]._replace(function=ipo_loss))
-    family.train(player, pairs, 0, run)
-    ratios = [(a - p.opponent_real_logp, b - p.opponent_generated_logps[0]) for (a, b), p in zip(logps, pairs)]
-    ratios = [(a / len(p.real_ids), b / len(p.generated_ids[0])) for (a, b), p in zip(ratios, pairs)]
-    assert sorted(seen[0][0]) == pytest.approx(sorted(a for a, _ in ratios), abs=1e-5)
-    beta = run.args.beta[0]
-    expected = [(a - b - 1 / (2 * beta)) ** 2 for a, b in ratios]
-    assert sorted(seen[0][1]) == pytest.approx(sorted(expected), abs=1e-4)
-    assert rows(run.folder.path / "steps-0.jsonl")[0]["loss"] == pytest.approx(fmean(expected), abs=1e-5)
-
-
 def test_digest_of_given_pairs():
     """It changes with either response and with the wins, and with the line, by which --history knows a record."""
     example = Example("f", 1, "p", "r", ["r"], "g", (0.9, 0.1), [1], [2], [3])
@@ -367,7 +338,7 @@ def test_equal_responses_count_where_more_than_a_margin_does(start, data, tmp_pa
     path = tmp_path / "pairs.jsonl"
     lines = [{"prompt": "a", "chosen": "B", "rejected": "B"}, {"prompt": "b", "chosen": "B", "rejected": "D"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    counts = dict(logistic=1, hinge=1, ipo=1, sppo=2, space=2, spif=2, iris=2)
+    counts = dict(logistic=1, hinge=1, ipo=1, sppo=2, space=2, gsil=2, spif=2, iris=2)
     for loss, weight, count in [(loss, 0, count) for loss, count in counts.items()] + [("logistic", 1, 2)]:
         options = dict(pairs=path, eval_data=data, loss=loss, nll_weight=weight)
         _, examples, run = begin(start, None, tmp_path / loss, "family", **options)
@@ -397,17 +368,9 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     "body, says",
     [
         ("return [2, 0]", "returned [2, 0], expected a list of two probabilities"),
-        ("return [float('nan'), 0]", "returned [nan, 0], expected"),
-        ("return [1]", "returned [1], expected"),
-        ("return None", "returned None, expected"),
-        ("return {1: 0, 0: 1}", "returned {1: 0, 0: 1}, expected"),
-        ("return {0, 1}", "returned {0, 1}, expected"),
-        ("return '01'", "returned '01', expected"),
-        ("return ['0', '1']", "returned ['0', '1'], expected"),
         ("return 'x' * 10**6", "expected"),
         ("raise KeyError('judge')", "KeyError: 'judge'"),
         ("raise SystemExit(0)", "SystemExit: 0"),
-        ("raise GeneratorExit", "GeneratorExit"),
     ],
 )
 def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, capsys, body, says):
@@ -415,15 +378,6 @@ def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, ca
     assert family.main(flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge")) == 1
     error = capsys.readouterr().err
     assert "judge.py:judge: " in error and says in error and error.count("\n") == 1 and len(error) < 700
-
-
-def test_a_scorer_may_import_modules_beside_it(start, data, tmp_path):
-    (tmp_path / "taste.py").write_text("def opinion():\n    return [0.75, 0.25]\n")
-    (tmp_path / "judge.py").write_text("import taste\n\ndef judge(prompt, responses):\n    return taste.opinion()\n")
-    argv = flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge", loss="sppo")
-    assert family.main(argv) == 0
-    assert str(tmp_path) not in sys.path
-    assert {tuple(pair["wins"]) for pair in rows(tmp_path / "run/pairs-0.jsonl")} == {(0.75, 0.25)}
 
 
 def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
@@ -439,24 +393,6 @@ def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
-def test_a_run_is_not_resumed_with_another_scorer(start, data, tmp_path, monkeypatch, capsys):
-    """Nor another function of the same file, nor the same one after a change; the file may move."""
-    code = "def one(prompt, responses):\n    return [0.9, 0.1]\ndef two(prompt, responses):\n    return [0.1, 0.9]\n"
-    (tmp_path / "judge.py").write_text(code)
-    (tmp_path / "moved.py").write_text(code)
-    (tmp_path / "changed.py").write_text(code.replace("0.9, 0.1", "0.8, 0.1"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Training, "step", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        family.main(flags(start, data, "run", scorer="judge.py:one"))
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    for scorer in ("judge.py:two", "changed.py:one", None):
-        assert family.main(flags(start, data, "run", scorer=scorer)) == 2
-        assert "--scorer: not the contents" in capsys.readouterr().err
-    assert family.main(flags(start, data, "run", scorer="moved.py:one")) == 0
-
-
 @pytest.mark.parametrize(
     "record, names",
     [
@@ -465,10 +401,7 @@ def test_a_run_is_not_resumed_with_another_scorer(start, data, tmp_path, monkeyp
         ({"prompt": "a", "chosen": [], "rejected": "b"}, "field 'chosen' has the roles"),
         ({"prompt": "a", "response": "b", "generated": 3}, "field 'generated' is int"),
         (PAIRS[0] | {"wins": 0.5}, "field 'wins' must be two probabilities"),
-        (PAIRS[0] | {"wins": [0.5, 2]}, "field 'wins'"),
-        (PAIRS[0] | {"wins": [0.5, 0.5, 0.5]}, "field 'wins'"),
         (PAIRS[0] | {"wins": [0.5, None]}, "field 'wins'"),
-        (PAIRS[0] | {"wins": [0.5, 0.5, None]}, "field 'wins'"),
         (PAIRS[0] | {"generated": "B " * 80}, "needs "),
     ],
 )
@@ -485,55 +418,34 @@ def test_bad_pairs(start, data, tmp_path, capsys, record, names):
         (dict(mu=2), "--mu requires --loss space"),
         (dict(loss="space", mu=0), "--mu 0: expected a number in (0, inf)"),
         (dict(order=1), "--order requires --loss iris"),
-        (dict(loss="iris", order=-1), "--order -1: expected a number in [0, inf)"),
-        (dict(loss="iris", order=1, adaptive_order=True), "--adaptive-order chooses the order: give no --order"),
+        (dict(loss="iris", order=1, adaptive_order=True), "--adaptive-order cannot go with --order: it chooses"),
         (dict(loss="space", adaptive_order=True), "--adaptive-order requires --loss iris"),
         (dict(historical=2), "--historical requires --loss tspin"),
-        (dict(loss="tspin", alpha=0.5), "--loss tspin cannot go with --alpha, --reference sampled or --mix-previous"),
-        (dict(loss="tspin", unfinished="cut"), "--unfinished cut requires one generated response"),
-        (dict(samples=0), "--samples 0: expected an integer in [1, inf)"),
-        (dict(samples=2, history=0), "--samples cannot go with --history"),
-        (dict(samples=2, temperature=0), "--samples requires a --temperature above 0"),
-        (dict(samples=2, scorer="x.py:f"), "--samples cannot go with --pairs, --reinforce or --scorer"),
-        (dict(reference="start"), "--reference start: expected one of opponent, sampled"),
-        (dict(reference="sampled", top_p=0.9), "--reference sampled cannot go with --temperature 0, --top-k"),
+        (dict(loss="tspin", alpha=0.5), "--loss tspin cannot go with --alpha"),
+        (dict(loss="tspin", unfinished="cut"), "--unfinished cut cannot go with --loss tspin"),
+        (dict(samples=2, history=0), "--history cannot go with --samples"),
+        (dict(samples=2, temperature=0), "--samples cannot go with --temperature 0: all would be equal"),
+        (dict(samples=2, scorer="x.py:f"), "--samples cannot go with --scorer"),
+        (dict(samples=2, pairs="PAIRS"), "--samples cannot go with --pairs"),
+        (dict(reference="sampled", top_p=0.9), "--reference sampled cannot go with --top-p"),
+        (dict(reference="sampled", pairs="PAIRS"), "--reference sampled cannot go with --pairs"),
+        (dict(history=2, pairs="PAIRS"), "--history cannot go with --pairs"),
+        (dict(pairs="PAIRS", data="x"), "--pairs cannot go with --data: pairs replace them"),
+        (dict(reinforce=True), "--reinforce requires --adapter"),
+        (dict(reinforce=True, adapter="x", rank=None), "--reinforce requires --eval-data"),
+        (dict(adapter="x", rank=0), "--rank 0: --adapter brings its own"),
+        (dict(min_win=0.5), "--min-win requires --scorer or --pairs"),
+        (dict(scorer="none.py:f"), "no such file"),
+        (dict(scorer="BROKEN:f"), "judge.py:f: ZeroDivisionError"),
     ],
 )
-def test_options_of_the_later_methods(start, data, tmp_path, capsys, options, says):
-    assert says in refused(flags(start, data, tmp_path / "out", **options), tmp_path / "out", capsys, family)
-
-
-def test_given_pairs_have_no_sampler_and_no_further_responses(start, data, tmp_path, capsys, pairs_file):
-    for options in (dict(samples=2), dict(loss="tspin"), dict(reference="sampled")):
-        argv = flags(start, None, tmp_path / "out", pairs=pairs_file, eval_data=data, **options)
-        assert "cannot go with --pairs" in refused(argv, tmp_path / "out", capsys, family)
-
-
-def test_options_that_contradict_each_other(start, data, tmp_path, capsys, pairs_file):
-    out = tmp_path / "out"
-    for options, names in (
-        ({"pairs": pairs_file}, "--pairs replaces --data"),
-        ({"reinforce": True}, "--reinforce requires --adapter"),
-        ({"adapter": "x", "rank": 0}, "--rank 0: --adapter brings its own"),
-        ({"adapter": tmp_path / "none", "rank": None}, "none"),
-        ({"scorer": f"{pairs_file}.py:f"}, "no such file"),
-        ({"min_win": 0.5}, "--min-win requires --scorer or --pairs"),
-    ):
-        assert names in refused(flags(start, data, out, **options), out, capsys, family)
-    argv = flags(start, None, out, pairs=pairs_file, eval_data=data, history=2)
-    assert "--history cannot go with --pairs" in refused(argv, out, capsys, family)
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    error = refused(flags(start, data, out, scorer=tmp_path / "broken.py:f"), out, capsys, family)
-    assert "broken.py:f: ZeroDivisionError" in error
-    argv = flags(start, data, out, adapter="x", rank=None, reinforce=True, eval_data=data, unfinished="cut")
-    assert "--reinforce cannot go with --unfinished cut" in refused(argv, out, capsys, family)
-    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
-    assert "SystemExit: 0" in refused(flags(start, data, out, scorer=tmp_path / "exits.py:f"), out, capsys, family)
-    (tmp_path / "empty.py").write_text("number = 3")
-    argv = flags(start, data, out, scorer=tmp_path / "empty.py:number")
-    assert "empty.py:number: int, expected a function" in refused(argv, out, capsys, family)
-    argv = flags(start, data, out, scorer=tmp_path / "empty.py:f")
-    assert "AttributeError" in refused(argv, out, capsys, family)
+def test_options_that_are_refused(start, data, tmp_path, capsys, pairs_file, options, says):
+    (tmp_path / "judge.py").write_text("1 / 0\n")
+    options = {name: pairs_file if value == "PAIRS" else value for name, value in options.items()}
+    if options.get("scorer", "").startswith("BROKEN"):
+        options["scorer"] = f"{tmp_path}/judge.py:f"
+    given = options.pop("data", None if "pairs" in options else data)
+    assert says in refused(flags(start, given, tmp_path / "out", **options), tmp_path / "out", capsys, family)
 
 
 # ---------------------------------------------------------------- self-reinforcement
@@ -643,87 +555,31 @@ def test_the_base_policy_of_a_start_with_an_adapter_is_that_start(start, data, t
     assert (base - opponent).abs().max() > 0.1
 
 
-def test_a_start_with_an_adapter(start, data, tmp_path, tuned):
-    """theta_0 is the model with the adapter on: SPIN continues from an adapter that sft.py left."""
-    argv = flags(start, data, tmp_path / "run", adapter=tuned, rank=None)
-    assert spin.main(argv) == 0
-    tuned_nll = rows(tuned.parent / "metrics.jsonl")[-1]["nll"]
-    assert rows(tmp_path / "run/metrics.jsonl")[0]["nll"] == pytest.approx(tuned_nll, rel=1e-5)
-
-
 # ---------------------------------------------------------------- resumed
 
 
-def test_the_family_resumes(start, data, tmp_path, monkeypatch):
-    """Died in the second iteration's training, with history, base policy and scorer: the same files at the end."""
-    (tmp_path / "judge.py").write_text("def judge(prompt, responses):\n    return [0.9, len(responses[1]) % 2]\n")
-    monkeypatch.chdir(tmp_path)
-    options = dict(history=0, alpha=0.5, scorer="judge.py:judge", loss="sppo", rank=0, iterations=2, save_minutes=0)
-    take, count = Training.step, []
-    monkeypatch.setattr(Training, "step", lambda *a: (count.append(1), 1 / (8 - len(count)), take(*a))[2])
-    argv = flags(start, data, "run", **options, lr=1e-3)
-    with pytest.raises(ZeroDivisionError):
-        family.main(argv)
-    assert (tmp_path / "run/iterate-1").exists() and not (tmp_path / "run/iterate-2").exists()
-    assert family.main(argv) == 0
-    stopped = tree(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    assert family.main(argv) == 0
-    assert tree(tmp_path / "run") == stopped
-
-
-@pytest.mark.parametrize("t", [0, 1])
-def test_a_run_that_dies_while_the_player_is_the_base_policy_resumes(start, data, tmp_path, monkeypatch, t):
-    """The model then holds the weights of the start and the player's wait on disk: the same files at the end."""
-    argv = flags(start, data, tmp_path / "run", alpha=0.5, rank=0, iterations=2, lr=1e-3)
-
-    def die(args, _):
-        work, _, _, name, *_ = args
-        if name == "score-base" and work.folder.resume.name == f"iterate-{t + 1}":
-            raise ZeroDivisionError
-
-    with monkeypatch.context() as patch:
-        spy(patch, Work, "logps", die)
-        with pytest.raises(ZeroDivisionError):
-            family.main(argv)
-    assert (tmp_path / "run/resume/player-0").exists()
-    assert family.main(argv) == 0
-    stopped = tree(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    assert family.main(argv) == 0
-    assert tree(tmp_path / "run") == stopped
-
-
 @pytest.mark.parametrize(
-    "options, phase, at",
+    "options, asked, phase",
     [
-        (dict(loss="tspin", rank=0), "proto", None),
-        (dict(loss="iris", adaptive_order=True, samples=2, mix_previous=True), "generate-1", 5),
+        # The model has the weights of the start while the player's wait on disk.
+        (dict(loss="sppo", scorer="judge.py:judge", history=0, alpha=0.5, rank=0), "logps", "score-base"),
+        (dict(loss="tspin", rank=0), "respond", "proto"),
+        (dict(loss="iris", adaptive_order=True, samples=2, mix_previous=True), "respond", "generate-1"),
     ],
 )
-def test_runs_of_the_later_methods_resume(start, data, tmp_path, monkeypatch, options, phase, at):
-    """Died in the second iteration: as the start writes T-SPIN's triplets; before a sample, then amid IRIS's steps."""
-    argv = flags(start, data, tmp_path / "run", iterations=2, lr=1e-3, save_minutes=0, **options)
-
-    def die(args, _):
-        if args[3] == phase and args[0].folder.resume.name == "iterate-2":
-            raise ZeroDivisionError
-
-    with monkeypatch.context() as patch:
-        spy(patch, Work, "respond", die)
-        with pytest.raises(ZeroDivisionError):
-            family.main(argv)
-    if at is not None:
-        with monkeypatch.context() as patch:
-            count = []
-            spy(patch, Training, "step", lambda *_: (count.append(1), 1 / (at - len(count))))
-            with pytest.raises(ZeroDivisionError):
-                family.main(argv)
+def test_a_run_that_died_twice_ends_with_the_same_files(start, data, here, options, asked, phase):
+    """In the second iteration, before a phase that is the method's own, and then amid the steps."""
+    (here / "judge.py").write_text("def judge(prompt, responses):\n    return [0.9, len(responses[1]) % 2]\n")
+    argv = flags(start, data, "run", iterations=2, lr=1e-3, save_minutes=0, **options)
+    second = lambda work, *args: args[2] == phase and work.folder.resume.name == "iterate-2"  # noqa: E731
+    die_at(Work, asked, argv, second, script=family)
+    assert (here / "run/iterate-1").exists() and not (here / "run/iterate-2").exists()
+    die_at(Training, "step", argv, lambda training, *_: len(training.log) == 2, script=family)
     assert family.main(argv) == 0
-    stopped = tree(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
+    stopped = tree(here / "run")
+    shutil.rmtree(here / "run")
     assert family.main(argv) == 0
-    assert tree(tmp_path / "run") == stopped
+    assert tree(here / "run") == stopped
 
 
 def test_the_pairs_of_a_run_are_given_pairs_for_another(start, data, tmp_path):

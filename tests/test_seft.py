@@ -135,15 +135,13 @@ def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, rev
 
 
 def test_a_later_round_revises_what_the_evolved_policy_writes(start, data, reviser, tmp_path, monkeypatch):
-    policies = []
+    policies, out = [], tmp_path / "run"
 
-    def look(policy, examples, t, run):
-        policies.append({k: v.clone() for k, v in policy.model.state_dict().items()})
-        return original(policy, examples, t, run)
+    def look(args, _):
+        if args[3] == "generate":
+            policies.append({k: v.clone() for k, v in args[1].model.state_dict().items()})
 
-    original = seft.generate
-    monkeypatch.setattr(seft, "generate", look)
-    out = tmp_path / "run"
+    spy(monkeypatch, Work, "respond", look)
     assert seft.main(seft_flags(start, data, out, reviser=reviser, rank=0, lr=1e-3, iterations=2)) == 0
     written = GPTNeo.from_pretrained(out / "iterate-1").state_dict()
     assert all(policies[1][name].equal(value) for name, value in written.items())

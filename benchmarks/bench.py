@@ -1,6 +1,7 @@
 """Times and memory of the parts that cost time, in one process, each interleaved with its peers.
 
     python benchmarks/bench.py [kernel|generation|training|iteration ...] [--device cuda]
+    python benchmarks/bench.py --quick      every part on tiny sizes, in about a minute; stores nothing
 
 Prints a table per case, stores the figures in benchmarks/results/bench-<device>.json and renews the tables in
 benchmarks/README.md. The cases of a part are in <part>_cases.py, the most informative first. Results are written after
@@ -20,9 +21,10 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,11 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
 PARTS = ["kernel", "generation", "training", "iteration"]
-GPU_MINUTES = 7.5  # default limit of a part on a GPU: a borrowed one may grant 10 minutes per command
+GPU_MINUTES = 7.5  # limit of all parts together on a GPU: a borrowed one may grant 10 minutes per command
 WARM_UP_ROUNDS = 4  # cases with fewer rounds take so long that what a first call sets up does not matter
-WHEELS = {  # module -> name on PyPI
-    "transformers": "transformers",
-    "peft": "peft",
-    "trl": "trl",
-    "datasets": "datasets",
-    "liger_kernel": "liger-kernel",
-    "cut_cross_entropy": "cut-cross-entropy",
-    "ctranslate2": "ctranslate2",
-}
-PEERS = {  # modules of peers, by part and device
-    ("kernel", "cpu"): ["trl"],
-    ("kernel", "cuda"): ["trl", "liger_kernel", "cut_cross_entropy"],
-    ("generation", "cpu"): ["transformers", "ctranslate2"],
-    ("generation", "cuda"): ["transformers"],
-    ("training", "cpu"): ["transformers", "peft", "trl", "datasets"],
-    ("training", "cuda"): ["transformers", "peft", "trl", "datasets"],
-    ("iteration", "cpu"): ["transformers", "peft", "trl", "datasets"],
-    ("iteration", "cuda"): ["transformers", "peft", "trl", "datasets"],
+WHEELS = {  # module of a peer -> its name on PyPI
+    name: name.replace("_", "-")
+    for name in ("transformers", "peft", "trl", "datasets", "liger_kernel", "cut_cross_entropy")
 }
 
 
@@ -71,12 +58,11 @@ class Case:
 
     name: str
     build: Callable[[], Ways]
-    seconds: float | None = None  # of timing; None: 1 on a GPU, 20 on a CPU
-    estimate: float = 0.0  # expected seconds in total on an H100, to be skipped where fewer remain
+    estimate: float = 0.0  # seconds in total on a GPU; the case is skipped if fewer remain
 
 
 class OutOfTime(Exception):
-    """The time limit of a part has passed."""
+    """The time limit has passed."""
 
 
 def measure(
@@ -90,58 +76,50 @@ def measure(
 
     Args:
         deadline: value of time.perf_counter() after which no further call begins.
-        save: is given the figures so far, every few seconds.
+        save: is given the figures so far, after the first call of each way.
 
     Returns: way -> its figures, or "failed" with the reason.
     """
     rows: dict[str, dict] = {name: {} for name in ways.calls}
-    calls = dict(ways.calls)
-    times: dict[str, list[float]] = {}
     for name, note in ways.notes.items():
         rows.setdefault(name, {})["note"] = note
+    times: dict[str, list[float]] = {name: [] for name in ways.calls}  # of the ways that have not failed
 
-    def attempt(name: str, function: Callable[[], Any]) -> Any:
-        """function(), or None where it raises: then the way is out, and the others keep their figures."""
+    def attempt(name: str, function: Callable, *args: Any) -> Any:
         try:
-            if time.perf_counter() > deadline and not times.get(name):
+            if time.perf_counter() > deadline and not times[name]:
                 raise OutOfTime("not run: the time limit has passed")
-            return function()
+            return function(*args)
         except Exception as error:
             rows[name]["failed"] = str(error) if isinstance(error, OutOfTime) else reason(error)
-            calls.pop(name)
-            times.pop(name, None)
+            del times[name]
         release(device)  # after the except clause, whose traceback holds the tensors of the failed call
         return None
 
-    for name, call in ways.calls.items():
-
-        def first_call(call: Callable[[], Any] = call, row: dict[str, Any] = rows[name]) -> None:
-            if ways.rounds >= WARM_UP_ROUNDS:
-                result = call()
-                if ways.check:
-                    notes = [note for note in (row.get("note"), ways.check(result)) if note]
-                    row |= {"note": ", ".join(notes)} if notes else {}
-                del result
-            row["peak_mib"] = peak_bytes(call, device) / 2**20
-
-        attempt(name, first_call)
+    for name in ways.calls:
+        attempt(name, first_call, ways, name, rows[name], device)
         save(rows)
-    times |= {name: [] for name in calls}
-    began = saved = time.perf_counter()
+    began = time.perf_counter()
     for turn in itertools.count():
         now = time.perf_counter()
-        if not calls or (turn and (now > deadline or (turn >= ways.rounds and now - began > seconds))):
+        if not times or (turn and (now > deadline or (turn >= ways.rounds and now - began > seconds))):
             break
-        for name in list(calls) if turn % 2 else list(calls)[::-1]:
-            elapsed = attempt(name, lambda name=name: timed(calls[name], device))
+        for name in list(times) if turn % 2 else list(times)[::-1]:
+            elapsed = attempt(name, timed, ways.calls[name], device)
             if elapsed is not None:
                 times[name].append(elapsed)
-        if time.perf_counter() - saved > 5:
-            add_times(rows, times, ways.rates)
-            save(rows)
-            saved = time.perf_counter()
     add_times(rows, times, ways.rates)
     return rows
+
+
+def first_call(ways: Ways, name: str, row: dict[str, Any], device: torch.device) -> None:
+    """Warms a way up, checks its result, and measures its memory."""
+    if ways.rounds >= WARM_UP_ROUNDS:
+        result = ways.calls[name]()
+        if ways.check and (note := ways.check(result)):
+            row["note"] = ", ".join(filter(None, [row.get("note"), note]))
+        del result
+    row["peak_mib"] = peak_bytes(ways.calls[name], device) / 2**20
 
 
 def add_times(rows: dict[str, dict], times: dict[str, list[float]], rates: dict[str, tuple[float, str]]) -> None:
@@ -251,23 +229,17 @@ def device_name(device: torch.device) -> str:
 
 
 def current_commit() -> str:
-    """The commit, marked if any Python file differs from it; "unknown" without git or outside a repository."""
+    """The commit, marked if code or recipes differ from it; "unknown" without git or outside a repository."""
 
     def git(*args: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *args], cwd=FOLDER.parent, capture_output=True, text=True)
 
     try:
         commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py", "*.args").returncode
     except OSError:
         return "unknown"
     return commit + ("-dirty" if changed else "") if commit else "unknown"
-
-
-def missing_wheels(parts: list[str], device: torch.device) -> list[str]:
-    """PyPI names of peers of these parts that are not installed."""
-    modules = dict.fromkeys(itertools.chain.from_iterable(PEERS[part, device.type] for part in parts))
-    return [WHEELS[name] for name in modules if importlib.util.find_spec(name) is None]
 
 
 def lines_of(rows: dict[str, dict]) -> Iterator[str]:
@@ -294,14 +266,13 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def renew_section(name: str, lines: list[str]) -> None:
-    """Replaces what stands in benchmarks/README.md between the two marks of this name."""
-    readme = FOLDER / "README.md"
-    head, begin, rest = readme.read_text().partition(f"<!-- {name} -->\n")
+def renew_section(path: Path, name: str, lines: Iterable[str]) -> None:
+    """Replaces what stands in a document between the two marks of this name."""
+    head, begin, rest = path.read_text().partition(f"<!-- {name} -->\n")
     _, end, tail = rest.partition(f"<!-- end of {name} -->\n")
     if not end:
-        raise ValueError(f"benchmarks/README.md has no section between <!-- {name} --> and <!-- end of {name} -->")
-    write_whole(readme, head + begin + "\n".join(["", *lines, ""]) + end + tail)
+        raise ValueError(f"{path} has no section between <!-- {name} --> and <!-- end of {name} -->")
+    write_whole(path, head + begin + "\n".join(["", *lines, ""]) + end + tail)
 
 
 def renew_tables() -> None:
@@ -313,7 +284,7 @@ def renew_tables() -> None:
         for name, case in results["cases"].items():
             table = [case["failed"]] if "failed" in case else lines_of(case["ways"])
             lines += [f"**{name}** (torch {case['torch']}, commit {case['commit']})", "", *table, ""]
-    renew_section("results", lines)
+    renew_section(FOLDER / "README.md", "results", lines)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -358,94 +329,68 @@ def run_case(case: Case, results: Results, device: torch.device, seconds: float,
 
 
 def run_part(
-    part: str, cases: list[Case], results: Results, device: torch.device, seconds: float | None, minutes: float
-) -> int | None:
-    """Runs the cases in turn; one that would not end within `minutes`, by its estimate, is skipped and named.
+    part: str, cases: list[Case], results: Results, device: torch.device, seconds: float, deadline: float
+) -> None:
+    """Runs the cases in turn; one that would not end before the deadline, by its estimate, is skipped and named.
 
-    Returns: None; or, where an error has made the GPU unusable to this process, the number of cases done.
+    Raises: SystemExit if an error has made the GPU unusable to this process.
     """
-    began = time.perf_counter()
-    deadline = began + 60 * minutes
-    skipped = []
     estimate = sum(case.estimate for case in cases)
-    limit = f", limit {minutes:.1f} min" if minutes < float("inf") else ""
-    expected = f", about {estimate / 60:.1f} min on an H100" if device.type == "cuda" else ""
-    print(f"\n== {part}: {len(cases)} cases{expected}{limit}", flush=True)
-    for done, case in enumerate(cases, 1):
-        left = deadline - time.perf_counter()
-        if left <= 0 or (device.type == "cuda" and case.estimate > left):
-            skipped.append(case.name)
+    print(f"\n== {part}: {len(cases)} cases{f', about {estimate / 60:.1f} min' if estimate else ''}", flush=True)
+    for case in cases:
+        if time.perf_counter() + case.estimate > deadline:
+            print(f"\n{case.name}\nskipped: less than {case.estimate:.0f} s are left", flush=True)
             continue
-        if (case_seconds := seconds if seconds is not None else case.seconds) is None:
-            case_seconds = 1 if device.type == "cuda" else 20
-        run_case(case, results, device, case_seconds, deadline)
+        run_case(case, results, device, seconds, deadline)
         release(device)
-        print(f"[{part}: {done} of {len(cases)}, {(time.perf_counter() - began) / 60:.1f} min]", flush=True)
         if not alive(device):
-            return done
-    if skipped:
-        print("\n".join([f"\n{part}: {len(skipped)} cases skipped at the limit of {minutes:.1f} min:", *skipped]))
-    return None
+            sys.exit("That error made the GPU unusable to this process; name the parts that are left in another.")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--seconds", type=float, help="of timing for each case (by default 1 to 6 on a GPU, 20 on a CPU)"
-    )
-    parser.add_argument("--minutes", type=float, help=f"limit of each part ({GPU_MINUTES} on a GPU, none on a CPU)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the benchmark, measures nothing")
+    parser.add_argument("--seconds", type=float, help="of timing for each case (by default 2 on a GPU, 20 on a CPU)")
+    parser.add_argument("--minutes", type=float, help=f"limit of all parts ({GPU_MINUTES} on a GPU, none on a CPU)")
     parser.add_argument("--match", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", metavar="FOLDER", help="to write to")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--tables", action="store_true", help="only renew the tables of benchmarks/README.md")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out N cases of the first part")
-    parser.add_argument("--spent", type=float, default=0.0, metavar="MINUTES", help="used up of the first part's limit")
     args = parser.parse_args(argv)
     if args.tables:
         return renew_tables()
     if wrong := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
-    if args.device == "cuda" and not torch.cuda.is_available() and not args.list:
+    on_gpu, device = args.device == "cuda", torch.device(args.device)
+    if on_gpu and not torch.cuda.is_available() and not args.list:
         parser.error(f"torch {torch.__version__} finds no CUDA device")
-    device = torch.device(args.device)
-    parts = args.parts or PARTS
-    minutes = args.minutes if args.minutes is not None else (GPU_MINUTES if device.type == "cuda" else float("inf"))
-    if missing := missing_wheels(parts, device):
+    if missing := [wheel for name, wheel in WHEELS.items() if importlib.util.find_spec(name) is None]:
         print(f"Peers that are not installed and will be missing: pip install {' '.join(missing)}")
-    results = None if args.list else Results(args.results, device)
-    if results:
-        print(f"{results.stored['device']}, torch {torch.__version__}, commit {results.versions['commit']}")
-    for i, part in enumerate(parts):
-        try:
-            cases = [case for case in importlib.import_module(f"{part}_cases").cases(device) if args.match in case.name]
-        except Exception as error:
-            print(f"\n== {part}: failed: {reason(error)}", flush=True)
-            continue
-        cases = cases[args.skip :] if i == 0 else cases
-        if results is None:
-            print("\n".join([f"\n== {part}", *(case.name for case in cases)]))
-            continue
-        began = time.perf_counter() - 60 * (args.spent if i == 0 else 0)
-        done = run_part(part, cases, results, device, args.seconds, minutes - (time.perf_counter() - began) / 60)
-        if done is not None:
-            print("That error made the GPU unusable to this process: the rest runs in a new one.", flush=True)
-            done += args.skip if i == 0 else 0
-            spent = (time.perf_counter() - began) / 60
-            os.execv(sys.executable, restart_command(args, parts[i:], done, spent))
-    if results and args.results == FOLDER / "results":
+    minutes = args.minutes if args.minutes is not None else GPU_MINUTES if on_gpu else float("inf")
+    seconds = args.seconds if args.seconds is not None else 0 if args.quick else 2 if on_gpu else 20
+    deadline = time.perf_counter() + 60 * minutes
+    torch._dynamo.config.disable |= args.quick  # compilation takes longer than all the rest
+    with tempfile.TemporaryDirectory() as nowhere:
+        results = None if args.list else Results(Path(nowhere) if args.quick else args.results, device)
+        if results:
+            print(f"{results.stored['device']}, torch {torch.__version__}, commit {results.versions['commit']}")
+        for part in args.parts or PARTS:
+            try:
+                cases = importlib.import_module(f"{part}_cases").cases(device, args.quick)
+            except Exception as error:
+                print(f"\n== {part}: failed: {reason(error)}", flush=True)
+                continue
+            cases = [case for case in cases if args.match in case.name]
+            if args.quick:
+                cases = [replace(case, build=lambda case=case: replace(case.build(), rounds=1)) for case in cases]
+            if results:
+                run_part(part, cases, results, device, seconds, deadline)
+            else:
+                print("\n".join([f"\n== {part}", *(case.name for case in cases)]))
+    if args.results == FOLDER / "results" and not args.quick and not args.list:
         renew_tables()
-
-
-def restart_command(args: argparse.Namespace, parts: list[str], skip: int, spent: float) -> list[str]:
-    """The command that resumes at case `skip` of parts[0], which began `spent` minutes ago."""
-    command = [sys.executable, str(Path(__file__).resolve()), *parts, "--device", args.device, "--match", args.match]
-    command += ["--results", str(args.results), "--skip", str(skip), "--spent", f"{spent:.2f}"]
-    for name in ("seconds", "minutes"):
-        if getattr(args, name) is not None:
-            command += [f"--{name}", str(getattr(args, name))]
-    return command
 
 
 if __name__ == "__main__":

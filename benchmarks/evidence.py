@@ -15,6 +15,7 @@ benchmarks/results/evidence.json, the figures beside it, and the tables of docs/
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -39,7 +40,8 @@ import evidence_report
 import measuring  # before torch: it sets the number of threads
 import numpy as np
 import theory
-from measuring import ROOT, commit, flags_of, run_script, write
+from bench import current_commit, write_whole
+from measuring import ROOT, flags_of, run_script
 
 from data.examples import draw, load_examples, split
 from evaluate import Row
@@ -124,12 +126,6 @@ class Case:
         return " | ".join([self.start, self.script, self.flags, f"{self.iterations} x {self.prompts}"])
 
 
-def supervised(case: Case, *rates: str) -> list[Case]:
-    """The control of a case: continued supervised training, at twice the epochs."""
-    make = functools.partial(dataclasses.replace, case, script="sft")
-    return [make(name=f"supervised, lr {rate}", flags=f"--epochs 2 --lr {rate}") for rate in rates]
-
-
 COMMON = "--max-new-tokens {tokens} --gen-batch 1024 --eval-limit 50 --eval-temperatures 1"
 COMMON += " --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
@@ -141,85 +137,74 @@ CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of the
 SHOWN = 6  # answers of each model
 
 
-def cases() -> list[Case]:
-    """In the order in which they are run: where the time is short, the last are left out."""
-    all_cases: list[Case] = []
+def named(*flags: str) -> dict[str, str]:
+    return {f"SPIN, {some.replace('--', '')}": some for some in flags}
 
-    def add(regime: str, start: str, name: str, flags: str = "", script: str = "spin", **size: Any) -> Case:
-        all_cases.append(Case(regime, start, name, flags, script, **size))
-        return all_cases[-1]
 
-    base = add("temperature and beta", "converged", "SPIN")
-    all_cases.extend(supervised(base, "3e-5", "3e-4"))
-    for temperature, beta in ((0.8, 1), (1.2, 1), (1.5, 1), (1.5, 3), (1, 0.3), (1, 3)):
-        flags = f"--temperature {temperature} --beta {beta}"
-        add("temperature and beta", "converged", f"SPIN, T {temperature}, beta {beta}", flags)
-    for rate in ("3e-5", "3e-4"):
-        add("learning rate", "converged", f"SPIN, lr {rate}", f"--lr {rate}")
-    # Few words: the cures.
+def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
+    """(regime, start, sizes, flags of self-play by name, learning rates of its control), in the order of the runs."""
+    yield "temperature and beta", "converged", {}, {"SPIN": ""}, ("3e-5", "3e-4")
+    pairs = ((0.8, 1), (1.2, 1), (1.5, 1), (1.5, 3), (1, 0.3), (1, 3))
+    some = {f"SPIN, T {t}, beta {beta}": f"--temperature {t} --beta {beta}" for t, beta in pairs}
+    yield "temperature and beta", "converged", {}, some, ()
+    yield "learning rate", "converged", {}, named("--lr 3e-5", "--lr 3e-4"), ()
     size = dict(prompts=8000, iterations=1)
-    for rate in ("1e-5", "3e-5", "1e-4"):
-        case = add("few words", "few words", f"SPIN, lr {rate}", f"--lr {rate}", **size)
-    all_cases.extend(supervised(case, "1e-5", "1e-4"))
+    yield "few words", "few words", size, named("--lr 1e-5", "--lr 3e-5", "--lr 1e-4"), ("1e-5", "1e-4")
     for rate in ("3e-5", "1e-4"):
-        add("few words", "few words", f"alpha-SPIN 0.3, lr {rate}", f"--alpha 0.3 --lr {rate}", "family", **size)
-        add("few words", "few words", f"SPIN, NLL term, lr {rate}", f"--nll-weight 1 --lr {rate}", "family", **size)
-    for rate in ("1e-4", "3e-4"):
-        add("few words", "few words", f"SPIN, LoRA 16, lr {rate}", f"--rank 16 --lr {rate}", **size)
+        cures = {f"alpha-SPIN 0.3, lr {rate}": f"--alpha 0.3 --lr {rate}"}
+        cures[f"SPIN, NLL term, lr {rate}"] = f"--nll-weight 1 --lr {rate}"
+        yield "few words", "few words", size, cures, ()
+    some = {f"SPIN, LoRA 16, lr {rate}": f"--rank 16 --lr {rate}" for rate in ("1e-4", "3e-4")}
+    yield "few words", "few words", size, some, ()
     size = dict(prompts=8000, iterations=4, iterates=(4,))
-    case = add("few words", "few words", "SPIN, lr 1e-5, four iterations", "--lr 1e-5", **size)
-    all_cases.extend(supervised(case, "1e-5"))
-    # Strength and size of the start, and a start that was tuned on other data.
+    yield "few words", "few words", size, {"SPIN, lr 1e-5, four iterations": "--lr 1e-5"}, ("1e-5",)
     for start in ("underfitted", "narrow", "wide", "few words, other words"):
-        for rate in ("1e-4", "3e-4"):
-            case = add("start", start, f"SPIN, lr {rate}", f"--lr {rate}")
-        all_cases.extend(supervised(case, "1e-4", "3e-4"))
-    # Long responses.
-    size = dict(prompts=2000)
-    for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
-        case = add("long responses", "long", f"SPIN, {flags[2:]}", flags, **size)
-    all_cases.extend(supervised(case, "1e-4", "3e-4"))
-    # Definitions.
+        yield "start", start, {}, named("--lr 1e-4", "--lr 3e-4"), ("1e-4", "3e-4")
+    some = named("--temperature 1", "--temperature 1.2", "--lr 3e-4")
+    yield "long responses", "long", dict(prompts=2000), some, ("1e-4", "3e-4")
     size = dict(prompts=2500)
-    for flags in ("--temperature 1", "--temperature 1.2", "--lr 3e-4"):
-        case = add("definitions", "glosses", f"SPIN, {flags[2:]}", flags, **size)
-    all_cases.extend(supervised(case, "3e-5", "1e-4", "3e-4"))
+    yield "definitions", "glosses", size, some, ("3e-5", "1e-4", "3e-4")
     # Chosen after those of "definitions" were run.
-    hot = ["--temperature 1.5", "--temperature 1.5 --beta 3", "--temperature 2 --beta 3"]
-    for flags in (*hot, "--temperature 1.2 --lr 3e-5", "--temperature 1.5 --lr 3e-5"):
-        add("hot definitions", "glosses", f"SPIN, {flags.replace('--', '')}", flags, **size)
+    some = named("--temperature 1.5", "--temperature 1.5 --beta 3", "--temperature 2 --beta 3")
+    some |= named("--temperature 1.2 --lr 3e-5", "--temperature 1.5 --lr 3e-5")
+    yield "hot definitions", "glosses", size, some, ()
     # Chosen after those, and measured on other prompts, by content words: a hot opponent teaches to write more frequent
     # words than people do, for which F1 has points.
-    size |= dict(seeds=5, first_seed=10)
-    for flags in ("--temperature 1.5", "--temperature 1.2 --lr 3e-5"):
-        case = add("definitions again", "glosses, other prompts", f"SPIN, {flags.replace('--', '')}", flags, **size)
-    all_cases.extend(supervised(case, "3e-5"))
+    size, some = dict(size, seeds=5, first_seed=10), named("--temperature 1.5", "--temperature 1.2 --lr 3e-5")
+    yield "definitions again", "glosses, other prompts", size, some, ("3e-5",)
     # A hot opponent, iteration by iteration, beside theory.exponents.
-    size = dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2)
-    for beta in (1, 3):
-        flags = f"--temperature 1.5 --beta {beta}"
-        case = add("hot opponent", "converged", f"SPIN, T 1.5, beta {beta}", flags, **size)
-    all_cases.extend(supervised(case, "1e-4"))
-    # Number of pairs, iterations, adapters.
+    some = {f"SPIN, T 1.5, beta {beta}": f"--temperature 1.5 --beta {beta}" for beta in (1, 3)}
+    yield "hot opponent", "converged", dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2), some, ("1e-4",)
     for prompts in (625, 10_000):
-        case = add("pairs", "converged", f"SPIN, {prompts} prompts", prompts=prompts)
-        all_cases.extend(supervised(case, "1e-4"))
-    case = add("iterations", "converged", "SPIN", iterations=6, iterates=(1, 2, 4, 6), prompts=2500)
-    all_cases.extend(supervised(case, "1e-4"))
-    size = dict(iterations=6, iterates=(2, 4, 6), prompts=2500)
-    add("iterations", "converged", "SPIN, previous pairs", "--mix-previous", **size)
-    for rank in (4, 32):
-        add("adapters", "converged", f"SPIN, LoRA {rank}, lr 3e-4", f"--rank {rank} --lr 3e-4")
-    # The family, each at SPIN's settings but for its beta.
-    for name, flags in (
-        ("alpha-SPIN 0.3", "--alpha 0.3"), ("fictitious play", "--history 0"), ("hinge", "--loss hinge"),
-        ("IPO", "--loss ipo"), ("SPPO", "--loss sppo"), ("SPACE", "--loss space"),
-        ("T-SPIN", "--loss tspin --beta 0.1"), ("SPIF", "--loss spif"), ("IRIS", "--loss iris"),
-        ("SPIN, NLL term", "--nll-weight 1"), ("SPIN, four responses", "--samples 4"),
-        ("SPIN, T 1.5, beta 3, sampled reference", "--reference sampled --temperature 1.5 --beta 3"),
-    ):  # fmt: skip
-        add("methods", "converged", name, flags, "family", seeds=2)
-    return all_cases
+        yield "pairs", "converged", dict(prompts=prompts), {f"SPIN, {prompts} prompts": ""}, ("1e-4",)
+    size = dict(iterations=6, prompts=2500)
+    yield "iterations", "converged", dict(size, iterates=(1, 2, 4, 6)), {"SPIN": ""}, ("1e-4",)
+    yield "iterations", "converged", dict(size, iterates=(2, 4, 6)), {"SPIN, previous pairs": "--mix-previous"}, ()
+    some = {f"SPIN, LoRA {rank}, lr 3e-4": f"--rank {rank} --lr 3e-4" for rank in (4, 32)}
+    yield "adapters", "converged", {}, some, ()
+    yield "methods", "converged", dict(seeds=2), METHODS, ()
+
+
+METHODS = {  # each at SPIN's settings but for its beta
+    "alpha-SPIN 0.3": "--alpha 0.3", "fictitious play": "--history 0", "hinge": "--loss hinge", "IPO": "--loss ipo",
+    "SPPO": "--loss sppo", "SPACE": "--loss space", "T-SPIN": "--loss tspin --beta 0.1", "SPIF": "--loss spif",
+    "IRIS": "--loss iris", "SPIN, NLL term": "--nll-weight 1", "SPIN, four responses": "--samples 4",
+    "SPIN, T 1.5, beta 3, sampled reference": "--reference sampled --temperature 1.5 --beta 3",
+}  # fmt: skip
+OF_FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--reference")
+
+
+def cases() -> list[Case]:
+    """In the order in which they are run: where the time is short, the last are left out."""
+    found: list[Case] = []
+    for regime, start, size, settings, rates in blocks():
+        for name, flags in settings.items():
+            script = "family" if flags.startswith(OF_FAMILY) else "spin"
+            found.append(Case(regime, start, name, flags, script, **size))
+        for rate in rates:  # the control: continued supervised training, at twice the epochs
+            facts = dict(script="sft", name=f"supervised, lr {rate}", flags=f"--epochs 2 --lr {rate}")
+            found.append(dataclasses.replace(found[-1], **facts))
+    return found
 
 
 # ---------------------------------------------------------------- data and starts
@@ -235,7 +220,7 @@ def write_data(size: Size, folder: Path) -> None:
     parts |= {"tuning": tests[:50], "test": tests[50:]}
     for name, examples in parts.items():
         lines = [dict(prompt=e.prompt, response=e.response, references=e.references) for e in examples]
-        save(folder / f"{name}.jsonl", lines)
+        write_lines(folder / f"{name}.jsonl", lines)
     for name, source, count in (("long", train, size.lines), ("test-long", tests[50:], size.test // 2)):
         order = list(source)
         rng.shuffle(order)
@@ -243,15 +228,15 @@ def write_data(size: Size, folder: Path) -> None:
         for two in zip(order[: 2 * count : 2], order[1 : 2 * count : 2]):
             responses = [" ".join(some) for some in itertools.product(*(e.references[:3] for e in two))]
             lines.append(dict(prompt=" ".join(e.prompt for e in two), response=responses[0], references=responses))
-        save(folder / f"{name}.jsonl", lines)
+        write_lines(folder / f"{name}.jsonl", lines)
     train, heldout = split(load_examples(str(ROOT / size.glosses)), 0.1)
     tests = draw(heldout, size.test // 2)
     others = draw([e for e in heldout if e not in tests], size.test)
     for name, examples in (("glosses", train), ("test-glosses", tests), ("test-glosses-again", others)):
-        save(folder / f"{name}.jsonl", [dict(prompt=e.prompt, response=e.response) for e in examples])
+        write_lines(folder / f"{name}.jsonl", [dict(prompt=e.prompt, response=e.response) for e in examples])
 
 
-def save(path: Path, lines: list[dict]) -> None:
+def write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -278,8 +263,11 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    path = work / f"frontiers/{digest(['start', name])}.npz"
-    return row | look(name, place, path, size, work)
+    return row | look(name, place, frontier_of_start(name, work), work)
+
+
+def frontier_of_start(name: str, work: Path) -> Path:
+    return work / f"frontiers/{digest(['start', name])}.npz"
 
 
 def write_models(work: Path) -> None:
@@ -332,7 +320,7 @@ def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
     row: Row = {"seconds": seconds, "steps": steps, "command": command_of(case.script, flags, work), "iterates": {}}
     for t in case.iterates or (case.iterations,):
         weights = out / ("final" if t == case.iterations else f"iterate-{t}")
-        row["iterates"][str(t)] = look(case.start, weights, frontier_of(case, seed, t, work), size, work)
+        row["iterates"][str(t)] = look(case.start, weights, frontier_of(case, seed, t, work), work)
     shutil.rmtree(out)
     return row
 
@@ -346,7 +334,7 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def look(start: str, weights: Path, path: Path, size: Size, work: Path) -> Row:
+def look(start: str, weights: Path, path: Path, work: Path) -> Row:
     """Measures weights, writes the values of each example to `path`, and returns their means."""
     player, run, samples = yardstick(start, work)
     player.model.load_weights(weights)
@@ -383,7 +371,7 @@ def frequent_words(work: Path) -> frozenset[str]:
 def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
     """A player to load weights into, a run with the held-out prompts of a start, and responses of the start."""
     place, heldout = str(place_of(start, work)), STARTS[start].test
-    player, run, _ = measuring.ruler(place, f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
+    player, run = measuring.ruler(place, f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
     return player, run, theory.samples_of_start(player, run, place)
 
 
@@ -399,36 +387,31 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Ro
     over seeds, and over seeds.
     """
     result = []
-    curves = {
-        name: [dict(temperature=t, entropy=e) for t, e in zip(TEMPERATURES, row["entropy"])]
-        for name, row in starts.items()
-    }
+    at_one = TEMPERATURES.index(1.0)
     for case in cases():
-        done = [seed for seed in case.every_seed if f"{case.key} | {seed}" in runs]
+        if not all(f"{case.key} | {seed}" in runs for seed in case.every_seed):
+            continue
+        done = [runs[f"{case.key} | {seed}"] for seed in case.every_seed]
         for t in case.iterates or (case.iterations,):
-            if len(done) < case.seeds:
-                continue
-            rows = [runs[f"{case.key} | {seed}"]["iterates"][str(t)] for seed in done]
-            row: Row = {"regime": case.regime, "start": case.start, "name": case.name}
-            row |= {name: getattr(case, name) for name in ("script", "flags", "seeds", "prompts", "iterations")}
-            row["iterate"] = t
+            rows = [run["iterates"][str(t)] for run in done]
+            fields = ("regime", "start", "name", "script", "flags", "seeds", "prompts", "iterations")
+            row: Row = {name: getattr(case, name) for name in fields} | {"iterate": t}
             row |= {name: float(np.mean([r[name] for r in rows])) for name in ("greedy", "exponent")}
-            at_one = TEMPERATURES.index(1.0)
             names = [name for name in measuring.MEASURED + measuring.OF_TEXTS if name in rows[0]]
             row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in names}
             row["points"] = {name: np.mean([r[name] for r in rows], 0).tolist() for name in names}
             if "answers" in rows[0]:
                 row["answers"] = rows[0]["answers"]
-            row["seconds"] = float(np.median([runs[f"{case.key} | {seed}"]["seconds"] for seed in done]))
+            row["seconds"] = float(np.median([run["seconds"] for run in done]))
             row |= expected(case, t)
-            if equal := measuring.at_entropy(row["entropy"], curves[case.start]):
-                row["inverse temperature"] = 1 / equal["temperature"]
-            mine = [loaded(frontier_of(case, seed, t, work)) for seed in done]
-            start = loaded(work / f"frontiers/{digest(['start', case.start])}.npz")
-            row["over start"] = leads(mine, [start] * len(mine))
+            entropies = starts[case.start]["entropy"]  # They rise with temperature.
+            if entropies[0] <= row["entropy"] <= entropies[-1]:
+                row["inverse temperature"] = 1 / float(np.interp(row["entropy"], entropies, TEMPERATURES))
+            mine = [loaded(frontier_of(case, seed, t, work)) for seed in case.every_seed]
+            row["over start"] = leads(mine, [loaded(frontier_of_start(case.start, work))] * len(mine))
             if case.script != "sft" and (control := control_of(case, t, runs)):
                 row["control"] = control.name
-                theirs = [loaded(frontier_of(control, seed, t, work)) for seed in done]
+                theirs = [loaded(frontier_of(control, seed, t, work)) for seed in case.every_seed]
                 row["over supervised"] = leads(mine, theirs)
             result.append(row)
     return result
@@ -441,25 +424,20 @@ def expected(case: Case, t: int) -> Row:
     if case.start != "converged" or case.script == "sft" or temperature == 1 or "--loss" in flags:
         return {}
     if flags.get("--reference") == "sampled":
-        return {"optimum": theory.sharpening(temperature, beta, True)}
+        return {"optimum": 1 + (1 - 1 / temperature) * (1 / beta - 1)}  # docs/family.md derives it.
     tables = theory.table_exponents(temperature, beta, t)
     return {"optimum": theory.exponents(temperature, beta, t)[-1], "table": tables[-1]}
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
     """The supervised case of the same group with the lowest NLL."""
-
-    def measured(c: Case) -> bool:
-        return all(str(t) in runs.get(f"{c.key} | {seed}", {}).get("iterates", {}) for seed in case.every_seed)
-
-    found = [c for c in cases() if c.script == "sft" and c.group == case.group and measured(c)]
-    at_one = TEMPERATURES.index(1.0)
-
-    def nll(control: Case) -> float:
-        rows = [runs[f"{control.key} | {seed}"]["iterates"][str(t)] for seed in control.every_seed]
-        return float(np.mean([row["nll"][at_one] for row in rows]))
-
-    return min(found, key=nll, default=None)
+    at_one, found = TEMPERATURES.index(1.0), {}
+    for control in cases():
+        if control.script == "sft" and control.group == case.group:
+            done = [runs.get(f"{control.key} | {seed}", {}).get("iterates", {}) for seed in case.every_seed]
+            if all(str(t) in iterates for iterates in done):
+                found[control] = np.mean([iterates[str(t)]["nll"][at_one] for iterates in done])
+    return min(found, key=found.get, default=None)
 
 
 def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
@@ -525,7 +503,7 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
 
 def gradients(name: str, size: Size, work: Path) -> Row:
     """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
-    player, run, _ = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
+    player, run = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
     player.model.load_weights(place_of(name, work))
     return theory.gradients(player, run, run.heldout)
 
@@ -546,40 +524,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
-        about = {
-            "machine": machine,
-            "size": dataclasses.asdict(Size()),
-            "temperatures": list(TEMPERATURES),
-        }
+        about = {"machine": machine, "size": dataclasses.asdict(Size()), "temperatures": list(TEMPERATURES)}
         found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
-        found["commit"] = commit()  # of what is run now; each row has its own
+        found["commit"] = current_commit()  # of what is run now; each row has its own
         for name, value in about.items():
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
         wanted = [case for case in cases() if not args.only or case.regime in args.only]
-        deadline = time.monotonic() + 60 * args.minutes
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-
-            def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
-                futures = {pool.submit(function, job): job for job in jobs}
-                for future in as_completed(futures):
-                    if future.cancelled():
-                        continue
-                    yield futures[future], future.result()
-                    write(args.out, found)
-                    if time.monotonic() > deadline:
-                        for other in futures:
-                            other.cancel()
-
+        with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
             play(wanted, found, Size(), args.work, do)
     found["regimes"] = regimes
-    found["capacity"] = [
-        {"temperature": t, "beta": beta, "nats": theory.limited_capacity(t, beta, 6)} for t, beta in CAPACITY
-    ]
-    write(args.out, found)
+    found["capacity"] = [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY]
+    save(args.out, found)
     evidence_report.write_all(found, ROOT)
+
+
+@contextlib.contextmanager
+def workers(count: int, minutes: float, save: Callable) -> Iterator[Callable]:
+    """do(function, jobs) yields (job, result) as processes end them, and saves after each; see `play`."""
+    deadline = time.monotonic() + 60 * minutes
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
+            futures = {pool.submit(function, job): job for job in jobs}
+            for future in as_completed(futures):
+                if not future.cancelled():
+                    yield futures[future], future.result()
+                    save()
+                if time.monotonic() > deadline:
+                    for other in futures:
+                        other.cancel()
+
+        yield do
+
+
+def save(path: Path, found: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

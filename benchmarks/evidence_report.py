@@ -55,7 +55,7 @@ def block_of(name: str, found: dict) -> str:
         raise KeyError(name)
     if not any(row["regime"] == name for row in found["summary"]):
         return f'Not run yet: `python benchmarks/evidence.py --only "{name}"`.\n'
-    return regime(found, name) + (f"\n![](../{FIGURES}/{figure_of(name)})\n" if name in drawn(found) else "")
+    return regime(found, name)
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -229,17 +229,7 @@ STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:
 
 def figures(found: dict) -> dict[str, str]:
     """File name -> SVG."""
-    result = {"evidence-frontiers.svg": frontiers(found), "evidence-settings.svg": settings(found)}
-    return result | {figure_of(name): leads(found, name) for name in drawn(found)}
-
-
-def drawn(found: dict) -> list[str]:
-    """The regimes that have a figure."""
-    return list(dict.fromkeys(row["regime"] for row in self_play(found)))
-
-
-def figure_of(regime: str) -> str:
-    return f"evidence-{regime.replace(' ', '-')}.svg"
+    return {"evidence-frontiers.svg": frontiers(found), "evidence-settings.svg": settings(found)}
 
 
 def svg(width: int, height: int, body: str) -> str:
@@ -277,11 +267,11 @@ def frontiers(found: dict) -> str:
 def settings(found: dict) -> str:
     """A mark for every setting of self-play: its leads over both controls at equal entropy, in standard errors."""
     rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
-    names = list(dict.fromkeys(row["start"] for row in rows))
     most = 8.0  # marks beyond lie on the edge
 
-    def at(lead: Sequence[float]) -> float:
-        return max(-most, min(most, lead[0] / lead[1])) if lead[1] else 0.0
+    def at(row: Row, over: str) -> float:
+        lead, error = lead_of(row, over)
+        return max(-most, min(most, lead / error)) if error else 0.0
 
     def x(value: float) -> float:
         return 60 + 380 * (value + most) / (2 * most)
@@ -289,36 +279,29 @@ def settings(found: dict) -> str:
     def y(value: float) -> float:
         return 430 - 380 * (value + most) / (2 * most)
 
-    body = label(
-        20, 22, "Every setting of self-play beside both controls, at equal entropy, in standard errors", kind="bold"
-    )
-    edge = x(most) - x(SURE)
+    title = "Every setting of self-play beside both controls, at equal entropy, in standard errors"
+    edge, side = x(most) - x(SURE), x(SURE) - x(-SURE)
+    body = label(20, 22, title, kind="bold")
     body += f'<rect x="{x(SURE):.1f}" y="50" width="{edge:.1f}" height="{edge:.1f}" fill="#dcefdc"/>'
     body += label(x((SURE + most) / 2), 66, "self-play wins", "middle", "small")
-    side = x(SURE) - x(-SURE)
     body += f'<rect x="{x(-SURE):.1f}" y="{y(SURE):.1f}" width="{side:.1f}" height="{side:.1f}" fill="#eee"/>'
     body += label(x(0), y(SURE) + 14, "level, within the noise", "middle", "small")
     for value in (-6, -3, 0, 3, 6):
         body += f'<line class="axis" x1="{x(value):.1f}" y1="430" x2="{x(value):.1f}" y2="434"/>'
         body += f'<line class="axis" x1="56" y1="{y(value):.1f}" x2="60" y2="{y(value):.1f}"/>'
-        body += label(x(value), 446, f"{value:g}", "middle", "small") + label(
-            52, y(value) + 4, f"{value:g}", "end", "small"
-        )
+        body += label(x(value), 446, f"{value:g}", "middle", "small")
+        body += label(52, y(value) + 4, f"{value:g}", "end", "small")
     body += '<path class="axis" fill="none" d="M60 50V430H440"/>'
     body += label(460, 430, "Marks on the edge lie beyond it.", kind="small")
     body += label(250, 464, "better than the start \u2192", "middle", "small")
-    body += '<g transform="rotate(-90 24 240)">' + label(
-        24, 240, "better than supervised training \u2192", "middle", "small"
-    )
-    body += "</g>"
-    for i, name in enumerate(names):
-        colour = COLOURS_OF_STARTS[i % len(COLOURS_OF_STARTS)]
-        mine = [row for row in rows if row["start"] == name]
+    upwards = label(24, 240, "better than supervised training \u2192", "middle", "small")
+    body += f'<g transform="rotate(-90 24 240)">{upwards}</g>'
+    for i, name in enumerate(dict.fromkeys(row["start"] for row in rows)):
+        colour, mine = COLOURS_OF_STARTS[i % len(COLOURS_OF_STARTS)], [row for row in rows if row["start"] == name]
         for row in mine:
-            place = x(at(lead_of(row, OVER[0]))), y(at(lead_of(row, OVER[1])))
+            place = f'cx="{x(at(row, OVER[0])):.1f}" cy="{y(at(row, OVER[1])):.1f}" r="4"'
             title = f"<title>{escape(name)}: {escape(row['name'])}</title>"
-            body += f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4" fill="{colour}" fill-opacity="0.75">'
-            body += f"{title}</circle>"
+            body += f'<circle {place} fill="{colour}" fill-opacity="0.75">{title}</circle>'
         body += f'<circle cx="470" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
         body += label(480, 70 + 20 * i, f"{name} ({len(mine)})", kind="small")
     return svg(660, 480, body)
@@ -328,7 +311,7 @@ def panel(start: str, lines: Sequence[tuple[str, Row]]) -> str:
     metric, name = measure_of(start)
     points = [(x, 100 * y) for _, row in lines for x, y in zip(row["entropy"], row[metric])]
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points))
-    left, right, low, high = left, right, low - 0.05 * (high - low), high + 0.05 * (high - low)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return 40 + 260 * (x - left) / (right - left), 15 + 170 * (high - y) / (high - low)
@@ -349,38 +332,6 @@ def panel(start: str, lines: Sequence[tuple[str, Row]]) -> str:
         body += f'<rect x="40" y="{208 + 15 * i}" width="10" height="10" fill="{COLOURS[i]}"/>'
         body += label(56, 217 + 15 * i, name, kind="small")
     return body
-
-
-def leads(found: dict, name: str) -> str:
-    """For every setting of a regime the lead in error over both controls, with bars of two standard errors."""
-    rows = [row for row in self_play(found) if row["regime"] == name]
-    bars = [[100 * value for value in lead_of(row, over)] for row in rows for over in OVER]
-    low, high = min([0.0, *(v - 2 * e for v, e in bars)]), max([0.0, *(v + 2 * e for v, e in bars)])
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-    def x(value: float) -> float:
-        return 330 + 380 * (value - low) / (high - low)
-
-    bottom = 60 + 26 * len(rows)
-    measure = measure_of(rows[0]["start"])[1]
-    better = "less error" if measure == "error" else f"more {measure}"
-    title = f"{name}: {better} than the controls at equal entropy, in points (bars: two standard errors)"
-    body = label(20, 22, title, kind="bold")
-    body += f'<line class="axis" x1="{x(0):.1f}" y1="50" x2="{x(0):.1f}" y2="{bottom}"/>'
-    for value in ticks(low, high):
-        body += label(x(value), bottom + 14, f"{value:g}", "middle", "small")
-    for i, over in enumerate(OVER):
-        body += f'<circle cx="{340 + 130 * i}" cy="38" r="4" fill="{COLOURS[i]}"/>'
-        body += label(350 + 130 * i, 42, over, kind="small")
-    for i, row in enumerate(rows):
-        y = 66 + 26 * i
-        body += label(320, y + 4, f"{row['start']}: {label_of(found, row)}", "end", "small")
-        for k, over in enumerate(OVER):
-            lead, error = (100 * value for value in lead_of(row, over))
-            body += f'<line x1="{x(lead - 2 * error):.1f}" x2="{x(lead + 2 * error):.1f}" y1="{y - 4 + 8 * k}" '
-            body += f'y2="{y - 4 + 8 * k}" stroke="{COLOURS[k]}" stroke-width="2"/>'
-            body += f'<circle cx="{x(lead):.1f}" cy="{y - 4 + 8 * k}" r="4" fill="{COLOURS[k]}"/>'
-    return svg(740, bottom + 30, body)
 
 
 def ticks(low: float, high: float) -> Iterator[float]:

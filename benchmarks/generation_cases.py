@@ -7,10 +7,10 @@ the last token of the vocabulary, the end; in transformers by a logits processor
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import Case, Ways, optional
@@ -23,18 +23,19 @@ from kernels import onednn
 from model import GPTNeo, GPTNeoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {  # hidden size, layers, heads
-    "125M": (768, 12, 12),
-    "1.3B": (2048, 24, 16),
-    "2.7B": (2560, 32, 20),
+SHAPES = {  # hidden size, layers, heads, vocabulary
+    "125M": (768, 12, 12, 50257),
+    "1.3B": (2048, 24, 16, 50257),
+    "2.7B": (2560, 32, 20, 50257),
+    "tiny": (64, 2, 4, 1009),
 }
 
 
 def neo_config(shape: str) -> GPTNeoConfig:
-    D, L, H = SHAPES[shape]
+    D, L, H, V = SHAPES[shape]
     return GPTNeoConfig(
-        vocab_size=50257, max_position_embeddings=2048, hidden_size=D, num_layers=L, num_heads=H,
-        attention_types=((("global", "local"), L // 2),), window_size=256, bos_token_id=50256, eos_token_id=50256,
+        vocab_size=V, max_position_embeddings=2048, hidden_size=D, num_layers=L, num_heads=H,
+        attention_types=((("global", "local"), L // 2),), window_size=256, bos_token_id=V - 1, eos_token_id=V - 1,
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
     """Prompts of random ids with GSM8K's lengths, and the lengths of their responses, at most `longest`."""
     pairs = json.loads((ROOT / "benchmarks/gsm8k_lengths.json").read_text())["lengths"][:count]
     rng = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(50000, (n,), generator=rng).tolist() for n, _ in pairs]
+    prompts = [torch.randint(1000, (n,), generator=rng).tolist() for n, _ in pairs]
     return prompts, [min(m, longest) for _, m in pairs]
 
 
@@ -148,30 +149,17 @@ def peers(notes: dict[str, str], model: GPTNeo, *rest: object) -> dict[str, Call
     return {}
 
 
-def case(
-    shape: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    count: int,
-    batch: int,
-    M: int,
-    ragged: bool,
-    alone: bool,
-    estimate: float = 0.0,
-) -> Case:
-    """`alone`: without peers, which take long."""
+def case(estimate: float, *size: Any) -> Case:
+    shape, dtype, _, count, batch, M, ragged, _ = size
     kind = "lengths of GSM8K's responses" if ragged else "no early end"
-    return Case(
-        f"generation: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} prompts, batch {batch}, "
-        f"{M} new tokens at most, {kind}",
-        partial(build, shape, dtype, device, count, batch, M, ragged, alone),
-        estimate=estimate,
-    )
+    name = f"generation: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} prompts, batch {batch}, "
+    return Case(name + f"{M} new tokens at most, {kind}", partial(build, *size), estimate=estimate)
 
 
 def build(
     shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, M: int, ragged: bool, alone: bool
 ) -> Ways:
+    """`alone`: without peers, which take long."""
     config = neo_config(shape)
     model = random_model(config, dtype, device)
     prompts, lengths = gsm8k_like(count, M)
@@ -227,78 +215,15 @@ def build_default_model(count: int, batch: int) -> Ways:
     return Ways(ways, notes, dict.fromkeys(ways, (written, "tokens")))
 
 
-def beside_ctranslate2(count: int, batch: int, M: int) -> Case:
-    """A public inference engine. It does not know GPT-Neo: it runs a GPT-2 of the same size, with random weights too.
-
-    Its batches are static and no length can be forced, so all responses run to the limit: no early end.
-    """
-    return Case(
-        f"generation: 125M shape, float32, {count} prompts, batch {batch}, {M} new tokens, no early end, CTranslate2",
-        partial(build_beside_ctranslate2, count, batch, M),
-    )
-
-
-def build_beside_ctranslate2(count: int, batch: int, M: int) -> Ways:
-    model = random_model(neo_config("125M"), torch.float32, torch.device("cpu"))
-    prompts, _ = gsm8k_like(count, M)
-    ways = {
-        "ours": ours(model, prompts, None, batch, M, None, fast=True),
-        "ours without onednn.py": ours(model, prompts, None, batch, M, None),
-    }
-    notes: dict[str, str] = {}
-    with optional(notes, "CTranslate2"):
-        ways["CTranslate2, GPT-2 124M"] = ctranslate2_gpt2(prompts, batch, M)
-    return Ways(ways, notes, dict.fromkeys(ways, (count * M, "tokens")), rounds=3)
-
-
-def ctranslate2_gpt2(prompts: list, batch: int, M: int) -> Callable:
-    import ctranslate2
-    from tokenizers import Tokenizer, models
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    vocabulary = {f"t{i}": i for i in range(50257)}
-    with tempfile.TemporaryDirectory() as folder:
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(f"{folder}/gpt2")
-        words = Tokenizer(models.WordLevel(vocabulary, "t0"))
-        end = "t50256"
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", bos_token=end, eos_token=end).save_pretrained(
-            f"{folder}/gpt2"
-        )
-        ctranslate2.converters.TransformersConverter(f"{folder}/gpt2").convert(f"{folder}/converted")
-        engine = ctranslate2.Generator(f"{folder}/converted", intra_threads=torch.get_num_threads())
-    tokens = [[f"t{i}" for i in prompt] for prompt in sorted(prompts, key=len)]
-
-    def run() -> None:
-        results = engine.generate_batch(
-            tokens, max_batch_size=batch, max_length=M, min_length=M, sampling_topk=0, sampling_temperature=1.0,
-            include_prompt_in_result=False,
-        )  # fmt: skip
-        assert all(len(result.sequences[0]) == M for result in results)
-
-    return run
-
-
-def cases(device: torch.device) -> list[Case]:
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if quick:
+        return [default_model(40, 20), case(0, "tiny", fp32, device, 8, 4, 16, True, False)]
     if device.type == "cpu":
-        return [
-            default_model(4000, 1024),
-            default_model(2000, 64),
-            case("125M", torch.float32, device, 32, 16, 256, ragged=True, alone=False),
-            case("125M", torch.bfloat16, device, 32, 16, 256, ragged=True, alone=False),
-            beside_ctranslate2(32, 16, 96),
-        ]
-
-    def even(shape: str, batch: int, alone: bool, estimate: float) -> Case:
-        return case(shape, torch.bfloat16, device, batch, batch, 256, ragged=False, alone=alone, estimate=estimate)
-
-    def ragged(shape: str, count: int, batch: int, alone: bool, estimate: float) -> Case:
-        return case(shape, torch.bfloat16, device, count, batch, 256, ragged=True, alone=alone, estimate=estimate)
-
+        ragged = [case(0, "125M", dtype, device, 32, 16, 256, True, False) for dtype in (fp32, bf16)]
+        return [default_model(4000, 1024), default_model(2000, 64), *ragged]
     return [
-        even("1.3B", 64, False, 75),
-        ragged("1.3B", 128, 64, False, 110),
-        *(even("1.3B", batch, True, 14) for batch in (1, 16, 256)),
-        even("2.7B", 64, False, 100),
-        even("125M", 64, False, 50),
-        *(ragged(shape, 512, 256, True, 28) for shape in ("125M", "2.7B")),
+        case(50, "1.3B", bf16, device, 64, 64, 256, False, False),
+        case(20, "1.3B", bf16, device, 128, 64, 256, True, True),
+        case(30, "125M", bf16, device, 64, 64, 256, False, False),
     ]

@@ -13,24 +13,21 @@ from training_cases import parts, peer_settings, trl_trainer
 import spin
 from kernels import onednn
 
-LIMIT = 256  # new tokens
-
 
 def iteration_case(
-    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, estimate: float = 0.0
+    estimate: float, shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, limit: int = 256
 ) -> Case:
     """Generation of `count` responses, scoring, training on the pairs; generation takes `count` rows at a time."""
-    return Case(
+    name = (
         f"iteration: {shape} shape, {str(dtype).removeprefix('torch.')}, LoRA, {count} prompts with GSM8K's lengths, "
-        f"{batch} pairs a step",
-        partial(iteration_ways, shape, dtype, device, count, batch),
-        estimate=estimate,
     )
+    build = partial(iteration_ways, shape, dtype, device, count, batch, limit)
+    return Case(name + f"lengths, {batch} pairs a step", build, estimate=estimate)
 
 
-def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
-    options = dict(batch=batch, gen_batch=count, max_new_tokens=LIMIT)
-    player, other, pairs, run, notes = parts(shape, dtype, device, count, **options)
+def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, limit: int) -> Ways:
+    options = dict(batch=batch, gen_batch=count, max_new_tokens=limit)
+    player, other, pairs, run, notes = parts(shape, dtype, device, count, limit, **options)
     eos = player.eos_token_id
     prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids[0]) for p in pairs]
     cpu = device.type == "cpu"
@@ -51,7 +48,7 @@ def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: 
 
     def stack(precompute: bool) -> Callable:
         def call() -> None:
-            theirs(other, prompts, lengths, count, LIMIT, eos, device)()
+            theirs(other, prompts, lengths, count, limit, eos, device)()
             start = next(turn) % count  # else the second call would find the reference's figures in a cache on disk
             trainer = trl_trainer(other, pairs[start:] + pairs[:start], precompute=precompute, **settings)
             trainer.train()
@@ -71,10 +68,9 @@ def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: 
     return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
 
 
-def cases(device: torch.device) -> list[Case]:
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    if quick:
+        return [iteration_case(0, "tiny", torch.float32, device, 8, 4, 16)]
     if device.type == "cpu":
-        return [iteration_case("125M", torch.float32, device, 8, 4)]
-    return [
-        iteration_case("1.3B", torch.bfloat16, device, 64, 32, estimate=180),
-        iteration_case("125M", torch.bfloat16, device, 64, 32, estimate=120),
-    ]
+        return [iteration_case(0, "125M", torch.float32, device, 8, 4)]
+    return [iteration_case(60, "125M", torch.bfloat16, device, 64, 32)]

@@ -146,9 +146,9 @@ def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: t
     return Ways(calls, notes, check=lambda logp: "" if logp is None else check(logp))
 
 
-def linear_case(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device, **budget: float) -> Case:
+def linear_case(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Case:
     name = f"log-probabilities: {kind}, N {N}, D {D}, V {V}, {str(dtype).removeprefix('torch.')}"
-    return Case(name, partial(linear_ways, kind, N, D, V, dtype, device), **budget)
+    return Case(name, partial(linear_ways, kind, N, D, V, dtype, device), estimate=10 * (device.type == "cuda"))
 
 
 def row_ways(backward: bool, N: int, V: int, dtype: torch.dtype, device: torch.device) -> Ways:
@@ -184,57 +184,27 @@ def row_ways(backward: bool, N: int, V: int, dtype: torch.dtype, device: torch.d
     )
 
 
-def row_cases(N: int, V: int, dtype: torch.dtype, device: torch.device, **budget: float) -> Iterator[Case]:
+def row_cases(N: int, V: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     for kind, backward in (("forward", False), ("forward + backward", True)):
         name = f"log-probabilities from logits: {kind}, N {N}, V {V}, {str(dtype).removeprefix('torch.')}"
-        yield Case(name, partial(row_ways, backward, N, V, dtype, device), **budget)
+        yield Case(name, partial(row_ways, backward, N, V, dtype, device), estimate=5 * (device.type == "cuda"))
 
 
-def cases(device: torch.device) -> list[Case]:
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    if device.type == "cpu":
-        kinds = ("frozen head", "scoring", "trained head")
-        planned = [linear_case(kind, 512, 768, V_ODD, fp32, device) for kind in kinds]
-        planned.append(linear_case("frozen head", 512, 768, V_ODD, bf16, device))
-        return planned + list(row_cases(512, V_ODD, fp32, device))
-    planned = []
-
-    def add(
-        kind: str, N: int, D: int, V: int, dtype: torch.dtype = bf16, seconds: float = 2, estimate: float = 8
-    ) -> None:
-        planned.append(linear_case(kind, N, D, V, dtype, device, seconds=seconds, estimate=estimate))
-
-    def add_rows(N: int, V: int, dtype: torch.dtype = bf16) -> None:
-        planned.extend(row_cases(N, V, dtype, device, seconds=1, estimate=3))
-
-    # The cases with a target and the most time come first.
-    for D in (2560, 768):
-        for kind in ("frozen head", "scoring"):
-            add(kind, 8192, D, V_ODD, seconds=6, estimate=14)
-    add_rows(8192, V_ODD)
-    add("trained head", 8192, 2560, V_ODD, seconds=6, estimate=14)
-    for kind in ("frozen head", "scoring"):
-        add(kind, 8192, 2048, V_ODD)
-    add("frozen head", 8192, 2560, V_EVEN)
-    add("frozen head", 8192, 768, V_EVEN)
-    add_rows(8192, V_EVEN)
-    for D in (2560, 768, 2048):
-        for kind in ("frozen head", "scoring"):
-            add(kind, 2048, D, V_ODD)
-    add("trained head", 8192, 768, V_ODD)
-    add("trained head", 8192, 2048, V_ODD)
-    rest = [
-        (kind, N, D, V) for V in (V_ODD, V_EVEN) for N in (8192, 2048) for D in (2560, 768, 2048) for kind in PRODUCTS
-    ]
-    names = {case.name for case in planned}
-    for kind, N, D, V in rest:
-        if linear_case(kind, N, D, V, bf16, device).name not in names:
-            add(kind, N, D, V, seconds=1, estimate=7)
-    add_rows(2048, V_ODD)
-    add_rows(2048, V_EVEN)
-    # Beyond the table of sizes: few rows, many rows, fp32.
-    add("frozen head", 128, 2560, V_ODD)
-    add("frozen head", 16384, 768, V_ODD)
-    add("frozen head", 2048, 2560, V_ODD, fp32)
-    add_rows(8192, V_ODD, fp32)
-    return planned
+    frozen, trained = "frozen head", "trained head"
+    if quick:
+        sizes, rows = [(frozen, 64, 32, 1001, fp32)], (64, 1001, fp32)
+    elif device.type == "cpu":
+        sizes = [(kind, 512, 768, V_ODD, fp32) for kind in (frozen, "scoring", trained)]
+        sizes, rows = [*sizes, (frozen, 512, 768, V_ODD, bf16)], (512, V_ODD, fp32)
+    else:
+        sizes = [(kind, 8192, D, V_ODD, bf16) for D in (2560, 768) for kind in (frozen, "scoring")]
+        sizes += [(trained, 8192, 2560, V_ODD, bf16), (frozen, 8192, 2560, V_EVEN, bf16)]
+        sizes += [
+            (frozen, 8192, 2048, V_ODD, bf16),
+            (frozen, 128, 2560, V_ODD, bf16),
+            (frozen, 2048, 2560, V_ODD, fp32),
+        ]
+        rows = (8192, V_ODD, bf16)
+    return [linear_case(*size, device) for size in sizes] + list(row_cases(*rows, device))

@@ -9,11 +9,8 @@ import contextlib
 import functools
 import importlib
 import io
-import itertools
-import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,11 +20,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many processes as cores, each on one thread
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from evaluate import Row, StartSamples, evaluate, interpolation, nearest_edits, sample_start  # noqa: E402
+from evaluate import interpolation, nearest_edits  # noqa: E402
 from player import Player  # noqa: E402
 from runtime.options import combined, parse  # noqa: E402
 from runtime.setup import setup  # noqa: E402
@@ -63,57 +59,14 @@ def run_script(script: str, argv: Sequence[str], name: str) -> float:
     return time.process_time() - began
 
 
-def commit() -> str:
-    """The commit, with "-dirty" where code or recipes differ from it."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    changed = git(["git", "status", "--porcelain", "--", "*.py", "*.args"]).stdout.strip()
-    return git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("-dirty" if changed else "")
-
-
-def write(path: Path, found: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
-
-
-# ---------------------------------------------------------------- measuring
-
-
 @functools.cache
-def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, Work, StartSamples]:
-    """A player to load weights into, a run with these prompts held out, and the start's responses to them."""
+def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, Work]:
+    """A player to load weights into, and what asks it, with these prompts held out."""
     argv = ["--model", model, "--data", heldout, "--eval-data", heldout, "--eval-limit", "0", "--device", "cpu"]
     argv += ["--max-new-tokens", str(max_new_tokens), "--gen-batch", "1024", "--rank", "0", "--out", f"{heldout}-none"]
     with contextlib.redirect_stdout(io.StringIO()):  # held-out prompts are given as data, too: nothing is trained
         loaded, _, run = setup(parse(combined(SpinOptions), argv, "spin.py"), "spin", Player.class_of)
-    player = Player(loaded.eval(), run.work.eos_token_id, run.args, run.weights.dtype)
-    return player, run.work, sample_start(player, run.work)
-
-
-def measure(weights: str | Path, model: str, heldout: str, temperature: float = 1.0) -> Row:
-    """Held-out metrics, as in metrics.jsonl, of `weights` sampled at a temperature; `model` is their start."""
-    player, run, start = ruler(model, heldout)
-    player.model.load_weights(weights)
-    set_temperature(player, temperature)
-    return evaluate(player, start, run)
-
-
-@torch.no_grad()
-def set_temperature(player: Player, temperature: float) -> None:
-    """Divides the logits by the temperature: the head has no bias, so the final norm's output may be scaled."""
-    for parameter in player.model.transformer["ln_f"].parameters():
-        parameter /= temperature
-
-
-def at_entropy(entropy: float, curve: Sequence[Row]) -> Row | None:
-    """The start at the temperature of this entropy, between two points of `curve`; None outside of it."""
-    points = sorted(curve, key=lambda row: row["entropy"])
-    for low, high in itertools.pairwise(points):
-        if low["entropy"] <= entropy <= high["entropy"]:
-            share = (entropy - low["entropy"]) / (high["entropy"] - low["entropy"])
-            return {name: low[name] + share * (high[name] - low[name]) for name in low}
-    return None
+    return Player(loaded.eval(), run.work.eos_token_id, run.args, run.weights.dtype), run.work
 
 
 # ---------------------------------------------------------------- frontiers
@@ -121,10 +74,7 @@ def at_entropy(entropy: float, curve: Sequence[Row]) -> Row | None:
 # (temperatures, metrics, examples): for each metric a value of each example, whose mean over examples is the metric.
 Frontier = np.ndarray
 MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats a response, share, rate, nats a token
-OF_TEXTS = (
-    "content",
-    "frequent",
-)  # of definitions: F1 without the most frequent words, and how many of these there are
+OF_TEXTS = ("content", "frequent")  # of definitions: F1 without the most frequent words; how many of these there are
 
 
 def equal(text: str, references: Sequence[str]) -> float:

@@ -16,16 +16,6 @@ from spin import spin_loss
 PROMPTS, SAMPLES = 400, 8
 
 
-def sharpening(temperature: float, beta: float, sampled_reference: bool = False) -> float:
-    """The exponent g for which p_t^g is the optimum of SPIN where p_t writes like the data already.
-
-    The minimiser is p_t (p_data / q)^(1/beta), with q what the opponent samples from: p_t^(1/T), normalised. Where
-    p_t is p_data its exponent is 1 + (1 - 1/T) / beta. Where the log-ratios are taken to q itself, the minimiser is
-    q (p_data / q)^(1/beta), of exponent 1 + (1 - 1/T) (1/beta - 1).
-    """
-    return 1 + (1 - 1 / temperature) * (1 / beta - 1 if sampled_reference else 1 / beta)
-
-
 def samples_of_start(player: Player, run: Run, start: str) -> tuple[list, np.ndarray]:
     """Responses of the start to held-out prompts, several to each, and its log-probabilities of them."""
     player.model.load_weights(start)
@@ -56,7 +46,8 @@ def exponent(player: Player, samples: tuple[list, np.ndarray]) -> float:
 def exponents(temperature: float, beta: float, iterations: int) -> list[float]:
     """The exponents g of the iterates p_data^g, normalised, from g = 1 on: each is the optimum of SPIN on the last.
 
-    p_{t+1} is p_t (p_data / q)^(1/beta) with q = p_t^(1/T), so g_{t+1} = g_t + (1 - g_t / T) / beta, which ends at T.
+    p_{t+1} is p_t (p_data / q)^(1/beta), with q what the opponent samples from, p_t^(1/T). So g_{t+1} is
+    g_t + (1 - g_t / T) / beta, which ends at T.
     """
     found = [1.0]
     for _ in range(iterations):

@@ -28,14 +28,14 @@ RANK, ALPHA = 16, 32.0
 BETA, LR = 0.1, 5e-5
 
 
-def random_pairs(count: int, longest: int) -> list[Pair]:
+def random_pairs(count: int, longest: int, eos: int = 50256) -> list[Pair]:
     """Pairs with GSM8K's lengths: the generated response is as long as another record's real one."""
     prompts, lengths = gsm8k_like(count, longest)
     rng = torch.Generator().manual_seed(1)
     pairs = []
     for i, prompt in enumerate(prompts):
         real, generated = (
-            torch.randint(50000, (n - 1,), generator=rng).tolist() + [50256] for n in (lengths[i], lengths[i - 1])
+            torch.randint(1000, (n - 1,), generator=rng).tolist() + [eos] for n in (lengths[i], lengths[i - 1])
         )
         pairs.append(Pair(prompt, real, [generated], True))
     return pairs
@@ -114,15 +114,15 @@ def needed(model: GPTNeo, pairs: list[Pair]) -> float:
     return 4 * (blocks * tokens + model.head_weight.numel() * predicted) / 1e12
 
 
-def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, **options: Any) -> Any:
+def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, longest: int = 256, **options: Any) -> Any:
     """(our player, transformers' model on the same weights or None, pairs, our run, notes with the reason for None)."""
     model = random_model(neo_config(shape), dtype, device)
     other, notes = None, {}
     with optional(notes, "transformers"):
         other = in_transformers(model)
     lora.add_lora(model, RANK, ALPHA)
-    player, run = our_run(model, dtype == torch.bfloat16, batch=batch, beta=(BETA,), lr=(LR,), **options)
-    return player, other, random_pairs(count, 256), run, notes
+    player, run = our_run(model, dtype == torch.bfloat16, beta=(BETA,), lr=(LR,), **options)
+    return player, other, random_pairs(count, longest, player.eos_token_id), run, notes
 
 
 def peer_settings(dtype: torch.dtype, device: torch.device, batch: int) -> dict[str, Any]:
@@ -131,20 +131,15 @@ def peer_settings(dtype: torch.dtype, device: torch.device, batch: int) -> dict[
     return settings | dict(bf16=dtype == torch.bfloat16, micro=min(batch, 8) if device.type == "cuda" else None)
 
 
-def step_case(
-    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, estimate: float = 0.0
-) -> Case:
+def step_case(estimate: float, shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
     """One pass of LoRA training over `count` pairs, without and with the opponent's log-probabilities."""
-    return Case(
-        f"training: LoRA on the {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's "
-        f"lengths, {batch} a step",
-        partial(step_ways, shape, dtype, device, count, batch),
-        estimate=estimate,
-    )
+    name = f"training: LoRA on the {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's "
+    build = partial(step_ways, shape, dtype, device, count, batch)
+    return Case(name + f"lengths, {batch} a step", build, estimate=estimate)
 
 
 def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
-    player, other, pairs, run, notes = parts(shape, dtype, device, count, batch)
+    player, other, pairs, run, notes = parts(shape, dtype, device, count, batch=batch)
 
     def train(fast: bool, with_scores: bool) -> Callable:
         def call() -> None:
@@ -173,41 +168,10 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
     return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
 
 
-def scoring_case(shape: str, dtype: torch.dtype, device: torch.device, count: int, estimate: float = 0.0) -> Case:
-    """spin.score beside the blocks and the head's one product alone, on the same micro-batches without their masks."""
-    return Case(
-        f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths",
-        partial(scoring_ways, shape, dtype, device, count),
-        estimate=estimate,
-    )
-
-
-def scoring_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Ways:
-    player, _, pairs, run, _ = parts(shape, dtype, device, count, count)
-    model, tokens = player.model, [pair.tokens for pair in pairs]
-    shapes = [(len(group), max(tokens[i] for i in group) - 2) for group in player.micro_batches(tokens)]
-    predicted = sum(len(ids) for p in pairs for ids in p.responses) // len(shapes)
-
-    def call(score: bool) -> None:
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with onednn.products() if device.type == "cpu" else contextlib.nullcontext(), torch.no_grad(), autocast:
-            if score:
-                spin.score(player, pairs, run)
-                return
-            for rows, width in shapes:
-                hidden = model(torch.zeros(rows, width, dtype=torch.long, device=device)).flatten(0, 1)
-                model.logits(hidden[:predicted])
-
-    ways = {"ours": partial(call, True), "the forward alone": partial(call, False)}
-    return Ways(ways, rates=dict.fromkeys(ways, (count, "pairs")), rounds=3)
-
-
-def cases(device: torch.device) -> list[Case]:
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if quick:
+        return [step_case(0, "tiny", fp32, device, 8, 4)]
     if device.type == "cpu":
-        return [step_case("125M", torch.float32, device, 8, 4), scoring_case("125M", torch.float32, device, 8)]
-    return [
-        step_case("1.3B", torch.bfloat16, device, 64, 32, estimate=100),
-        scoring_case("1.3B", torch.bfloat16, device, 64, estimate=20),
-        step_case("125M", torch.bfloat16, device, 64, 32, estimate=45),
-        step_case("2.7B", torch.bfloat16, device, 64, 32, estimate=165),
-    ]
+        return [step_case(0, "125M", fp32, device, 8, 4)]
+    return [step_case(70, "1.3B", bf16, device, 64, 32), step_case(40, "125M", bf16, device, 64, 32)]

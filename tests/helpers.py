@@ -130,6 +130,13 @@ def player_of(model: GPTNeo, dtype: torch.dtype = torch.float32, **options) -> P
     return Player(model, model.config.eos_token_id, OPTIONS["spin"](**options), dtype)
 
 
+@torch.no_grad()
+def set_temperature(player: Player, temperature: float) -> None:
+    """Divides the logits by the temperature: the head has no bias, so the final norm's output may be scaled."""
+    for parameter in player.model.transformer["ln_f"].parameters():
+        parameter /= temperature
+
+
 def script_responses(monkeypatch, ids: list[list[int]], finished: list[bool]) -> None:
     """Every model now responds with these ids, whatever it is asked, and says that each has the log-probability -1."""
     responses = sampling.Responses(ids, finished, [[-1.0] * len(i) for i in ids])

@@ -9,13 +9,12 @@ from xml.etree import ElementTree
 
 import evidence
 import evidence_report
-import measuring
 import numpy as np
 import pytest
 import theory
 import torch
 from evidence import Case, Size
-from helpers import OPTIONS, ROOT, known_model, player_of
+from helpers import OPTIONS, ROOT, known_model, player_of, set_temperature
 
 from runtime.options import parse
 
@@ -127,7 +126,7 @@ def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(tempe
     """Trained on the expected loss. One iteration from the data has the exponent of the family's documentation."""
     expected = theory.exponents(temperature, beta, 4)
     assert theory.table_exponents(temperature, beta, 4) == pytest.approx(expected, abs=1e-3)
-    assert expected[1] == pytest.approx(theory.sharpening(temperature, beta))
+    assert expected[1] == pytest.approx(1 + (1 - 1 / temperature) / beta)
     assert theory.exponents(temperature, beta, 200)[-1] == pytest.approx(temperature), "it ends at p_data^T"
 
 
@@ -145,7 +144,7 @@ def test_the_exponent_of_a_tempered_model_is_one_over_its_temperature():
     player = player_of(known_model(), max_new_tokens=1)
     items = [([prompt], [token]) for prompt in range(4) for token in range(theory.SAMPLES)]
     before = theory.logps_of(player, items)
-    measuring.set_temperature(player, 0.8)
+    set_temperature(player, 0.8)
     assert theory.exponent(player, (items, before)) == pytest.approx(1.25, rel=1e-4)
 
 

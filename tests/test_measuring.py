@@ -3,10 +3,9 @@
 import measuring
 import numpy as np
 import pytest
-import torch
-from helpers import player_of
+from helpers import set_temperature
 
-from model import GPTNeo
+from evaluate import evaluate, sample_start
 
 
 def synthetic(rng: np.random.Generator, n: int, better: float = 0.0, hotter: float = 0.0, tie: float = 0.0):
@@ -50,31 +49,17 @@ def test_linearised_values_have_mean_and_error_of_the_ratio():
     assert found.std() / np.sqrt(300) == pytest.approx(spread, rel=0.1)
 
 
-def test_the_frontier_of_a_model(start, data, tmp_path):
+def test_the_frontier_of_a_model(start, data):
     """At temperature 1 it is what a run reports. A model whose logits are divided has the same frontier elsewhere."""
-    player, run, samples = measuring.ruler(str(start), str(data))
+    player, run = measuring.ruler(str(start), str(data))
     player.model.load_weights(start)
-    row = measuring.evaluate(player, samples, run)
+    row = evaluate(player, sample_start(player, run), run)
     points = measuring.frontier(player, run, (0.8, 1.0))
     assert points.shape == (2, len(measuring.MEASURED), len(run.heldout))
     for name, values in zip(measuring.MEASURED, points[1]):
         assert values.mean() == pytest.approx(row[name], rel=1e-5), name
-    measuring.set_temperature(player, 0.8)
+    set_temperature(player, 0.8)
     np.testing.assert_allclose(measuring.frontier(player, run, (1.0,))[0], points[0], rtol=1e-4, atol=1e-5)
-
-
-def test_a_temperature_divides_the_logits(start):
-    player = player_of(GPTNeo.from_pretrained(start))
-    ids = torch.tensor([[5, 6, 7]])
-    before = player.model.logits(player.model(ids))
-    measuring.set_temperature(player, 0.5)
-    torch.testing.assert_close(player.model.logits(player.model(ids)), 2 * before)
-
-
-def test_equal_entropy_is_found_between_two_temperatures():
-    curve = [{"temperature": t, "entropy": e, "sampled": s} for t, e, s in ((1.0, 4.0, 0.3), (0.8, 2.0, 0.5))]
-    assert measuring.at_entropy(3.5, curve) == pytest.approx({"temperature": 0.95, "entropy": 3.5, "sampled": 0.35})
-    assert measuring.at_entropy(4.5, curve) is None and measuring.at_entropy(1.5, curve) is None
 
 
 def test_later_flags_replace_earlier_ones():

@@ -7,22 +7,26 @@ Flags are those of spin.py, but for --rank 0 and --fsdp; all linear layers get a
 some. Only this file needs transformers: `CausalLM` is the player, and `HubModel` tells runtime/ how to load its model.
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback.
+
 import torch
-import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import spin
 from kernels import linear_logprobs
-from player import Item, Player, head_rows
+from player import Item, Player
 from runtime import cli
 from runtime.work import seed_of
 
@@ -39,8 +43,8 @@ class HubConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> "HubConfig":
-        hub = transformers.AutoConfig.from_pretrained(path.parent)
-        eos = transformers.AutoTokenizer.from_pretrained(path.parent).eos_token_id  # a chat model's own end of a turn
+        hub = AutoConfig.from_pretrained(path.parent)
+        eos = AutoTokenizer.from_pretrained(path.parent).eos_token_id  # a chat model's own end of a turn
         return cls(hub, hub.vocab_size, hub.hidden_size, hub.max_position_embeddings, eos)
 
     def to_json(self) -> str:
@@ -48,45 +52,36 @@ class HubConfig:
 
 
 class HubModel:
-    """How a run makes and loads a model."""
+    """How a run makes, loads and saves a model."""
 
     config_class = HubConfig
 
     def __new__(cls, config: HubConfig) -> nn.Module:
-        return as_linear(transformers.AutoModelForCausalLM.from_config(config.hub))
+        return as_linear(AutoModelForCausalLM.from_config(config.hub))
 
     @staticmethod
     def from_pretrained(path: Path, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> nn.Module:
-        model = as_linear(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval())
-        model.generation_config = transformers.GenerationConfig()  # its settings would replace what we leave out
-        model.save_pretrained = MethodType(save_plain, model)
-        return model
-
-
-def save_plain(model: nn.Module, folder: Path) -> None:
-    """Writes a model without adapters in the layout that its own class has."""
-    with torch.device("meta"):
-        plain = type(model)(model.config)
-    conv1d = {f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, Conv1D)}
-    state = {name: tensor.t() if name in conv1d else tensor for name, tensor in model.state_dict().items()}
-    type(model).save_pretrained(model, folder, state_dict={name: t.contiguous() for name, t in state.items()})
+        return as_linear(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval())
 
 
 def as_linear(model: nn.Module) -> nn.Module:
     """Replaces GPT-2's Conv1D layers, whose weights are transposed, with the linear layers that LoRA knows."""
-    for name, conv in list(model.named_modules()):
-        if isinstance(conv, Conv1D):
-            linear = nn.Linear(conv.nx, conv.nf, device="meta")
-            linear.weight, linear.bias = nn.Parameter(conv.weight.detach().t()), conv.bias
-            model.set_submodule(name, linear.train(conv.training))
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    for name, conv in convs.items():
+        linear = nn.Linear(conv.nx, conv.nf, device="meta")
+        linear.weight, linear.bias = nn.Parameter(conv.weight.detach().t()), conv.bias
+        model.set_submodule(name, linear)
+
+    def save_pretrained(folder: Path) -> None:
+        state = {key: x.t() if key.removesuffix(".weight") in convs else x for key, x in model.state_dict().items()}
+        type(model).save_pretrained(model, folder, state_dict={key: x.contiguous() for key, x in state.items()})
+
+    model.save_pretrained = save_pretrained
     return model
 
 
 class CausalLM(Player):
-    """A model of transformers as a player; Player's docstring says what a player does.
-
-    Raises: ValueError if the model's logits are more than hidden states times the head's weight.
-    """
+    """A model of transformers as a player. Raises: ValueError if its logits are more than one product."""
 
     @staticmethod
     def class_of(folder: Path) -> type:
@@ -97,12 +92,16 @@ class CausalLM(Player):
         self.device = model.device
         self.micro_tokens = args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
         self.head = model.get_output_embeddings().weight  # (V, D)
+        # `generate` would take all that `respond` leaves out from here: a chat model's repetition penalty, for example.
+        model.generation_config = GenerationConfig()
+        if args.checkpoint:
+            model.activation_checkpointing_enable()
         with torch.no_grad():
             ids = torch.arange(1, 9, device=self.device)[None]
-            hidden, logits = model.base_model(ids).last_hidden_state, model(ids).logits
-            tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
-            if not torch.allclose((hidden @ self.head.T).float(), logits.float(), atol=tolerance, rtol=tolerance):
-                raise ValueError(f"{type(model).__name__}: its head is not one product, so its kernel would be wrong")
+            product, logits = model.base_model(ids).last_hidden_state @ self.head.T, model(ids).logits
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+        if not torch.allclose(product.float(), logits.float(), atol=tolerance, rtol=tolerance):
+            raise ValueError(f"{type(model).__name__}: its head is not one product, so its kernel would be wrong")
 
     @torch.no_grad()
     def respond(
@@ -110,46 +109,43 @@ class CausalLM(Player):
         with_logps=False,
     ) -> list[tuple]:  # fmt: skip
         """One response to each prompt, by `generate`, in batches of prompts of like length, padded on the left."""
-        sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
-        settings = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens or self.args.max_new_tokens,
-            eos_token_id=self.eos_token_id,
-            pad_token_id=self.eos_token_id,
-            **sampling,
-        )
+        eos = self.eos_token_id
+        drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
+        settings = GenerationConfig(
+            do_sample=bool(temperature), num_beams=1, repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos,
+            max_new_tokens=max_new_tokens or self.args.max_new_tokens, **drawn,
+        )  # fmt: skip
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result: list[Any] = [None] * len(prompts)
-        devices = [self.device] if self.device.type == "cuda" else []
         for first in range(0, len(order), self.args.gen_batch):
             some = order[first : first + self.args.gen_batch]
-            width = len(prompts[some[-1]])
-            ids = self._tensor([[self.eos_token_id] * (width - len(prompts[i])) + prompts[i] for i in some])
-            mask = self._tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in some])
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(seed_of(seed, (rows or range(len(prompts)))[some[0]], "batch"))
-                written = self.model.generate(ids, attention_mask=mask, generation_config=settings)
-            for i, response in zip(some, written[:, width:].tolist()):
-                finished = self.eos_token_id in response
-                result[i] = response[: response.index(self.eos_token_id) + 1] if finished else response, finished
+            ids, mask = (self.padded([f(prompts[i]) for i in some], "left") for f in (list, lambda ids: [1] * len(ids)))
+            torch.manual_seed(seed_of(seed, (rows or range(len(prompts)))[some[0]], "batch"))
+            written = self.model.generate(ids, attention_mask=mask, generation_config=settings)
+            for i, response in zip(some, written[:, ids.shape[1] :].tolist()):
+                finished = eos in response
+                result[i] = response[: response.index(eos) + 1] if finished else response, finished
             if progress is not None:
                 progress(len(some), sum(len(result[i][0]) for i in some))
-        if with_logps:
-            logps = self.logps([(prompt, ids) for prompt, (ids, _) in zip(prompts, result)], by_token=True)
-            return [(*row, by_token) for row, by_token in zip(result, logps)]
-        return result
+        if not with_logps:
+            return result
+        items = [(prompt, ids) for prompt, (ids, _) in zip(prompts, result)]
+        return [(*row, logps) for row, logps in zip(result, self.logps(items, by_token=True))]
 
     def token_logps(self, items: list[Item], temperature: float = 1.0) -> Tensor:
         """log p of every token of the responses: (R, B, longest) fp32, nats. A row for each response."""
         rows = [(item[0], item[n]) for n in range(1, len(items[0])) for item in items]  # R * B
-        width = max(len(prompt) + len(response) - 1 for prompt, response in rows)
-        ids = self._tensor([(p + r[:-1]) + [0] * (width - len(p) - len(r) + 1) for p, r in rows])
         # No mask: attention is causal, so that padding on the right changes nothing before it.
+        ids, targets = self.padded([p + r[:-1] for p, r in rows]), [t for _, response in rows for t in response]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            sources, targets, slots, longest = head_rows(rows, width)
-            logps = linear_logprobs(hidden[self._tensor(sources)] / temperature, self.head, self._tensor(targets))
-        padded = logps.new_zeros(len(rows) * longest).index_put((self._tensor(slots),), logps)
-        return padded.view(len(items[0]) - 1, len(items), longest)
+            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            hidden = torch.cat([h[len(p) - 1 : len(p) + len(r) - 1] for h, (p, r) in zip(hidden, rows)])
+            logps = linear_logprobs(hidden / temperature, self.head, self._tensor(targets))
+        by_row = pad_sequence(logps.split([len(r) for _, r in rows]), batch_first=True)
+        return by_row.view(len(items[0]) - 1, len(items), -1)
+
+    def padded(self, rows: list[list[int]], side: str = "right") -> Tensor:
+        return pad_sequence([self._tensor(row) for row in rows], batch_first=True, padding_side=side)
 
 
 @dataclass(frozen=True)
@@ -163,11 +159,8 @@ class HubOptions(spin.SpinOptions):
         self.require(self.rank and not self.fsdp, "any_causal_lm.py trains adapters: expected no --rank 0 or --fsdp")
 
 
-def play(*game: Any) -> None:
-    spin.play(*game, spin.generate, spin.score, spin.train)
-
-
 def main(argv: list[str] | None = None) -> int:
+    play = lambda *game: spin.play(*game, spin.generate, spin.score, spin.train)  # noqa: E731
     return cli.main("any_causal_lm", play, CausalLM, HubOptions, argv, about=__doc__)
 
 

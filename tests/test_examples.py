@@ -15,6 +15,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -22,7 +24,7 @@ from transformers import (
 
 from runtime.folder import Folder
 from runtime.options import combined, parse
-from runtime.setup import setup
+from runtime.setup import setup, switch_off_dropout
 
 spec = importlib.util.spec_from_file_location("any_causal_lm", ROOT / "examples/any_causal_lm.py")
 example = importlib.util.module_from_spec(spec)
@@ -35,6 +37,10 @@ SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_atte
 MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=1, attention_dropout=0.5, **SMALL, **TOKENS)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SMALL, **TOKENS)),
+    # OPT keeps the probability of dropout as a number.
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, init_std=0.3, **SMALL, **TOKENS)
+    ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, **TOKENS)),
 }
 
@@ -75,13 +81,51 @@ def test_responses_are_those_of_each_prompt_alone(start):
     """Greedy, in batches with padding on the left; sampled ones depend on the seed and end where they say so."""
     player = player_of(start)
     prompts = [[5], [6, 7, 8, 9], [1, 2], [3] * 12, [4, 5, 6]]
-    settings = example.transformers.GenerationConfig(max_new_tokens=6, eos_token_id=393, pad_token_id=393)
+    settings = example.GenerationConfig(max_new_tokens=6, eos_token_id=393, pad_token_id=393)
     for prompt, (ids, finished) in zip(prompts, player.respond(prompts, 0, temperature=0.0)):
         alone = player.model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
         assert ids == alone and finished == (ids[-1] == 393)
     one, same, other = (player.respond(prompts * 3, seed, temperature=1.5) for seed in (1, 1, 2))
     assert one == same != other
     assert all(finished == (ids[-1] == 393) and ids.count(393) <= 1 for ids, finished in one)
+
+
+def test_settings_of_the_model_do_not_reach_generation(start):
+    """A chat model's generation_config.json asks for sampling, filters and penalties; greedy stays greedy."""
+    plain = example.AutoModelForCausalLM.from_pretrained(start)
+    plain.generation_config = example.GenerationConfig(
+        do_sample=True,
+        temperature=0.7,
+        top_k=2,
+        top_p=0.1,
+        repetition_penalty=9.0,
+        suppress_tokens=[5, 6],
+        eos_token_id=[4],
+    )
+    prompts = [[5], [6, 7, 8, 9], [3] * 12]
+    args = OPTIONS(model=str(start), max_new_tokens=6, gen_batch=3, device="cpu")
+    player = example.CausalLM(example.as_linear(plain.eval()), 393, args)
+    for temperature in (0.0, 1.0):
+        expected = player_of(start).respond(prompts, 0, temperature=temperature)
+        assert player.respond(prompts, 0, temperature=temperature) == expected
+
+
+def test_checkpoint_recomputes_activations(start):
+    """The gradients are the same, and each layer runs again in the backward pass."""
+    items, calls = [([5, 6, 7], [8, 393])], []
+    found = []
+    for checkpoint in (False, True):
+        player = player_of(start, checkpoint=checkpoint)
+        switch_off_dropout(player.model)
+        player.model.train()
+        layers = next(m for m in player.model.modules() if isinstance(m, torch.nn.ModuleList))
+        next(layers[0].children()).register_forward_pre_hook(
+            lambda *args, checkpoint=checkpoint: calls.append(checkpoint)
+        )
+        player.response_logps(items).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in player.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found)
+    assert calls.count(False) == 1 and calls.count(True) == 2
 
 
 def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, data, here):
@@ -93,11 +137,11 @@ def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, dat
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and steps[-1]["loss"] < math.log(2) - 0.01
     first, *_, last = metrics = rows(here / "run/metrics.jsonl")
     assert last["nll"] < first["nll"]
-    final = example.transformers.AutoModelForCausalLM.from_pretrained(here / "run/final")
+    final = example.AutoModelForCausalLM.from_pretrained(here / "run/final")
     assert not [name for name, _ in final.named_parameters() if "lora" in name]
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
-        base = example.transformers.AutoModelForCausalLM.from_pretrained(start)
+        base = example.AutoModelForCausalLM.from_pretrained(start)
         theirs = peft.PeftModel.from_pretrained(base, here / "run/iterate-2").eval()  # GPT-2's weights are transposed
         torch.testing.assert_close(final.eval()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
     args = parse(OPTIONS, flags(start, data, "other", iterations=2, eval_limit=8), "any_causal_lm.py")

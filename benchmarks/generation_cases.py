@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Case, Ways, optional
+from bench import Case, Ways, optional, ours
 from torch import Tensor
 
 import sampling
 from data.examples import encode, load_examples, load_tokenizer
 from data.templates import DEFAULT_TEMPLATE, Template
-from kernels import onednn
 from model import GPTNeo, GPTNeoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,21 +67,13 @@ def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
     return prompts, [min(m, longest) for _, m in pairs]
 
 
-def ours(
-    model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, fast: bool = False
-) -> Callable:
-    """`fast`: with onednn.py, as spin.py does on a CPU."""
-
-    def run() -> int:
-        with forced_ends(lengths), onednn.products() if fast else contextlib.nullcontext():
-            responses = sampling.respond(
-                model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch, temperature=1.0
-            )
-        if lengths:
-            assert [len(ids) for ids in responses.ids] == lengths
-        return sum(map(len, responses.ids))
-
-    return run
+def respond(model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None) -> int:
+    """Returns the number of tokens."""
+    with forced_ends(lengths):
+        found = sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch)
+    if lengths:
+        assert [len(ids) for ids in found.ids] == lengths
+    return sum(map(len, found.ids))
 
 
 @contextlib.contextmanager
@@ -166,9 +157,7 @@ def build(
     lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
     written = sum(lengths) if ragged else count * M
     notes: dict[str, str] = {}
-    ways = {"ours": ours(model, prompts, lengths, batch, M, eos, fast=device.type == "cpu")}
-    if device.type == "cpu":
-        ways["ours without onednn.py"] = ours(model, prompts, lengths, batch, M, eos)
+    ways = ours(partial(respond, model, prompts, lengths, batch, M, eos), device)
     if not alone:
         ways |= peers(notes, model, prompts, lengths, batch, M, eos, device)
     if device.type == "cuda":
@@ -195,12 +184,12 @@ def floor(model: GPTNeo, prompts: list, written: int, batch: int) -> Callable:
 
 
 def default_model(count: int, batch: int) -> Case:
-    """The start of the default run and its held-out prompts, as it ends its responses itself."""
     name = f"generation: the default run's model, float32, {count} prompts, batch {batch}, 32 new tokens at most"
     return Case(name, partial(build_default_model, count, batch))
 
 
 def build_default_model(count: int, batch: int) -> Ways:
+    """The start of the default run, as it ends its responses itself."""
     folder = ROOT / "pronounce/start"
     model = GPTNeo.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, model.config.eos_token_id, model.config.vocab_size)
@@ -209,7 +198,7 @@ def build_default_model(count: int, batch: int) -> Ways:
     prompts = [example.prompt_ids for example in examples]
     eos, device = model.config.eos_token_id, torch.device("cpu")
     notes: dict[str, str] = {}
-    ways = {"ours": ours(model, prompts, None, batch, 32, eos)}
+    ways = ours(partial(respond, model, prompts, None, batch, 32, eos), device)
     written = ways["ours"]()
     ways |= peers(notes, model, prompts, None, batch, 32, eos, device)
     return Ways(ways, notes, dict.fromkeys(ways, (written, "tokens")))

@@ -1,17 +1,15 @@
 """A whole iteration, generation, scoring and training: spin.py beside transformers + PEFT + TRL on the same weights."""
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench import Case, Ways, optional
+from bench import Case, Ways, optional, ours
 from generation_cases import forced_ends, theirs
 from training_cases import parts, peer_settings, trl_trainer
 
 import spin
-from kernels import onednn
 
 
 def iteration_case(
@@ -30,18 +28,13 @@ def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: 
     player, other, pairs, run, notes = parts(shape, dtype, device, count, limit, **options)
     eos = player.eos_token_id
     prompts, lengths = [p.prompt_ids for p in pairs], [len(p.generated_ids[0]) for p in pairs]
-    cpu = device.type == "cpu"
 
-    def iteration(fast: bool) -> Callable:
-        def call() -> None:
-            with onednn.products() if fast else contextlib.nullcontext():
-                with forced_ends(lengths):
-                    responses = player.respond(prompts, seed=0)
-                assert [len(ids) for ids, _ in responses] == lengths
-                spin.score(player, pairs, run)
-                spin.train(player, pairs, 0, run)
-
-        return call
+    def iteration() -> None:
+        with forced_ends(lengths):
+            responses = player.respond(prompts, seed=0)
+        assert [len(ids) for ids, _ in responses] == lengths
+        spin.score(player, pairs, run)
+        spin.train(player, pairs, 0, run)
 
     settings = peer_settings(dtype, device, batch)
     turn = itertools.count()
@@ -56,9 +49,7 @@ def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: 
 
         return call
 
-    ways = {"ours": iteration(cpu)}
-    if cpu:
-        ways["ours without onednn.py"] = iteration(False)
+    ways = ours(iteration, device)
     with optional(notes, "transformers + TRL"):
         import trl  # noqa: F401
 

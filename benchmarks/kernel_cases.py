@@ -3,16 +3,15 @@
 Ours gives each token's log-probability and takes a gradient for each. Peers that give less are marked.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bench import Case, Ways, optional
+from bench import Case, Ways, optional, ours
 from torch import Tensor
 
-from kernels import linear_logprobs, onednn, token_logprobs
+from kernels import linear_logprobs, token_logprobs
 
 V_ODD, V_EVEN = 50257, 50304
 TRL_TOKENS = 512  # of a sequence
@@ -21,20 +20,13 @@ PRODUCTS = {"scoring": "one product", "frozen head": "two products", "trained he
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def logps_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The textbook way: all logits at once."""
-    return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-def with_onednn(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    with onednn.products():
-        return linear_logprobs(hidden, weight, targets)
-
-
-def ours(V: int, device: torch.device) -> dict[str, Logps]:
-    if device.type == "cpu":
-        return {"ours": with_onednn, "ours without onednn.py": linear_logprobs}
-    return {"ours": linear_logprobs}
+    return logps_of(F.linear(hidden, weight).float(), targets)
 
 
 def peers(device: torch.device) -> tuple[dict[str, Logps], dict[str, str]]:
@@ -71,51 +63,30 @@ def peers(device: torch.device) -> tuple[dict[str, Logps], dict[str, str]]:
 
 
 def trl_function() -> Callable[[Tensor, Tensor], Tensor]:
-    """TRL's log-probabilities from logits (N, V): in 16 bits in sequences of TRL_TOKENS tokens, as its trainers do.
-
-    It loops over the first dimension, which takes the least memory in fp32, but thousands of launches in 16 bits.
-    """
+    """TRL's log-probabilities from logits (N, V), in sequences of TRL_TOKENS tokens, over which it loops."""
     from trl.trainer.utils import selective_log_softmax
 
     def call(logits: Tensor, targets: Tensor) -> Tensor:
-        N, V = logits.shape
-        if logits.dtype == torch.float32:
-            return selective_log_softmax(logits, targets)
-        rows = N // TRL_TOKENS if N % TRL_TOKENS == 0 else 1
-        return selective_log_softmax(logits.view(rows, -1, V), targets.view(rows, -1)).flatten()
+        rows = len(targets) // TRL_TOKENS or 1
+        return selective_log_softmax(logits.view(rows, -1, logits.shape[1]), targets.view(rows, -1)).flatten()
 
     return call
 
 
-def inputs(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """hidden, weight as model.py keeps it, targets, and a signed gradient for each token."""
-    rng = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(N, D, generator=rng, device=device).to(dtype)
-    weight = (torch.randn(V, D, generator=rng, device=device) * D**-0.5).to(dtype)
-    targets = torch.randint(V, (N,), generator=rng, device=device)
-    return hidden, weight, targets, torch.randn(N, generator=rng, device=device)
-
-
-def error_of(exact: Callable[[], Tensor]) -> Callable[[Tensor], str]:
+def error(exact: Tensor, logp: Tensor | None) -> str:
     """A check for Ways: the largest error of the first log-probabilities against float64 on the same inputs."""
-    exact = cache(exact)
-
-    def check(logp: Tensor) -> str:
-        if logp.dim() == 0:
-            return ""
-        return f"error {(logp.detach()[:CHECKED].double() - exact()).abs().max():.0e}"
-
-    return check
-
-
-def logps_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    if logp is None or logp.dim() == 0:
+        return ""
+    return f"error {(logp.detach()[:CHECKED].double() - exact).abs().max():.0e}"
 
 
 def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Ways:
-    hidden, weight, targets, upstream = inputs(N, D, V, dtype, device)
-    hidden.requires_grad_(kind != "scoring")
+    rng = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, D, generator=rng, device=device).to(dtype).requires_grad_(kind != "scoring")
+    weight = (torch.randn(V, D, generator=rng, device=device) * D**-0.5).to(dtype)
     weight.requires_grad_(kind == "trained head")
+    targets = torch.randint(V, (N,), generator=rng, device=device)
+    upstream = torch.randn(N, generator=rng, device=device)  # a signed gradient for each token
     aligned = torch.randn(V_EVEN, D, device=device).to(dtype)
     room = torch.empty(N, V_EVEN, dtype=dtype, device=device)
 
@@ -123,8 +94,7 @@ def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: t
         with torch.set_grad_enabled(kind != "scoring"):
             logp = way(hidden, weight, targets)
         if kind != "scoring":
-            with onednn.products() if way is with_onednn else contextlib.nullcontext():
-                (logp if logp.dim() == 0 else (logp * upstream).sum()).backward()
+            (logp if logp.dim() == 0 else (logp * upstream).sum()).backward()
         hidden.grad = weight.grad = None  # freed here, or the next call would free it and seem to need less memory
         return logp
 
@@ -137,13 +107,10 @@ def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: t
                 torch.mm(room.T, hidden)
 
     others, notes = peers(device)
-    ways = ours(V, device) | others
-    check = error_of(
-        lambda: logps_of(hidden.detach()[:CHECKED].double() @ weight.detach().double().T, targets[:CHECKED])
-    )
-    calls = {name: partial(run, way) for name, way in ways.items()}
+    exact = logps_of(hidden.detach()[:CHECKED].double() @ weight.detach().double().T, targets[:CHECKED])
+    calls = ours(partial(run, linear_logprobs), device) | {name: partial(run, way) for name, way in others.items()}
     calls[f"floor: {PRODUCTS[kind]}, V {V_EVEN}"] = floor
-    return Ways(calls, notes, check=lambda logp: "" if logp is None else check(logp))
+    return Ways(calls, notes, check=partial(error, exact))
 
 
 def linear_case(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -175,12 +142,12 @@ def row_ways(backward: bool, N: int, V: int, dtype: torch.dtype, device: torch.d
         with torch.no_grad():
             copy.copy_(logits)
 
-    check = error_of(lambda: logps_of(logits.detach()[:CHECKED].double(), targets[:CHECKED]))
+    exact = logps_of(logits.detach()[:CHECKED].double(), targets[:CHECKED])
     return Ways(
         {name: partial(run, way) for name, way in ways.items()} | {"a copy of the logits": duplicate},
         notes,
         rates={"ours": ((3 if backward else 1) * size, "GB"), "a copy of the logits": (2 * size, "GB")},
-        check=lambda logp: "" if logp is None else check(logp),
+        check=partial(error, exact),
     )
 
 

@@ -69,13 +69,10 @@ def table_exponents(temperature: float, beta: float, iterations: int) -> list[fl
 
 
 def limited_capacity(temperature: float, beta: float, iterations: int) -> list[float]:
-    """Of a model with one parameter for seven responses, which cannot be the data: how far it is from the best.
+    """KL(p_data || p_t) less its least value, nats, of a model with one parameter for seven responses, by iterate.
 
-    That is the one of the highest likelihood, which supervised training ends at. At temperature 1 the opponent's own
-    samples have expected score 0, so an iterate that self-play does not change has E_data s(y) = 0: it is a stationary
-    point of supervised training, whatever the model can represent.
-
-    Returns KL(p_data || p_t) less its least value, nats, of the start, which is uniform, and of every iterate.
+    Supervised training ends at the least value. At temperature 1 the opponent's own samples have expected score 0, so
+    an iterate that self-play does not change is a stationary point of supervised training, whatever the model can be.
     """
     features = torch.tensor([[0, 1, 0, 1, 0, 1, 2]], dtype=torch.float64).T
 
@@ -128,10 +125,8 @@ def gradients(player: Player, run: Run, examples: Sequence[Example]) -> Row:
     """Expected gradients over the data, estimated without bias from independent blocks of examples.
 
     With s(y) = grad log p(y|x), the gradient of supervised training is -E s(real), and that of Eq. 4.7 at its start,
-    for beta 1 and temperature 1, is -E [s(real) - s(generated)] / 2; E s(generated) is 0. Nats a response.
-
-    Returns [value, standard error] of the squared norms of E s(real), E s(generated) and their half difference, and
-    the noise of one example or pair: the trace of the gradient's covariance.
+    for beta 1 and temperature 1, is -E [s(real) - s(generated)] / 2; E s(generated) is 0. Returns [value, standard
+    error] of their squared norms, and the noise of one example or pair: the trace of the gradient's covariance.
     """
     player.model.eval()
     parameters = [p for p in player.model.parameters() if p.requires_grad]

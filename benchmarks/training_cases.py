@@ -1,20 +1,17 @@
 """Training and scoring: spin.py beside TRL and PEFT on the same weights, pairs and settings."""
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Case, Ways, optional
+from bench import Case, Ways, optional, ours
 from generation_cases import gsm8k_like, in_transformers, neo_config, random_model
 
 import lora
 import spin
-from kernels import onednn
 from model import GPTNeo
 from player import Player
 from runtime.folder import Folder
@@ -103,17 +100,6 @@ def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: f
     return trainer
 
 
-def needed(model: GPTNeo, pairs: list[Pair]) -> float:
-    """TFLOP of LoRA's forward and backward over every token once: 2 a weight forward, 2 backward (the base is frozen).
-
-    Blocks work on all tokens, the head on those that are predicted; attention is left out.
-    """
-    blocks = sum(p.numel() for p in model.transformer["h"].parameters())
-    tokens = sum(len(p.prompt_ids) + p.tokens for p in pairs)
-    predicted = sum(len(ids) for p in pairs for ids in p.responses)
-    return 4 * (blocks * tokens + model.head_weight.numel() * predicted) / 1e12
-
-
 def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, longest: int = 256, **options: Any) -> Any:
     """(our player, transformers' model on the same weights or None, pairs, our run, notes with the reason for None)."""
     model = random_model(neo_config(shape), dtype, device)
@@ -141,26 +127,18 @@ def step_case(estimate: float, shape: str, dtype: torch.dtype, device: torch.dev
 def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
     player, other, pairs, run, notes = parts(shape, dtype, device, count, batch=batch)
 
-    def train(fast: bool, with_scores: bool) -> Callable:
-        def call() -> None:
-            with onednn.products() if fast else contextlib.nullcontext():
-                if with_scores:
-                    spin.score(player, pairs, run)
-                spin.train(player, pairs, 0, run)
+    def train(with_scores: bool = False) -> None:
+        if with_scores:
+            spin.score(player, pairs, run)
+        spin.train(player, pairs, 0, run)
 
-        return call
-
-    cpu = device.type == "cpu"
     spin.score(player, pairs, run)
-    ways = {"ours": train(cpu, False)}
-    if cpu:
-        ways["ours without onednn.py"] = train(False, False)
+    ways = ours(train, device)
     settings = peer_settings(dtype, device, batch)
-    notes["ours"] = f"{needed(player.model, pairs):.2f} TFLOP"
     with optional(notes, "TRL, reference precomputed before"):
         first = trl_trainer(other, pairs, precompute=True, **settings)
         ways["TRL, reference precomputed before"] = first.train
-    ways["ours, opponent scored too"] = train(cpu, True)
+    ways["ours, opponent scored too"] = partial(ways["ours"], True)
     with optional(notes, "TRL, reference in each step"):
         another = in_transformers(random_model(neo_config(shape), dtype, device))
         second = trl_trainer(another, pairs, precompute=False, **settings)

@@ -49,7 +49,7 @@ def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
     assert len({(case.regime, case.key) for case in cases}) == len(cases)
     for case in cases:
         assert case.group in controls, case.key
-        flags, work = evidence.flags_of_run(case, 3, Size(), tmp_path), str(tmp_path)
+        flags, work = evidence.flags_of_run(case, 3, Size(), tmp_path, tmp_path / "run"), str(tmp_path)
         args = parse(OPTIONS[case.script], evidence.words_of(flags), case.script)
         start = evidence.STARTS[case.start]
         assert (args.prompts, args.iterations, args.seed) == (case.prompts, case.iterations, 3)

@@ -359,7 +359,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help=f"limit of all parts ({GPU_MINUTES} on a GPU, none on a CPU)")
     parser.add_argument("--match", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", metavar="FOLDER", help="to write to")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--tables", action="store_true", help="only renew the tables of benchmarks/README.md")
     args = parser.parse_args(argv)
     if args.tables:
@@ -367,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     if wrong := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(PARTS)}")
     on_gpu, device = args.device == "cuda", torch.device(args.device)
-    if on_gpu and not torch.cuda.is_available() and not args.list:
+    if on_gpu and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no CUDA device")
     if missing := [wheel for name, wheel in WHEELS.items() if importlib.util.find_spec(name) is None]:
         print(f"Peers that are not installed and will be missing: pip install {' '.join(missing)}")
@@ -376,23 +375,15 @@ def main(argv: list[str] | None = None) -> None:
     deadline = time.perf_counter() + 60 * minutes
     torch._dynamo.config.disable |= args.quick  # compilation takes longer than all the rest
     with tempfile.TemporaryDirectory() as nowhere:
-        results = None if args.list else Results(Path(nowhere) if args.quick else args.results, device)
-        if results:
-            print(f"{results.stored['device']}, torch {torch.__version__}, commit {results.versions['commit']}")
+        results = Results(Path(nowhere) if args.quick else args.results, device)
+        print(f"{results.stored['device']}, torch {torch.__version__}, commit {results.versions['commit']}")
         for part in args.parts or PARTS:
-            try:
-                cases = importlib.import_module(f"{part}_cases").cases(device, args.quick)
-            except Exception as error:
-                print(f"\n== {part}: failed: {reason(error)}", flush=True)
-                continue
+            cases = importlib.import_module(f"{part}_cases").cases(device, args.quick)
             cases = [case for case in cases if args.match in case.name]
             if args.quick:
                 cases = [replace(case, build=lambda case=case: replace(case.build(), rounds=1)) for case in cases]
-            if results:
-                run_part(part, cases, results, device, seconds, deadline)
-            else:
-                print("\n".join([f"\n== {part}", *(case.name for case in cases)]))
-    if args.results == FOLDER / "results" and not args.quick and not args.list:
+            run_part(part, cases, results, device, seconds, deadline)
+    if args.results == FOLDER / "results" and not args.quick:
         renew_tables()
 
 

@@ -131,8 +131,6 @@ COMMON += " --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
 TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48, "test-glosses-again": 48}  # of a response at most
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
-
-
 CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of theory.limited_capacity
 SHOWN = 6  # answers of each model
 
@@ -470,8 +468,7 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
         write_data(size, work)
         write_models(work)
     needed = list(dict.fromkeys(case.start for case in wanted))
-    origins = {STARTS[name].origin for name in needed} - {"", "underfitted"}
-    assert not origins, "starts are trained in one go"
+    assert {STARTS[name].origin for name in needed} <= {"", "underfitted"}, "starts are trained in one go"
     first = functools.partial(train_start, size=size, work=work)
     weights: dict[Path, str] = {}
     for name in needed:  # starts that share weights come in a second go
@@ -484,9 +481,8 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     jobs = [name for name in needed if name not in found["theory"] and name in ("underfitted", "converged")]
     for name, row in do(functools.partial(gradients, size=size, work=work), jobs):
         found["theory"][name] = row
-    jobs = [(case, seed) for case in wanted for seed in case.every_seed]
-    jobs = [(case, seed) for case, seed in jobs if f"{case.key} | {seed}" not in found["runs"]]
-    jobs = list({f"{case.key} | {seed}": (case, seed) for case, seed in jobs}.values())
+    jobs = {f"{case.key} | {seed}": (case, seed) for case in wanted for seed in case.every_seed}
+    jobs = [job for key, job in jobs.items() if key not in found["runs"]]
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
         found["runs"][f"{case.key} | {seed}"] = row | {"commit": found["commit"]}
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-FIGURES = "benchmarks/results"
+FIGURE = "benchmarks/results/evidence-settings.svg"
 DOCUMENTS = ("docs/evidence.md", "README.md")
 OVER = ("over start", "over supervised")
 SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
@@ -26,21 +26,18 @@ def measure_of(start: str) -> tuple[str, str]:
 
 
 def write_all(found: dict, root: Path) -> None:
-    """Replaces what stands between the markers of the documents, and writes the figures."""
+    """Replaces what stands between the markers of the documents, and writes the figure."""
     for name in DOCUMENTS:
         path = root / name
         path.write_text(filled(path.read_text(), found))
-    for name, text in figures(found).items():
-        (root / FIGURES / name).write_text(text)
+    (root / FIGURE).write_text(settings(found))
 
 
 def filled(text: str, found: dict) -> str:
     """A document with its blocks `<!-- evidence: NAME -->` ... `<!-- end -->` made from the results."""
 
-    def block(match: re.Match) -> str:
-        return f"<!-- evidence: {match[1]} -->\n{block_of(match[1], found)}<!-- end -->"
-
-    return re.sub(r"<!-- evidence: (.*?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    pattern = re.compile(r"(<!-- evidence: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + block_of(match[2], found) + match[3], text)
 
 
 def block_of(name: str, found: dict) -> str:
@@ -219,21 +216,10 @@ def answers(found: dict) -> str:
     return table([[cell.replace("|", "/") for cell in line] for line in lines])
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- the figure
 
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
-
-
-def figures(found: dict) -> dict[str, str]:
-    """File name -> SVG."""
-    return {"evidence-settings.svg": settings(found)}
-
-
-def svg(width: int, height: int, body: str) -> str:
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
-    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
 
 
 def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
@@ -280,4 +266,6 @@ def settings(found: dict) -> str:
             body += f'<circle {place} fill="{colour}" fill-opacity="0.75">{title}</circle>'
         body += f'<circle cx="470" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
         body += label(480, 70 + 20 * i, f"{name} ({len(mine)})", kind="small")
-    return svg(660, 480, body)
+    size = 'width="660" height="480" viewBox="0 0 660 480"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
+    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'

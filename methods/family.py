@@ -7,9 +7,7 @@
     python -m methods.family --reinforce --adapter DIR ...               self-reinforcement, without answers
     python -m methods.family --help                                      every option
 
-A method changes one phase of `spin.play`, and methods combine. The losses are functions of (real_ratios,
-generated_ratios, beta). A ratio is log p_theta(response|x) - log q(response|x) in nats, summed over the response's
-tokens, where q is the reference (`score`). docs/family.md has the table of methods with their sources.
+A method changes one phase of `spin.play`, and methods combine. docs/family.md has a table of them with their sources.
 """
 
 import math
@@ -29,7 +27,7 @@ from data.examples import Example
 from methods import losses
 from player import Player
 from runtime import cli, functions
-from runtime.options import option
+from runtime.options import FUNCTION, option
 from runtime.run import Run
 from runtime.stopping import Stopped
 from spin import Pair, Row
@@ -267,42 +265,30 @@ EXCLUDES = [  # (flag, those that cannot go with it, why)
 class FamilyOptions(spin.SpinOptions):
     """The options of the methods beside SPIN."""
 
+    # fmt: off
     pairs: tuple[str, ...] = option(
-        (),
-        'Given pairs, which replace --data and generation: a record also holds a "generated" response (DPO).',
-        group="methods",
-        changeable=True,
-        metavar="PATH",
-    )
+        (), 'Given pairs, which replace --data and generation: a record also holds a "generated" response (DPO).',
+        group="methods", changeable=True, metavar="PATH")
     loss: str = option("logistic", "Loss of a pair; the list is above.", choices=tuple(LOSSES))
     mu: float = option(1.0, "Weight of a generated response against a real one in --loss space.", within="(0, inf)")
     order: float = option(0.5, "Order of the Renyi divergence in --loss iris.", within="[0, inf)")
     adaptive_order: bool = option(False, "Choose --loss iris's order for each iteration by the gap to the data.")
     historical: float = option(1.0, "Weight of the historical advantage in --loss tspin.", within="[0, inf)")
-    nll_weight: float = option(
-        0.0, "Adds the real response's negative log-probability per token, times this, to any loss.", within="[0, inf)"
-    )
-    reference: str = option(
-        "opponent",
-        "Reference of the log-ratios: the opponent, or the tempered distribution that it sampled from.",
-        choices=("opponent", "sampled"),
-    )
+    nll_weight: float = option(0.0, "Adds the real response's negative log-probability per token, times this, to any "
+                               "loss.", within="[0, inf)")
+    reference: str = option("opponent", "Reference of the log-ratios: the opponent, or the tempered distribution that "
+                            "it sampled from.", choices=("opponent", "sampled"))
     samples: int = option(1, "Responses of the opponent to each prompt.", within="[1, inf)")
     alpha: float = option(0.0, "Share of the start in the reference of the log-ratios (alpha-SPIN).", within="[0, 1]")
-    history: int = option(
-        1, "Number of the latest opponents that responses are drawn from; 0: all (fictitious play).", within="[0, inf)"
-    )
-    reinforce: bool = option(
-        False, "Pair responses with --adapter and without it; needs no answers (self-reinforcement)."
-    )
+    history: int = option(1, "Number of the latest opponents that responses are drawn from; 0: all (fictitious play).",
+                          within="[0, inf)")
+    reinforce: bool = option(False, "Pair responses with --adapter and without it; needs no answers "
+                             "(self-reinforcement).")
     scorer: str = option(
-        "",
-        "FILE.py:NAME of f(prompt, responses) -> probabilities to beat the opponent, for --loss sppo.",
-        changeable=True,
-        check=lambda name: not name or re.fullmatch(r".+\.py:\w+", name),
-        expected="FILE.py:NAME",
-    )
+        "", "FILE.py:NAME of f(prompt, responses) -> probabilities to beat the opponent, for --loss sppo.",
+        changeable=True, check=lambda name: not name or re.fullmatch(FUNCTION, name), expected="FILE.py:NAME")
     min_win: float = option(0.0, "Smallest probability to win of a pair's real response.", within="[0, 1]")
+    # fmt: on
 
     def check_together(self) -> None:
         super().check_together()

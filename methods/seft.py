@@ -146,21 +146,16 @@ class SeftOptions(TrainingOptions):
     temperature: float = SpinOptions.__dataclass_fields__["temperature"]
     top_k: int = SpinOptions.__dataclass_fields__["top_k"]
     top_p: float = SpinOptions.__dataclass_fields__["top_p"]
-    reviser: str = option(
-        "", "Folder of a finished run that trained a reviser; without it, this run trains one.", changeable=True
-    )
+    # fmt: off
+    reviser: str = option("", "Folder of a finished run that trained a reviser; without it, this run trains one.",
+                          changeable=True)
     pairs: tuple[str, ...] = option(
-        (),
-        'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',
-        changeable=True,
-        metavar="PATH",
-    )
+        (), 'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',
+        changeable=True, metavar="PATH")
     revise_template: str = option(
-        r"{prompt}{response}\n\n### Revision: ",
-        "The reviser's prompt; {prompt} is the policy's, with --template.",
-        check=lambda text: all(p in text for p in PLACEHOLDERS),
-        expected="text with {prompt} and {response}",
-    )
+        r"{prompt}{response}\n\n### Revision: ", "The reviser's prompt; {prompt} is the policy's, with --template.",
+        check=lambda text: all(p in text for p in PLACEHOLDERS), expected="text with {prompt} and {response}")
+    # fmt: on
 
     def check_together(self) -> None:
         super().check_together()

@@ -118,7 +118,7 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
 def test_every_part_has_cases_with_names_of_their_own(kind, monkeypatch, capsys):
     """Naming them allocates nothing; missing peers are told in one line. On a GPU all parts end within the limit."""
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    bench.main(["--device", kind, "--list"])
+    bench.main(["--quick", "--match", "none"])
     assert "pip install transformers peft trl datasets liger-kernel cut-cross-entropy\n" in capsys.readouterr().out
     parts = [bench.importlib.import_module(f"{part}_cases").cases(torch.device(kind)) for part in PARTS]
     names = [case.name for cases in parts for case in cases]

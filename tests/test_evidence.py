@@ -30,8 +30,7 @@ def test_documents_and_figures_say_what_is_stored(name):
         return
     found = json.loads(STORED.read_text())
     assert evidence_report.filled(text, found) == text
-    for figure, svg in evidence_report.figures(found).items():
-        assert (ROOT / evidence_report.FIGURES / figure).read_text() == svg, figure
+    assert (ROOT / evidence_report.FIGURE).read_text() == evidence_report.settings(found)
 
 
 def test_what_is_stored_is_every_case_and_no_other():
@@ -100,8 +99,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     )
     filled = evidence_report.filled(text, found)
     assert "old" not in filled and evidence_report.filled(filled, found) == filled and "Of 2 settings" in filled
-    for svg in evidence_report.figures(found).values():
-        ElementTree.fromstring(svg)
+    ElementTree.fromstring(evidence_report.settings(found))
     asked.clear()
     evidence.play(cases, found, tiny, tmp_path / "work", do)
     assert asked == []

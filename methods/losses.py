@@ -120,9 +120,8 @@ def iris_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, order:
     Optimum: proportional to p_t (p_data / p_t)^(1/beta), p_data at the paper's beta of 1, for every order; there the
     objective is -R_order / order, with R_order the Renyi divergence of p_data from p_t.
     As tested: order 1 is the KL divergence, with the gradient of SPACE with a large mu and of supervised training (in
-    expectation), not that of SPIN's logistic loss; 0 is SPACE with a small mu. To second order in the ratios, apart
-    from their means, SPACE is IRIS of order mu / (1 + mu), and SPIN with beta 1 and SPIF with beta 1/2 are IRIS of
-    order 1/2. At 2 the objective is -log(1 + chi^2) / 2, with the chi-squared divergence of p_data from p_t.
+    expectation), not that of SPIN's logistic loss; 0 is SPACE with a small mu. At 2 the objective is
+    -log(1 + chi^2) / 2, with the chi-squared divergence of p_data from p_t.
     Source: IRIS, arXiv 2604.20933, of which a summary names the two risks' weights; the factors are those of the
     variational form (Birrell et al., arXiv 2007.03814).
     """

@@ -51,25 +51,19 @@ def space_by_hand(real, generated, mu=3.0, beta=0.7):
 
 
 def iris_by_hand(real, generated, order, beta=0.7):
-    first = torch.exp(order * beta * generated).mean().log() / order
-    return (
-        first - (beta * real).mean()
-        if order == 1
-        else first - torch.exp((order - 1) * beta * real).mean().log() / (order - 1)
-    )
+    risks = [torch.exp(a * beta * ratios).mean().log() / a for a, ratios in ((order, generated), (order - 1, real))]
+    return risks[0] - risks[1]
 
 
 # Options, and the loss of a batch from the ratios (R, B) of its responses, real ones first.
 METHODS = {
     "space": (dict(loss="space", mu=3), lambda r: space_by_hand(r[0], r[1])),
-    "space, samples": (dict(loss="space", mu=3, samples=3), lambda r: space_by_hand(r[0], r[1:])),
     "spif": (dict(loss="spif"), lambda r: ((0.7 * r[0] - 1) ** 2 + (0.7 * r[1] + 1) ** 2).mean() / 2),
     "tspin": (
         dict(loss="tspin", historical=0.4),
         lambda r: (logistic(0.7 * (r[0] - r[1])) + 0.4 * logistic(0.7 * (r[1] - r[2]))).mean(),
     ),
     "iris, 0.5": (dict(loss="iris"), lambda r: iris_by_hand(r[0], r[1], 0.5)),
-    "iris, 1": (dict(loss="iris", order=1), lambda r: iris_by_hand(r[0], r[1], 1)),
     "iris, 2": (dict(loss="iris", order=2, samples=2), lambda r: iris_by_hand(r[0], r[1:], 2)),
     "samples": (dict(samples=3), lambda r: logistic(0.7 * (r[0] - r[1:])).mean()),
     "nll": (dict(nll_weight=0.5), lambda r: logistic(0.7 * (r[0] - r[1])).mean()),
@@ -493,19 +487,6 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     assert rows(tmp_path / "run/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     config = json.loads((tmp_path / "run/iterate-1/adapter_config.json").read_text())
     assert config["r"] == 8, "the adapter's own rank holds"
-
-
-def test_self_reinforcement_may_be_filtered(start, data, tmp_path, tuned):
-    """The optional filter: pairs are left out whose tuned response the scorer does not think better."""
-    (tmp_path / "judge.py").write_text(
-        "def judge(prompt, responses):\n    return [0.9 if len(prompt) % 2 else 0.4, 0.1]\n"
-    )
-    scorer = f"{tmp_path}/judge.py:judge"
-    options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, scorer=scorer, min_win=0.5)
-    player, examples, run = begin(start, data, tmp_path / "run", "family", **options)
-    pairs, _ = family.generate(player, examples, 0, run)
-    better = [tuple(e.prompt_ids) for e in examples if len(e.prompt) % 2]
-    assert 0 < len(better) < len(examples) and [tuple(p.prompt_ids) for p in pairs] == better
 
 
 def test_self_reinforcement_samples_apart_and_both_responses_must_end(start, data, tmp_path, tuned, monkeypatch):

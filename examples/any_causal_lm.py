@@ -32,9 +32,7 @@ from runtime.work import seed_of
 
 
 @dataclass(frozen=True)
-class HubConfig:
-    """What a run asks about a model."""
-
+class HubConfig:  # what a run asks about a model
     hub: Any  # the config of transformers
     vocab_size: int
     hidden_size: int
@@ -51,9 +49,7 @@ class HubConfig:
         return "{}"  # config.json stays that of the start
 
 
-class HubModel:
-    """How a run makes, loads and saves a model."""
-
+class HubModel:  # how a run makes and loads a model
     config_class = HubConfig
 
     def __new__(cls, config: HubConfig) -> nn.Module:
@@ -88,10 +84,9 @@ class CausalLM(Player):
         return HubModel
 
     def __init__(self, model: Any, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
-        self.model, self.eos_token_id, self.args, self.dtype = model, eos_token_id, args, dtype
-        self.device = model.device
-        self.micro_tokens = args.micro_tokens or (8192 if self.device.type == "cuda" else 2048)
         self.head = model.get_output_embeddings().weight  # (V, D)
+        object.__setattr__(model, "head_weight", self.head)  # Player asks for it; it is no further parameter.
+        super().__init__(model, eos_token_id, args, dtype)
         # `generate` would take all that `respond` leaves out from here: a chat model's repetition penalty, for example.
         model.generation_config = GenerationConfig()
         if args.checkpoint:
@@ -104,22 +99,20 @@ class CausalLM(Player):
             raise ValueError(f"{type(model).__name__}: its head is not one product, so its kernel would be wrong")
 
     @torch.no_grad()
-    def respond(
-        self, prompts, seed, *, rows=None, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=None, progress=None,
-        with_logps=False,
-    ) -> list[tuple]:  # fmt: skip
+    def respond(self, prompts, seed, *, rows=None, max_new_tokens=None, progress=None, with_logps=False, **sampling):
         """One response to each prompt, by `generate`, in batches of prompts of like length, padded on the left."""
-        eos = self.eos_token_id
-        drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
+        sampling, eos = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | sampling, self.eos_token_id
         settings = GenerationConfig(
-            do_sample=bool(temperature), num_beams=1, repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos,
-            max_new_tokens=max_new_tokens or self.args.max_new_tokens, **drawn,
+            do_sample=sampling["temperature"] > 0, num_beams=1, repetition_penalty=1.0, eos_token_id=eos,
+            pad_token_id=eos, max_new_tokens=max_new_tokens or self.args.max_new_tokens,
+            **(sampling if sampling["temperature"] else {}),
         )  # fmt: skip
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result: list[Any] = [None] * len(prompts)
         for first in range(0, len(order), self.args.gen_batch):
             some = order[first : first + self.args.gen_batch]
-            ids, mask = (self.padded([f(prompts[i]) for i in some], "left") for f in (list, lambda ids: [1] * len(ids)))
+            ids = self.padded([prompts[i] for i in some], "left")
+            mask = self.padded([[1] * len(prompts[i]) for i in some], "left")
             torch.manual_seed(seed_of(seed, (rows or range(len(prompts)))[some[0]], "batch"))
             written = self.model.generate(ids, attention_mask=mask, generation_config=settings)
             for i, response in zip(some, written[:, ids.shape[1] :].tolist()):

@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import os
+import signal
+import subprocess
 import sys
 
 import peft
@@ -156,6 +159,13 @@ def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, dat
     assert rows(here / "again/metrics.jsonl") == metrics
     for name, content in tree(here / "run/iterate-2").items():
         assert tree(here / "again/iterate-2")[name] == content
+
+
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    command = [sys.executable, str(ROOT / "examples/any_causal_lm.py")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
 def test_what_is_refused(start, data, tmp_path, capsys):

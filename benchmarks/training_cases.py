@@ -45,7 +45,7 @@ def our_run(model: GPTNeo, bf16: bool, options_class: type = SpinOptions, **opti
     dtype = torch.bfloat16 if bf16 else torch.float32
     player = Player(model, model.config.eos_token_id, args, dtype)
     folder, eos = Folder(path), player.eos_token_id
-    weights = Weights(args, None, None, path, None, eos, "", {}, folder, dtype)
+    weights = Weights(args, None, None, path, None, {}, folder, dtype)
     return player, Run(args, Work(args, None, eos, []), folder, weights, player.device, {})
 
 

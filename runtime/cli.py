@@ -55,7 +55,7 @@ def main(
                 stack.callback(run.tell, "close")
                 print(plan.describe(examples, run), end="\n\n", flush=True)
                 method(player, examples, run)
-                run.finish(player)
+                run.finish()
             parallel.leave()
         except Finished as finished:
             shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # It may have died just before doing so.

@@ -16,20 +16,15 @@ CHANGED = ("generation_config.json", "special_tokens_map.json", "tokenizer_confi
 STALE = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")
 
 
-def export(
-    model: Any, config: Any, folder: Path, start: Path, tokenizer: Tokenizer, eos_token_id: int, template: str = ""
-) -> None:
-    """Writes `model` into `folder` as a plain model whose responses end with `eos_token_id`.
+def export(model: Any, config: Any, folder: Path, start: Path, tokenizer: Tokenizer, template: str = "") -> None:
+    """Writes `model` into `folder` as a plain model whose responses end with `config.eos_token_id`.
 
     Args:
         model, config: without adapters, with `save_pretrained`; the config has `to_json`.
         start: directory of the model that the run began with, whose files besides the weights are written, too.
-        tokenizer: the tokenizer of the run.
         template: of the prompts, "chat" or a text. A text becomes the chat template if the start has none.
-
-    Raises: OSError; ValueError as `side_files`.
     """
-    texts = side_files(start, config, tokenizer, eos_token_id)
+    texts = side_files(start, config, tokenizer)
     if template not in ("", "chat") and not read_chat(start)[0]:
         texts["chat_template.jinja"] = jinja_of(template)
     model.save_pretrained(folder)
@@ -37,7 +32,7 @@ def export(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def side_files(start: Path, config: Any, tokenizer: Tokenizer, eos_token_id: int) -> dict[str, str]:
+def side_files(start: Path, config: Any, tokenizer: Tokenizer) -> dict[str, str]:
     """The texts of all files besides the weights by name. `setup` calls it, too, to find damaged files early.
 
     Raises: ValueError naming a file that is damaged or too large.
@@ -45,7 +40,7 @@ def side_files(start: Path, config: Any, tokenizer: Tokenizer, eos_token_id: int
     texts = {name: read_text(start / name) for name in COPIED if (start / name).is_file()}
     texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
     values = {name: read_object(start / name) for name in CHANGED}
-    eos = tokenizer.id_to_token(eos_token_id)
+    eos_token_id, eos = config.eos_token_id, tokenizer.id_to_token(config.eos_token_id)
     # For GPT-Neo transformers would choose GPT-2's class, which puts GPT-2's pre-tokenizer in place of that in
     # tokenizer.json. The generic class leaves tokenizer.json as it is.
     defaults = {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
@@ -58,12 +53,8 @@ def side_files(start: Path, config: Any, tokenizer: Tokenizer, eos_token_id: int
     ends = generation.get("eos_token_id")  # one id or several
     if generation and eos_token_id not in (ends if isinstance(ends, list) else [ends]):
         generation["eos_token_id"] = eos_token_id
-    ours = json.loads(config.to_json()) | {"eos_token_id": eos_token_id}
-    values["config.json"] = read_object(start / "config.json") | ours
-    for name, value in values.items():
-        if value:
-            texts[name] = text_of(start / name, value)
-    return texts
+    values["config.json"] = read_object(start / "config.json") | json.loads(config.to_json())
+    return texts | {name: text_of(start / name, value) for name, value in values.items() if value}
 
 
 def text_of(file: Path, value: dict[str, Any]) -> str:

@@ -3,8 +3,6 @@
 `fully_shard` keeps every parameter in fp32, sharded across ranks, and gathers one block at a time in the dtype of the
 matrix products. Generating in that way would send all weights for every token. Therefore a whole copy is gathered once
 per iteration, for generation, scoring and evaluation, and freed while the player trains.
-
-The modules of torch that only --fsdp requires are imported inside the functions: importing them takes seconds.
 """
 
 import copy
@@ -14,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import LanguageModel
 from runtime import parallel
 
 
@@ -30,8 +27,8 @@ class Sharded:
         model: in fp32 on rank 0's CPU, and on the meta device on the other ranks. It becomes `whole`.
     """
 
-    def __init__(self, model: LanguageModel, device: torch.device, dtype: torch.dtype) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        from torch.distributed.device_mesh import init_device_mesh  # Importing these takes seconds.
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         self.dtype = dtype
@@ -52,20 +49,14 @@ class Sharded:
                 part.set_gradient_divide_factor(1.0)  # Training.step expects the sum over the ranks, not the mean.
                 part.set_force_sum_reduction_for_comms(True)
         self.master.to_empty(device=device)
-        self.overwrite(model)
+        parallel.overwrite(self.master, model.state_dict())
         self.whole = model.requires_grad_(False)
         self.gather()
 
-    @torch.no_grad()
-    def overwrite(self, model: LanguageModel | None) -> None:
-        """Sets the weights of `master` to those of rank 0's model. The other ranks' `model` is ignored."""
-        parameters = dict(self.master.named_parameters())
-        for name, weight in parallel.sent(model.state_dict() if parallel.is_writer() else None):
-            parameters[name].copy_(parallel.placed(weight, parameters[name]))
-
     def load(self, folder: Path) -> None:
         """Sets both forms to the model in a folder on rank 0's disk."""
-        self.overwrite(type(self.whole).from_pretrained(folder) if parallel.is_writer() else None)
+        weights = type(self.whole).from_pretrained(folder).state_dict() if parallel.is_writer() else None
+        parallel.overwrite(self.master, weights)
         self.gather()
 
     @torch.no_grad()
@@ -73,14 +64,14 @@ class Sharded:
         """Fills `whole` from `master`. Linear layers are sent in `dtype`."""
         weights = {}
         for name, own in self.master.named_parameters():
-            weights[name] = (own.to(self.dtype) if name in self.in_dtype else own).full_tensor()
+            weights[name] = parallel.whole(own.to(self.dtype) if name in self.in_dtype else own)
         self.whole.load_state_dict(weights, assign=True)
 
     def release(self) -> None:
         """Frees the storage of `whole`."""
         self.whole.to("meta")
 
-    def to_save(self) -> LanguageModel | None:
+    def to_save(self) -> nn.Module | None:
         """The model in fp32 on rank 0's CPU, to be written as an iterate; None on the other ranks."""
         weights = parallel.collected(dict(self.master.named_parameters()))
         if not parallel.is_writer():

@@ -1,11 +1,8 @@
 """The ranks of a run: which rank does which work, how gradients are summed, and who writes.
 
-`torchrun` starts the ranks and sets RANK, WORLD_SIZE and so on. Without it there is one rank, and nothing is sent. All
-ranks run the same program with the same options and reach the same calls in the same order, as collective operations
-require. Rank 0 is the writer: it prints, and it writes the finished results. Hosts need not share a file system.
-
-Three things are sent by torch.distributed: results of shards (`gather`), the gradients of each step (`sum_gradients`)
-and, when a run is resumed, what only rank 0's disk holds. docs/scaling.md gives the amounts.
+`torchrun` starts the ranks. Without it there is one rank, and nothing is sent. All ranks reach the same calls in the
+same order, as collective operations require. Rank 0 is the writer: it prints, and it writes the finished results.
+Hosts need not share a file system: what only rank 0's disk holds is sent.
 """
 
 import itertools
@@ -66,24 +63,19 @@ def silence() -> None:
 
 
 def join(on_gpu: bool, alone: bool = False) -> None:
-    """Connects the ranks.
+    """Connects the ranks: NCCL sends tensors of a GPU if `on_gpu` and there is one, gloo sends everything else.
 
-    torch.distributed.nn.functional must have been imported before: its functions hold the current process group as a
-    default argument. If it were imported later, `leave` could not end the group's threads, and a thread that still runs
-    when the interpreter ends sometimes aborts the process. Optimizers import the module when they are constructed.
-
-    Args:
-        on_gpu: send tensors of a GPU by NCCL if there is a GPU; everything else is sent by gloo.
-        alone: make a process group even if there is one rank, as fully_shard requires.
+    `alone` makes a process group even if there is one rank, as fully_shard requires. Optimizers would import
+    torch.distributed.nn.functional later, whose functions hold the process group as a default argument: `leave` could
+    not end the group's threads then, and a thread that runs when the interpreter ends sometimes aborts the process.
 
     Raises: TimeoutError or dist.DistError if a rank does not arrive.
     """
     global _store
     if world_size() == 1 and (not alone or dist.is_initialized()):
         return
-    if world_size() == 1:
-        store: dist.Store = dist.HashStore()
-    else:
+    store: dist.Store = dist.HashStore()
+    if world_size() > 1:
         store, _, _ = next(rendezvous("env://", timeout=CONNECTING))
         store = dist.PrefixStore(_name_of_world(store, rank(), world_size()), store)
         _store = dist.PrefixStore("run", store)
@@ -94,10 +86,9 @@ def join(on_gpu: bool, alone: bool = False) -> None:
 def _name_of_world(store: dist.Store, rank: int, ranks: int) -> str:
     """A name that the ranks agree on and that no earlier world had.
 
-    torchrun keeps its store when it restarts the ranks, so the store may hold keys of dead ranks.
-    TORCHELASTIC_RESTART_COUNT does not tell worlds apart: it differs between hosts if one of them was replaced.
-    Therefore rank 0 publishes a new name and collects a signature from every rank. A rank trusts a name only if its own
-    signature is in the collection, since it may have read the name of an earlier world.
+    torchrun keeps its store when it restarts the ranks, with the keys of dead ones, and counts restarts differently on
+    each host. Therefore rank 0 publishes a new name and collects a signature from every rank; a rank trusts a name
+    only if its own signature was collected, since it may have read the name of an earlier world.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -223,10 +214,7 @@ def gather(found: dict[Any, T]) -> dict[Any, T]:
 
 
 def shares(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Divides a batch among the ranks so that each has about the same number of tokens.
-
-    Args:
-        tokens: the number of tokens of each item of the batch.
+    """Divides items with these numbers of tokens among the ranks so that each has about as many tokens.
 
     Returns: the ascending indices of each rank's items; a rank gets none if there are fewer items than ranks.
     """
@@ -244,14 +232,11 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], float]]:
     """Yields (indices, weight) of the micro-batches that this rank works on in one step.
 
-    All ranks get the same number of micro-batches, as the collective operations of fully_shard require. A rank that has
-    too few repeats one of them with weight 0; the weight is 1 otherwise.
-
-    Args:
-        tokens: the number of tokens of each item of the global batch.
-        cut: divides items with these numbers of tokens into groups that fit into memory (Player.micro_batches).
+    `tokens` has the number of tokens of each item of the global batch; `cut` divides items into groups that fit into
+    memory. All ranks get the same number of micro-batches, as the collective operations of fully_shard require: a rank
+    that has too few repeats one of them with weight 0; the weight is 1 otherwise.
     """
-    parts = shares(tokens, world_size()) if world_size() > 1 else [list(range(len(tokens)))]
+    parts = shares(tokens, world_size())
     groups = [[[part[i] for i in group] for group in cut([tokens[i] for i in part])] for part in parts]
     own = groups[rank()]
     yield from ((group, 1.0) for group in own)
@@ -262,13 +247,10 @@ def micro_batches(
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replaces every gradient by its sum over all ranks.
+    """Replaces every gradient by its sum over all ranks, and returns `sums`, scalars by name, added up in the same way.
 
-    One all-reduce of one flat fp32 buffer also carries the scalars in `sums`, and whether a rank was asked to stop. Its
-    result has the same bits on all ranks, so their weights stay equal. fully_shard has already summed the gradients of
-    sharded parameters.
-
-    Returns: the sums of the scalars over all ranks, under the same names.
+    One all-reduce of one flat fp32 buffer carries both, and whether a rank was asked to stop. Its result has the same
+    bits on all ranks, so their weights stay equal. fully_shard has already summed the gradients of sharded parameters.
     """
     if world_size() == 1:
         SIGNALS.agreed = SIGNALS.pending
@@ -331,9 +313,8 @@ def sent(tensors: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def send_weights(model: nn.Module) -> None:
-    """Overwrites the trained parameters on all ranks with those of rank 0. They must not be sharded."""
-    if world_size() > 1:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                dist.broadcast(parameter.data, src=0)
+def overwrite(model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+    """Sets parameters of all ranks, sharded or not, to rank 0's `weights` by name. The other ranks pass None."""
+    parameters = dict(model.named_parameters())
+    for name, weight in sent(weights):
+        parameters[name].copy_(placed(weight, parameters[name]))

@@ -13,8 +13,8 @@ from torch import nn
 
 from data.examples import Example
 from runtime import parallel
-from runtime.folder import Folder
-from runtime.progress import duration, peak_memory
+from runtime.folder import Folder, read_rows
+from runtime.progress import duration
 from runtime.run import Run
 
 FP32 = 4  # bytes
@@ -33,11 +33,9 @@ def check(model: nn.Module, args: Any, examples: list[Example], device: torch.de
     Raises: ValueError naming what does not suffice.
     """
     total, trained = count(model)
-    itemsize = 2 if args.precision == "bf16" else FP32
+    frozen = (total - trained) * (2 if args.precision == "bf16" else FP32)
     state = trained * FP32 * (2 if args.optimizer == "adamw" else 1)  # the optimizer's
-    memory = (total - trained) * itemsize + 2 * trained * FP32 + state  # weights, gradients, optimizer
-    if args.fsdp:
-        memory //= parallel.world_size()
+    memory = (frozen + 2 * trained * FP32 + state) // (parallel.world_size() if args.fsdp else 1)
     have = memory_of(device)
     if memory > have:
         raise ValueError(
@@ -66,8 +64,7 @@ def memory_of(device: torch.device) -> int:
 def disk_left_for(folder: Path) -> int:
     """Bytes that the run may use: free space and what its own files hold."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0
-    return shutil.disk_usage(there).free + used
+    return shutil.disk_usage(there).free + sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def gib(size: float) -> str:
@@ -78,27 +75,22 @@ def describe(examples: list[Example], run: Run) -> str:
     """The plan of a run in words."""
     args = run.args
     total, trained = run.record["parameters"]
-    prompts = min(args.prompts or len(examples), len(examples))
-    prompt = sum(len(e.prompt_ids) for e in examples) / len(examples)
-    real = sum(len(e.real_ids) for e in examples) / len(examples)
-    longer = sum(len(e.real_ids) > args.max_new_tokens for e in examples)
+    prompts, reals = ([len(ids) for ids in column] for column in zip(*((e.prompt_ids, e.real_ids) for e in examples)))
+    longer = sum(length > args.max_new_tokens for length in reals)
     how = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     lines = {
         "model": f"{args.model}: {total:,} parameters, {trained:,} trained ({how}), {args.precision} on {run.device}",
         "data": f"{', '.join(args.source[1])}: {len(examples):,} examples, {len(run.work.heldout):,} held out",
-        "lengths": f"prompts {prompt:.0f} tokens, the longest {max(len(e.prompt_ids) for e in examples)}; "
-        f"real responses {real:.0f}, {longer:,} of them longer than --max-new-tokens {args.max_new_tokens}",
-        "iterations": f"{args.iterations}, each of {prompts:,} prompts",
+        "lengths": f"prompts {sum(prompts) / len(prompts):.0f} tokens, the longest {max(prompts)}; real responses "
+        f"{sum(reals) / len(reals):.0f}, {longer:,} of them longer than --max-new-tokens {args.max_new_tokens}",
+        "iterations": f"{args.iterations}, each of {min(args.prompts or len(examples), len(examples)):,} prompts",
         "memory": f"{gib(memory_of(run.device))} on {run.device}",
         "disk": f"{gib(disk_left_for(run.folder.path))} free for {args.out}",
         "time": "shown after the first phase; --dry-run measures it in advance",
     }
     if parallel.world_size() > 1:
-        held = (
-            "weights, gradients and optimizer state are sharded across them"
-            if args.fsdp
-            else "each holds a whole model"
-        )
+        sharded = "weights, gradients and optimizer state are sharded across them"
+        held = sharded if args.fsdp else "each holds a whole model"
         lines["ranks"] = f"{parallel.world_size()}, which share the prompts and the batch of every step; {held}"
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())
 
@@ -114,18 +106,16 @@ def dry_run(method: Callable, player: Any, examples: list[Example], run: Run) ->
     heldout = run.work.heldout[: args.batch]
     two = {f.name: getattr(args, f.name)[:1] for f in dataclasses.fields(args) if f.name in ("lr", "beta", "epochs")}
     with tempfile.TemporaryDirectory() as name:
-        args = dataclasses.replace(args, **two, iterations=2, prompts=0, best="nll", out=name)
+        small_args = dataclasses.replace(args, **two, iterations=2, prompts=0, best="nll", out=name)
         folder = Folder(Path(name))
-        work = dataclasses.replace(run.work, args=args, heldout=heldout)
-        weights = dataclasses.replace(run.weights, args=args, folder=folder)
-        small = dataclasses.replace(run, args=args, work=work, weights=weights, folder=folder, rows=[])
-        method(player, some, small)
-    seconds = work.progress.before
-    prompts = min(run.args.prompts or len(examples), len(examples))
-    scale = {
-        phase: len(run.work.heldout) / len(heldout) if phase == "evaluate" else prompts / len(some) for phase in seconds
-    }
-    whole = sum(seconds[phase] * scale[phase] for phase in seconds)
-    phases = ", ".join(f"{phase} {duration(seconds[phase] * scale[phase])}" for phase in seconds)
-    peak = gib(peak_memory(run.device))
-    return f"dry run     about {duration(whole)} per iteration ({phases}), by {len(some)} examples; peak memory {peak}"
+        work = dataclasses.replace(run.work, args=small_args, heldout=heldout)
+        weights = dataclasses.replace(run.weights, args=small_args, folder=folder)
+        method(player, some, dataclasses.replace(run, args=small_args, work=work, weights=weights, folder=folder))
+        times = parallel.on_writer(lambda: list(read_rows(folder.path / "times.jsonl")))
+    prompts = min(args.prompts or len(examples), len(examples))
+    scale = {"evaluate": len(run.work.heldout) / len(heldout)}
+    seconds = {phase: s * scale.get(phase, prompts / len(some)) for phase, s in times[-1]["seconds"].items()}
+    phases = ", ".join(f"{phase} {duration(s)}" for phase, s in seconds.items())
+    peak = gib(max(size for row in times for size in row["memory"].values()))
+    whole = duration(sum(seconds.values()))
+    return f"dry run     about {whole} per iteration ({phases}), by {len(some)} examples; peak memory {peak}"

@@ -16,19 +16,9 @@ from typing import Any
 
 import torch
 
+import evaluate
 from data.examples import Example
-from evaluate import (
-    Row,
-    StartSamples,
-    add_temperatures,
-    answers,
-    at_equal_entropy,
-    best_of,
-    changes,
-    frontier,
-    sample_start,
-    summary,
-)
+from evaluate import Row
 from runtime import parallel
 from runtime.folder import Folder
 from runtime.stopping import Stopped
@@ -51,7 +41,7 @@ class Run:
     observers: Sequence[Any] = ()  # see `tell`
     rows: list[Row] = field(default_factory=list)  # metrics of theta_0 ... theta_t, the finished iterates
     iterate: int | None = None  # number of the iterate that is being made; None outside `iterations`
-    start_samples: StartSamples | None = None
+    start_samples: evaluate.StartSamples | None = None
     heldout_responses: dict[int, list[Row]] = field(default_factory=dict)  # keyed by iterate
 
     # ------------------------------------------------------------ iterations
@@ -64,7 +54,7 @@ class Run:
         self.rows = parallel.on_writer(self.folder.finished)
         self.enter(0)
         with self.work.progress.timed("evaluate"):
-            self.start_samples = sample_start(player, self.work)
+            self.start_samples = evaluate.sample_start(player, self.work)
         if self.rows:
             self.weights.load(player, self.rows[-1]["iterate"])
         else:
@@ -108,22 +98,22 @@ class Run:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         with self.weights.to_train(player):
             player.model.train()
-            yield Training(self.args, player, items, t, self.folder, self.work.progress, self.seed, self.tell)
+            yield Training(self.work, self.folder, player, items, t, self.tell)
             player.model.eval()
 
     def evaluate(self, player: Any) -> Row:
         """Held-out metrics of the player as the next iterate, and their changes against the start and the last one."""
         with self.work.progress.timed("evaluate"):
-            now = answers(player, self.start_samples, self.work)
+            now = evaluate.answers(player, self.start_samples, self.work)
             if not self.iterate:
-                add_temperatures(player, now, self.work)
-        row = {"iterate": self.iterate} | summary(now)
+                evaluate.add_temperatures(player, now, self.work)
+        row = {"iterate": self.iterate} | evaluate.summary(now)
         if self.iterate:
-            row["since_start"] = changes(self.answers_of(0), now)
-            row["since_last"] = changes(self.answers_of(self.iterate - 1), now)
-            row["at_equal_entropy"] = at_equal_entropy(self.answers_of(0), now)
+            row["since_start"] = evaluate.changes(self.answers_of(0), now)
+            row["since_last"] = evaluate.changes(self.answers_of(self.iterate - 1), now)
+            row["at_equal_entropy"] = evaluate.at_equal_entropy(self.answers_of(0), now)
         else:
-            row["frontier"] = frontier(now)
+            row["frontier"] = evaluate.frontier(now)
         self.heldout_responses[self.iterate] = now
         return row
 
@@ -133,7 +123,7 @@ class Run:
             self.heldout_responses[iterate] = self.read_rows(f"heldout-{iterate}.jsonl")
         return self.heldout_responses[iterate]
 
-    def finish_iterate(self, player: Any, row: Row, pairs: Iterable[Any] = ()) -> None:
+    def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Any] = ()) -> None:
         """Writes pairs, held-out responses, weights and, last, the row of metrics that makes the iterate finished."""
         self.rows.append(row)
         model = self.weights.to_save(player)
@@ -141,7 +131,7 @@ class Run:
         note = self.work.progress.finish_iterate()
 
         def write() -> None:
-            if pairs:
+            if pairs or (self.iterate and getattr(self.args, "mix_previous", False)):  # The next iteration reads them.
                 self.folder.write_rows(f"pairs-{self.iterate - 1}.jsonl", map(self._with_texts, pairs))
             if self.iterate in self.heldout_responses:
                 self.folder.write_rows(f"heldout-{self.iterate}.jsonl", self.heldout_responses[self.iterate])
@@ -231,24 +221,23 @@ class Run:
         done = max(0, len(self.folder.finished()) - 1)
         print(f"resuming {self.args.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
 
-    def finish(self, player: Any) -> None:
+    def finish(self) -> None:
         """Writes final/ with the last iterate, best/ if another is the best, and the record of a finished run."""
-        model = self.weights.to_save(player)
-        parallel.on_writer(lambda: self._finish(model))
+        parallel.on_writer(self._finish)
         shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
 
-    def _finish(self, model: Any) -> None:
-        last, best = self.rows[-1]["iterate"], best_of(self.rows, self.args.best)
+    def _finish(self) -> None:
+        last, best = self.rows[-1]["iterate"], evaluate.best_of(self.rows, self.args.best)
         self.record |= {"best": {"iterate": best, "metric": self.args.best}}
         for name, iterate in {"final": last, "best": best}.items():
             if name == "final" or 0 < best < last:
-                self.folder.write_folder(name, lambda path, iterate=iterate: self._export(model, iterate, path))
+                self.folder.write_folder(name, lambda path, iterate=iterate: self._export(iterate, path))
             else:
-                self.folder.remove(name)  # left over from a process that died here, by another --best
+                self.folder.remove(name)  # Left over from a process that died here with another --best.
         self.record |= {"finished": True}
         self.folder.write_record(self.record)
         self.tell("finish", self.rows, self.record)
 
-    def _export(self, model: Any, iterate: int, path: Path) -> None:
-        self.weights.export(model, iterate, path, is_last=iterate == self.rows[-1]["iterate"])
+    def _export(self, iterate: int, path: Path) -> None:
+        self.weights.export(iterate, path)
         self.tell("exported", path, iterate, self.rows, self.record)

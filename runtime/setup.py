@@ -33,7 +33,7 @@ from runtime.options import changeable, settings
 from runtime.run import Run
 from runtime.stopping import Finished
 from runtime.weights import Weights
-from runtime.work import Work, seed_of
+from runtime.work import Work
 
 
 def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn.Module, list[Example], Run]:
@@ -52,60 +52,67 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
     parallel.on_writer(lambda: check_unfinished(run))
     digests = parallel.on_writer(lambda: run.record["digests"])
     parallel.on_all(lambda: resume.check_same_inputs("on rank 0", digests, run.record["digests"]))
-    dtype = run.weights.dtype
-    model = parallel.on_all(lambda: load_model(run.weights.model_class, run.weights.start, run.args, run.device, dtype))
+    model = parallel.on_all(lambda: load_model(run))
     parallel.on_all(lambda: args.prepare(model, examples, run))
     if args.fsdp:
-        run.weights.sharded = fsdp.Sharded(model, run.device, dtype)
+        run.weights.sharded = fsdp.Sharded(model, run.device, run.weights.dtype)
     return model, examples, run
 
 
 def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] | None) -> tuple[list[Example], Run]:
     """All of `setup` but the weights, on one rank. `found` is the record of the run to resume."""
-    option, source, _ = args.source
-    if not args.model or not source:
-        missing, expected = ("--data", "a file, a directory or a hub data set")
-        if not args.model:
-            missing, expected = ("--model", "a directory or a hub id")
-        raise ValueError(f"{missing} is missing: expected {expected}")
+    if not args.model:
+        raise ValueError("--model is missing: expected a directory or a hub id")
+    if not args.source[1]:
+        raise ValueError("--data is missing: expected a file, a directory or a hub data set")
     device = choose_device(args.device)
     if args.precision == "auto":
         args = dataclasses.replace(args, precision="bf16" if device.type == "cuda" else "fp32")
     record: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args), "ranks": parallel.world_size()}
     if found:
-        may_change = set(changeable(type(args)))
-        if args.dropout or args.lora_dropout:  # which numbers dropout draws depends on how a batch is split
-            may_change -= {"micro_tokens", "device"}
-            resume.check_ranks(args.out, found, parallel.world_size())
-        resume.check_same(args.out, found, record, may_change)
+        check_options(args, found, record)
     path, revision = resolve_model(args.model, found and found.get("revision"))
     model_class = class_of(path)
     config = load_config(model_class, path, args)
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
-    side_files(path, config, tokenizer, config.eos_token_id)  # a damaged file must not end the run at its last step
+    side_files(path, config, tokenizer)  # A damaged file must not end the run at its last step.
     metrics = functions.load_metrics(args.metric)
     examples, heldout, template, config = load_data(args, tokenizer, config, path)
-    for measure in metrics.values() if heldout[0].references else ():  # it should fail now, not after a night
+    for measure in metrics.values() if heldout[0].references else ():  # It should fail now, not after a night.
         measure(heldout[0].prompt, heldout[0].response, heldout[0].references)
     outline, args = outline_of(model_class, config, args)
     plan.check(outline, args, examples + heldout, device, path)
+    digests = digests_of(args, path, examples, heldout)
+    if found:
+        resume.check_same_inputs(f"that the run in {args.out} began with", found["digests"], digests)
+    record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
+    record |= {"gen_batch": args.gen_batch, "template": "chat" if template.chat else template.source}
+    record |= {"parameters": plan.count(outline)}
+    record = resume.continued(found, json.loads(json.dumps(record))) | {"settings": settings(args)}
+    folder, dtype = Folder(Path(args.out)), torch.bfloat16 if args.precision == "bf16" else torch.float32
+    work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, batch=record["gen_batch"])
+    weights = Weights(args, model_class, config, path, tokenizer, record, folder, dtype)
+    return examples, Run(args, work, folder, weights, device, record, found)
+
+
+def check_options(args: Any, found: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises ValueError if an option would change the outcome of the run that is resumed."""
+    may_change = set(changeable(type(args)))
+    if args.dropout or args.lora_dropout:  # Which numbers dropout draws depends on how a batch is split.
+        may_change -= {"micro_tokens", "device"}
+        resume.check_ranks(args.out, found, parallel.world_size())
+    resume.check_same(args.out, found, record, may_change)
+
+
+def digests_of(args: Any, path: Path, examples: list[Example], heldout: list[Example]) -> dict[str, str]:
+    """The sha256 of all inputs, by the name of the option."""
     digests = {"model": resume.digest_of_model(path, with_weights=not args.from_scratch)}
-    digests |= {option: digest(examples), "eval-data": digest(heldout)} | args.digests()
+    digests |= {args.source[0]: digest(examples), "eval-data": digest(heldout)} | args.digests()
     if args.adapter:
         digests["adapter"] = resume.digest_of_adapter(Path(args.adapter))
     if args.metric:
         digests["metric"] = functions.digest(args.metric)
-    if found:
-        resume.check_same_inputs(f"that the run in {args.out} began with", found["digests"], digests)
-    written = "chat" if template.chat else template.source
-    record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
-    record |= {"gen_batch": args.gen_batch, "template": written, "parameters": plan.count(outline)}
-    record = resume.continued(found, json.loads(json.dumps(record))) | {"settings": settings(args)}
-    files, eos = Folder(Path(args.out)), config.eos_token_id
-    work = Work(args, tokenizer, eos, heldout, metrics, batch=record["gen_batch"])
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    weights = Weights(args, model_class, config, path, tokenizer, eos, written, digests, files, dtype)
-    return examples, Run(args, work, files, weights, device, record, found)
+    return digests
 
 
 def check_unfinished(run: Run) -> None:
@@ -119,17 +126,18 @@ def check_unfinished(run: Run) -> None:
 def choose_device(name: str) -> torch.device:
     """--device as a device of this machine. With several ranks on a host, each has a GPU of its own."""
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        count, several = torch.cuda.device_count(), parallel.world_size() > 1
-        if several and device.index is not None:
-            raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
-        number = parallel.local_rank() if several else device.index or 0
-        if number >= count:
-            ranks = f" for {number + 1} ranks or more" if several else ""
-            raise ValueError(f"--device {name}: this machine has {count} CUDA devices{ranks}")
-        if several:
-            device = torch.device("cuda", number)
-            torch.cuda.set_device(device)
+    if device.type != "cuda":
+        return device
+    count, several = torch.cuda.device_count(), parallel.world_size() > 1
+    if several and device.index is not None:
+        raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
+    number = parallel.local_rank() if several else device.index or 0
+    if number >= count:
+        ranks = f" for {number + 1} ranks or more" if several else ""
+        raise ValueError(f"--device {name}: this machine has {count} CUDA devices{ranks}")
+    if several:
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -139,26 +147,27 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
     The revision returned is the hub's commit: a resumed run asks for the very one that it began with. `flag` is what
     messages call the name.
     """
-    if Path(name).is_dir():
-        if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+    path = Path(name)
+    if path.is_dir():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
             raise ValueError(f"{flag}{name}: this is an adapter: give it as --adapter and its base as --model")
-        return Path(name), None
-    near = near_files(Path(name), directories=True)
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+        return path, None
+    near = near_files(path, directories=True)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         expected = "neither a directory nor a hub id of the form owner/name[@revision]"
         raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}")
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
-    common = list(resume.MODEL_FILES)
+    revision = revision or asked or None
     try:
-        wanted = [*common, "model*.safetensors*"]
-        path = Path(snapshot_download(repository, revision=revision or asked or None, allow_patterns=wanted))
-        revision = path.name  # a snapshot's folder bears the commit's name
-        if not any(path.glob("model*.safetensors")):
-            wanted = [*common, "pytorch_model*.bin*"]
-            path = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub and the network raise many kinds
+        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+            files = [*resume.MODEL_FILES, weights]
+            path = Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+            revision = path.name  # A snapshot's folder bears the commit's name.
+            if any(path.glob("model*.safetensors")):
+                break
+    except Exception as error:  # The hub and the network raise many kinds.
         raise ValueError(f"{flag}{name}: no such directory{near}, and the hub says: {error}") from None
     return path, revision
 
@@ -232,25 +241,27 @@ def load_data(
     heldout = draw(heldout, args.eval_limit)
     if common := len({e.prompt for e in train_set} & {e.prompt for e in heldout}):
         print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
-    messages = any(e.turns for e in (*train_set, *heldout))
+    messages = any(e.turns for e in train_set + heldout)
     template = choose(args.template, path, tokenizer, messages, args.special_tokens)
     if not args.eos:
         config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, "", template))
-    result = []
     for examples in (train_set, heldout):
         encode(examples, tokenizer, template, config.eos_token_id)
-        if examples is heldout:
-            as_decoded(examples, tokenizer, config.eos_token_id)
-        # No response is generated to the prompt of a given pair, so it needs no room for one.
-        generated = 0 if layout == "pairs" and examples is train_set else args.max_new_tokens
-        kept, skipped = fit_context(examples, config.max_position_embeddings, generated, args.overlong)
+    as_decoded(heldout, tokenizer, config.eos_token_id)
+
+    def fitting(examples: list[Example], room: int) -> list[Example]:
+        kept, skipped = fit_context(examples, config.max_position_embeddings, room, args.overlong)
         if skipped:
             print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
-        result.append(kept)
-    first = result[0][0]
+        return kept
+
+    # No response is generated to the prompt of a given pair, so it needs no room for one.
+    room = 0 if layout == "pairs" else args.max_new_tokens
+    train_set, heldout = fitting(train_set, room), fitting(heldout, args.max_new_tokens)
+    first = train_set[0]
     for name, ids in () if resumed else (("prompt", first.prompt_ids), ("response", first.real_ids)):
         print(f'first {name}: "{shown(tokenizer.decode(ids, skip_special_tokens=False), 300)}"', flush=True)
-    return result[0], result[1], template, config
+    return train_set, heldout, template, config
 
 
 def outline_of(model_class: Any, config: Any, args: Any) -> tuple[nn.Module, Any]:
@@ -274,36 +285,34 @@ def outline_of(model_class: Any, config: Any, args: Any) -> tuple[nn.Module, Any
     return outline, args
 
 
-def load_model(model_class: Any, path: Path, args: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_model(run: Run) -> nn.Module:
     """The start, with adapters if --rank or --adapter ask for them.
 
     With LoRA a bf16 run holds the frozen base in bf16 and the adapters in fp32. When all parameters are trained they
     stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates. With --fsdp, rank 0
     holds the model on its CPU and the others an outline without storage.
     """
-    if args.fsdp:
-        device = torch.device("cpu" if parallel.is_writer() else "meta")
+    args, model_class, path = run.args, run.weights.model_class, run.weights.start
+    device = run.device if not args.fsdp else torch.device("cpu" if parallel.is_writer() else "meta")
     if device.type == "meta" or args.from_scratch:
-        with torch.device("meta") if device.type == "meta" else torch.device("cpu"):
+        with torch.device("meta" if device.type == "meta" else "cpu"):
             model = model_class(model_class.config_class.from_json(path / "config.json")).eval()
         if args.from_scratch:
-            model.init_weights(torch.Generator().manual_seed(seed_of(args.seed, 0, "weights"))).to(device)
+            model.init_weights(run.generator(0, "weights")).to(device)
     else:
-        model = model_class.from_pretrained(path, dtype=dtype if args.rank else torch.float32, device=device)
-    if not args.dropout:
+        dtype = run.weights.dtype if args.rank else torch.float32
+        model = model_class.from_pretrained(path, dtype=dtype, device=device)
+    if not args.dropout:  # The opponent is scored without dropout; with it, the player would not begin as p_t.
         switch_off_dropout(model)
-    add_adapters(model, args, torch.Generator().manual_seed(seed_of(args.seed, 0, "lora")))
+    add_adapters(model, args, run.generator(0, "lora"))
     model.checkpointing = args.checkpoint
     return model
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """The opponent's log-probabilities are computed without dropout; with it, the player would not begin as p_t."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if (name == "p" and isinstance(module, nn.Dropout)) or ("dropout" in name and isinstance(value, float)):
                 setattr(module, name, 0.0)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from evaluate import Row, mean
 from runtime import parallel
 from runtime.folder import Folder, restore_training, write_rows
-from runtime.progress import Progress, number
+from runtime.progress import number
 from runtime.stopping import SIGNALS, Stopped
+from runtime.work import Work
 
 SKIPS = 3  # consecutive steps with a loss or gradient that is not finite, after which the run stops
 
@@ -26,23 +27,14 @@ class Training:
     """
 
     def __init__(
-        self,
-        args: Any,
-        player: Any,
-        items: list[Any],
-        t: int,
-        folder: Folder,
-        progress: Progress,
-        seed: Callable[[int, str], int],
-        tell: Callable[..., None],
+        self, work: Work, folder: Folder, player: Any, items: list[Any], t: int, tell: Callable[..., None]
     ) -> None:
-        self.args, self.player, self.items, self.t = args, player, items, t
-        self.folder, self.progress, self.seed, self.tell = folder, progress, seed, tell
+        self.args, self.progress, self.seed = work.args, work.progress, work.seed
+        self.folder, self.player, self.items, self.t, self.tell = folder, player, items, t, tell
         self.parameters = [p for p in player.model.parameters() if p.requires_grad]
-        self.steps = args.epochs[t] * math.ceil(len(items) / args.batch)
+        self.steps = self.args.epochs[t] * math.ceil(len(items) / self.args.batch)
         self.log: list[Row] = []
-        self.logged = 0  # rows that are in the file
-        self.log_file = folder.path / f"steps-{t}.jsonl"
+        self.log_name = f"steps-{t}.jsonl"
         self.batch: list[Any] = []
         self.sums: dict[str, Tensor] = {}
 
@@ -61,8 +53,7 @@ class Training:
                 last = self.log[-1]
                 self.tell("step", last)
                 bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})
-                self._stop_if_not_finite()
-                self._save_if_due(optimizer)
+                self._keep(optimizer)
                 SIGNALS.check_agreed()
 
     def _order(self) -> Iterator[Tensor]:
@@ -108,17 +99,7 @@ class Training:
         means = {name: mean([row[name] for row in last]) for name in names}
         return means | {"skipped": len(self.log) - len(taken)}
 
-    def _stop_if_not_finite(self) -> None:
-        last = self.log[-min(SKIPS, self.steps) :]
-        if len(last) == min(SKIPS, self.steps) and all(row["skipped"] for row in last):
-            self._append_log()
-            raise Stopped(
-                f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}: loss or gradient "
-                f"is not finite; these steps changed nothing; begin another run with a lower --lr or with "
-                f"--precision fp32"
-            )
-
-    # ------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------ the log and checkpoints
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         """Restores the last checkpoint with its log; without one, or if it is damaged, begins afresh."""
@@ -128,32 +109,34 @@ class Training:
             nonlocal state
             found = self.folder.load_training() if self.folder.resume else None  # None: outside the iterations of a run
             log, state = found or ([], None)
-            write_rows(self.log_file, log)  # This drops what was appended after the checkpoint.
+            write_rows(self.folder.path / self.log_name, log)  # This drops what was appended after the checkpoint.
             return log
 
         self.log = parallel.on_writer(read)
-        self.logged = len(self.log)
         if self.log:
             restore_training(state, self.player.model, optimizer)
 
-    def _save_if_due(self, optimizer: torch.optim.Optimizer) -> None:
-        """Checkpoints after the last step, every --save-minutes, and before a signal ends the process."""
+    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs a step, and checkpoints after the last one, every --save-minutes, and before a signal ends the process.
+
+        Raises: Stopped if too many steps in a row were skipped.
+        """
+        last = self.log[-min(SKIPS, self.steps) :]
+        failed = len(last) == min(SKIPS, self.steps) and all(row["skipped"] for row in last)
         due = time.monotonic() - self.saved >= 60 * self.args.save_minutes
         if self.args.fsdp:  # The ranks collect the state together, so all must agree.
             due = parallel.on_writer(lambda: due)
         due = due or SIGNALS.agreed or len(self.log) == self.steps
-        self._append_log(sync=bool(due))  # readers see it grow; a resumed run cuts it to the checkpoint's steps
-        if not due:
-            return
-        if self.folder.resume:
+        if parallel.is_writer():  # Readers see the log grow; a resumed run cuts it to the checkpoint's steps.
+            self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n", sync=bool(due or failed))
+        if failed:
+            raise Stopped(
+                f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}: loss or gradient "
+                f"is not finite; these steps changed nothing; begin another run with a lower --lr or with "
+                f"--precision fp32"
+            )
+        if due and self.folder.resume:
             self.folder.save_training(self.player.model, optimizer, self.log)
-        self.saved = time.monotonic()
+            self.saved = time.monotonic()
         if SIGNALS.agreed:
-            parallel.barrier()  # a rank that ends makes torchrun end the others, which may still be writing
-
-    def _append_log(self, sync: bool = True) -> None:
-        """Brings steps-<t>.jsonl up to date. It is appended to, since an iteration may have many steps."""
-        if parallel.is_writer():
-            new = "".join(json.dumps(row) + "\n" for row in self.log[self.logged :])
-            self.folder.append(self.log_file.name, new, sync)
-        self.logged = len(self.log)
+            parallel.barrier()  # A rank that ends makes torchrun end the others, which may still be writing.

@@ -29,9 +29,7 @@ class Weights:
     config: Any  # what config.json says of this one; see setup.py
     start: Path  # directory of theta_0
     tokenizer: Tokenizer
-    eos_token_id: int
-    template: str  # The exported tokenizer keeps this template of prompts.
-    digests: dict[str, str]  # sha256 of the start ("model") and its adapter, as the run began with them
+    record: dict[str, Any]  # Its "digests" of inputs and the "template" of prompts are read.
     folder: Folder
     dtype: torch.dtype = torch.float32  # the dtype of matrix products
     sharded: Sharded | None = None  # the weights sharded across ranks, if --fsdp asks for it
@@ -60,19 +58,11 @@ class Weights:
             return
         own = self.folder.path / "resume" / f"player-{parallel.rank()}"
         own.mkdir(parents=True, exist_ok=True)
-        if self.args.adapter:
-            self.check_start("adapter")
-            lora.save_adapter(player.model, own)
-            lora.load_adapter(player.model, self.args.adapter)
-        else:
-            self.check_start()
-            player.model.save_pretrained(own)
-            player.model.load_weights(self.start)
+        self._check_start("adapter" if self.args.adapter else "model")
+        self.save(player.model, own)
+        self._read(player.model, Path(self.args.adapter or self.start))
         yield  # There is no `finally`: an error ends the run, and a resumed run reads its last iterate.
-        if self.args.adapter:
-            lora.load_adapter(player.model, own)
-        else:
-            player.model.load_weights(own)
+        self._read(player.model, own)
         shutil.rmtree(own)
 
     def to_save(self, player: Any) -> nn.Module | None:
@@ -94,42 +84,38 @@ class Weights:
         if self.sharded is not None:
             self.sharded.load(path)
             return
+        parallel.on_writer(lambda: self._read(player.model, path))
+        trained = {name: p for name, p in player.model.named_parameters() if p.requires_grad}
+        parallel.overwrite(player.model, trained)
+
+    def _read(self, model: nn.Module, path: Path) -> None:
         if self.args.rank:
-            parallel.on_writer(lambda: lora.load_adapter(player.model, path))
+            lora.load_adapter(model, path)
         else:
-            parallel.on_writer(lambda: player.model.load_weights(path))
-        parallel.send_weights(player.model)
+            model.load_weights(path)
 
-    def export(self, model: nn.Module, iterate: int, path: Path, is_last: bool) -> None:
-        """Writes an iterate into a folder as one plain model that transformers loads, too.
-
-        `model` is the player's, which is the last iterate.
-        """
-        self.check_start()  # its tokenizer and, with LoRA, its weights are read again
+    def export(self, iterate: int, path: Path) -> None:
+        """Writes an iterate of this run into a folder as one plain model that transformers loads, too."""
         source = self.folder.path / f"iterate-{iterate}"
-        if self.args.rank:
-            # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
-            model = self.model_class.from_pretrained(self.start)
-            lora.load_adapter(model, source)
-            lora.merge(model)
-            lora.remove_lora(model)
-            self._export(model, path)
-        elif is_last:
-            self._export(model, path)
-        else:
+        if not self.args.rank:
             shutil.copytree(source, path, dirs_exist_ok=True)
+            return
+        # Merge in fp32, into the base as it is on disk: bf16 would round small updates away.
+        self._check_start("model")
+        model = self.model_class.from_pretrained(self.start)
+        lora.load_adapter(model, source)
+        lora.merge(model)
+        lora.remove_lora(model)
+        self._export(model, path)
 
     def _export(self, model: nn.Module, path: Path) -> None:
-        export(model, self.config, path, self.start, self.tokenizer, self.eos_token_id, self.template)
+        export(model, self.config, path, self.start, self.tokenizer, self.record["template"])
 
-    def check_start(self, name: str = "model") -> None:
-        """Compares the start, or its "adapter", with what it was when the run began. Raises: Stopped."""
-        if name == "model":
-            scratch = getattr(self.args, "from_scratch", False)
-            path, digest = self.start, digest_of_model(self.start, with_weights=not scratch)
-        else:
-            path, digest = Path(self.args.adapter), digest_of_adapter(Path(self.args.adapter))
-        if digest != self.digests[name]:
+    def _check_start(self, name: str) -> None:
+        """Compares the start's "model" or "adapter" with what it was when the run began. Raises: Stopped."""
+        adapter = name == "adapter"
+        path = Path(self.args.adapter) if adapter else self.start
+        if (digest_of_adapter if adapter else digest_of_model)(path) != self.record["digests"][name]:
             raise Stopped(
                 f"--{name} {path}: has changed since the run began; restore it, then the same command resumes"
             )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from data.examples import Example, decode
@@ -52,24 +51,17 @@ class Work:
         top_p: float = 1.0,
         with_logps: bool = False,
     ) -> list[tuple]:
-        """The player's response to each example's prompt: (ids, whether it ended), in shards, with a progress bar.
+        """The player's response to each example's prompt: (ids, whether it ended).
 
         `name` says what the responses are for. `with_logps` adds the log-probability of every token, in nats.
 
         Raises: Stopped if logits are not finite.
         """
-        written, clock = 0, self.progress.clock
-        began = clock()
+        options = dict(temperature=temperature, top_k=top_k, top_p=top_p, with_logps=with_logps)
 
-        def work(items: range, advance: Callable) -> list[tuple]:
-            def progress(rows: int, tokens: int) -> None:
-                nonlocal written
-                written += tokens
-                advance(rows, tokens=f"{written / max(clock() - began, 1e-9):,.0f}/s")
-
-            prompts = [examples[i].prompt_ids for i in items]
-            sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-            return player.respond(prompts, seed, rows=items, **sampling, progress=progress, with_logps=with_logps)
+        def work(part: range, advance: Callable[[int], None]) -> list[tuple]:
+            prompts = [examples[i].prompt_ids for i in part]
+            return player.respond(prompts, seed, rows=part, progress=lambda rows, tokens: advance(rows), **options)
 
         try:
             return self._work(name, len(examples), [n * self.batch for n in SHARD_BATCHES], work)
@@ -79,13 +71,12 @@ class Work:
     def logps(
         self, player: Any, items: Sequence[tuple], name: str, temperature: float = 1.0, by_token: bool = False
     ) -> list[list[float]]:
-        """log p(response | prompt) of every response of every item, nats, in shards, with a progress bar.
+        """log p(response | prompt), nats, of every response of every item (prompt ids, response ids, ...).
 
-        An item is (prompt ids, response ids, ...), with as many responses in each item. `by_token`, with one response
-        per item: a number for each of its tokens.
+        `by_token` requires one response per item, and gives one number per token of it.
         """
 
-        def work(part: range, advance: Callable) -> list[list[float]]:
+        def work(part: range, advance: Callable[[int], None]) -> list[list[float]]:
             return player.logps(items[part.start : part.stop], advance, temperature, by_token)
 
         return self._work(name, len(items), SCORE_SHARD, work)
@@ -93,21 +84,20 @@ class Work:
     def measure(
         self, name: str, rows: Sequence[Row], decodings: Iterable[str] = DECODINGS, where: str = ""
     ) -> list[list[float]]:
-        """What a function of --metric gives each row's responses: one number for each of `decodings`.
+        """What a function of --metric gives each row of `evaluate.answers`: one number for each of `decodings`.
 
-        `rows` are those of `evaluate.answers`; `where` tells one set of responses from others.
+        `where` tells one set of responses from others.
         """
-        metric = self.metrics[name]
-        return self.each(
-            f"metric-{name}{where}",
-            rows,
-            lambda row: [metric(row["prompt"], row[decoding], row["references"]) for decoding in decodings],
-        )
+
+        def values(row: Row) -> list[float]:
+            return [self.metrics[name](row["prompt"], row[decoding], row["references"]) for decoding in decodings]
+
+        return self.each(f"metric-{name}{where}", rows, values)
 
     def each(self, name: str, items: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
-        """function(item) for every item, JSON values, in shards: for functions of the user's, which may be slow."""
+        """function(item) for every item, JSON values: for functions of the user's, which may be slow."""
 
-        def work(part: range, advance: Callable) -> list[Any]:
+        def work(part: range, advance: Callable[[int], None]) -> list[Any]:
             values = []
             for item in items[part.start : part.stop]:
                 values.append(function(item))
@@ -117,7 +107,7 @@ class Work:
         return self._work(name, len(items), VALUE_SHARD, work)
 
     def _work(self, name: str, count: int, limits: Sequence[int], work: Callable[..., Sequence[Any]]) -> list[Any]:
-        """work(items, advance) for items 0 to count - 1, in shards that ranks share and a resumed run finds again.
+        """work(part, advance) for items 0 to count - 1, in shards that ranks share and a resumed run finds again.
 
         The size of a shard is --shard, or a multiple of the first limit up to the second. It does not depend on the
         number of ranks, so neither do the results. `work` calls advance(n) for every n items: it moves the progress
@@ -127,22 +117,19 @@ class Work:
         size = self.args.shard or min(most, -(-max(count, 1) // (SHARDS * least)) * least)
         bar = self.progress.bar(name, count)
 
-        def advance(items: int, **notes: str) -> None:
-            bar.update(items, **notes)
+        def advance(items: int) -> None:
+            bar.update(items)
             SIGNALS.check()
 
-        def shard(items: range) -> Sequence[Any]:
-            bar.at(items.start)
-            return work(items, advance)
+        def shard(part: range) -> Sequence[Any]:
+            bar.at(part.start)
+            return work(part, advance)
 
         with bar, self.progress.timed(name):
             return in_shards(self.folder, name, count, size, shard)
 
     def seed(self, t: int, purpose: str) -> int:
         return seed_of(self.args.seed, t, purpose)
-
-    def generator(self, t: int, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed(t, purpose))
 
     def text(self, ids: list[int]) -> str:
         """The text of a response, without trailing end-of-sequence tokens and surrounding white space."""

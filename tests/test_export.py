@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -62,7 +63,7 @@ def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
     model = GPTNeo.from_pretrained(start).eval()
     eos = model.config.eos_token_id
     tokenizer = load_tokenizer(start, eos, model.config.vocab_size)
-    export(model, model.config, tmp_path / "final", start, tokenizer, eos)
+    export(model, model.config, tmp_path / "final", start, tokenizer)
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     files |= {"vocab.json", "merges.txt"} if own else set()
     assert {path.name for path in (tmp_path / "final").iterdir()} == files
@@ -121,7 +122,8 @@ def chat(start, tmp_path):
 
 def exported(path, folder, eos):
     model = GPTNeo.from_pretrained(path).eval()
-    export(model, model.config, folder, path, load_tokenizer(path, eos, model.config.vocab_size), eos)
+    config = replace(model.config, eos_token_id=eos)
+    export(model, config, folder, path, load_tokenizer(path, eos, config.vocab_size))
     return folder
 
 
@@ -184,7 +186,7 @@ def test_damaged_side_files_are_named(name, content, says, chat):
     model = GPTNeo.from_pretrained(chat)
     (chat / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: .*{says}"):
-        side_files(chat, model.config, load_tokenizer(chat, 393, 396), 393)
+        side_files(chat, model.config, load_tokenizer(chat, 393, 396))
 
 
 def test_the_exported_tokenizer_is_the_one_of_the_run(start, tmp_path):
@@ -215,7 +217,7 @@ def test_a_text_template_becomes_the_chat_template_of_a_start_without_one(start,
         model = GPTNeo.from_pretrained(path)
         tokenizer = load_tokenizer(path, 393, 396)
         folder = tmp_path / f"{path.name}-{len(template)}"
-        export(model, model.config, folder, path, tokenizer, 393, template)
+        export(model, model.config, folder, path, tokenizer, template)
         file = folder / "chat_template.jinja"
         assert (file.read_bytes().decode() if file.exists() else "") == (expected if expected is not None else
                                                                          file.read_text())  # fmt: skip

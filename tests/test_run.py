@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import SCRIPTS, begin, die_at, flags, rows, small, small_sft, spy, tree
 
+import evaluate
 import lora
 import sft
 import spin
@@ -19,7 +20,6 @@ from methods import family
 from model import GPTNeo, GPTNeoConfig
 from player import Player
 from runtime import cli
-from runtime import run as run_module
 from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
@@ -436,14 +436,14 @@ def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
 def test_best_of_a_full_run_is_a_copy_of_its_iterate_and_goes_where_it_is_not_wanted(start, data, here, monkeypatch):
     """A process that dies at the end, then another --best: a best/ that no longer holds is removed."""
     argv = flags(start, data, "run", rank=0, iterations=2)
-    monkeypatch.setattr(run_module, "best_of", lambda rows, metric: 1)
+    monkeypatch.setattr(evaluate, "best_of", lambda rows, metric: 1)
     die_at(Folder, "write_record", argv, lambda folder, content: content.get("finished"))
     best, iterate = tree(here / "run/best"), tree(here / "run/iterate-1")
     assert {name: best[name] for name in iterate} == iterate and set(best) - set(iterate) == {
         "README.md",
         "metrics.svg",
     }
-    monkeypatch.setattr(run_module, "best_of", lambda rows, metric: 2)
+    monkeypatch.setattr(evaluate, "best_of", lambda rows, metric: 2)
     assert spin.main(argv) == 0
     assert not (here / "run/best").exists() and tree(here / "run/final").keys() == best.keys()
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch._dynamo  # noqa: F401 - takes a second, and every optimizer needs it
 from helpers import SCRIPTS
 
-import runtime.run
+import evaluate
 import sampling
 import spin
 from methods import family, seft
@@ -51,7 +51,7 @@ Moment = tuple[int, int]  # (round: iterates that are finished, number of the ph
 def module_of(phase: str, script: str) -> object:
     """Where the function of a phase is looked up: methods/ has some of their own."""
     if phase == "sample_start":
-        return runtime.run
+        return evaluate
     own = {"family": family, "seft": seft}.get(script, spin)
     return Run if hasattr(Run, phase) else own if hasattr(own, phase) else spin if hasattr(spin, phase) else seft
 

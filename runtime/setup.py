@@ -61,10 +61,8 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
 
 def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] | None) -> tuple[list[Example], Run]:
     """All of `setup` but the weights, on one rank. `found` is the record of the run to resume."""
-    if not args.model:
-        raise ValueError("--model is missing: expected a directory or a hub id")
-    if not args.source[1]:
-        raise ValueError("--data is missing: expected a file, a directory or a hub data set")
+    args.require(args.model, "--model is missing: expected a directory or a hub id")
+    args.require(args.source[1], "--data is missing: expected a file, a directory or a hub data set")
     device = choose_device(args.device)
     if args.precision == "auto":
         args = dataclasses.replace(args, precision="bf16" if device.type == "cuda" else "fp32")
@@ -73,7 +71,8 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
         check_options(args, found, record)
     path, revision = resolve_model(args.model, found and found.get("revision"))
     model_class = class_of(path)
-    config = load_config(model_class, path, args)
+    config = model_class.config_class.from_json(path / "config.json")
+    config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos))
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer)  # A damaged file must not end the run at its last step.
     metrics = functions.load_metrics(args.metric)
@@ -95,6 +94,14 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     return examples, Run(args, work, folder, weights, device, record, found)
 
 
+def check_unfinished(run: Run) -> None:
+    """Raises: Finished if the run has ended; Stopped if one of its files is damaged."""
+    if run.found and run.record["finished"]:
+        run.folder.check()
+        out = run.args.out
+        raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
+
+
 def check_options(args: Any, found: dict[str, Any], record: dict[str, Any]) -> None:
     """Raises ValueError if an option would change the outcome of the run that is resumed."""
     may_change = set(changeable(type(args)))
@@ -113,14 +120,6 @@ def digests_of(args: Any, path: Path, examples: list[Example], heldout: list[Exa
     if args.metric:
         digests["metric"] = functions.digest(args.metric)
     return digests
-
-
-def check_unfinished(run: Run) -> None:
-    """Raises: Finished if the run has ended; Stopped if one of its files is damaged."""
-    if run.found and run.record["finished"]:
-        run.folder.check()
-        out = run.args.out
-        raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
 
 
 def choose_device(name: str) -> torch.device:
@@ -170,14 +169,6 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
     except Exception as error:  # The hub and the network raise many kinds.
         raise ValueError(f"{flag}{name}: no such directory{near}, and the hub says: {error}") from None
     return path, revision
-
-
-def load_config(model_class: Any, path: Path, args: Any) -> Any:
-    """The model's config.json, checked against the options, with the end token that the run uses."""
-    config = model_class.config_class.from_json(path / "config.json")
-    if args.rank > config.hidden_size:
-        raise ValueError(f"--rank {args.rank}: expected at most the model's hidden_size, {config.hidden_size}")
-    return dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos))
 
 
 def end_token(path: Path, eos_token_id: Any, wanted: str, template: Template | None = None) -> int:

@@ -1,10 +1,8 @@
 """runtime/export.py: transformers reads an exported model as the run did, and nothing of the start is lost."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import peft
 import pytest
@@ -23,13 +21,11 @@ TEMPLATE = DEFAULT_TEMPLATE.replace(r"\n", "\n")
 CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\r\n{% endfor %}"
 
 
-def gpt2_start(path, files=None):
-    """A start with GPT-2's kind of tokenizer files, of the shipped vocabulary or in a folder, and random weights."""
+def gpt2_start(path):
+    """A start with GPT-2's kind of tokenizer files, of the shipped vocabulary, and random weights."""
     model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
     vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
     merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
-    if files:
-        vocab, merges = read(files / "vocab.json"), (files / "merges.txt").read_text().splitlines()
     eos = vocab["<|endoftext|>"]
     config = GPTNeoConfig(
         vocab_size=len(vocab), max_position_embeddings=128, hidden_size=16, num_layers=2, num_heads=2,
@@ -46,18 +42,11 @@ def read(path):
     return json.loads(path.read_text())
 
 
-SHARED = Path(os.environ.get("SPIN_SHARED", ROOT.parent / "shared"))
-
-
-@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "GPT2Tokenizer", "GPT-2"])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "GPT2Tokenizer"])
 def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
-    """The embedded task's start, also where it names the class that replaces its pre-tokenizer; GPT-2's files, of the
-    embedded task's vocabulary and, where SPIN_SHARED names a folder with it, of GPT-2's own."""
-    if kind == "GPT-2" and not (SHARED / "data/gpt2-tokenizer").is_dir():
-        pytest.skip("SPIN_SHARED names no directory with the GPT-2 vocabulary")
-    files = SHARED / "data/gpt2-tokenizer" if kind == "GPT-2" else None
-    own = kind in ("vocab.json", "GPT-2")
-    start = gpt2_start(tmp_path, files) if own else shutil.copytree(ROOT / "pronounce/start", tmp_path / "s")
+    """The embedded task's start, also if it names the class that replaces its pre-tokenizer; GPT-2's files."""
+    own = kind == "vocab.json"
+    start = gpt2_start(tmp_path) if own else shutil.copytree(ROOT / "pronounce/start", tmp_path / "s")
     if kind == "GPT2Tokenizer":
         (start / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     model = GPTNeo.from_pretrained(start).eval()
@@ -67,10 +56,9 @@ def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     files |= {"vocab.json", "merges.txt"} if own else set()
     assert {path.name for path in (tmp_path / "final").iterdir()} == files
-    assert (
-        read(tmp_path / "final/tokenizer_config.json")["clean_up_tokenization_spaces"] is False
-    )  # older versions: True
-    ours = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[5000:100_000:8000]
+    tokens = read(tmp_path / "final/tokenizer_config.json")
+    assert tokens["clean_up_tokenization_spaces"] is False, "older versions of transformers: True"
+    ours = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[5000:100_000:20_000]
     encode(ours, tokenizer, TEMPLATE, eos)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "final")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
@@ -159,7 +147,8 @@ def test_a_chosen_end_token_is_in_every_file(chat, tmp_path):
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_final_of_a_run_has_what_came_with_the_start_and_the_chosen_end(rank, chat, data, tmp_path):
-    assert spin.main(flags(chat, data, tmp_path / "run", rank=rank, eos="<|im_end|>", template="{prompt}")) == 0
+    options = dict(rank=rank, eos="<|im_end|>", template="{prompt}", prompts=8)
+    assert spin.main(flags(chat, data, tmp_path / "run", **options)) == 0
     for folder in ("final",) if rank else ("final", "iterate-1"):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
         assert (tokenizer.eos_token_id, tokenizer.pad_token) == (395, "<|im_start|>")
@@ -206,32 +195,26 @@ def test_the_exported_tokenizer_is_the_one_of_the_run(start, tmp_path):
 # ---------------------------------------------------------------- chat templates, the model card, adapters
 
 
-def test_a_text_template_becomes_the_chat_template_of_a_start_without_one(start, chat, tmp_path):
+@pytest.mark.parametrize("template", [TEMPLATE, "chat", ""])
+def test_a_text_template_becomes_the_chat_template_of_a_start_without_one(template, start, chat, tmp_path):
     """The start's own stays. transformers then writes the prompts that the run was trained on."""
-    for path, template, expected in (
-        (start, TEMPLATE, None),
-        (start, "chat", ""),
-        (start, "", ""),
-        (chat, TEMPLATE, CHAT),
-    ):
-        model = GPTNeo.from_pretrained(path)
-        tokenizer = load_tokenizer(path, 393, 396)
-        folder = tmp_path / f"{path.name}-{len(template)}"
-        export(model, model.config, folder, path, tokenizer, template)
-        file = folder / "chat_template.jinja"
-        assert (file.read_bytes().decode() if file.exists() else "") == (expected if expected is not None else
-                                                                         file.read_text())  # fmt: skip
-    theirs = AutoTokenizer.from_pretrained(tmp_path / f"{start.name}-{len(TEMPLATE)}")
-    example = Example("x", 1, "HELLO", "HH", [])
-    encode([example], load_tokenizer(start, 393, 396), TEMPLATE, 393)
-    said = [{"role": "user", "content": "HELLO"}]
-    assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == example.prompt_ids
+    tokenizer, config = load_tokenizer(start, 393, 396), GPTNeoConfig.from_json(start / "config.json")
+    for path in (start, chat):
+        export(GPTNeo.from_pretrained(path), config, tmp_path / f"{path.name}-out", path, tokenizer, template)
+    assert (tmp_path / "chat-out/chat_template.jinja").read_bytes() == CHAT.encode()
+    out = tmp_path / f"{start.name}-out"
+    assert (out / "chat_template.jinja").exists() == (template == TEMPLATE)
+    if template == TEMPLATE:
+        example = Example("x", 1, "HELLO", "HH", [])
+        encode([example], tokenizer, TEMPLATE, 393)
+        said, theirs = [{"role": "user", "content": "HELLO"}], AutoTokenizer.from_pretrained(out)
+        assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == example.prompt_ids
 
 
 @pytest.fixture(scope="module")
 def finished(start, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("card") / "run"
-    assert spin.main(flags(start, data, out, template=r"Say {prompt}:\n", lr=1e-1)) == 0
+    assert spin.main(flags(start, data, out, template=r"Say {prompt}:\n", lr=1e-1, prompts=32)) == 0
     return out
 
 

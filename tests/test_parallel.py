@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,9 @@ def launch():
 
 
 def run_in(start, data, **options) -> list[str]:
-    """The command line of a run in ./run that has many shards, and micro-batches of a few items."""
-    return flags(start, data, "run", **(dict(gen_batch=8, shard=16, micro_tokens=200, lr=1e-3) | options))
+    """The command line of a run in ./run that has several shards, and micro-batches of a few items."""
+    small = dict(prompts=32, eval_limit=6, gen_batch=8, shard=8, micro_tokens=200, lr=1e-3)
+    return flags(start, data, "run", **(small | options))
 
 
 def check(world) -> None:
@@ -70,7 +72,7 @@ def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_pat
     for world in (launch(argv, [one]), launch(argv, [two, two]), launch(argv, [a, b, c])):
         check(world)
     expected = tree(one / "run")
-    assert len(losses(one)) == 20
+    assert len(losses(one)) == 12
     for folder in (two, a):
         found = tree(folder / "run")
         assert found.keys() == expected.keys() and found["pairs-0.jsonl"] == expected["pairs-0.jsonl"]
@@ -82,7 +84,7 @@ def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_pat
     )
 
 
-@pytest.mark.parametrize("options", [dict(prompts=2, shard=1, batch=1), dict(prompts=1, shard=64), dict(eval_limit=1)])
+@pytest.mark.parametrize("options", [dict(prompts=2, shard=1, batch=1, eval_limit=1), dict(prompts=1, shard=64)])
 def test_some_ranks_may_have_no_work(launch, start, data, tmp_path, options):
     """There are fewer prompts, shards or items of a batch than ranks."""
     one, three = folders(tmp_path, "one", "three")
@@ -134,7 +136,10 @@ def test_leaving_ends_the_threads_of_the_process_group():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fsdp_computes_what_a_whole_model_does(launch, start, data, tmp_path, precision):
-    """The whole copy scores with the numbers that training computes with, so the first margin is 0 but for rounding."""
+    """The whole copy scores with the numbers that training computes with, so the first margin is 0 but for rounding.
+
+    In fp32 it samples the same responses, too; in bf16 rounding may turn a token into another one.
+    """
     argv = run_in(start, data, rank=0, precision=precision)
     one, two, three = folders(tmp_path, "one", "two", "three")
     check(launch(argv, [one]))
@@ -142,22 +147,22 @@ def test_fsdp_computes_what_a_whole_model_does(launch, start, data, tmp_path, pr
     check(launch([*argv, "--fsdp", "--checkpoint"], [three] * 3))
     eps = torch.finfo(torch.float32 if precision == "fp32" else torch.bfloat16).eps
     for folder in (two, three):
-        assert tree(folder)["run/pairs-0.jsonl"] == tree(one)["run/pairs-0.jsonl"]
-        # The margin compares log-probabilities of about -20.
+        # The margin compares log-probabilities of about -20, which other micro-batches may round in another way.
         assert abs(rows(folder / "run/steps-0.jsonl")[0]["margin"]) < 50 * eps
-        assert losses(folder) == pytest.approx(losses(one), rel=1e-4 if precision == "fp32" else 0.1)
+        assert losses(folder) == pytest.approx(losses(one), rel=1000 * eps if precision == "fp32" else 20 * eps)
+        if precision == "fp32":
+            for here, there in zip(*(rows(path / "run/pairs-0.jsonl") for path in (one, folder)), strict=True):
+                assert here["generated_ids"] == there["generated_ids"]
+                assert here["opponent_real_logp"] == pytest.approx(there["opponent_real_logp"], rel=50 * eps)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fsdp_in_a_world_of_one(launch, start, data, tmp_path, device):
-    """On a GPU it uses NCCL."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("requires a GPU")
-    argv = run_in(start, data, rank=0, device=device)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU, on which it uses NCCL")
+def test_fsdp_in_a_world_of_one_on_cuda(launch, start, data, tmp_path):
+    argv = run_in(start, data, rank=0, device="cuda")
     plain, sharded = folders(tmp_path, "plain", "sharded")
     check(launch(argv, [plain]))
     check(launch([*argv, "--fsdp"], [sharded]))
-    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4 if device == "cpu" else 1e-3)
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-3)
 
 
 def test_fsdp_resumes_with_another_number_of_ranks(launch, start, data, tmp_path):
@@ -165,12 +170,15 @@ def test_fsdp_resumes_with_another_number_of_ranks(launch, start, data, tmp_path
 
     Two ranks write what a run writes that was not killed, byte for byte. The others agree within rounding.
     """
-    argv = run_in(start, data, rank=0, fsdp=True, save_minutes=0, iterations=2, batch=24)
-    undisturbed, two, three, one = folders(tmp_path, "undisturbed", "two", "three", "one")
+    argv = run_in(start, data, rank=0, fsdp=True, save_minutes=0, iterations=2, prompts=16, eval_limit=2, batch=8)
+    undisturbed, two = folders(tmp_path, "undisturbed", "two")
     check(launch(argv, [undisturbed] * 2))
-    for folder, ranks in ((two, 2), (three, 3), (one, 1)):
-        killed = launch(argv, [folder] * 2, die_in=["step", 1, 5])
-        assert len(losses(folder, "steps-1")) == 1 and 0 not in killed.codes
+    killed = launch(argv, [two] * 2, die_in=["step", 1, 4])
+    assert len(losses(two, "steps-1")) == 1 and 0 not in killed.codes
+    copies = {3: tmp_path / "three", 1: tmp_path / "one"}
+    for folder in copies.values():
+        shutil.copytree(two, folder)
+    for ranks, folder in ({2: two} | copies).items():
         check(launch(argv, [folder] * ranks))
         assert losses(folder) == pytest.approx(losses(undisturbed), rel=1e-4)
     assert tree(two) == tree(undisturbed)
@@ -181,30 +189,30 @@ def test_fsdp_resumes_with_another_number_of_ranks(launch, start, data, tmp_path
 
 def test_a_signal_to_the_launcher_saves_the_same_step_on_all_ranks(launch, start, data, tmp_path):
     """All ranks exit with 143 and print one line in all. The run ends like one that was not stopped, byte for byte."""
-    argv = run_in(start, data, rank=0)
+    argv = run_in(start, data, rank=0, batch=8)
     undisturbed, stopped = folders(tmp_path, "undisturbed", "stopped")
     check(launch(argv, [undisturbed] * 2))
-    world = launch(argv, [stopped] * 2, terminate_in=["step", 1, 3])
+    world = launch(argv, [stopped] * 2, terminate_in=["step", 1, 2])
     assert world.codes == [143, 143]
     assert "".join(world.err).count("\n") == 1 and "stopped by SIGTERM" in world.err[0]
-    assert len(losses(stopped)) == 3, "the step in which the signal arrived was finished and saved"
+    assert len(losses(stopped)) == 2, "the step in which the signal arrived was finished and saved"
     check(launch(argv, [stopped] * 2))
     assert tree(stopped) == tree(undisturbed)
 
 
 def test_killed_ranks_end_the_world_and_the_run_resumes(launch, start, data, tmp_path):
-    """SIGKILL hits one of two ranks at six random moments, and each time the other rank ends, too.
+    """SIGKILL hits one of two ranks at four random moments, and each time the other rank ends, too.
 
     The run ends like one that was not disturbed, byte for byte, with dropout and the pairs of earlier iterations.
     """
-    argv = run_in(start, data, save_minutes=0, lora_dropout=0.1, mix_previous=True, iterations=2)
+    argv = run_in(start, data, save_minutes=0, lora_dropout=0.1, mix_previous=True, iterations=2, prompts=16)
     undisturbed, killed = folders(tmp_path, "undisturbed", "killed")
     world = launch(argv, [undisturbed] * 2)
     check(world)
     rng = random.Random(0)
-    for n in range(6):
+    for n in range(4):
         rank = n % 2
-        died = launch(argv, [killed] * 2, die=[rank, rng.randint(1, world.moments[rank] // 10)])
+        died = launch(argv, [killed] * 2, die=[rank, rng.randint(1, world.moments[rank] // 7)])
         assert died.codes[rank] == -9 and died.codes[1 - rank] == 1, died.err
         lines = [line for line in "".join(died.err).splitlines() if line.startswith("spin.py")]  # torch logs more.
         assert ["another rank has ended" in line for line in lines] == [True] * rank, "only the writer reports it"
@@ -234,7 +242,7 @@ def test_bad_input_is_one_line_of_one_rank(launch, start, data, tmp_path):
 def test_dropout_requires_the_number_of_ranks_that_the_run_began_with(launch, start, data, tmp_path):
     argv = run_in(start, data, lora_dropout=0.1)
     (folder,) = folders(tmp_path, "a")
-    launch(argv, [folder] * 2, die_in=["step", 1, 3])
+    launch(argv, [folder] * 2, die_in=["step", 1, 1])
     world = launch(argv, [folder])
     assert world.codes == [2] and "1 ranks: the run in run began with 2" in world.err[0]
 
@@ -267,7 +275,7 @@ sys.exit(spin.main())
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, "--max-restarts", "1", str(program), *run_in(start, data, iterations=1)],
+        [*launcher, "--max-restarts", "1", str(program), *run_in(start, data, prompts=8, eval_limit=2)],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,8 @@ PROGRAM = Path(__file__).with_name("kill_and_resume.py")
 )
 def test_killed_at_random_moments_ends_bit_identical(start, data, tmp_path, seed, script, options):
     """SIGKILL once or twice in every phase; all files at the end are those of a run that was never stopped."""
-    killed = killed_again_and_again(small(start, data, micro_tokens=200, epochs=2, **options), seed, script, tmp_path)
+    options |= dict(prompts=24, eval_limit=6, micro_tokens=200, shard=12)
+    killed = killed_again_and_again(small(start, data, **options), seed, script, tmp_path)
     assert len(killed) >= 17, "three phases of the start, six of each iteration, two of the end"
     assert {"generate", "score", "train", "evaluate", "finish_iterate", "finish"} <= {name for _, name in killed}
 

@@ -303,7 +303,7 @@ def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sent(tensors: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-    """Yields the (name, tensor) of rank 0 on all ranks, on the CPU and one at a time. The other ranks pass None."""
+    """Yields rank 0's (name, tensor) on all ranks, on the CPU, one at a time. Those of other ranks are ignored."""
     layout = on_writer(lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()})
     for name, (shape, dtype) in layout.items():
         tensor = tensors[name].cpu().contiguous() if tensors and is_writer() else torch.empty(shape, dtype=dtype)
@@ -314,7 +314,7 @@ def sent(tensors: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def overwrite(model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Sets parameters of all ranks, sharded or not, to rank 0's `weights` by name. The other ranks pass None."""
+    """Sets parameters of all ranks, sharded or not, to rank 0's `weights` by name. Those of other ranks are ignored."""
     parameters = dict(model.named_parameters())
     for name, weight in sent(weights):
         parameters[name].copy_(placed(weight, parameters[name]))

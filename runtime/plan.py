@@ -86,7 +86,6 @@ def describe(examples: list[Example], run: Run) -> str:
         "iterations": f"{args.iterations}, each of {min(args.prompts or len(examples), len(examples)):,} prompts",
         "memory": f"{gib(memory_of(run.device))} on {run.device}",
         "disk": f"{gib(disk_left_for(run.folder.path))} free for {args.out}",
-        "time": "shown after the first phase; --dry-run measures it in advance",
     }
     if parallel.world_size() > 1:
         sharded = "weights, gradients and optimizer state are sharded across them"

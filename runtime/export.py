@@ -54,15 +54,5 @@ def side_files(start: Path, config: Any, tokenizer: Tokenizer) -> dict[str, str]
     if generation and eos_token_id not in (ends if isinstance(ends, list) else [ends]):
         generation["eos_token_id"] = eos_token_id
     values["config.json"] = read_object(start / "config.json") | json.loads(config.to_json())
-    return texts | {name: text_of(start / name, value) for name, value in values.items() if value}
-
-
-def text_of(file: Path, value: dict[str, Any]) -> str:
-    """The fields of a JSON file of the start that hold for an exported model, as text."""
-    kept = {key: field for key, field in value.items() if key not in STALE}
-    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{file}: has half a surrogate pair, which is no text") from None
-    return text
+    kept = {name: {key: field for key, field in value.items() if key not in STALE} for name, value in values.items()}
+    return texts | {name: json.dumps(value, indent=2) + "\n" for name, value in kept.items() if values[name]}

@@ -67,10 +67,6 @@ class Sharded:
             weights[name] = parallel.whole(own.to(self.dtype) if name in self.in_dtype else own)
         self.whole.load_state_dict(weights, assign=True)
 
-    def release(self) -> None:
-        """Frees the storage of `whole`."""
-        self.whole.to("meta")
-
     def to_save(self) -> nn.Module | None:
         """The model in fp32 on rank 0's CPU, to be written as an iterate; None on the other ranks."""
         weights = parallel.collected(dict(self.master.named_parameters()))

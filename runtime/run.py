@@ -159,9 +159,8 @@ class Run:
 
         The random numbers are those of (seed, t, purpose).
         """
-        args = self.args
-        seed = self.seed(t, purpose)
-        return self.work.respond(player, examples, purpose, seed, args.temperature, args.top_k, args.top_p)
+        filters = dict(top_k=self.args.top_k, top_p=self.args.top_p)
+        return self.work.respond(player, examples, purpose, self.seed(t, purpose), self.args.temperature, **filters)
 
     def logps(self, player: Any, items: Sequence[tuple], purpose: str, temperature: float = 1.0) -> list[list[float]]:
         """log p(response | prompt), nats, of every response of every item, a tuple (prompt ids, response ids, ...)."""

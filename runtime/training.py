@@ -130,11 +130,9 @@ class Training:
         if parallel.is_writer():  # Readers see the log grow; a resumed run cuts it to the checkpoint's steps.
             self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n", sync=bool(due or failed))
         if failed:
-            raise Stopped(
-                f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}: loss or gradient "
-                f"is not finite; these steps changed nothing; begin another run with a lower --lr or with "
-                f"--precision fp32"
-            )
+            steps = f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}"
+            advice = "begin another run with a lower --lr or with --precision fp32"
+            raise Stopped(f"{steps}: loss or gradient is not finite; these steps changed nothing; {advice}")
         if due and self.folder.resume:
             self.folder.save_training(self.player.model, optimizer, self.log)
             self.saved = time.monotonic()

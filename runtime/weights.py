@@ -41,7 +41,7 @@ class Weights:
             yield
             return
         player.model = self.sharded.master
-        self.sharded.release()
+        self.sharded.whole.to("meta")  # This frees its storage.
         yield
         player.model = self.sharded.whole
         self.sharded.gather()

@@ -41,23 +41,15 @@ class Work:
     progress: Progress = field(default_factory=Progress)
 
     def respond(
-        self,
-        player: Any,
-        examples: list[Example],
-        name: str,
-        seed: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        with_logps: bool = False,
+        self, player: Any, examples: list[Example], name: str, seed: int, temperature: float = 1.0, **options: Any
     ) -> list[tuple]:
-        """The player's response to each example's prompt: (ids, whether it ended).
+        """The player's response to each example's prompt: (ids, whether it ended). `name` says what they are for.
 
-        `name` says what the responses are for. `with_logps` adds the log-probability of every token, in nats.
+        `options` are those of Player.respond: top_k, top_p and with_logps, which adds log p of every token, in nats.
 
         Raises: Stopped if logits are not finite.
         """
-        options = dict(temperature=temperature, top_k=top_k, top_p=top_p, with_logps=with_logps)
+        options |= {"temperature": temperature}
 
         def work(part: range, advance: Callable[[int], None]) -> list[tuple]:
             prompts = [examples[i].prompt_ids for i in part]

@@ -354,7 +354,7 @@ def test_a_run_that_does_not_help_says_so_and_names_no_best_iterate(start, data,
 
 def test_held_out_responses_are_kept_and_shown(start, data, here, capsys):
     """heldout-<t>.jsonl has all of them, from which every metric can be computed; three are printed, aligned."""
-    assert spin.main(small(start, data, eval_temperatures=(0.5, 2))) == 0
+    assert spin.main(small(start, data, eval_temperatures=(0.5, 2), prompts=16)) == 0
     printed = capsys.readouterr().out
     metrics = rows(here / "run/metrics.jsonl")
     for t, row in enumerate(metrics):
@@ -396,7 +396,7 @@ def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):
     """final/ loads without adapters, here and in transformers, and scores as the last iterate does."""
     from transformers import GPTNeoForCausalLM
 
-    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    assert spin.main(flags(start, data, tmp_path / "run", prompts=16)) == 0
     player, _, run = begin(start, data, tmp_path / "again")
     lora.load_adapter(player.model, tmp_path / "run/iterate-1")
     final = GPTNeo.from_pretrained(tmp_path / "run/final")
@@ -409,7 +409,7 @@ def test_final_model_is_the_last_iterate_in_plain_layout(start, data, tmp_path):
 
 def test_final_model_of_a_bf16_run_keeps_the_fp32_base(start, data, tmp_path):
     """The adapter is merged into the base as it is on disk, not into the bf16 copy that was trained on."""
-    assert spin.main(flags(start, data, tmp_path / "run", precision="bf16", lr=1e-4)) == 0
+    assert spin.main(flags(start, data, tmp_path / "run", precision="bf16", lr=1e-4, prompts=16)) == 0
     expected = GPTNeo.from_pretrained(start)
     lora.load_adapter(expected, tmp_path / "run/iterate-1")
     lora.merge(expected)

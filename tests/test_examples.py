@@ -148,7 +148,7 @@ def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, dat
         theirs = peft.PeftModel.from_pretrained(base, here / "run/iterate-2").eval()  # GPT-2's weights are transposed
         torch.testing.assert_close(final.eval()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
     args = parse(OPTIONS, flags(start, data, "other", iterations=2, eval_limit=8), "any_causal_lm.py")
-    _, _, run = setup(args, "any_causal_lm", example.HubModel)
+    _, _, run = setup(args, "any_causal_lm", example.CausalLM.class_of)
     player = example.CausalLM(final.eval(), 393, run.args)
     items = [(e.prompt_ids, e.real_ids) for e in run.work.heldout]
     total, tokens = sum(logp for (logp,) in player.logps(items)), sum(len(real) for _, real in items)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from runtime import folder, parallel, plan
 from runtime.options import combined, parse, settings
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Finished, Interrupted, Stopped
+
+# What a shell reports of a program whose output nobody reads, as in `yes | head`: 128 + SIGPIPE.
+BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 def main(
@@ -35,14 +39,18 @@ def main(
     """
     script, about = f"{command}.py", "\n\n".join((about or "").split("\n\n")[:2])  # python -OO has no docstrings
     began = ""  # the folder of the run, once it holds files
-    with contextlib.ExitStack() as stack:
-        for context in (streams(), SIGNALS.noted(), onednn.products()):
-            stack.enter_context(context)
+    with streams(), SIGNALS.noted(), onednn.products(), contextlib.ExitStack() as stack:
         try:
             args = parse(combined(options_class), sys.argv[1:] if argv is None else argv, script, about, recipe)
             trackers.check(args.log)
             parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
-            model, examples, run = setup(args, command, player_class.class_of)
+            try:
+                model, examples, run = setup(args, command, player_class.class_of)
+            except Finished as finished:
+                shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # It may have died just before doing so.
+                print(finished, flush=True)
+                parallel.leave()
+                return 0
             player = player_class(model, run.work.eos_token_id, run.args, run.weights.dtype)
             SIGNALS.check()
             if args.dry_run:
@@ -50,23 +58,17 @@ def main(
             else:
                 stack.enter_context(run.folder.locked() if parallel.is_writer() else contextlib.nullcontext())
                 run.begin()
-                run.observers = observers(run, script)
-                began = args.out
+                run.observers, began = observers(run, script), args.out
                 stack.callback(run.tell, "close")
                 print(plan.describe(examples, run), end="\n\n", flush=True)
                 method(player, examples, run)
                 run.finish()
             parallel.leave()
-        except Finished as finished:
-            shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # It may have died just before doing so.
-            print(finished)
-            parallel.leave()
         except (ValueError, OSError, MemoryError, RuntimeError, Interrupted) as error:
-            if not is_expected(error) or (began and isinstance(error, ValueError)):  # Input was checked: it is a bug.
+            if not reason(error) or (began and isinstance(error, ValueError)):  # Input was checked: it is a bug.
                 raise
-            if isinstance(error, Stopped) or not began:
-                return fail(script, error, 1 if began else 2)
-            return fail(script, error, 1, f"; what is finished is kept in {began}; the same command resumes")
+            note = f"; what is finished is kept in {began}; the same command resumes"
+            return fail(script, error, 1 if began else 2, note if began and not isinstance(error, Stopped) else "")
     return 0
 
 
@@ -77,30 +79,25 @@ def observers(run: Any, script: str) -> list[Any]:
     return [*told, *trackers.start(run.args.log, out, run.record)]
 
 
-def is_expected(error: BaseException) -> bool:
-    """Whether people can mend the error, so that its message says more to them than a traceback."""
-    known = isinstance(error, Stopped) or ran_out_of_memory(error) or parallel.ended_elsewhere(error)
-    return known or not isinstance(error, RuntimeError)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
+def reason(error: BaseException) -> str:
+    """What is wrong, in words that help people; "" for a bug, about which a traceback says more."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        text = text.strip().partition("\n")[0][:200]
+        return f"out of memory; lower --micro-tokens or --gen-tokens, or give --checkpoint ({text})"
+    if parallel.ended_elsewhere(error):
+        return f"rank {parallel.rank()} lost its connection: another rank has ended"
+    return text if isinstance(error, Stopped) or not isinstance(error, RuntimeError) else ""
 
 
 def fail(script: str, error: BaseException, code: int, note: str = "") -> int:
     """Prints an error as one line, without control characters. Returns the exit code: `code`, or that of a signal."""
     if parallel.is_to_report(error):
-        text = str(error)
-        if ran_out_of_memory(error):
-            reason = text.strip().partition("\n")[0][:200]
-            text = f"out of memory; lower --micro-tokens or --gen-tokens, or give --checkpoint ({reason})"
-        elif parallel.ended_elsewhere(error):
-            text = f"rank {parallel.rank()} lost its connection: another rank has ended"
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in (text + note).replace("\n", " "))
+        text = f"{reason(error) or error}{note}".replace("\n", " ")
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         with contextlib.suppress(OSError):  # The terminal is gone.
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
-    return getattr(error, "exit_code", code)
+    return BROKEN_PIPE if isinstance(error, BrokenPipeError) else getattr(error, "exit_code", code)
 
 
 @contextlib.contextmanager
@@ -113,11 +110,15 @@ def streams() -> Iterator[None]:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     parallel.silence()
+    gone = False
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # The reader of a pipe has gone; Python would flush again at exit and print a traceback.
+            except OSError as error:  # Python would flush again at exit, and print a traceback.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                gone = isinstance(error, BrokenPipeError)
+    if gone:
+        sys.exit(BROKEN_PIPE)

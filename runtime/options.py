@@ -314,6 +314,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message.removeprefix("argument "))
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse would not say that nobody reads it
+
 
 def parser_of(options_class: type, prog: str, about: str) -> Parser:
     fields = dataclasses.fields(options_class)

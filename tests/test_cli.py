@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import ROOT, flags, refused
+from helpers import ROOT, flags, refused, tree
 from safetensors.torch import load_file, save_file
 
 import spin
@@ -151,16 +151,27 @@ def test_streams_that_are_closed(start, data, tmp_path):
     assert done.returncode == 0 and (tmp_path / "run/final/model.safetensors").is_file()
 
 
-def test_a_pipe_whose_reader_has_gone(start, data, tmp_path):
-    """As under `| head -0`: one line on stderr, exit code 1, no traceback; the same command resumes."""
-    read, write = os.pipe()
-    os.close(read)
-    argv = [ROOT / "spin.py", *flags(start, data, "run")]
-    done = process(argv, tmp_path, capture_output=False, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "Broken pipe" in done.stderr and "the same command resumes" in done.stderr
-    assert process(argv, tmp_path).returncode == 0
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_whose_reader_has_gone(unbuffered, start, data, tmp_path):
+    """As under `| true`: exit code 141, that of SIGPIPE, at most one line, and what is finished stays finished."""
+
+    def unread(*argv) -> subprocess.CompletedProcess:
+        read, write = os.pipe()
+        os.close(read)
+        env = {"PYTHONUNBUFFERED": unbuffered}
+        done = process(argv, tmp_path, capture_output=False, stdout=write, stderr=subprocess.PIPE, env=env)
+        os.close(write)
+        assert done.returncode == 141 and "Traceback" not in done.stderr and done.stderr.count("\n") <= 1, done.stderr
+        return done
+
+    run = [ROOT / "spin.py", *flags(start, data, "run")]
+    assert "Broken pipe; what is finished is kept in run; the same command resumes" in unread(*run).stderr
+    assert process(run, tmp_path).returncode == 0
+    finished = tree(tmp_path / "run")
+    unread(*run)
+    assert tree(tmp_path / "run") == finished
+    unread(ROOT / "spin.py", "--help")
+    unread(ROOT / "respond.py", "run", "--prompt", "AB", "--out", "answers")
 
 
 def test_pip_install_is_refused_in_words(tmp_path):

@@ -46,7 +46,6 @@ def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) ->
 
     Raises: OSError naming `path`. A file is then as it was before.
     """
-    # In a new folder of its own, the temporary file cannot follow a link that somebody planted under its name.
     with _named(path), tempfile.TemporaryDirectory("", TEMPORARY, path.parent, ignore_cleanup_errors=True) as own:
         temporary = Path(own, path.name)
         fill(temporary)
@@ -74,9 +73,14 @@ def write_rows(path: Path, rows: Iterable[Any], checksum: bool = False) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows), checksum)
 
 
-def read_rows(path: Path) -> Iterator[Any]:
+def read_rows(path: Path) -> list[Any]:
     with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        return [json.loads(line) for line in file]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files in a folder and below, sorted; a file itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def sync(path: Path) -> None:
@@ -101,11 +105,6 @@ def _named(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- checksums
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files in a folder and below, sorted; a file itself."""
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
 def digest_of_file(path: Path) -> str:
     """The sha256 of a file, as sha256sum prints it."""
     with open(path, "rb") as file:
@@ -114,8 +113,7 @@ def digest_of_file(path: Path) -> str:
 
 def lines_for(path: Path, place: Path) -> list[str]:
     """The lines of checksums for the file or folder that is at `place` and that will be at `path`."""
-    files = {file: Path(path.name, file.relative_to(place)) for file in files_of(place)}
-    return [f"{digest_of_file(file)}  {name}\n" for file, name in files.items()]
+    return [f"{digest_of_file(file)}  {Path(path.name, file.relative_to(place))}\n" for file in files_of(place)]
 
 
 def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None:
@@ -138,18 +136,20 @@ def checksums(folder: Path) -> list[tuple[str, str]]:
     return [(line[:64], line[66:]) for text in texts for line in text.splitlines()]
 
 
-def is_intact(folder: Path, name: str) -> bool:
-    """Whether a file has a content that was written under its name. Raises: OSError if it cannot be read."""
-    return (digest_of_file(folder / name), name) in checksums(folder)
+def damage_of(folder: Path, name: str) -> str:
+    """What is wrong with a file that was written with its checksum: "" if nothing is. Raises: OSError."""
+    if not (folder / name).is_file():
+        return "missing"
+    intact = (digest_of_file(folder / name), name) in checksums(folder)
+    return "" if intact else f"damaged, its sha256 is not in {CHECKSUMS}"
 
 
 def is_usable(folder: Path, name: str, remedy: str) -> bool:
     """Whether a file is there and intact. If it is damaged, a line on stderr says so, and what happens now."""
-    file = folder / name
-    if file.exists() and not is_intact(folder, name):
-        print(f"{file}: damaged, its sha256 is not in {CHECKSUMS}; {remedy}", file=sys.stderr, flush=True)
-        return False
-    return file.exists()
+    damage = damage_of(folder, name)
+    if damage and damage != "missing":
+        print(f"{folder / name}: {damage}; {remedy}", file=sys.stderr, flush=True)
+    return not damage
 
 
 # ---------------------------------------------------------------- the folder of a run
@@ -174,17 +174,15 @@ class Folder:
         """Writes a folder with the files that fill(temporary folder) creates in it, in place of an old one."""
         write(self.path / name, lambda temporary: (temporary.mkdir(), fill(temporary)), checksum=True)
 
-    def append(self, name: str, text: str, sync: bool = True) -> None:
-        """Appends to a file and, with `sync`, forces it to the disk. It has no checksum before `add` is called."""
+    def append(self, name: str, text: str) -> None:
+        """Appends to a file, which has no checksum and may not survive a power failure before `add` is called."""
         with _named(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
 
     def add(self, name: str) -> None:
         """Adds the checksum of a file that is complete now."""
         path = self.path / name
+        sync(path)
         change_checksums(path, lines_for(path, path))
 
     def remove(self, name: str) -> None:
@@ -192,10 +190,10 @@ class Folder:
         change_checksums(self.path / name, [])
         shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def read_rows(self, name: str) -> Iterator[Any]:
-        """Yields what `write_rows` wrote. Raises: Stopped, before the first row, if it is missing or damaged."""
+    def read_rows(self, name: str) -> list[Any]:
+        """What `write_rows` wrote. Raises: Stopped if it is missing or damaged."""
         self.check([name])
-        yield from read_rows(self.path / name)
+        return read_rows(self.path / name)
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Raises Stopped naming the first file that is missing or damaged.
@@ -203,10 +201,8 @@ class Folder:
         By default, checks the files of finished iterates, and all files of a finished run.
         """
         for name in self._complete() if names is None else names:
-            if not (self.path / name).is_file():
-                raise Stopped(f"{self.path / name}: missing; {RESTORE}")
-            if not is_intact(self.path, name):
-                raise Stopped(f"{self.path / name}: damaged, its sha256 is not in {CHECKSUMS}; {RESTORE}")
+            if damage := damage_of(self.path, name):
+                raise Stopped(f"{self.path / name}: {damage}; {RESTORE}")
 
     def _complete(self) -> list[str]:
         """Names of the files that must be there, apart from metrics.jsonl, which has been checked then."""
@@ -222,35 +218,32 @@ class Folder:
         """Creates the folder and keeps other processes out. Raises: ValueError if one is at work in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The kernel drops it however the process ends.
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(f"--out {self.path}: another process is at work in it") from None
-        except OSError:  # This file system has no locks.
-            pass
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The kernel drops it however the process ends.
+            except BlockingIOError:
+                raise ValueError(f"--out {self.path}: another process is at work in it") from None
+            except OSError:  # This file system has no locks.
+                pass
             yield
-        finally:
-            os.close(handle)
 
     def begin(self) -> None:
         """Creates the folder on this host and removes the temporary files of killed processes."""
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.rglob(f"{TEMPORARY}*"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
     def record(self) -> dict[str, Any] | None:
         """The content of run.json; None if there is no run yet.
 
         Raises: ValueError if the folder holds other things, or if the record is damaged.
         """
-        path = self.path / RECORD
-        if path.is_file():
-            if not is_intact(self.path, RECORD):
-                raise ValueError(f"{path}: damaged, or of another version; {RESTORE}")
-            return json.loads(path.read_text(encoding="utf-8"))
+        damage = damage_of(self.path, RECORD)
+        if not damage:
+            return json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        if damage != "missing":
+            raise ValueError(f"{self.path / RECORD}: {damage}; {RESTORE}")
         # Temporary folders and checksums are there if a process died while it wrote its first file.
         ours = self.path.is_dir() and all(p.name.startswith((TEMPORARY, CHECKSUMS)) for p in self.path.iterdir())
         if self.path.exists() and not ours:
@@ -264,23 +257,17 @@ class Folder:
         """The rows of metrics of the finished iterates. Raises: Stopped if they are missing or damaged."""
         if not (self.path / METRICS).exists() and not any("/" in name for _, name in checksums(self.path)):
             return []  # There is no folder of an iterate yet.
-        return list(self.read_rows(METRICS))
-
-    def finish_iterate(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Writes the metrics of all finished iterates: the row of the last one makes it finished."""
-        self.write_rows(METRICS, rows)
+        return self.read_rows(METRICS)
 
     # ------------------------------------------------------------ on the way to an iterate
 
     def enter(self, iterate: int) -> None:
-        """Begins or resumes the work on an iterate: `resume` is now its folder."""
+        """Begins or resumes the work on an iterate: `resume` is now its folder. The one before is finished."""
         self.resume = self.path / "resume" / f"iterate-{iterate}"
         for folder in (self.resume.parent, self.resume):  # But not their parents: a removed run stays removed.
             folder.mkdir(exist_ok=True)
-
-    def leave(self) -> None:
-        """Removes what was on the way to an iterate that is now finished."""
-        shutil.rmtree(self.resume, ignore_errors=True)
+        if iterate > 1:  # A resumed run finds the start's samples again.
+            shutil.rmtree(self.resume.with_name(f"iterate-{iterate - 1}"), ignore_errors=True)
 
     def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, log: Sequence[dict[str, Any]]) -> None:
         """Writes a checkpoint: the trained weights, the optimizer's state, and the rows of the log of steps so far.
@@ -340,7 +327,7 @@ def in_shards(
     done: dict[int, Sequence[Any]] = {}  # what this rank has, by the number of the shard
     for n in parallel.dealt([n for n, shard in enumerate(names) if place and (place / shard).exists()]):
         if is_usable(place, names[n], "computing it again"):
-            done[n] = list(read_rows(place / names[n]))
+            done[n] = read_rows(place / names[n])
     found = parallel.gather(dict.fromkeys(done))
     for n in parallel.claimed([n for n in range(len(shards)) if n not in found]):
         done[n] = list(work(shards[n]))

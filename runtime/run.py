@@ -127,8 +127,8 @@ class Run:
         """Writes pairs, held-out responses, weights and, last, the row of metrics that makes the iterate finished."""
         self.rows.append(row)
         model = self.weights.to_save(player)
-        times = {"iterate": self.iterate} | self.work.progress.times()
-        note = self.work.progress.finish_iterate()
+        times = {"iterate": self.iterate} | self.work.progress.finish_iterate()
+        note = "".join(f", {phase} {seconds:.0f} s" for phase, seconds in times["seconds"].items())
 
         def write() -> None:
             if pairs or (self.iterate and getattr(self.args, "mix_previous", False)):  # The next iteration reads them.
@@ -138,13 +138,11 @@ class Run:
             if self.iterate:
                 self.folder.add(f"steps-{self.iterate - 1}.jsonl")
                 self.folder.write_folder(f"iterate-{self.iterate}", lambda path: self.weights.save(model, path))
-            self.folder.finish_iterate(self.rows)
+            self.folder.write_rows("metrics.jsonl", self.rows)  # The row of this iterate makes it finished.
             self.folder.append("times.jsonl", json.dumps(times) + "\n")  # The report page reads it, no run does.
             self.tell("iterate", self.rows, self.heldout_responses, note)
 
         parallel.on_writer(write)
-        if self.iterate:  # A resumed run finds the start's samples again.
-            self.folder.leave()
         self.heldout_responses = {n: rows for n, rows in self.heldout_responses.items() if n in (0, self.iterate)}
 
     def _with_texts(self, pair: Any) -> Row:
@@ -177,7 +175,7 @@ class Run:
 
     def read_rows(self, name: str) -> list[Any]:
         """The rows of a file of an earlier iteration, on all ranks. Raises: Stopped if it is damaged or missing."""
-        return parallel.on_writer(lambda: list(self.folder.read_rows(name)))
+        return parallel.on_writer(lambda: self.folder.read_rows(name))
 
     def write_rows(self, name: str, rows: Iterable[Any]) -> None:
         parallel.on_writer(lambda: self.folder.write_rows(name, rows))

@@ -13,7 +13,7 @@ from torch import Tensor
 from evaluate import Row, mean
 from runtime import parallel
 from runtime.folder import Folder, restore_training, write_rows
-from runtime.progress import number
+from runtime.progress import Bar
 from runtime.stopping import SIGNALS, Stopped
 from runtime.work import Work
 
@@ -43,16 +43,18 @@ class Training:
         self._resume(optimizer)
         left = itertools.islice(enumerate(self._order()), len(self.log), None)
         self.saved = time.monotonic()
-        with self.progress.bar(f"train {self.t}", self.steps, len(self.log)) as bar, self.progress.timed("train"):
+        bar = Bar(self.progress, f"train {self.t}", self.steps, len(self.log))
+        with bar, self.progress.timed("train"):
             for step, indices in left:
                 # Dropout depends on step and rank alone, so a checkpoint need not hold the generator's state.
                 torch.manual_seed(self.seed(self.t, f"dropout {step} {parallel.rank()}"))
                 self.batch = [self.items[i] for i in indices.tolist()]
                 yield step, self.batch
-                self.progress.stepped(sum(item.tokens for item in self.batch))
+                self.progress.tokens += sum(item.tokens for item in self.batch)
                 last = self.log[-1]
                 self.tell("step", last)
-                bar.update(1, **{name: number(last[name]) for name in ("loss", "margin") if name in last})
+                shown = {name: last[name] for name in ("loss", "margin") if last.get(name) is not None}
+                bar.update(1, **{name: f"{value:.4g}" for name, value in shown.items()})
                 self._keep(optimizer)
                 SIGNALS.check_agreed()
 
@@ -128,7 +130,7 @@ class Training:
             due = parallel.on_writer(lambda: due)
         due = due or SIGNALS.agreed or len(self.log) == self.steps
         if parallel.is_writer():  # Readers see the log grow; a resumed run cuts it to the checkpoint's steps.
-            self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n", sync=bool(due or failed))
+            self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n")
         if failed:
             steps = f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}"
             advice = "begin another run with a lower --lr or with --precision fp32"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from data.examples import Example, decode
 from evaluate import DECODINGS, Metric, Row
 from runtime.folder import Folder, in_shards
-from runtime.progress import Progress
+from runtime.progress import Bar, Progress
 from runtime.stopping import SIGNALS, Stopped
 
 SHARDS = 32  # Aim for 32 shards per phase, within the limits below.
@@ -107,7 +107,7 @@ class Work:
         """
         least, most = limits
         size = self.args.shard or min(most, -(-max(count, 1) // (SHARDS * least)) * least)
-        bar = self.progress.bar(name, count)
+        bar = Bar(self.progress, name, count)
 
         def advance(items: int) -> None:
             bar.update(items)

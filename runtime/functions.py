@@ -4,7 +4,6 @@ import functools
 import hashlib
 import importlib.util
 import math
-import numbers
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -19,12 +18,12 @@ from runtime.stopping import Stopped
 def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The functions of --metric, keyed by the names of their columns: metric(prompt, response, references) -> float.
 
-    Each raises Stopped if it does not return a finite number. Raises: FileNotFoundError, ValueError.
+    Each raises Stopped if it fails or does not return a finite number. Raises: FileNotFoundError, ValueError.
     """
     metrics = {}
     for name in names:
         function = SHIPPED.get(name) or load("--metric", name)
-        metrics[name_of(name)] = _checked(f"--metric {name_of(name)}", function, _number, "a finite number")
+        metrics[name_of(name)] = _checked(f"--metric {name_of(name)}", function, _number)
     if len({*metrics, "error"}) <= len(names):  # Two columns would have one name, or one would be greedy_error.
         raise ValueError(f"--metric {', '.join(names)}: expected names that differ, and none that is 'error'")
     return metrics
@@ -33,9 +32,9 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
 def load_scorer(name: str) -> Callable[[str, list[str]], list[float]]:
     """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins.
 
-    It raises Stopped if it returns anything else. Raises: FileNotFoundError, ValueError.
+    It raises Stopped if it fails or returns anything else. Raises: FileNotFoundError, ValueError.
     """
-    return _checked(f"--scorer {name}", load("--scorer", name), _probabilities, "a list of two probabilities")
+    return _checked(f"--scorer {name}", load("--scorer", name), _probabilities)
 
 
 def load(flag: str, name: str) -> Callable[..., Any]:
@@ -44,7 +43,7 @@ def load(flag: str, name: str) -> Callable[..., Any]:
     Raises: FileNotFoundError, or ValueError that says what is wrong with the file.
     """
     file, _, attribute = name.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
+    if not Path(file).is_file():
         raise FileNotFoundError(f"{flag} {name}: no such file, expected FILE.py:NAME")
     try:
         function = getattr(_module(Path(file).resolve()), attribute)
@@ -81,29 +80,25 @@ def digest(names: Sequence[str]) -> str:
     return total.hexdigest()
 
 
-def _checked(what: str, function: Callable[..., Any], convert: Callable[[Any], Any], expected: str) -> Callable:
-    """`function` with its results converted. It raises Stopped if the function raises, or if `convert` returns None."""
+def _checked(what: str, function: Callable[..., Any], convert: Callable[[Any], Any]) -> Callable:
+    """`function` with its results converted. It raises Stopped if the function or `convert` raises."""
 
     def call(prompt: str, *texts: Any) -> Any:
-        where = f"for the prompt {shown(repr(prompt))}"
         try:
-            value = function(prompt, *texts)
-            result = convert(value)
+            return convert(function(prompt, *texts))
         except BaseException as error:  # The user's code may raise anything, including SystemExit.
-            raise Stopped(f"{what}: {type(error).__name__}: {error} ({where})") from None
-        if result is None:
-            raise Stopped(f"{what}: returned {shown(repr(value))}, expected {expected} ({where})")
-        return result
+            raise Stopped(f"{what}: {type(error).__name__}: {error} (for the prompt {shown(repr(prompt))})") from None
 
     return call
 
 
-def _number(value: Any) -> float | None:
-    value = value.item() if hasattr(value, "item") else value  # numpy and torch return scalars of their own.
-    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+def _number(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, not {value}")
+    return float(value)
 
 
-def _probabilities(value: Any) -> list[float] | None:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return None
-    return [float(p) for p in value] if all(isinstance(p, numbers.Real) and 0 <= p <= 1 for p in value) else None
+def _probabilities(value: Any) -> list[float]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(0 <= p <= 1 for p in value):
+        raise ValueError(f"expected a list of two probabilities, not {shown(repr(value))}")
+    return list(map(float, value))

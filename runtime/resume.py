@@ -1,14 +1,15 @@
-"""What a resumed run must have in common with the run that began: options, inputs and the number of ranks."""
+"""What a resumed run must have in common with the run that began: options, inputs and, with dropout, the ranks."""
 
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from model import weight_files
 from runtime.folder import digest_of_file
+from runtime.options import flag_of
 
 PER_ITERATION = ("beta", "lr", "epochs")  # The record has one value per iteration of these options.
 MODEL_FILES = (  # the files of a model's directory that are read, apart from the weights
@@ -31,29 +32,22 @@ def continued(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]
 
 
 def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeable: Sequence[str]) -> None:
-    """Compares the options of a resumed run with those that it began with. --iterations may grow.
+    """Compares command, number of ranks and options of a resumed run with those that it began with.
 
-    Raises: ValueError naming the first option that differs and is not `changeable`.
+    --iterations may grow. Raises: ValueError naming the first that differs and is not `changeable`.
     """
     new = json.loads(json.dumps(new))  # The old record has lists in place of tuples.
-    began, now = ({"command": record["command"]} | record["args"] for record in (old, new))
+    began, now = ({name: record[name] for name in ("command", "ranks")} | record["args"] for record in (old, new))
+    both = min(began["iterations"], now["iterations"])
     for name in now | began:
-        if name in changeable or began.get(name) == now.get(name) or _same_so_far(name, began, now):
-            continue
-        values = (options.get(name) for options in (now, began))
-        given, before = (", ".join(map(str, v)) if isinstance(v, list) else v for v in values)
-        flag = name if name == "command" else f"--{name.replace('_', '-')}"
-        raise ValueError(
-            f"{flag} {given!r}: the run in {folder} began with {before!r}; give the old value or another --out"
-        )
-
-
-def _same_so_far(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether an option that belongs to the number of iterations was the same in those that both runs have."""
-    if name == "iterations":
-        return new[name] >= old[name]
-    both = min(old["iterations"], new["iterations"])
-    return name in PER_ITERATION and (old.get(name) or [])[:both] == (new.get(name) or [])[:both]
+        given, before = now.get(name), began.get(name)
+        same = given >= before if name == "iterations" else given == before
+        if name in PER_ITERATION:
+            same = (given or [])[:both] == (before or [])[:both]
+        if not same and name not in changeable:
+            flag = name if name in ("command", "ranks") else flag_of(name)
+            remedy = "give the old value or another --out"
+            raise ValueError(f"{flag} {given!r}: the run in {folder} began with {before!r}; {remedy}")
 
 
 def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> None:
@@ -64,21 +58,8 @@ def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> N
     for name in old | new:
         if old.get(name) != new.get(name):
             now, then = (digests.get(name, "none")[:12] for digests in (new, old))
-            raise ValueError(
-                f"--{name}: not the contents {whose} (sha256 {now}, then {then}); restore them or give another --out"
-            )
-
-
-def check_ranks(folder: Path, old: dict[str, Any], ranks: int) -> None:
-    """Raises ValueError if the run in `folder` began with another number of ranks."""
-    if old["ranks"] != ranks:
-        raise ValueError(
-            f"{ranks} ranks: the run in {folder} began with {old['ranks']}, on which dropout's random numbers depend; "
-            "start as many, or give another --out"
-        )
-
-
-# ---------------------------------------------------------------- the sha256 of inputs
+            remedy = "restore them or give another --out"
+            raise ValueError(f"--{name}: not the contents {whose} (sha256 {now}, then {then}); {remedy}")
 
 
 def digest_of_model(folder: Path, with_weights: bool = True) -> str:
@@ -92,7 +73,7 @@ def digest_of_adapter(folder: Path) -> str:
     return _digest_of_files([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
 
 
-def _digest_of_files(paths: Iterable[Path]) -> str:
+def _digest_of_files(paths: Sequence[Path]) -> str:
     found = [(path, path.stat()) for path in paths]
     digests = [_digest_of_state(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in found]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

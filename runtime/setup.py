@@ -104,10 +104,9 @@ def check_unfinished(run: Run) -> None:
 
 def check_options(args: Any, found: dict[str, Any], record: dict[str, Any]) -> None:
     """Raises ValueError if an option would change the outcome of the run that is resumed."""
-    may_change = set(changeable(type(args)))
+    may_change = {"ranks", *changeable(type(args))}
     if args.dropout or args.lora_dropout:  # Which numbers dropout draws depends on how a batch is split.
-        may_change -= {"micro_tokens", "device"}
-        resume.check_ranks(args.out, found, parallel.world_size())
+        may_change -= {"ranks", "micro_tokens", "device"}
     resume.check_same(args.out, found, record, may_change)
 
 

@@ -7,7 +7,6 @@ state. A handler that raised at once, as Python's own does, could throw through 
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -44,8 +43,6 @@ class Signals:
     def noted(self) -> Iterator[None]:
         """Installs the handlers inside the context, and restores the old ones at its end."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        if threading.current_thread() is not threading.main_thread():
-            before = {}  # Python allows handlers in the main thread only.
         for number, handler in before.items():
             if handler != signal.SIG_IGN:  # `nohup` and `&` ignore signals on purpose.
                 signal.signal(number, self._note)

@@ -82,8 +82,8 @@ def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path,
 @pytest.mark.parametrize(
     "body, says",
     [
-        ("return None", "returned None, expected a finite number"), ("return 'x'", "returned 'x', expected"),
-        ("return float('nan')", "returned nan, expected"), ("return [1]", "returned [1], expected"),
+        ("return None", "TypeError: must be real number, not NoneType (for"), ("return 'x'", "TypeError: must be"),
+        ("return float('nan')", "ValueError: expected a finite number, not nan"), ("return [1]", "TypeError: "),
         ("raise KeyError('k')", "KeyError: 'k' (for the prompt '"), ("raise SystemExit", "SystemExit: "),
     ],
 )  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_metric_that_fails_later_stops_the_run(start, data, tmp_path, capsys):
     )
     assert sft.main(flags(start, data, tmp_path / "out", beta=None, metric=f"{tmp_path}/bad.py:f")) == 1
     error = capsys.readouterr().err
-    assert "--metric f: returned 'none'" in error and error.count("\n") == 1
+    assert "--metric f: TypeError: must be real number, not str" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_scorer_returns_two_probabilities(tmp_path, answer, accepted):
     if accepted:
         assert scorer("p", ["a", "b"]) == [1.0, 0.5]
     else:
-        with pytest.raises(Stopped, match=r"judge.py:judge: returned .* \(for the prompt 'p'\)"):
+        with pytest.raises(Stopped, match=r"judge.py:judge: .*Error: .* \(for the prompt 'p'\)"):
             scorer("p", ["a", "b"])
 
 

@@ -244,7 +244,7 @@ def test_dropout_requires_the_number_of_ranks_that_the_run_began_with(launch, st
     (folder,) = folders(tmp_path, "a")
     launch(argv, [folder] * 2, die_in=["step", 1, 1])
     world = launch(argv, [folder])
-    assert world.codes == [2] and "1 ranks: the run in run began with 2" in world.err[0]
+    assert world.codes == [2] and "ranks 1: the run in run began with 2" in world.err[0]
 
 
 def test_a_dry_run_says_what_each_rank_needs(launch, start, data, tmp_path):

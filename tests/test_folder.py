@@ -86,13 +86,6 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, na
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checksums", "x"] and run.read_rows("x") == ["before"]
 
 
-def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
-    """A run whose folder was removed must not go on in an incomplete one."""
-    with pytest.raises(FileNotFoundError, match="gone/x"):
-        folder.write_text(tmp_path / "gone/x", "y")
-    assert not (tmp_path / "gone").exists()
-
-
 def test_temporary_files_follow_no_link_and_keep_the_mode_of_the_umask(tmp_path):
     """A link under the file's own name is replaced, not followed; files are as readable as others of the user."""
     (tmp_path / "precious").write_text("precious")
@@ -198,24 +191,6 @@ def test_shards_are_read_or_computed_but_never_mixed_up(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the state of training
-
-
-def test_a_damaged_checkpoint_or_shard_is_computed_again(start, data, here, capsys):
-    """One line with the file's name, and the run ends as it would have without the damage."""
-    die_at(Run, "evaluate", small(start, data), evaluates_a_trained_player)
-    shutil.copytree(here / "run", here / "died")
-    assert spin.main(small(start, data)) == 0
-    whole = tree(here / "run")
-    for name in ("train.safetensors", "score-0-32.jsonl"):
-        shutil.rmtree(here / "run")
-        shutil.copytree(here / "died", here / "run")
-        path = here / "run/resume/iterate-1" / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        capsys.readouterr()
-        assert spin.main(small(start, data)) == 0
-        error = capsys.readouterr().err
-        assert name in error and "damaged" in error and "again" in error and error.count("\n") == 1
-        assert tree(here / "run") == whole
 
 
 def test_nothing_is_saved_by_pickle(start, data, here):

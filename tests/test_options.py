@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from respond import RespondOptions
 from runtime import options
 from runtime.options import ROOT, changeable, combined, parse, settings
 from sft import SftOptions
@@ -90,6 +91,12 @@ def test_help_shows_every_option_once_in_its_group_with_its_default(options_clas
     expected = {"--lr": "5e-05]", "--dry-run": "off]", "--model": "none]", "--data": "none]", "--prompts": "0]"}
     assert expected.items() <= defaults.items()
     assert own != "more" or "--alpha X Share of the start, 100% at most. [0.0]" in found[own]
+
+
+def test_every_option_of_respond_has_a_heading(capsys):
+    with pytest.raises(SystemExit):
+        parse(RespondOptions, ["--help"], "respond.py")
+    assert "\n:\n" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_may_change_where_and_how_fast_it_computes_and_nothing_else():
@@ -268,6 +275,8 @@ def test_a_flag_wins_over_recipes_wherever_it_stands_and_a_later_recipe_over_an_
         (b"--template 'x", "@r: No closing quotation"),
         (b"--out \xff", "@r: 'utf-8' codec"),
         (b"--batch x", "--batch x: expected an integer"),
+        (b"--lr \\", "@r: No escaped character"),
+        (b'""', "'': expected flags"),
         (b"@paper", "@r: @paper: [Errno 2] No such file"),
     ],
 )

@@ -107,14 +107,3 @@ def test_a_run_that_is_removed_stays_removed(start, data, here, monkeypatch, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "run/" in error
     assert not (here / "run").exists()
-
-
-def test_leftovers_of_a_killed_process_are_removed(died, start, data, here):
-    folder, whole = died
-    shutil.copytree(folder, here / "run")
-    for place in ("", "resume/iterate-2", "iterate-1"):
-        leftover = here / "run" / place / ".tmp-abc"
-        leftover.mkdir()
-        (leftover / "model.safetensors").write_bytes(b"x" * 100)
-    assert spin.main(small(start, data)) == 0
-    assert tree(here / "run") == whole

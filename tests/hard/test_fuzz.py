@@ -1,4 +1,4 @@
-"""Malformed flags, recipes, data and configs, by table and by seeded mutation: one line that names them, exit code 2.
+"""Malformed data and configs, by table and by seeded mutation: one line that names them, exit code 2.
 
 Each table holds what must be refused. A mutation may stay valid; then it must be accepted as quietly.
 """
@@ -14,9 +14,6 @@ from helpers import flags
 
 import sft
 import spin
-from runtime.options import combined, parse
-from sft import SftOptions
-from spin import SpinOptions
 
 GOOD = b'{"prompt": "abc", "response": "EY1 B IY0"}\n'
 DATA = b"".join(GOOD.replace(b"abc", bytes([a, b])) for a in b"abcde" for b in b"abcde") + GOOD.replace(
@@ -55,72 +52,6 @@ def mutated_json(rng: random.Random, value: dict) -> bytes:
     else:
         node[key] = rng.choice(NONSENSE)
     return json.dumps(value).encode()
-
-
-# ---------------------------------------------------------------- flags and recipes
-
-NUMBERS = ("eval-share", "beta", "temperature", "top-p", "lora-alpha", "lora-dropout", "lr", "warmup", "weight-decay")
-COUNTS = ("eval-limit", "iterations", "prompts", "max-new-tokens", "top-k", "gen-batch", "rank", "epochs", "batch")
-FLAGS = [
-    *([f"--{name}={value}"] for name in NUMBERS for value in ("", "x", "nan", "-inf", "-1", "1e", "0x1", "\0", "½")),
-    *([f"--{name}={value}"] for name in COUNTS for value in ("", "x", "1.5", "inf", "1e3", "-1", "9" * 5000, "\x1b")),
-    *([f"--{name}", *values] for name in ("beta", "lr", "epochs") for values in ("12", "0", ["1", "-1", "1"], ["1,1"])),
-    *([f"--{name}"] for name in (*NUMBERS, *COUNTS, "model", "data", "template", "lora-targets")),
-    *([f"--{name}={value}"] for name in ("overlong", "unfinished", "precision", "best") for value in ("", "x", "KEEP")),
-    *([f"--device={value}"] for value in ("", "cuda:", "cuda:-1", "cuda:100", "CPU", "cpu:0", "mps", "cpu\0")),
-    *([f"--template={value}"] for value in ("", "prompt", "{}", "{ prompt }", "{prompt", "\udcff{prompt}")),
-    *([f"--{name}=1"] for name in ("mix-previous", "learning-rate", "modell", "from_scratch", "a\nb", "a\u202eb")),
-    ["--mix-previous", "yes"], ["x"], ["-x"], ["--seed", "1", "2"], ["-1"], ["--out="], ["--out=\n"], ["@none"], ["@/"],
-]  # fmt: skip
-
-
-def refusal(argv: list[str]) -> str:
-    """The message with which a command line is refused, "" if it is accepted."""
-    try:
-        parse(combined(SpinOptions), argv, "spin.py")
-    except ValueError as error:
-        assert "\n" not in str(error)
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("case", FLAGS, ids=lambda case: ascii(case)[:40])
-def test_flags(case):
-    """The flag is named, or the word that is none."""
-    error, name = refusal(["--model", "m", *case]), case[0].partition("=")[0]
-    assert error.isprintable() and (name in error or case[-1] in error or not name.isprintable()) and error
-
-
-RECIPES = [
-    b'--model "x', b"--model 'x", b"--lr \\", b"\xff\xfe", b"--lr", b"--lr x", b"--nope 1", b"x", b'""', b"-",
-    b"--template '{prompt'", b"--model", b"\x7fELF" + bytes(64), b"--lr=nan", b"@none.args", b"--lr 1e-3,",
-]  # fmt: skip
-
-
-def test_recipes(tmp_path):
-    path = tmp_path / "r.args"
-
-    def refused(recipe: bytes) -> bool:
-        path.write_bytes(recipe)
-        return refusal([f"@{path}"]) != ""
-
-    for recipe in RECIPES:
-        assert refused(recipe), recipe
-    good = b"--lr 1e-3 --epochs 1\n--template '# {prompt}\\n' # a comment\n--beta 0.1\n"
-    assert not refused(good)
-    rng = random.Random(8)
-    assert sum(refused(mutated(rng, good)) for _ in range(200)) >= 100
-
-
-@pytest.mark.parametrize("options_class", [SpinOptions, SftOptions])
-def test_values_from_python(options_class):
-    """Every option either takes a value or raises a ValueError that names it."""
-    for name in combined(options_class).__dataclass_fields__:
-        for value in (*NONSENSE, b"x", object(), (1, 2), ("x", None)):
-            try:
-                combined(options_class)(**{name: value})
-            except ValueError as error:
-                assert "--" + name.replace("_", "-") in str(error)
 
 
 # ---------------------------------------------------------------- data and configs

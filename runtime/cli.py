@@ -119,6 +119,6 @@ def streams() -> Iterator[None]:
                 stream.flush()
             except OSError as error:  # Python would flush again at exit, and print a traceback.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                gone = isinstance(error, BrokenPipeError)
+                gone |= isinstance(error, BrokenPipeError)
     if gone:
         sys.exit(BROKEN_PIPE)

@@ -1,4 +1,4 @@
-"""runtime/folder.py: files written whole and synced, their checksums, shards, and the state of training."""
+"""runtime/folder.py: files written whole and synced, their checksums, and shards."""
 
 import errno
 import os
@@ -6,13 +6,12 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import die_at, rows, small, tree
-from safetensors import safe_open
+from helpers import small, tree
+from safetensors.torch import save_file
 
 import spin
 from runtime import folder
 from runtime.folder import Folder, in_shards
-from runtime.run import Run
 from runtime.stopping import Stopped
 
 
@@ -30,10 +29,6 @@ def spy_on_fsync(monkeypatch, calls) -> None:
 
 def identity(path):
     return path.stat().st_dev, path.stat().st_ino
-
-
-def evaluates_a_trained_player(run, player) -> bool:
-    return run.iterate == 1
 
 
 # ---------------------------------------------------------------- files
@@ -86,15 +81,12 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, na
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checksums", "x"] and run.read_rows("x") == ["before"]
 
 
-def test_temporary_files_follow_no_link_and_keep_the_mode_of_the_umask(tmp_path):
-    """A link under the file's own name is replaced, not followed; files are as readable as others of the user."""
+def test_files_replace_links_and_are_as_readable_as_others_of_the_user(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "x").symlink_to(tmp_path / "precious")
-    folder.write_text(tmp_path / "x", "y")
-    (tmp_path / "plain").write_text("z")
-    assert (tmp_path / "precious").read_text() == "precious" and (tmp_path / "x").read_text() == "y"
-    assert not (tmp_path / "x").is_symlink()
-    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    folder.write(tmp_path / "x", lambda place: save_file({}, place))
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "x").is_symlink()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "precious").stat().st_mode
 
 
 # ---------------------------------------------------------------- checksums
@@ -188,16 +180,3 @@ def test_shards_are_read_or_computed_but_never_mixed_up(tmp_path, capsys):
     assert not place.exists(), "the iterate before is finished"
     shutil.copy(kept, run.resume)
     assert in_shards(run, "x", 3, 3, work) == expected[:3] and len(asked) == 14
-
-
-# ---------------------------------------------------------------- the state of training
-
-
-def test_nothing_is_saved_by_pickle(start, data, here):
-    """The state of training is tensors and JSON, both data."""
-    die_at(Run, "evaluate", small(start, data), evaluates_a_trained_player)
-    names = {".json", ".jsonl", ".safetensors", ".svg", ".html", ""}
-    assert {p.suffix for p in (here / "run").rglob("*") if p.is_file()} <= names
-    with safe_open(here / "run/resume/iterate-1/train.safetensors", framework="pt") as reader:
-        assert [*reader.metadata()] == ["log"]
-    assert len(rows(here / "run/steps-0.jsonl")) == 5

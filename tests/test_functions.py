@@ -13,7 +13,6 @@ import torch
 from helpers import die_at, flags, refused, rows, tree
 
 import respond
-import sft
 import spin
 from runtime import functions
 from runtime.functions import load_metrics
@@ -94,15 +93,6 @@ def test_a_metric_that_fails_is_refused_before_the_run(body, says, start, data, 
     assert f"--metric f: {says}" in error and "for the prompt '" in error
 
 
-def test_a_metric_that_fails_later_stops_the_run(start, data, tmp_path, capsys):
-    (tmp_path / "bad.py").write_text(
-        "def f(prompt, response, references):\n    return float(response in references) or 'none'\n"
-    )
-    assert sft.main(flags(start, data, tmp_path / "out", beta=None, metric=f"{tmp_path}/bad.py:f")) == 1
-    error = capsys.readouterr().err
-    assert "--metric f: TypeError: must be real number, not str" in error and error.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -122,11 +112,9 @@ def test_metrics_that_are_refused(words, says, start, data, tmp_path, capsys):
         assert says in refused([*flags(start, data, tmp_path / "out"), *words], tmp_path / "out", capsys)
 
 
-@pytest.mark.parametrize(
-    "value", [True, 1, 1.0, numpy.bool_(True), numpy.float32(1), torch.tensor(1.0), torch.tensor([1])]
-)
-def test_a_metric_may_return_any_kind_of_number(value):
-    assert functions._number(value) == 1.0 and isinstance(functions._number(value), float)
+def test_a_metric_may_return_any_kind_of_number():
+    for value in (True, 1, 1.0, numpy.bool_(True), numpy.float32(1), torch.tensor(1.0), torch.tensor([1])):
+        assert functions._number(value) == 1.0 and isinstance(functions._number(value), float)
 
 
 @pytest.mark.parametrize("answer, accepted", [("(1, 0.5)", True), ("[1, 2]", False), ("[0.5]", False), ("'01'", False)])

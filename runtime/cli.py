@@ -18,8 +18,7 @@ from runtime.options import combined, parse, settings
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Finished, Interrupted, Stopped
 
-# What a shell reports of a program whose output nobody reads, as in `yes | head`: 128 + SIGPIPE.
-BROKEN_PIPE = 128 + signal.SIGPIPE
+BROKEN_PIPE = 128 + signal.SIGPIPE  # Shells report it of a program whose output nobody reads, as in `yes | head`.
 
 
 def main(

@@ -223,7 +223,7 @@ def rule_of(field: dataclasses.Field) -> tuple[Callable[[Any], object], str]:
         return facts.get("check", lambda value: True), facts.get("expected", words)
     *alone, interval = facts["within"].split(" or ")
     low, high = map(float, interval[1:-1].split(","))
-    allowed = {float(one) for one in alone}  # beside the numbers between low and high
+    allowed = {float(one) for one in alone}  # Numbers between low and high are allowed, too.
     allowed |= {low} if interval[0] == "[" else set()
     allowed |= {high} if interval[-1] == "]" else set()
     return lambda value: low < value < high or value in allowed, " or ".join([*alone, f"{words} in {interval}"])

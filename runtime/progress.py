@@ -86,7 +86,7 @@ class Bar:
         self.progress, self.name, self.total = progress, name, total
         self.done = self.first = done  # `first` is where this process began, for the rate.
         self.began = progress.clock()
-        self.clear = "\r\x1b[K" if parallel.is_writer() and sys.stderr.isatty() else ""  # clears a terminal's line
+        self.clear = "\r\x1b[K" if parallel.is_writer() and sys.stderr.isatty() else ""  # It clears a line.
 
     def __enter__(self) -> "Bar":
         return self

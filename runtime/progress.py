@@ -123,7 +123,7 @@ class Bar:
         text = "" if self.progress.iterate is None else f"iterate {self.progress.iterate}, "
         text += f"{self.name}: {self.done:,} of {self.total:,} ({self.done / max(self.total, 1):.0%}), {rate:,.3g}/s"
         text += "".join(f", {name} {value}" for name, value in notes.items())
-        text += f", {duration(seconds)} left"
+        text += f", {duration(seconds)} left" if rate else ""
         return text if rest is None else f"{text}; run: {duration(rest)} left"
 
 

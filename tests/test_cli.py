@@ -207,13 +207,14 @@ def test_data_that_is_wrong_is_named_by_file_and_line(content, names, start, dat
     "given, names",
     [
         ({"data": "nothere.jsonl"}, "nothere.jsonl"), ({"data": None}, "--data is missing"),
-        ({"model": "nowhere"}, "neither a directory nor a hub id"), ({"model": None}, "--model is missing"),
-        ({"rank": 17}, "--rank"), ({"lora_targets": "nolayer"}, "--lora-targets"), ({"device": "cuda:99"}, "cuda:99"),
+        ({"start": "nowhere"}, "neither a directory nor a hub id"), ({"start": None}, "--model is missing"),
+        ({"rank": 17}, "--rank"), ({"lora_targets": "nolayer"}, "nolayer"), ({"device": "cuda:99"}, "cuda:99"),
         ({"lr": [1e-4, 1e-4]}, "--lr"), ({"metric": "none.py:f"}, "--metric"),
     ],
 )  # fmt: skip
 def test_flags_are_checked_against_the_model_the_machine_and_each_other(given, names, start, data, tmp_path, capsys):
-    assert names in refused(flags(start, data, tmp_path / "out", **given), tmp_path / "out", capsys)
+    argv = flags(**{"start": start, "data": data, "out": tmp_path / "out"} | given)
+    assert names in refused(argv, tmp_path / "out", capsys)
 
 
 def test_a_model_without_weights_or_with_another_tokenizer(start, data, tmp_path, capsys):

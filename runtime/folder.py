@@ -243,7 +243,7 @@ class Folder:
         if not damage:
             return json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         if damage != "missing":
-            raise ValueError(f"{self.path / RECORD}: {damage}; {RESTORE}")
+            raise ValueError(f"{self.path / RECORD}: damaged, or of another version; {RESTORE}")
         # Temporary folders and checksums are there if a process died while it wrote its first file.
         ours = self.path.is_dir() and all(p.name.startswith((TEMPORARY, CHECKSUMS)) for p in self.path.iterdir())
         if self.path.exists() and not ours:

@@ -304,13 +304,15 @@ def parser_of(options_class: type, prog: str, about: str) -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {}
+    left = dict(fields)
     for base in reversed(options_class.__mro__):
         title = base.__name__.removesuffix("Options").lower()
-        for name in inspect.get_annotations(base):
-            title = fields[name].metadata.get("group") or title
+        for name in filter(left.__contains__, inspect.get_annotations(base)):
+            field = left.pop(name)  # A method's class may replace an option, which stays in its place.
+            title = field.metadata.get("group") or title
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
-            add_argument(groups[title], fields[name])
+            add_argument(groups[title], field)
     return parser
 
 

@@ -176,4 +176,5 @@ def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit):
         respond.main(["--help"])
     text = capsys.readouterr().out
-    assert text.startswith("usage: respond.py MODEL") and "--compare MODEL" in text and "--prompt TEXT" in text
+    assert text.startswith("usage: respond.py [@RECIPE ...] MODEL")
+    assert "--compare MODEL" in text and "--prompt TEXT" in text

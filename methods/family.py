@@ -27,7 +27,7 @@ from data.examples import Example
 from methods import losses
 from player import Player
 from runtime import cli, functions
-from runtime.options import FUNCTION, option
+from runtime.options import option
 from runtime.run import Run
 from runtime.stopping import Stopped
 from spin import Pair, Row
@@ -286,7 +286,7 @@ class FamilyOptions(spin.SpinOptions):
                              "(self-reinforcement).")
     scorer: str = option(
         "", "FILE.py:NAME of f(prompt, responses) -> probabilities to beat the opponent, for --loss sppo.",
-        changeable=True, check=lambda name: not name or re.fullmatch(FUNCTION, name), expected="FILE.py:NAME")
+        changeable=True, check=lambda name: not name or re.fullmatch(r".+\.py:\w+", name), expected="FILE.py:NAME")
     min_win: float = option(0.0, "Smallest probability to win of a pair's real response.", within="[0, 1]")
     # fmt: on
 

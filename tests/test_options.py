@@ -153,7 +153,7 @@ def test_wrong_values_are_refused_with_flag_value_and_what_is_expected(name, tex
     [
         {"lr": "x"}, {"lr": ()}, {"lr": None}, {"lr": (1e-3, "x")}, {"lr": 10**400}, {"clip": 10**400}, {"rank": 8.0},
         {"rank": True}, {"rank": (8,)}, {"checkpoint": 1}, {"model": None}, {"model": b"x"}, {"epochs": 1.0},
-        {"clip": True}, {"lora_targets": 3}, {"lora_targets": ()}, {"lr": (1e-3, 1e-4)},
+        {"clip": True}, {"lora_targets": 3}, {"lr": (1e-3, 1e-4)},
     ],
 )  # fmt: skip
 def test_wrong_values_from_python_are_refused_by_the_name_of_the_option(given):
@@ -228,7 +228,8 @@ def test_every_recipe_is_valid_and_names_the_files_of_this_project(name):
     if "--revise-template" not in words:  # an option of methods/seft.py
         options_class = Sft if "--from-scratch" in words or "continue" in name else Spin
         args = parse(options_class, [f"@{path}"], "spin.py")
-        assert all(Path(file).is_file() for file in args.data) and (not args.model or Path(args.model).is_dir())
+        hub = args.model in ("alignment-handbook/zephyr-7b-sft-full", "Qwen/Qwen3-0.6B")
+        assert all(Path(file).is_file() for file in args.data) and (not args.model or hub or Path(args.model).is_dir())
 
 
 @pytest.mark.parametrize("options_class, script", [(Spin, "spin"), (Sft, "sft")])

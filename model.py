@@ -132,6 +132,9 @@ def read_config(path: Path, model_types: Collection[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected {' or '.join(model_types)}")
     if raw.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: expected weights of 16 or 32 bits, not quantized ones")
+    generation = path.with_name("generation_config.json")
+    if generation.is_file() and isinstance(ends := _read_json(generation).get("eos_token_id"), list):
+        raw["eos_token_id"] = ends  # those of a chat model often stand there only
     return raw
 
 

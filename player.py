@@ -38,7 +38,7 @@ class Player:
 
     Args:
         model: its trained parameters are fp32; frozen parameters may be bf16.
-        eos_token_id: ends a response.
+        eos_token_id: ends a response, as any token of a list in the model's config does.
         args: options that bound lengths and memory: max_new_tokens, gen_batch, gen_tokens, micro_tokens.
         dtype: of matrix products. In bf16, training and scoring use autocast, and generation casts the weights.
     """
@@ -51,6 +51,8 @@ class Player:
     def __init__(self, model: LanguageModel, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self.eos_token_id = eos_token_id
+        listed = model.config.eos_token_id
+        self.ends = [eos_token_id, *(listed if isinstance(listed, list) else [])]
         self.args = args
         self.dtype = dtype
         self.device = model.head_weight.device
@@ -83,7 +85,7 @@ class Player:
                 self.model,
                 prompts,
                 max_new_tokens=max_new_tokens or self.args.max_new_tokens,
-                eos_token_id=self.eos_token_id,
+                eos_token_id=self.ends,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,

@@ -146,7 +146,7 @@ class Responder:
             top_p=self.args.top_p,
             max_new_tokens=min(self.args.max_new_tokens, room),
         )
-        return [(decode(ids, self.tokenizer, self.eos), finished) for ids, finished in responses]
+        return [(decode(ids, self.tokenizer, *self.player.ends), finished) for ids, finished in responses]
 
 
 def find(name: str) -> tuple[str | None, dict[str, Any] | None]:

@@ -43,7 +43,7 @@ def respond(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -57,7 +57,7 @@ def respond(
 
     Args:
         prompts: token ids, each prompt of 1 to max_position_embeddings - max_new_tokens tokens.
-        eos_token_id: a response ends after this token. If None, every response has max_new_tokens tokens.
+        eos_token_id: a response ends after this token, or any of these. If None, it has max_new_tokens tokens.
         temperature: divides the logits; 0 means greedy decoding. Other values below 0.001 may overflow fp32.
         top_k: draw from the k likeliest tokens only; 0 means all tokens.
         top_p: draw from the fewest likeliest tokens whose total probability reaches top_p; 1 means all tokens.
@@ -85,7 +85,8 @@ def respond(
     try:
         with torch.cuda.device_of(model.head_weight):  # graphs are captured on the current device
             sampler = Sampler(temperature, top_k, top_p)
-            batch = Batch(model, size, capacity, max_new_tokens, eos_token_id, sampler, seed)
+            ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+            batch = Batch(model, size, capacity, max_new_tokens, ends, sampler, seed)
             return _respond_all(batch, prompts, numbers, progress)
     finally:
         model.train(was_training)
@@ -282,12 +283,12 @@ class Batch:
         size: B, the number of slots.
         capacity: the most tokens of a row, including its prompt.
         max_new_tokens: M.
-        eos: the end-of-sequence token, or None.
+        ends: the tokens that end a response.
         seed: see `respond`.
     """
 
     def __init__(
-        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int, eos: int | None, sampler: Sampler,
+        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int, ends: list[int], sampler: Sampler,
         seed: int,
     ) -> None:  # fmt: skip
         device = model.head_weight.device
@@ -295,7 +296,7 @@ class Batch:
         self.cache = KVCache(model, size, capacity)
         self.sampler = sampler
         self.seed = seed
-        self.eos = -1 if eos is None else eos
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.prompt_of_slot: list[int | None] = [None] * size  # the index of its prompt, or None if the slot is idle
         self.longest = 0  # upper bound on the tokens of an active row
         self.tokens = torch.zeros(size, dtype=torch.long, device=device)  # last token of each row: the next input
@@ -380,7 +381,8 @@ class Batch:
         self.ids[rows, column] = torch.where(active, token, self.ids[rows, column])
         self.logps[rows, column] = torch.where(active, logp, self.logps[rows, column])
         self.counts[rows] = count + active
-        self.active[rows] = active & (token != self.eos) & (count + 1 < self.ids.shape[1])
+        ended = (token[:, None] == self.ends).any(1)
+        self.active[rows] = active & ~ended & (count + 1 < self.ids.shape[1])
 
     def collect(self) -> list[tuple[int, tuple[list[int], bool, list[float]]]]:
         """Removes finished rows and returns (prompt index, (ids, finished, logps)) of each; see Responses.
@@ -391,11 +393,11 @@ class Batch:
         slots = [slot for slot, prompt in enumerate(self.prompt_of_slot) if prompt is not None and not active[slot]]
         rows = torch.tensor(slots, dtype=torch.long, device=self.tokens.device)
         columns = (self.ids[rows].tolist(), self.logps[rows].tolist(), self.counts[rows].tolist())
-        responses = []
+        responses, ends = [], set(self.ends.tolist())
         for slot, ids, logps, count in zip(slots, *columns, strict=True):
             if not all(map(math.isfinite, logps[:count])):
                 raise FloatingPointError("the model's logits are not finite: its weights are damaged or have diverged")
-            responses.append((self.prompt_of_slot[slot], (ids[:count], ids[count - 1] == self.eos, logps[:count])))
+            responses.append((self.prompt_of_slot[slot], (ids[:count], ids[count - 1] in ends, logps[:count])))
             self.prompt_of_slot[slot] = None
         self.longest = int((self.cache.lengths * self.active).max())
         return responses

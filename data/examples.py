@@ -217,9 +217,9 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Templa
                 example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response", True)
 
 
-def decode(ids: list[int], tokenizer: Tokenizer, eos_token_id: int) -> str:
-    """Returns the text of a response without trailing end-of-sequence tokens and surrounding white space."""
-    return tokenizer.decode(_without_eos(ids, eos_token_id), skip_special_tokens=False).strip()
+def decode(ids: list[int], tokenizer: Tokenizer, *ends: int) -> str:
+    """Returns the text of a response without trailing tokens of `ends` and surrounding white space."""
+    return tokenizer.decode(_without(ends, ids), skip_special_tokens=False).strip()
 
 
 def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int) -> None:
@@ -259,14 +259,14 @@ def _ids(texts: list[str], tokenizer: Tokenizer, special: bool = True, inside: b
 
 def _ended(ids: list[int], eos_token_id: int, name: str, blank: bool = False) -> list[int]:
     """Returns a response with exactly one end-of-sequence token. If `blank`, the response may have no other token."""
-    ids = _without_eos(ids, eos_token_id)
+    ids = _without([eos_token_id], ids)
     if not (ids or blank) or eos_token_id in ids:
         raise ValueError(f"{name} is empty or has an end-of-sequence token inside")
     return [*ids, eos_token_id]
 
 
-def _without_eos(ids: list[int], eos_token_id: int) -> list[int]:
-    while ids[-1:] == [eos_token_id]:
+def _without(ends: Sequence[int], ids: list[int]) -> list[int]:
+    while ids and ids[-1] in ends:
         ids = ids[:-1]
     return ids
 

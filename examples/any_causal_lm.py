@@ -95,16 +95,17 @@ class CausalLM(Player):
             ids = torch.arange(1, 9, device=self.device)[None]
             product, logits = model.base_model(ids).last_hidden_state @ self.head.T, model(ids).logits
         tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
-        if not torch.allclose(product.float(), logits.float(), atol=tolerance, rtol=tolerance):
+        capped = getattr(model.config, "final_logit_softcapping", None)  # Gemma's; it changes large logits alone
+        if capped or not torch.allclose(product.float(), logits.float(), atol=tolerance, rtol=tolerance):
             raise ValueError(f"{type(model).__name__}: its head is not one product, so its kernel would be wrong")
 
     @torch.no_grad()
     def respond(self, prompts, seed, *, rows=None, max_new_tokens=None, progress=None, with_logps=False, **sampling):
         """One response to each prompt, by `generate`, in batches of prompts of like length, padded on the left."""
-        sampling, eos = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | sampling, self.eos_token_id
+        sampling, ends = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | sampling, self.ends
         settings = GenerationConfig(
-            do_sample=sampling["temperature"] > 0, num_beams=1, repetition_penalty=1.0, eos_token_id=eos,
-            pad_token_id=eos, max_new_tokens=max_new_tokens or self.args.max_new_tokens,
+            do_sample=sampling["temperature"] > 0, num_beams=1, repetition_penalty=1.0, eos_token_id=ends,
+            pad_token_id=ends[0], max_new_tokens=max_new_tokens or self.args.max_new_tokens,
             **(sampling if sampling["temperature"] else {}),
         )  # fmt: skip
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -116,8 +117,8 @@ class CausalLM(Player):
             torch.manual_seed(seed_of(seed, (rows or range(len(prompts)))[some[0]], "batch"))
             written = self.model.generate(ids, attention_mask=mask, generation_config=settings)
             for i, response in zip(some, written[:, ids.shape[1] :].tolist()):
-                finished = eos in response
-                result[i] = response[: response.index(eos) + 1] if finished else response, finished
+                length = next((n for n, token in enumerate(response, 1) if token in ends), 0)  # 0: it was cut
+                result[i] = response[: length or None], length > 0
             if progress is not None:
                 progress(len(some), sum(len(result[i][0]) for i in some))
         if not with_logps:

@@ -49,10 +49,12 @@ def side_files(start: Path, config: Any, tokenizer: Tokenizer) -> dict[str, str]
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if values[name] and token_text(values[name].get("eos_token")) != eos:
             values[name]["eos_token"] = eos
-    generation = values["generation_config.json"]
-    ends = generation.get("eos_token_id")  # one id or several
-    if generation and eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-        generation["eos_token_id"] = eos_token_id
-    values["config.json"] = read_object(start / "config.json") | json.loads(config.to_json())
+    theirs = read_object(start / "config.json")
+    values["config.json"] = theirs | json.loads(config.to_json())
+    for name, listed in (("generation_config.json", values["generation_config.json"]), ("config.json", theirs)):
+        if values[name]:  # Of several end tokens, the first is that of the run.
+            ends = listed.get("eos_token_id")
+            ends = list(dict.fromkeys([eos_token_id, *ends])) if isinstance(ends, list) else eos_token_id
+            values[name]["eos_token_id"] = ends
     kept = {name: {key: field for key, field in value.items() if key not in STALE} for name, value in values.items()}
     return texts | {name: json.dumps(value, indent=2) + "\n" for name, value in kept.items() if values[name]}

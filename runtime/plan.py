@@ -77,12 +77,15 @@ def describe(examples: list[Example], run: Run) -> str:
     total, trained = run.record["parameters"]
     prompts, reals = ([len(ids) for ids in column] for column in zip(*((e.prompt_ids, e.real_ids) for e in examples)))
     longer = sum(length > args.max_new_tokens for length in reals)
+    ends = dict.fromkeys((run.work.eos_token_id, *run.work.ends))
+    names = [run.work.tokenizer.id_to_token(token) for token in ends]
     how = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     lines = {
         "model": f"{args.model}: {total:,} parameters, {trained:,} trained ({how}), {args.precision} on {run.device}",
         "data": f"{', '.join(args.source[1])}: {len(examples):,} examples, {len(run.work.heldout):,} held out",
         "lengths": f"prompts {sum(prompts) / len(prompts):.0f} tokens, the longest {max(prompts)}; real responses "
         f"{sum(reals) / len(reals):.0f}, {longer:,} of them longer than --max-new-tokens {args.max_new_tokens}",
+        "ends": f"responses end at {', '.join(map(repr, names))}",
         "iterations": f"{args.iterations}, each of {min(args.prompts or len(examples), len(examples)):,} prompts",
         "memory": f"{gib(memory_of(run.device))} on {run.device}",
         "disk": f"{gib(disk_left_for(run.folder.path))} free for {args.out}",

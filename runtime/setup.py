@@ -72,6 +72,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     path, revision = resolve_model(args.model, found and found.get("revision"))
     model_class = class_of(path)
     config = model_class.config_class.from_json(path / "config.json")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos))
     tokenizer = load_tokenizer(path, config.eos_token_id, config.vocab_size)
     side_files(path, config, tokenizer)  # A damaged file must not end the run at its last step.
@@ -89,7 +90,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     record |= {"parameters": plan.count(outline)}
     record = resume.continued(found, json.loads(json.dumps(record))) | {"settings": settings(args)}
     folder, dtype = Folder(Path(args.out)), torch.bfloat16 if args.precision == "bf16" else torch.float32
-    work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, batch=record["gen_batch"])
+    work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, record["gen_batch"], ends)
     weights = Weights(args, model_class, config, path, tokenizer, record, folder, dtype)
     return examples, Run(args, work, folder, weights, device, record, found)
 

@@ -33,10 +33,11 @@ class Work:
 
     args: Any  # the options
     tokenizer: Tokenizer
-    eos_token_id: int
+    eos_token_id: int  # ends the real responses
     heldout: list[Example]
     metrics: dict[str, Metric] = field(default_factory=dict)  # the functions of --metric by name
     batch: int = 64  # --gen-batch as the run began: it decides the size of a shard
+    ends: Sequence[int] = ()  # further tokens that end responses, if config.json lists several
     folder: Folder | None = None  # where shards are kept; None outside the iterations of a run
     progress: Progress = field(default_factory=Progress)
 
@@ -125,7 +126,7 @@ class Work:
 
     def text(self, ids: list[int]) -> str:
         """The text of a response, without trailing end-of-sequence tokens and surrounding white space."""
-        return decode(ids, self.tokenizer, self.eos_token_id)
+        return decode(ids, self.tokenizer, self.eos_token_id, *self.ends)
 
     def pieces(self, ids: list[int], logps: Sequence[float]) -> list[tuple[str, float]]:
         """A response as (text, log-probability) per token, rounded; tokens that are no whole character are joined."""

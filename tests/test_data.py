@@ -63,13 +63,14 @@ def test_over_long_examples_are_an_error_or_counted(tokenizer):
 
 
 def test_the_digest_does_not_depend_on_the_folder(tmp_path):
-    """It depends on the content: here on the line."""
+    """It depends on the content: on the line, and on references."""
     record = '{"prompt": "a", "response": "b"}\n'
-    for name, content in (("a", record), ("b", record), ("c", "\n" + record)):
+    more = '{"prompt": "a", "response": "b", "references": ["b", "c"]}\n'
+    for name, content in (("a", record), ("b", record), ("c", "\n" + record), ("d", more)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jsonl").write_text(content)
-    a, b, c = (digest(load_examples(tmp_path / name / "x.jsonl")) for name in "abc")
-    assert a == b != c
+    a, b, c, d = (digest(load_examples(tmp_path / name / "x.jsonl")) for name in "abcd")
+    assert a == b and len({a, c, d}) == 3
 
 
 # ---------------------------------------------------------------- special tokens

@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers import ROOT, die_at, flags, rows, tree
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -182,6 +184,10 @@ def test_what_is_refused(start, data, tmp_path, capsys):
 
 def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
     torch.manual_seed(0)
+    config = Gemma2Config(head_dim=8, num_key_value_heads=1, **SMALL, **TOKENS)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "g")
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM: its head is not one product"):
+        example.CausalLM(example.HubModel.from_pretrained(tmp_path / "g", torch.bfloat16), 393, OPTIONS())
     GraniteForCausalLM(GraniteConfig(logits_scaling=8.0, **SMALL, **TOKENS)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="GraniteForCausalLM: its head is not one product"):
         player_of(tmp_path)

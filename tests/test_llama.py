@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import ROOT, flags
+from helpers import ROOT, flags, rows
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -319,3 +319,24 @@ def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path
     wrapped = peft.PeftModel.from_pretrained(base, "run/iterate-2")
     torch.testing.assert_close(wrapped(ids).logits, logits, atol=1e-4, rtol=1e-4)
     assert transformers.AutoConfig.from_pretrained("run/final").eos_token_id == config.eos_token_id
+
+
+def test_any_of_several_end_tokens_ends_a_response(start, data, tmp_path, monkeypatch, capsys):
+    """They are listed in config.json or, as Qwen's, in generation_config.json; final/ keeps the list."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_start(start, tmp_path / "start")
+    ends = [config.eos_token_id, 40, 41]
+    Path("start/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model = Llama.from_pretrained("start")
+    assert model.config.eos_token_id == ends
+    args = type("Args", (), dict(micro_tokens=2000, max_new_tokens=60, gen_batch=64, gen_tokens=10**5))
+    player = Player(model, config.eos_token_id, args)
+    drawn = player.respond([[50 + i] for i in range(40)], 0)
+    assert {ids[-1] for ids, finished in drawn if finished} & {40, 41}
+    assert all((ids[-1] in ends) == finished and not {*ids[:-1]} & {*ends} for ids, finished in drawn)
+    assert spin.main(flags("start", data, "run", prompts=40)) == 0
+    assert "responses end at '<|endoftext|>', " in capsys.readouterr().out
+    assert Llama.from_pretrained("run/final").config.eos_token_id == ends
+    text = [row["generated"] for row in rows(Path("run/pairs-0.jsonl")) if row["generated_ids"][0][-1] in ends[1:]]
+    tokenizer = transformers.AutoTokenizer.from_pretrained("start")
+    assert text and not any(one.endswith(tokenizer.decode([end])) for one in text for end in ends)

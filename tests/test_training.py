@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,18 @@ def test_a_trained_player_is_not_trained_again(start, data, here, monkeypatch):
     assert [p.name for p in sorted((here / "run/resume").iterdir())] == ["iterate-0", "iterate-2"]
     monkeypatch.setattr(Training, "step", None)
     assert spin.main(argv) == 0
+
+
+def test_every_epoch_has_all_items_in_an_order_of_its_own():
+    def order(t: int) -> list[list[int]]:
+        args = SimpleNamespace(epochs=(2, 2), batch=7)
+        training = SimpleNamespace(args=args, items=range(20), t=t, seed=lambda t, purpose: t)
+        indices = torch.cat(list(Training._order(training))).tolist()
+        return [indices[:20], indices[20:]]
+
+    epochs = order(0) + order(1)
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(map(tuple, [*epochs, range(20)]))) == 5 and order(0) == epochs[:2]
 
 
 @pytest.mark.parametrize("save_minutes, checkpoints", [(0, 5), (1000, 1)])

@@ -128,6 +128,7 @@ def choose(
             raise ValueError(
                 f"--template chat: {directory} has no chat template, {places}; expected a text with {{prompt}}"
             )
+        print(f"{directory}: has no chat template; turns of users are written as {DEFAULT_TEMPLATE}", flush=True)
     text = DEFAULT_TEMPLATE if option == "auto" else option
     return Template(text.replace(r"\n", "\n"), tokenizer, special_tokens=special_tokens)
 

@@ -26,8 +26,8 @@ def vendored() -> list[tuple[list[str], str]]:
     cases = []
     for section in (ROOT / "docs/vendoring.md").read_text().split("\n## ")[1:]:
         for i, code in enumerate(blocks(section)):
-            name = section.partition("\n")[0]
-            cases.append(([name] if i == 0 else [name, "model.py"], code))
+            names = section.partition("\n")[0].split(" with ")
+            cases.append((names if i == 0 else [*names, "model.py"], code))
     return cases
 
 
@@ -48,7 +48,7 @@ def test_every_file_works_alone_as_its_example_says(names, code, tmp_path):
 
 def test_all_that_can_be_taken_is_shown():
     names = {name for names, _ in vendored() for name in names}
-    assert names == {"kernels/", "kernels/onednn.py", "lora.py", "model.py", "sampling.py"}
+    assert names == {"kernels/", "kernels/onednn.py", "llama.py", "lora.py", "model.py", "sampling.py"}
 
 
 def test_the_iteration_from_python_runs(start, data, here):

@@ -1,6 +1,5 @@
 """Whole runs as a user starts them: the default run, its recipes, and GSM8K through a model of the 125M shape."""
 
-import json
 import os
 import shutil
 import subprocess

@@ -192,7 +192,7 @@ def test_chat_without_a_chat_template_is_refused(start, data, tmp_path, capsys):
     assert f"--template chat: {start} has no chat template, neither chat_template.jinja nor one in" in error
 
 
-def test_named_templates_and_damaged_ones(chat, tokenizer):
+def test_named_templates_and_damaged_ones(chat, tokenizer, capsys):
     file = chat / "tokenizer_config.json"
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     file.write_text(json.dumps({"chat_template": named}))
@@ -201,4 +201,6 @@ def test_named_templates_and_damaged_ones(chat, tokenizer):
         file.write_text(json.dumps({"chat_template": damaged}))
         with pytest.raises(ValueError, match=r"tokenizer_config\.json: its chat template is (int|dict), expected text"):
             choose("chat", chat, tokenizer, messages=False)
+    assert capsys.readouterr().out == ""
     assert choose("auto", ROOT, tokenizer, messages=True).source == TEXT
+    assert "has no chat template; turns of users are written as ### Instruction" in capsys.readouterr().out

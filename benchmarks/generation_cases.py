@@ -19,7 +19,8 @@ from torch import Tensor
 import sampling
 from data.examples import encode, load_examples, load_tokenizer
 from data.templates import DEFAULT_TEMPLATE, Template
-from model import GPTNeo, GPTNeoConfig
+from llama import Llama, LlamaConfig
+from model import GPTNeo, GPTNeoConfig, LanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden size, layers, heads, vocabulary
@@ -28,9 +29,16 @@ SHAPES = {  # hidden size, layers, heads, vocabulary
     "2.7B": (2560, 32, 20, 50257),
     "tiny": (64, 2, 4, 1009),
 }
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True,
+    bos_token_id=49151, eos_token_id=49151,
+)  # fmt: skip
 
 
-def neo_config(shape: str) -> GPTNeoConfig:
+def config_of(shape: str) -> GPTNeoConfig | LlamaConfig:
+    if shape == "SmolLM2":
+        return SMOLLM2
     D, L, H, V = SHAPES[shape]
     return GPTNeoConfig(
         vocab_size=V, max_position_embeddings=2048, hidden_size=D, num_layers=L, num_heads=H,
@@ -38,23 +46,21 @@ def neo_config(shape: str) -> GPTNeoConfig:
     )  # fmt: skip
 
 
-def random_model(config: GPTNeoConfig, dtype: torch.dtype, device: torch.device) -> GPTNeo:
+def random_model(config: GPTNeoConfig | LlamaConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     with torch.device(device):
-        model = GPTNeo(config)
+        model = (Llama if isinstance(config, LlamaConfig) else GPTNeo)(config)
     return model.init_weights(torch.Generator(device).manual_seed(0)).to(dtype).eval()
 
 
-def in_transformers(model: GPTNeo) -> object:
-    """The same weights, shared, in transformers' GPT-Neo."""
-    from transformers import GPTNeoConfig as TheirConfig
-    from transformers import GPTNeoForCausalLM
+def in_transformers(model: LanguageModel) -> object:
+    """The same weights, shared, in transformers' class of the same model."""
+    import transformers
 
     settings = json.loads(model.config.to_json())
-    settings.pop("attention_layers")
+    settings.pop("attention_layers", None)
     with torch.device(model.head_weight.device):
-        theirs = GPTNeoForCausalLM(TheirConfig(**settings))
-    state = dict(model.state_dict())
-    theirs.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]}, assign=True, strict=False)
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
+    theirs.load_state_dict(model.state_dict() | {"lm_head.weight": model.head_weight}, assign=True, strict=False)
     theirs.tie_weights()
     return theirs.eval()
 
@@ -67,7 +73,7 @@ def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
     return prompts, [min(m, longest) for _, m in pairs]
 
 
-def respond(model: GPTNeo, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None) -> int:
+def respond(model: LanguageModel, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None) -> int:
     """Returns the number of tokens."""
     with forced_ends(lengths):
         found = sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch)
@@ -130,7 +136,7 @@ def theirs(
     return run
 
 
-def peers(notes: dict[str, str], model: GPTNeo, *rest: object) -> dict[str, Callable]:
+def peers(notes: dict[str, str], model: LanguageModel, *rest: object) -> dict[str, Callable]:
     with optional(notes, "transformers"):
         other = in_transformers(model)
         return {
@@ -151,7 +157,7 @@ def build(
     shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, M: int, ragged: bool, alone: bool
 ) -> Ways:
     """`alone`: without peers, which take long."""
-    config = neo_config(shape)
+    config = config_of(shape)
     model = random_model(config, dtype, device)
     prompts, lengths = gsm8k_like(count, M)
     lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
@@ -166,7 +172,7 @@ def build(
     return Ways(ways, notes, rates, rounds=3 if device.type == "cpu" else 1)
 
 
-def floor(model: GPTNeo, prompts: list, written: int, batch: int) -> Callable:
+def floor(model: LanguageModel, prompts: list, written: int, batch: int) -> Callable:
     """Copies that move as many bytes as steps with full batches must read, at the average length of a row."""
     config, size = model.config, next(model.parameters()).element_size()
     length = sum(map(len, prompts)) / len(prompts) + written / len(prompts) / 2
@@ -210,7 +216,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         return [default_model(40, 20), case(0, "tiny", fp32, device, 8, 4, 16, True, False)]
     if device.type == "cpu":
         ragged = [case(0, "125M", dtype, device, 32, 16, 256, True, False) for dtype in (fp32, bf16)]
-        return [default_model(4000, 1024), default_model(2000, 64), *ragged]
+        smollm2 = case(0, "SmolLM2", fp32, device, 16, 16, 128, False, False)
+        return [default_model(4000, 1024), default_model(2000, 64), *ragged, smollm2]
     return [
         case(50, "1.3B", bf16, device, 64, 64, 256, False, False),
         case(20, "1.3B", bf16, device, 128, 64, 256, True, True),

@@ -36,7 +36,7 @@ def iteration_ways(shape: str, dtype: torch.dtype, device: torch.device, count: 
         spin.score(player, pairs, run)
         spin.train(player, pairs, 0, run)
 
-    settings = peer_settings(dtype, device, batch)
+    settings = peer_settings(player.model, dtype, device, batch)
     turn = itertools.count()
 
     def stack(precompute: bool) -> Callable:

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 from bench import FOLDER, current_commit, device_name, renew_section, write_whole
-from generation_cases import SHAPES, forced_ends, neo_config, random_model
+from generation_cases import SHAPES, config_of, forced_ends, random_model
 from training_cases import our_run, random_pairs
 
 import lora
@@ -55,7 +55,7 @@ def worker(shape: str) -> dict[str, float]:
     """What one rank measures."""
     found: dict[str, float] = {}
     for trained, rank in TRAINED.items():
-        model = random_model(neo_config(shape), torch.float32, torch.device("cpu"))
+        model = random_model(config_of(shape), torch.float32, torch.device("cpu"))
         if rank:
             lora.add_lora(model, rank, 32.0)
         player, run = our_run(model, False, batch=PAIRS, gen_batch=SHARD, max_new_tokens=LONGEST, micro_tokens=2048)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from bench import Case, Ways, optional, ours
-from generation_cases import gsm8k_like, in_transformers, neo_config, random_model
+from generation_cases import config_of, gsm8k_like, in_transformers, random_model
 
 import lora
 import spin
@@ -102,18 +102,18 @@ def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: f
 
 def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, longest: int = 256, **options: Any) -> Any:
     """(our player, transformers' model on the same weights or None, pairs, our run, notes with the reason for None)."""
-    model = random_model(neo_config(shape), dtype, device)
+    model = random_model(config_of(shape), dtype, device)
     other, notes = None, {}
     with optional(notes, "transformers"):
         other = in_transformers(model)
-    lora.add_lora(model, RANK, ALPHA)
+    lora.add_lora(model, RANK, ALPHA, targets=lora.linear_names(model))
     player, run = our_run(model, dtype == torch.bfloat16, beta=(BETA,), lr=(LR,), **options)
     return player, other, random_pairs(count, longest, player.eos_token_id), run, notes
 
 
-def peer_settings(dtype: torch.dtype, device: torch.device, batch: int) -> dict[str, Any]:
+def peer_settings(model: torch.nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> dict[str, Any]:
     """For trl_trainer, as `parts` sets ours. On a GPU 32 pairs at once would need more than 80 GB at the 1.3B shape."""
-    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=list(lora.DEFAULT_TARGETS))
+    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=lora.linear_names(model))
     return settings | dict(bf16=dtype == torch.bfloat16, micro=min(batch, 8) if device.type == "cuda" else None)
 
 
@@ -134,13 +134,13 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
 
     spin.score(player, pairs, run)
     ways = ours(train, device)
-    settings = peer_settings(dtype, device, batch)
+    settings = peer_settings(player.model, dtype, device, batch)
     with optional(notes, "TRL, reference precomputed before"):
         first = trl_trainer(other, pairs, precompute=True, **settings)
         ways["TRL, reference precomputed before"] = first.train
     ways["ours, opponent scored too"] = partial(ways["ours"], True)
     with optional(notes, "TRL, reference in each step"):
-        another = in_transformers(random_model(neo_config(shape), dtype, device))
+        another = in_transformers(random_model(config_of(shape), dtype, device))
         second = trl_trainer(another, pairs, precompute=False, **settings)
         ways["TRL, reference in each step"] = second.train
     return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
@@ -151,5 +151,5 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         return [step_case(0, "tiny", fp32, device, 8, 4)]
     if device.type == "cpu":
-        return [step_case(0, "125M", fp32, device, 8, 4)]
+        return [step_case(0, shape, fp32, device, 8, 4) for shape in ("125M", "SmolLM2")]
     return [step_case(70, "1.3B", bf16, device, 64, 32), step_case(40, "125M", bf16, device, 64, 32)]

@@ -155,7 +155,9 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         expected = "neither a directory nor a hub id of the form owner/name[@revision]"
         if name.endswith(".gguf"):
-            expected = "a GGUF file, expected a directory in the hub's layout, which smollm2/convert.py makes of a Llama"
+            expected = (
+                "a GGUF file, expected a directory in the hub's layout, which smollm2/convert.py makes of a Llama"
+            )
         raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}")
     from huggingface_hub import snapshot_download
 

@@ -207,8 +207,9 @@ def test_data_that_is_wrong_is_named_by_file_and_line(content, names, start, dat
     "given, names",
     [
         ({"data": "nothere.jsonl"}, "nothere.jsonl"), ({"data": None}, "--data is missing"),
-        ({"start": "nowhere"}, "neither a directory nor a hub id"), ({"start": "a.gguf"}, "a GGUF file, expected"), ({"start": None}, "--model is missing"),
-        ({"rank": 17}, "--rank"), ({"lora_targets": "nolayer"}, "nolayer"), ({"device": "cuda:99"}, "cuda:99"),
+        ({"start": "nowhere"}, "neither a directory nor a hub id"), ({"start": None}, "--model is missing"),
+        ({"start": "a.gguf"}, "a GGUF file, expected"),
+        ({"lora_targets": "nolayer"}, "nolayer"), ({"device": "cuda:99"}, "cuda:99"),
         ({"lr": [1e-4, 1e-4]}, "--lr"), ({"metric": "none.py:f"}, "--metric"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ run: $(VENV)/run.stamp
 
 # Two processes, each with one thread; a file of tests stays in one process, with its fixtures. The longest comes first.
 test: $(VENV)/dev.stamp
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(ARGS),$(ARGS),tests/test_runs.py tests)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(ARGS),$(ARGS),tests)
 
 lint: $(VENV)/dev.stamp
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

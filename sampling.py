@@ -66,7 +66,7 @@ def respond(
         batch_size: upper bound on the number of active rows.
         cache_tokens: upper bound on the tokens that the cache can hold, which bounds the batch, too; at least one row.
         progress: called at least every STEPS_PER_CHECK steps with the numbers of rows that finished since the last call
-            and of their new tokens. An exception in it aborts generation.
+            and of their new tokens.
 
     Raises: ValueError naming the prompt that is empty or too long; FloatingPointError if logits are not finite.
     """
@@ -79,15 +79,13 @@ def respond(
         return Responses([], [], [])
     capacity = max(map(len, prompts)) + max_new_tokens
     size = min(batch_size, len(prompts), max(1, cache_tokens // capacity))
-    numbers = range(len(prompts)) if rows is None else rows
     was_training = model.training
     model.eval()
     try:
         with torch.cuda.device_of(model.head_weight):  # graphs are captured on the current device
             sampler = Sampler(temperature, top_k, top_p)
-            ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-            batch = Batch(model, size, capacity, max_new_tokens, ends, sampler, seed)
-            return _respond_all(batch, prompts, numbers, progress)
+            batch = Batch(model, size, capacity, max_new_tokens, eos_token_id, sampler, seed)
+            return _respond_all(batch, prompts, rows or range(len(prompts)), progress)
     finally:
         model.train(was_training)
 
@@ -283,19 +281,20 @@ class Batch:
         size: B, the number of slots.
         capacity: the most tokens of a row, including its prompt.
         max_new_tokens: M.
-        ends: the tokens that end a response.
+        eos: the token or tokens that end a response; None if there is none.
         seed: see `respond`.
     """
 
     def __init__(
-        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int, ends: list[int], sampler: Sampler,
-        seed: int,
+        self, model: nn.Module, size: int, capacity: int, max_new_tokens: int,
+        eos: int | Sequence[int] | None, sampler: Sampler, seed: int,
     ) -> None:  # fmt: skip
         device = model.head_weight.device
         self.model = model
         self.cache = KVCache(model, size, capacity)
         self.sampler = sampler
         self.seed = seed
+        ends = [eos] if isinstance(eos, int) else list(eos or [])
         self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.prompt_of_slot: list[int | None] = [None] * size  # the index of its prompt, or None if the slot is idle
         self.longest = 0  # upper bound on the tokens of an active row

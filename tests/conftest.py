@@ -17,6 +17,10 @@ from model import GPTNeo, GPTNeoConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_runs.py")  # The longest file comes first.
+
+
 @pytest.fixture(scope="session")
 def start(tmp_path_factory) -> Path:
     """A hub-layout directory: the embedded task's tokenizer and a random model, so that nothing is memorised."""

@@ -146,7 +146,7 @@ def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path
         call.apply_defaults()
         of = call.arguments
         prompts = [e.prompt_ids for e in of["examples"]]
-        asked.setdefault(of["name"], []).append((prompts, of["seed"], of["temperature"], of["top_k"], of["top_p"]))
+        asked.setdefault(of["name"], []).append((prompts, of["seed"], of["temperature"], of["options"]))
 
     spy(monkeypatch, Work, "respond", look)
     spy(monkeypatch, Work, "logps", lambda a, k: scored.setdefault(a[3], []).append([item[0] for item in a[2]]))
@@ -155,12 +155,15 @@ def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path
     run = run.work
     heldout = [e.prompt_ids for e in run.heldout]
     ((generated, *_),), (pairs,) = asked.pop("generate"), scored.pop("score")
+    filters = [options for calls in asked.values() for *_, options in calls]
+    assert all(options.get("top_k", 0) == 0 and options.get("top_p", 1.0) == 1.0 for options in filters)
+    asked = {name: [call[:3] for call in calls] for name, calls in asked.items()}
     seed = run.seed(0, "evaluate")
     assert asked == {
-        "start": [(heldout, run.seed(0, "kl"), 1.0, 0, 1.0)],
-        "greedy": [(heldout, seed, 0.0, 0, 1.0)] * 2,
-        "sampled": [(heldout, seed, 1.0, 0, 1.0)] * 2,
-        "sampled-0.8": [(heldout, seed, 0.8, 0, 1.0)],
+        "start": [(heldout, run.seed(0, "kl"), 1.0)],
+        "greedy": [(heldout, seed, 0.0)] * 2,
+        "sampled": [(heldout, seed, 1.0)] * 2,
+        "sampled-0.8": [(heldout, seed, 0.8)],
     }
     assert scored == {
         "start-logps": [heldout], "nll": [heldout] * 2, "kl": [heldout] * 2, "entropy-0.8": [heldout]

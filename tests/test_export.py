@@ -142,7 +142,7 @@ def test_a_chosen_end_token_is_in_every_file(chat, tmp_path):
     assert read(final / "generation_config.json")["eos_token_id"] == [395, 393], "ends at both, its own first"
     assert read(final / "tokenizer_config.json")["eos_token"] == before["eos_token"]
     assert AutoTokenizer.from_pretrained(final).eos_token_id == 395
-    assert AutoModelForCausalLM.from_pretrained(final).generation_config.eos_token_id == [393, 395]
+    assert AutoModelForCausalLM.from_pretrained(final).generation_config.eos_token_id == [395, 393]
 
 
 @pytest.mark.parametrize("rank", [4, 0])

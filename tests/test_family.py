@@ -146,7 +146,7 @@ def test_every_response_is_drawn_with_random_numbers_of_its_own(start, data, tmp
     """Those of the opponent, of its further samples and of the start, in two iterations: no seed is used twice."""
     seeds = []
 
-    def respond(work, player, examples, name, seed, *sampling):
+    def respond(work, player, examples, name, seed, temperature, **options):
         seeds.append(seed)
         return [([5], True) for _ in examples]
 
@@ -427,7 +427,7 @@ def test_bad_pairs(start, data, tmp_path, capsys, record, names):
         (dict(pairs="PAIRS", data="x"), "--pairs cannot go with --data: pairs replace them"),
         (dict(reinforce=True), "--reinforce requires --adapter"),
         (dict(reinforce=True, adapter="x", rank=None), "--reinforce requires --eval-data"),
-        (dict(adapter="x", rank=0), "--rank 0: --adapter brings its own"),
+        (dict(adapter="x", rank=0), "--rank: --adapter brings its own"),
         (dict(min_win=0.5), "--min-win requires --scorer or --pairs"),
         (dict(scorer="none.py:f"), "no such file"),
         (dict(scorer="BROKEN:f"), "judge.py:f: ZeroDivisionError"),

@@ -32,10 +32,10 @@ TINY = {
 # name: (changes to TINY, T)
 CONFIGS = {
     "window shorter than the text": ({}, 40),
-    "125M shape": (  # four of its twelve layers
+    "125M shape": (  # two of its twelve layers
         dict(
-            vocab_size=50257, max_position_embeddings=2048, hidden_size=768, num_layers=4, num_heads=12,
-            attention_types=[[["global", "local"], 2]], window_size=256,
+            vocab_size=50257, max_position_embeddings=2048, hidden_size=768, num_layers=2, num_heads=12,
+            attention_types=[[["global", "local"], 1]], window_size=256,
         ),
         300,
     ),

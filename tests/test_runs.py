@@ -55,16 +55,16 @@ def test_start_can_be_made_again(tmp_path):
 
 
 def test_sft_recipe_trains_from_scratch(tmp_path):
-    """The command that made the start, cut to 2,000 words: held-out loss falls from about ln V."""
-    argv = [f"@{ROOT}/recipes/pronounce-sft.args", "--prompts", "2000", "--epochs", "1", "--eval-limit", "200"]
+    """The command that made the start, cut to 1,200 words: held-out loss falls from about ln V."""
+    argv = [f"@{ROOT}/recipes/pronounce-sft.args", "--prompts", "1200", "--epochs", "1", "--eval-limit", "200"]
     run("sft.py", *argv, "--out", "run", cwd=tmp_path)
     before, after = rows(tmp_path / "run/metrics.jsonl")
     assert after["nll"] < 0.8 * before["nll"]
 
 
-@pytest.mark.parametrize("precision, layers, prompts, tokens", [("fp32", 12, 8, 16), ("bf16", 2, 4, 8)])
-def test_gsm8k_at_the_125m_shape(precision, layers, prompts, tokens, tmp_path):
-    """One short iteration on real text and the real vocabulary; many CPUs have no products in bf16, so two layers."""
+def test_gsm8k_at_the_125m_shape(tmp_path):
+    """One short iteration on real text and the real vocabulary, through four of the twelve layers."""
+    layers, prompts, tokens = 4, 6, 12
     if not SHARED.is_dir():
         pytest.skip("SPIN_SHARED names no directory with GSM8K and the GPT-2 vocabulary")
     kinds = ((("global", "local"), layers // 2),)
@@ -78,11 +78,11 @@ def test_gsm8k_at_the_125m_shape(precision, layers, prompts, tokens, tmp_path):
     run(
         "spin.py", "--model", "model", "--data", "train.jsonl", "--eval-data", "eval.jsonl",
         "--eval-temperatures", "0.8", "--iterations", "1", "--max-new-tokens", str(tokens), "--epochs", "1",
-        "--batch", str(prompts // 2), "--lr", "1e-3", "--beta", "0.1", "--precision", precision, "--out", "run",
+        "--batch", str(prompts // 2), "--lr", "1e-3", "--beta", "0.1", "--out", "run",
         cwd=tmp_path,
     )  # fmt: skip
     pairs, steps = rows(tmp_path / "run/pairs-0.jsonl"), rows(tmp_path / "run/steps-0.jsonl")
     assert len(pairs) == prompts and all(1 <= len(ids) <= tokens for pair in pairs for ids in pair["generated_ids"])
     assert len(steps) == 2
-    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5 if precision == "fp32" else 2e-2)
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert steps[1]["loss"] < steps[0]["loss"]

@@ -55,7 +55,7 @@ def failed_then_resumes(start, data, here, whole, capsys) -> None:
     assert tree(here) == whole
 
 
-@pytest.mark.parametrize("size", [200, 3000, 9000, None])
+@pytest.mark.parametrize("size", [200, 9000, None])
 def test_files_that_cannot_be_written(start, data, here, whole, capsys, size):
     """The limit is met in run.json, in a shard, in pairs or the state of training, and in the largest file of all."""
     with largest_file(size or max(map(len, whole.values())) - 1):
@@ -76,7 +76,7 @@ def test_a_full_disk(start, data, here, mounted, whole, capsys, monkeypatch):
     failed_then_resumes(start, data, here, whole, capsys)
 
 
-@pytest.mark.parametrize("number", [6, 27, 50, 80])
+@pytest.mark.parametrize("number", [6, 50])
 def test_any_rename_may_fail(start, data, here, whole, capsys, monkeypatch, number):
     """The same without mounting anything: rename number 6, 27, ... of the run meets a read-only file system."""
     count, replace = [0], os.replace

@@ -141,7 +141,7 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float) -> No
     assert ((actual.double() - expected).abs() <= error).all()
 
 
-@examples(60 if INTERPRETED else 300)
+@examples(30 if INTERPRETED else 200)
 @given(kernel_cases)
 def test_token_logprobs_equal_the_textbook(case):
     """Values and gradients, whatever the sizes, dtype, strides, ignored rows and chunks."""
@@ -157,7 +157,7 @@ def test_token_logprobs_equal_the_textbook(case):
     assert grad.dtype == case["dtype"] and actual.dtype == torch.float32
 
 
-@examples(60 if INTERPRETED else 300)
+@examples(30 if INTERPRETED else 200)
 @given(kernel_cases)
 def test_linear_logprobs_equal_the_textbook(case):
     """The same from hidden states, whichever gradients are wanted: each is made in a way of its own."""
@@ -295,7 +295,7 @@ def test_segments_equal_rows_of_their_own(layers, window, rows, left, seed):
             assert_hidden(hidden[row, path][own], expected[own])
 
 
-@examples(80)
+@examples(50)
 @given(
     kinds, windows, seeds,
     st.lists(
@@ -580,7 +580,7 @@ def twins() -> tuple[GPTNeo, GPTNeo]:
     return model, copy.deepcopy(model).double()
 
 
-@examples(150)
+@examples(80)
 @given(
     st.lists(st.integers(1, 12), min_size=4, max_size=8),
     st.fixed_dictionaries(

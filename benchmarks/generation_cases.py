@@ -216,7 +216,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         return [default_model(40, 20), case(0, "tiny", fp32, device, 8, 4, 16, True, False)]
     if device.type == "cpu":
         ragged = [case(0, "125M", dtype, device, 32, 16, 256, True, False) for dtype in (fp32, bf16)]
-        smollm2 = case(0, "SmolLM2", fp32, device, 16, 16, 128, False, False)
+        smollm2 = case(0, "SmolLM2", fp32, device, 16, 16, 32, False, False)
         return [default_model(4000, 1024), default_model(2000, 64), *ragged, smollm2]
     return [
         case(50, "1.3B", bf16, device, 64, 64, 256, False, False),

@@ -266,11 +266,11 @@ def test_a_polynomial_is_reproduced_by_interpolation():
 
 def test_a_model_that_is_only_sharper_gains_nothing_at_equal_entropy(start, data, tmp_path):
     """Logits divided by 0.7 are sampled like the start at temperature 0.7, example by example."""
-    player, _, run = begin(start, data, tmp_path / "run", eval_temperatures=[0.7, 1, 1.3], metric="edit_distance")
+    player, _, run = begin(start, data, tmp_path / "run", eval_temperatures=[0.6, 0.7, 1, 1.3], metric="edit_distance")
     samples = sample_start(player, run.work)
     before = answers(player, samples, run.work)
     add_temperatures(player, before, run.work)
-    assert [point["temperature"] for point in frontier(before)] == [0.7, 1.0, 1.3]
+    assert [point["temperature"] for point in frontier(before)] == [0.6, 0.7, 1.0, 1.3]
     entropies = [point["entropy"] for point in frontier(before)]
     assert entropies == sorted(entropies)
     with torch.no_grad():

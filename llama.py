@@ -49,12 +49,12 @@ QWEN = dict(
 MISTRAL = dict(
     intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
 )  # fmt: skip
-FAMILY: dict[str, dict[str, Any]] = {  # the fields whose defaults differ from Llama's, by model_type
+FAMILY: dict[str, dict[str, Any]] = {  # By model_type, the fields whose defaults differ from Llama's.
     "llama": {}, "mistral": MISTRAL, "qwen2": QWEN, "qwen3": QWEN | {"head_dim": 128},
 }  # fmt: skip
 # Fields that change the computation in ways that are not implemented, and the values that do not.
 REFUSED = {"partial_rotary_factor": (None, 1), "rope_interleaved": (None, False)}
-ROPE_FIELDS = {  # the fields of each type of rotary positions
+ROPE_FIELDS = {  # By type of rotary positions, the fields that it requires.
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -87,9 +87,9 @@ class LlamaConfig:
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     sliding_window: int | None = None
-    use_sliding_window: bool = False  # of Qwen; a Mistral with a window uses it in all layers
-    max_window_layers: int = 28  # the layers before it are global
-    layer_types: list[str] | None = None  # overrides the three fields above
+    use_sliding_window: bool = False  # Qwen's switch; a Mistral with a window uses it in all layers.
+    max_window_layers: int = 28  # The layers before this one are global.
+    layer_types: list[str] | None = None  # This overrides the three fields above.
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -124,7 +124,7 @@ class LlamaConfig:
     @property
     def attention_layers(self) -> list[str]:
         """The kind of attention of each layer, "global" or "local"; empty if layer_types is malformed."""
-        types, first = self.layer_types, self.num_hidden_layers  # the first local layer
+        types, first = self.layer_types, self.num_hidden_layers  # `first` is the first local layer.
         if self.sliding_window and (self.use_sliding_window or self.model_type == "mistral"):
             first = 0 if self.model_type == "mistral" else self.max_window_layers
         if types is None:
@@ -145,8 +145,8 @@ class LlamaConfig:
         for name, harmless in REFUSED.items():
             if raw.get(name) not in harmless:
                 raise ValueError(f"{path}: config field {name} = {raw[name]!r} is not supported")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the names of transformers 5 and 4
-        if isinstance(rope, dict):  # otherwise the check of rope_scaling says what is wrong
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 and 4 use different names.
+        if isinstance(rope, dict):  # Otherwise the check of rope_scaling says what is wrong.
             raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
             kind = str(rope.get("rope_type", rope.get("type", "default")))
             rope = {"rope_type": kind} | {name: rope.get(name) for name in ROPE_FIELDS.get(kind, ())}
@@ -165,8 +165,8 @@ class LlamaConfig:
         if scaling["rope_type"] == "linear":
             return frequencies / scaling["factor"]
         if scaling["rope_type"] == "llama3":
-            # Turns that are complete within `high` wavelengths of the old context stay; those that are longer than the
-            # old context divided by `low` are slowed down; those between get a mixture.
+            # Pairs that turn at least `high` times within the old context keep their frequency, those that turn at most
+            # `low` times are slowed down by `factor`, and the others get a mixture.
             _, factor, low, high, context = scaling.values()
             turns = context * frequencies / (2 * math.pi)
             kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -270,7 +270,7 @@ class Llama(LanguageModel):
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # No buffer: it is in no file, and a model on the meta device gets real frequencies when it first runs.
+        # The frequencies are no buffer, since no file has them. They are computed when the model first runs.
         self._frequencies: Tensor | None = None
 
     @property

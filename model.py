@@ -37,8 +37,8 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  #
 # Hub checkpoints hold these keys too, although they are no parameters: causal masks and rotary frequencies.
 IGNORED_KEYS = ("attn.attention.bias", "attn.attention.masked_bias", "rotary_emb.inv_freq")
 HEAD = "lm_head.weight"  # A tied model has no such parameter; files may hold it as well as the embedding.
-WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel put these in front of every key
-LFS = b"version https://git-lfs"  # how a pointer begins that stands in place of a file
+WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel put these in front of every key.
+LFS = b"version https://git-lfs"  # A Git LFS pointer, which stands in place of a file, begins with this.
 HEAD_BLOCK = 4096  # a CPU casts a 16-bit head to fp32 in blocks of this many rows; all at once is up to 5 times slower
 
 
@@ -50,6 +50,7 @@ def check_fields(config: Any, names: str, expected: str, is_valid: Callable[[Any
             raise ValueError(f"config field {name} = {value!r}: expected {expected}")
 
 
+# For check_fields: what is expected, and whether a value is valid.
 SIZE = "an integer of at least 1", lambda size: type(size) is int and size >= 1
 DROPOUT = "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1
 END = (
@@ -134,7 +135,7 @@ def read_config(path: Path, model_types: Collection[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: quantization_config: expected weights of 16 or 32 bits, not quantized ones")
     generation = path.with_name("generation_config.json")
     if generation.is_file() and isinstance(ends := _read_json(generation).get("eos_token_id"), list):
-        raw["eos_token_id"] = ends  # those of a chat model often stand there only
+        raw["eos_token_id"] = ends  # Chat models often list their end tokens in this file only.
     return raw
 
 
@@ -154,10 +155,11 @@ Mask = Tensor | None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int, scale: float, dropout: float = 0.0) -> Tensor:
-    """Attention of each query to the keys that `mask` allows; without a mask, to the last `window` ones and itself.
+    """Attention of each query to the keys that `mask` allows; without one, to the last `window`, its own included.
 
     Args:
-        q: (B, H, T, K). k, v: (B, G, S, K) with H a multiple of G; H / G queries in a row share a key/value head.
+        q: (B, H, T, K). k, v: (B, G, S, K); H / G consecutive heads of q share one of k and v.
+        mask: (B, 1, T, S) bool, True where attention is allowed, or None, which requires S = T.
         scale: multiplies the scores. dropout: the probability of dropping an attention weight.
 
     Returns: (B, H, T, K).

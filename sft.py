@@ -50,7 +50,9 @@ def token_loss(player: Player, examples: list, loss: str = "nll") -> Callable[[l
 class SftOptions(TrainingOptions):
     """Options of supervised fine-tuning."""
 
-    loss: str = option("nll", "nll: negative log-probability; dft: weighted by probability.", choices=("nll", "dft"))
+    loss: str = option(
+        "nll", "nll: negative log-probability; dft: each token's weighted by its probability.", choices=("nll", "dft")
+    )
     from_scratch: bool = option(False, "Start from random weights; --model needs only config.json and a tokenizer.")
 
     def check_together(self) -> None:

@@ -33,11 +33,11 @@ class Work:
 
     args: Any  # the options
     tokenizer: Tokenizer
-    eos_token_id: int  # ends the real responses
+    eos_token_id: int  # This token ends the real responses.
     heldout: list[Example]
     metrics: dict[str, Metric] = field(default_factory=dict)  # the functions of --metric by name
     batch: int = 64  # --gen-batch as the run began: it decides the size of a shard
-    ends: Sequence[int] = ()  # further tokens that end responses, if config.json lists several
+    ends: Sequence[int] = ()  # Further tokens end generated responses if the model lists several.
     folder: Folder | None = None  # where shards are kept; None outside the iterations of a run
     progress: Progress = field(default_factory=Progress)
 

@@ -67,6 +67,21 @@ def spy(monkeypatch, where, name, look) -> None:
     monkeypatch.setattr(where, name, lambda *a, **k: (look(a, k), original(*a, **k))[1])
 
 
+def assert_same_logits_and_gradients(ours, theirs, ids: torch.Tensor, least: float) -> None:
+    """Our model and that of transformers, within 1e-4: a gradient relative to its largest number, or to `least`."""
+    logits, expected = ours.logits(ours(ids)), theirs(ids).logits
+    assert (logits - expected).abs().max() <= 1e-4
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / logits.numel() ** 0.5
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    own, reference = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert own.keys() == reference.keys() - ({"lm_head.weight"} if ours.config.tie_word_embeddings else set())
+    for key, parameter in own.items():
+        gradient = reference[key].grad
+        scale = gradient.abs().max().clamp(min=least)
+        assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
+
+
 class Died(Exception):
     """What ends a run in a test: an error that no code expects."""
 

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import ROOT, flags, rows
+from helpers import ROOT, assert_same_logits_and_gradients, flags, rows
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -72,18 +72,7 @@ def tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_those_of_transformers(name, tmp_path):
     ours, theirs = pair(name, tmp_path)
-    ids = tokens(2, 40)
-    logits, expected = ours.logits(ours(ids)), theirs(ids).logits
-    assert (logits - expected).abs().max() <= 1e-4
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / logits.numel() ** 0.5
-    (logits * weights).sum().backward()
-    (expected * weights).sum().backward()
-    reference = dict(theirs.named_parameters())
-    assert reference.keys() == dict(ours.named_parameters()).keys()
-    for key, parameter in ours.named_parameters():
-        gradient = reference[key].grad
-        scale = gradient.abs().max().clamp(min=1e-2)  # with a window of 1, queries have none
-        assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
+    assert_same_logits_and_gradients(ours, theirs, tokens(2, 40), least=1e-2)  # Queries with a window of 1 have none.
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -96,7 +85,7 @@ def test_greedy_responses_equal_those_of_transformers(name, tmp_path):
         expected = theirs.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False,
             pad_token_id=0,
-            use_cache="window 1" not in name,  # their cache keeps all tokens in place of the last 1 - 1
+            use_cache="window 1" not in name,  # For a window of 1 their cache keeps all tokens instead of none.
         )  # fmt: skip
         assert ids == expected[0, len(prompt) :].tolist()
 

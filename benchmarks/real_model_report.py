@@ -1,0 +1,139 @@
+"""Tables and figure of benchmarks/results/smollm2-<size>.json, in the documents and beside it. No dependencies."""
+
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from evidence_report import COLOURS, STYLE, label, signed, table
+
+Row = dict[str, Any]
+
+DOCUMENTS = ("docs/evidence.md", "README.md")
+ARMS = {
+    "A": "more supervised training", "B": "SPIN, temperature 1", "C": "SPIN, greedy opponent",
+    "D": "supervised, fresh definitions", "R": "other words' definitions", "F": "DFT",
+}  # fmt: skip
+COLUMNS = {  # measure -> (title, scale, digits)
+    "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best temperature", 1, 3), "summed": ("choice, points", 100, 1),
+    "per_token": ("choice per token", 100, 1), "content": ("content F1", 100, 1), "length": ("greedy tokens", 1, 1),
+    "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
+}  # fmt: skip
+SURE = 3.0  # standard errors, with every seed
+ENOUGH = 5.0  # standard errors by which fresh definitions must beat more training, or the test set is too small
+
+
+def write_all(found: Row, root: Path, size: str) -> None:
+    """Replaces what stands between the markers `<!-- smollm2 SIZE: NAME -->` of the documents; writes the figure."""
+    blocks = {"about": about, "table": changes, "verdict": verdict, "answers": answers}
+    pattern = re.compile(rf"(<!-- smollm2 {size}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    for name in DOCUMENTS:
+        text = (root / name).read_text()
+        (root / name).write_text(pattern.sub(lambda match: match[1] + blocks[match[2]](found) + match[3], text))
+    if found["summary"]:
+        (root / f"benchmarks/results/smollm2-{size}.svg").write_text(figure(found))
+
+
+def about(found: Row) -> str:
+    size, lengths = found["size"], {name: f"{share:.0%}" for name, share in found["lengths"].items()}
+    minutes = sum(row["seconds"] for row in found["trials"].values()) / 60
+    return (
+        f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; {len(found['left'])} trials were not "
+        f"run. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of {size['choice']:,}, "
+        f"{size['written']} written definitions; {found['machine']}, commit {found['commit']}. The true definition is "
+        f"the longest of its four in {lengths['longest']} of the cases and the shortest in {lengths['shortest']}, ties "
+        "included.\n"
+    )
+
+
+def changes(found: Row) -> str:
+    """Every trial, minus the start."""
+    rows = [["minus the start", *(title for title, _, _ in COLUMNS.values())]]
+    several = found["size"]["iterations"] > 1
+    for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["seed"], row["iterate"])):
+        name = f"{row['arm']} {ARMS[row['arm']]}, {row['rate'].replace('--', '')}"
+        name += f", iterate {row['iterate']}" if several else ""
+        name += f", seed {row['seed']}" if found["size"]["seeds"] > 1 else ""
+        rows.append([name, *(signed(row[m], scale, digits) for m, (_, scale, digits) in COLUMNS.items())])
+    return table(rows)
+
+
+def verdict(found: Row) -> str:
+    """What the rules say about each question, for the rates and iterates that the tuning words chose."""
+    rows = [["question", "arm", "over the start", "over A", "over R", "by the rules"]]
+    for row in found["contrasts"]:
+        _, scale, digits = COLUMNS[row["measure"]]
+        leads = [row["over"][name] for name in ("start", "A", "R")]
+        cells = [" and ".join(signed(lead, scale, digits) for lead in of_seeds) for of_seeds in leads]
+        name = f"{row['arm']}, {row['rate'].replace('--', '')}, iterate {row['iterate']}"
+        rows.append([COLUMNS[row["measure"]][0], name, *cells, ruling(row, found["size"]["seeds"])])
+    return table(rows)
+
+
+def ruling(row: Row, seeds: int) -> str:
+    def better(control: str, by: float = SURE) -> bool:
+        return bool(row["over"][control]) and all(lead > by * error for lead, error in row["over"][control])
+
+    if row["arm"] == "D" and row["measure"] == "nll":
+        return "the test set is large enough" if better("A", ENOUGH) else "the test set is too small"
+    if row["arm"] not in "BC" or not better("start"):
+        return ""
+    if not better("A"):
+        return "better than the start"
+    proved = "supported" if seeds > 1 else "supported by one seed"
+    return f"SPIN is {proved}" + (", and so is the opponent" if better("R") else ", its opponent is not")
+
+
+def answers(found: Row) -> str:
+    """Twelve greedy definitions of the start and of one trial of every arm."""
+    trials = {row["arm"]: row for row in reversed(found["trials"].values())}
+    models = {"the start": found["models"]["start"]} | {ARMS[arm]: row for arm, row in sorted(trials.items())}
+    lines = zip(*(model["texts"][:12] for model in models.values()))
+    return table([list(models), *([text.replace("|", "/").replace("\n", " ") for text in line] for line in lines)])
+
+
+def figure(found: Row) -> str:
+    """Every trial: the change of the NLL at the best temperature, to the right, and of the choice, upwards."""
+    points = {row["key"]: (row["best_nll"], [100 * value for value in row["summed"]]) for row in found["summary"]}
+    ends = [[0.0, *(v - e for v, e in some), *(v + e for v, e in some)] for some in zip(*points.values())]
+    (left, right), (low, high) = ((min(some), max(*some, 1e-9)) for some in ends)
+
+    def x(value: float) -> float:
+        return 70 + 400 * (value - left) / (right - left)
+
+    def y(value: float) -> float:
+        return 390 - 330 * (value - low) / (high - low)
+
+    body = label(20, 22, "SmolLM2-135M after further training, against its start", kind="bold")
+    body += f'<path class="axis" fill="none" d="M{x(0):.1f} 50V400M60 {y(0):.1f}H480"/>'
+    for value, place in ((left, 70), (right, 470)):
+        body += label(place, 416, f"{value:+.2f}", "middle", "small")
+    for value, place in ((low, 394), (high, 64)):
+        body += label(58, place, f"{value:+.1f}", "end", "small")
+    body += label(270, 434, "NLL at the best temperature, nats per token: worse \u2192", "middle", "small")
+    upwards = label(22, 230, "choice of the true definition, points: better \u2192", "middle", "small")
+    body += f'<g transform="rotate(-90 22 230)">{upwards}</g>'
+    for i, arm in enumerate(sorted({row["arm"] for row in found["summary"]})):
+        colour, rows = COLOURS[i], [row for row in found["summary"] if row["arm"] == arm]
+        rows.sort(key=lambda row: (row["seed"], row["iterate"], row["rate"].partition("--beta")[2], rate_of(row)))
+        lines: dict[tuple, list[str]] = {}
+        for row in rows:
+            (nll, nll_error), (points_won, error) = points[row["key"]]
+            line = row["seed"], row["iterate"], row["rate"].partition("--beta")[2]
+            lines.setdefault(line, []).append(f"{x(nll):.1f} {y(points_won):.1f}")
+            bars = f"M{x(nll - nll_error):.1f} {y(points_won):.1f}H{x(nll + nll_error):.1f}"
+            bars += f"M{x(nll):.1f} {y(points_won - error):.1f}V{y(points_won + error):.1f}"
+            body += f'<path d="{bars}" stroke="{colour}" stroke-opacity="0.5"/>'
+            title = f"<title>{escape(row['key'])}</title>"
+            body += f'<circle cx="{x(nll):.1f}" cy="{y(points_won):.1f}" r="4" fill="{colour}">{title}</circle>'
+        for line in lines.values():
+            body += f'<path fill="none" stroke="{colour}" d="M{"L".join(line)}"/>'
+        body += f'<circle cx="500" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
+        body += label(510, 70 + 20 * i, f"{arm}: {ARMS[arm]}", kind="small")
+    size = 'width="700" height="450" viewBox="0 0 700 450"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
+    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
+
+
+def rate_of(row: Row) -> float:
+    return float(row["rate"].split()[1])

@@ -1,0 +1,101 @@
+"""benchmarks/real_model.py: all of its parts on a tiny model, its numbers by a second way, and its rules."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import real_model
+import real_model_report
+import torch
+from helpers import ROOT, known_model, player_of
+from real_model import Size
+
+from model import GPTNeo, GPTNeoConfig
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny model with random weights and the tokenizer of the definitions."""
+    config = GPTNeoConfig.from_json(ROOT / "glosses/start/config.json")
+    torch.manual_seed(0)
+    GPTNeo(dataclasses.replace(config, hidden_size=16)).save_pretrained(tmp_path / "base")
+    shutil.copy(ROOT / "glosses/start/tokenizer.json", tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
+    """Every arm is trained and asked; what is done is not done again; results of another commit are refused."""
+    monkeypatch.setitem(real_model.SIZES, "tiny", Size(8, 4, 4, 12, 4, start_epochs=2, iterations=1, rates=1, seeds=1))
+    monkeypatch.setattr(real_model_report, "write_all", lambda *args: None)
+    monkeypatch.setattr(real_model, "current_commit", lambda: "abc")
+    out = tmp_path / "results.json"
+    argv = ["--size", "tiny", "--model", str(base), "--work", str(tmp_path / "work"), "--out", str(out)]
+    real_model.main([*argv, "--minutes", "0", "--threads", "1"])  # one part, then it goes on
+    real_model.main([*argv, "--threads", "1"])
+    found = json.loads(out.read_text())
+    assert [row["arm"] for row in found["summary"]] == list(real_model.ARMS)
+    assert found["left"] == []
+    assert set(found["models"]) == {"start", "untouched"}
+    values = real_model.unpacked(out.with_suffix(".npz"))
+    assert all(
+        len(values[row["key"]]["nll"]) == 8 and len(values[row["key"]]["summed"]) == 16 for row in found["summary"]
+    )
+    for block in (
+        real_model_report.about,
+        real_model_report.changes,
+        real_model_report.verdict,
+        real_model_report.answers,
+    ):
+        assert block(found).count("\n") > 0
+    assert real_model_report.figure(found).count("<circle") == 2 * len(real_model.ARMS)
+    capsys.readouterr()
+    real_model.main([*argv, "--threads", "1"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(real_model, "current_commit", lambda: "def")
+    with pytest.raises(SystemExit, match="results of commit abc, now def"):
+        real_model.main(argv)
+
+
+def test_a_judge_is_not_asked_about_kinds_that_are_trained_on(tmp_path):
+    size = Size(50, 10, 10, 60, 5)
+    real_model.write_data(size, tmp_path)
+    lines = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
+    }
+    kinds = {name: [line["prompt"].rpartition(" of ")[2] for line in some] for name, some in lines.items()}
+    judged = kinds["heldout"][size.tuning + size.test :]
+    assert len(judged) >= size.tuning + size.choice
+    assert min(map(judged.count, judged)) >= 9
+    assert not set(judged) & {*kinds["start"], *kinds["fresh"]}
+    prompts = [line["prompt"] for name in ("start", "fresh", "heldout") for line in lines[name]]
+    assert len(set(prompts)) == len(prompts)
+    assert all(line["generated"] != line["response"] for line in lines["pairs"])
+
+
+def test_log_probabilities_at_several_temperatures():
+    player = player_of(known_model())
+    items = [([1, 2], [3, 4, 0]), ([2], [1, 0])]
+    found = real_model.logps_at(player, items, (1.0, 1.5))
+    for row, temperature in zip(found, (1.0, 1.5)):
+        assert np.allclose(row, np.array(player.logps(items, temperature=temperature))[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("over", "expected"),
+    [
+        ({"start": [[4, 1]], "A": [[4, 1]], "R": [[4, 1]]}, "SPIN is supported by one seed, and so is the opponent"),
+        ({"start": [[4, 1]], "A": [[4, 1]], "R": [[2, 1]]}, "SPIN is supported by one seed, its opponent is not"),
+        ({"start": [[4, 1]], "A": [[2, 1]], "R": [[4, 1]]}, "better than the start"),
+        ({"start": [[4, 1], [2, 1]], "A": [[4, 1]] * 2, "R": []}, ""),
+    ],
+)
+def test_rules(over, expected):
+    row = {"arm": "B", "measure": "summed", "over": over}
+    assert real_model_report.ruling(row, len(over["start"])) == expected
+
+
+def test_repetition():
+    assert real_model.repeats("a kind of a kind of bird")
+    assert not real_model.repeats("a kind of bird, a kind that flies")

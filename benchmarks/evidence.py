@@ -95,6 +95,8 @@ STARTS = {
 STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")
 # And measured on prompts on which no setting was chosen.
 STARTS["glosses, other prompts"] = dataclasses.replace(STARTS["glosses"], test="test-glosses-again")
+# Each again, for the greedy opponent, whose cases were added when the weights of the other runs were gone.
+STARTS |= {f"{name}, again": start for name, start in STARTS.items()}
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,15 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     some = {f"SPIN, LoRA {rank}, lr 3e-4": f"--rank {rank} --lr 3e-4" for rank in (4, 32)}
     yield "adapters", "converged", {}, some, ()
     yield "methods", "converged", dict(seeds=2), METHODS, ()
+    # The opponent of the official script, added after all of these: one response a prompt, the likeliest.
+    some = named("--temperature 0", "--temperature 0 --lr 1e-5")
+    sizes = {"few words": dict(prompts=8000, iterations=1), "long": dict(prompts=2000), "glosses": dict(prompts=2500)}
+    controls = {"underfitted": "1e-4", "few words": "1e-5", "few words, other words": "3e-4"}
+    for start in GREEDY:
+        yield "greedy opponent", f"{start}, again", sizes.get(start, {}), some, (controls.get(start, "3e-5"),)
 
+
+GREEDY = ("underfitted", "few words", "converged", "glosses", "few words, other words", "long", "narrow", "wide")
 
 METHODS = {  # each at SPIN's settings but for its beta
     "alpha-SPIN 0.3": "--alpha 0.3", "fictitious play": "--history 0", "hinge": "--loss hinge", "IPO": "--loss ipo",
@@ -368,16 +378,21 @@ def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
 LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll", "content")
 
 
-def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Row]:
+def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
     """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
 
     Leads are positive where the case is better. The standard error has two parts: over held-out examples, of the mean
-    over seeds, and over seeds.
+    over seeds, and over seeds. A case whose start was measured in another work folder keeps its stored rows.
     """
     result = []
     at_one = TEMPERATURES.index(1.0)
     for case in cases():
         if not all(f"{case.key} | {seed}" in runs for seed in case.every_seed):
+            continue
+        if not frontier_of(work, "start", case.start).exists():
+            same = dict(regime=case.regime, start=case.start, name=case.name, prompts=case.prompts)
+            same |= dict(flags=case.flags, iterations=case.iterations)
+            result += [row for row in stored if all(row[name] == value for name, value in same.items())]
             continue
         done = [runs[f"{case.key} | {seed}"] for seed in case.every_seed]
         for t in case.iterates or (case.iterations,):
@@ -431,20 +446,32 @@ def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
 
 
 def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
-    """[lead, standard error] by metric, of a case's seeds over a control's."""
+    """[lead, standard error, degrees of freedom] by metric, of a case's seeds over a control's.
+
+    All seeds are compared at the same temperatures, those at which every seed's entropy is one that its control
+    reaches. The degrees of freedom are those of Welch and Satterthwaite for a sum of two variances.
+    """
+    shared = set.intersection(*(measuring.reached(a["frontier"], b["frontier"]) for a, b in zip(mine, theirs)))
     found = {}
     for metric in LEADS:
-        values = [lead_of(a, b, metric) for a, b in zip(mine, theirs)]
+        values = [lead_of(a, b, metric, shared) for a, b in zip(mine, theirs)]
         if any(value is None for value in values):
             continue
-        by_seed = [value.mean() for value in values]
-        over_examples = np.mean(values, 0).std() / len(values[0]) ** 0.5
-        over_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
-        found[metric] = [float(np.mean(by_seed)), float(np.hypot(over_examples, over_seeds))]
+        examples, by_seed = len(values[0]), [value.mean() for value in values]
+        variances = {examples - 1: np.mean(values, 0).var() / examples}  # by degrees of freedom
+        if len(by_seed) > 1:
+            variances[len(by_seed) - 1] = np.var(by_seed, ddof=1) / len(by_seed)
+        found[metric] = [float(np.mean(by_seed)), sum(variances.values()) ** 0.5, freedom(variances)]
     return found
 
 
-def lead_of(mine: Any, control: Any, metric: str) -> np.ndarray | None:
+def freedom(variances: dict[int, float]) -> float:
+    """Degrees of freedom of the sum of variances, each given under its own."""
+    parts = sum(variance**2 / own for own, variance in variances.items())
+    return float(sum(variances.values()) ** 2 / parts) if parts else float(max(variances))
+
+
+def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.ndarray | None:
     """Values of each example, positive where `mine` is better."""
     a, b = mine["frontier"], control["frontier"]
     if metric == "greedy":
@@ -454,7 +481,7 @@ def lead_of(mine: Any, control: Any, metric: str) -> np.ndarray | None:
     if metric == "nll":
         at_one, k = TEMPERATURES.index(1.0), measuring.MEASURED.index("nll")
         return b[at_one, k] - a[at_one, k]
-    found = measuring.lead(a, b, metric)
+    found = measuring.lead(a, b, metric, temperatures)
     return -found if metric == "sampled_error" and found is not None else found
 
 
@@ -468,6 +495,12 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
         write_data(size, work)
         write_models(work)
     needed = list(dict.fromkeys(case.start for case in wanted))
+    for name in needed:  # another training of a start is another start
+        if name in found["starts"] and not frontier_of(work, "start", name).exists():
+            sys.exit(
+                f"evidence.py: error: the runs from {name} are stored, but {work} lacks that start; "
+                "--out FILE measures all of it anew"
+            )
     assert {STARTS[name].origin for name in needed} <= {"", "underfitted"}, "starts are trained in one go"
     first = functools.partial(train_start, size=size, work=work)
     weights: dict[Path, str] = {}
@@ -486,7 +519,7 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
         found["runs"][f"{case.key} | {seed}"] = row | {"commit": found["commit"]}
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
-    found["summary"] = summary(found["starts"], found["runs"], work)
+    found["summary"] = summary(found["starts"], found["runs"], work, found["summary"])
 
 
 def gradients(name: str, size: Size, work: Path) -> Row:
@@ -508,7 +541,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
-        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
+        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
         about = {"machine": machine, "size": dataclasses.asdict(Size()), "temperatures": list(TEMPERATURES)}
         found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
         found["commit"] = current_commit()  # of what is run now; each row has its own

@@ -18,22 +18,31 @@ def synthetic(rng: np.random.Generator, n: int, better: float = 0.0, hotter: flo
     return np.stack([entropy, sampled, 1 - sampled, entropy / 5], 1)
 
 
+def lead(mine: np.ndarray, control: np.ndarray) -> np.ndarray | None:
+    return measuring.lead(mine, control, "sampled", measuring.reached(mine, control))
+
+
 def test_a_frontier_leads_by_what_it_is_better_not_by_being_colder():
     rng = np.random.default_rng(0)
     control = synthetic(rng, 200_000)
-    ahead = measuring.lead(synthetic(rng, 200_000, 0.03, -0.05), control, "sampled")
-    level = measuring.lead(synthetic(rng, 200_000, 0.0, -0.05), control, "sampled")
+    ahead = lead(synthetic(rng, 200_000, 0.03, -0.05), control)
+    level = lead(synthetic(rng, 200_000, 0.0, -0.05), control)
     assert ahead.mean() == pytest.approx(0.03, abs=2e-3) and level.mean() == pytest.approx(0.0, abs=2e-3)
-    assert measuring.lead(synthetic(rng, 200, 0.03, 5.0), control[..., :200], "sampled") is None
+    assert lead(synthetic(rng, 200, 0.03, 5.0), control[..., :200]) is None
 
 
-def test_the_standard_error_of_a_lead_is_its_spread():
-    """Over 300 data sets. It counts the noise of both entropies, with which accuracy is tied."""
+@pytest.mark.parametrize("bend", [0.0, 0.4])
+def test_the_standard_error_of_a_lead_is_its_spread(bend):
+    """Over 300 data sets. It counts the noise of both entropies, with which accuracy is tied, and that of each knot by
+    the slope of the curve there: with `bend` the slopes of neighbouring knots differ."""
     rng = np.random.default_rng(1)
-    values = [
-        measuring.lead(synthetic(rng, 400, 0, -0.05, -0.5), synthetic(rng, 400, 0, 0, -0.5), "sampled")
-        for _ in range(300)
-    ]
+
+    def bent(*settings: float) -> np.ndarray:
+        found = synthetic(rng, 400, *settings)
+        found[:, 1] += bend * np.cos(2 * found[:, 0].mean(1, keepdims=True))
+        return found
+
+    values = [lead(bent(0, -0.05, -0.5), bent(0, 0, -0.5)) for _ in range(300)]
     errors = [value.std() / np.sqrt(400) for value in values]
     assert np.std([value.mean() for value in values]) == pytest.approx(np.mean(errors), rel=0.15)
 

@@ -1,7 +1,7 @@
 """What self-play does beyond sharpening: every case beside its two controls, over seeds.
 
     python benchmarks/evidence.py                            all cases, then the tables and figures (make reproduce)
-    python benchmarks/evidence.py --only "few words" start   those regimes
+    python benchmarks/evidence.py --only "few words" wide    those regimes, or all cases from that start
     python benchmarks/evidence.py --write                    tables and figures from the stored results
 
 A case wins where its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
@@ -531,8 +531,8 @@ def gradients(name: str, size: Size, work: Path) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    regimes = list(dict.fromkeys(case.regime for case in cases()))
-    parser.add_argument("--only", nargs="+", choices=regimes, default=regimes, metavar="REGIME", help="default: all")
+    regimes, starts = (list(dict.fromkeys(getattr(case, name) for case in cases())) for name in ("regime", "start"))
+    parser.add_argument("--only", nargs="+", choices=regimes + starts, default=regimes, metavar="REGIME or START")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.json")
@@ -549,7 +549,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
-        wanted = [case for case in cases() if case.regime in args.only]
+        wanted = [case for case in cases() if case.regime in args.only or case.start in args.only]
         with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
             play(wanted, found, Size(), args.work, do)
     found["regimes"] = regimes

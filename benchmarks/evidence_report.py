@@ -1,9 +1,11 @@
 """Tables and figures of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
 
+import math
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 Row = dict[str, Any]
@@ -71,14 +73,33 @@ def self_play(found: dict) -> list[Row]:
 
 
 def lead_of(row: Row, over: str) -> list[float]:
-    """[lead, standard error] of what a row is judged by; positive is better."""
+    """[lead, standard error, degrees of freedom] of what a row is judged by; positive is better."""
     return row[over][measure_of(row["start"])[0]]
 
 
 def sign(row: Row, over: str) -> int:
-    """1 or -1 where a lead is larger than SURE standard errors, else 0."""
-    lead, error = lead_of(row, over)
-    return (lead > SURE * error) - (lead < -SURE * error)
+    """1 or -1 if a lead is as unlikely by chance as one of more than SURE standard errors of a known size, else 0."""
+    found = normal_errors(*lead_of(row, over))
+    return (found > SURE) - (found < -SURE)
+
+
+def normal_errors(lead: float, error: float, freedom: float) -> float:
+    """The standard errors at which a normal variable is as unlikely as Student's t at lead / error; at most 8.
+
+    Few seeds say little about the spread over seeds, so a lead must exceed more of their errors: 32 with two degrees of
+    freedom where a normal variable needs 3.3. The density of t at sqrt(freedom) tan(angle) is cos(angle)^(freedom - 1),
+    up to a constant; the areas are sums over midpoints.
+    """
+    if not error:
+        return 0.0
+
+    def area(begin: float, end: float, parts: int = 2000) -> float:
+        width = (end - begin) / parts
+        return width * sum(math.cos(begin + (i + 0.5) * width) ** (freedom - 1) for i in range(parts))
+
+    angle = math.atan(abs(lead) / error / math.sqrt(freedom))
+    beyond = area(angle, math.pi / 2) / (2 * area(0.0, math.pi / 2))
+    return math.copysign(min(8.0, -NormalDist().inv_cdf(max(beyond, 1e-17))), lead)
 
 
 def judged(row: Row) -> str:
@@ -233,8 +254,7 @@ def settings(found: dict) -> str:
     most = 8.0  # marks beyond lie on the edge
 
     def at(row: Row, over: str) -> float:
-        lead, error = lead_of(row, over)
-        return max(-most, min(most, lead / error)) if error else 0.0
+        return normal_errors(*lead_of(row, over))
 
     def x(value: float) -> float:
         return 60 + 380 * (value + most) / (2 * most)

@@ -131,6 +131,17 @@ def test_all_seeds_of_a_row_are_compared_at_the_same_temperatures():
     assert evidence.leads(mine[:1], theirs[:1])["sampled"][0] == pytest.approx(-0.25)
 
 
+@pytest.mark.parametrize(
+    "t, freedom, normal", [(4.3027, 2, 1.96), (2.2281, 10, 1.96), (8.6103, 4, 3.2905), (31.599, 2, 3.2905)]
+)
+def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, normal):
+    """Quantiles of two-sided probability 5% and 0.1%, from tables."""
+    assert evidence_report.normal_errors(-t, 1.0, freedom) == pytest.approx(-normal, abs=1e-3)
+    assert evidence_report.normal_errors(0.03, 0.01, 2500) == pytest.approx(3, abs=5e-3)
+    row = {"start": "converged", "over start": {"sampled_error": [0.9 * t, 1.0, freedom]}}
+    assert evidence_report.sign(row, "over start") == 0
+
+
 # ---------------------------------------------------------------- theory
 
 

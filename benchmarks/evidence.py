@@ -271,7 +271,9 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    return row | look(name, place, frontier_of(work, "start", name), work)
+    row |= look(name, place, frontier_of(work, "start", name), work)
+    player, _, samples = yardstick(name, work)
+    return row | {"optimum": theory.optimum_on_samples(player, samples, 1.5, 1)}
 
 
 def frontier_of(work: Path, *key: Any) -> Path:
@@ -421,17 +423,12 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: li
 
 
 def expected(case: Case, t: int) -> Row:
-    """The exponent of the optimum of iterate t, and a softmax table's, for SPIN from where p_t is p_data."""
+    """The exponent of the optimum of iterate t for SPIN from the data, if a response were one choice."""
     flags = flags_of(SELF_PLAY, case.flags)
     temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
     if case.start != "converged" or case.script == "sft" or temperature == 1 or "--loss" in flags:
         return {}
-    if flags.get("--reference") == "sampled":
-        return {"optimum": 1 + (1 - 1 / temperature) * (1 / beta - 1)}  # docs/family.md derives it.
-    return {
-        name: of(temperature, beta, t)[-1]
-        for name, of in (("optimum", theory.exponents), ("table", theory.table_exponents))
-    }
+    return {"optimum": theory.exponents(temperature, beta, t, flags.get("--reference") == "sampled")[-1]}
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
@@ -522,6 +519,32 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     found["summary"] = summary(found["starts"], found["runs"], work, found["summary"])
 
 
+def toys() -> dict[str, list[Row]]:
+    """What theory.py enumerates."""
+    gradients = [
+        (start, t, theory.first_gradients(start, t))
+        for start in ("flatter", "sharper", "other", "data")
+        for t in (1, 0)
+    ]
+    return {
+        "capacity": [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY],
+        "sequences": [dict(temperature=1.5, beta=b, iterates=theory.sequence_game(1.5, b, 8)) for b in (1, 3)],
+        "first gradients": [
+            dict(start=start, temperature=t, cosine=values[0], supervised=values[1], spin=values[2])
+            for start, t, values in gradients
+        ],
+    }
+
+
+def waiting(found: dict) -> dict[str, dict[str, list[str]]]:
+    """By regime and name, the starts of the cases of self-play that lack a run."""
+    missing: dict[str, dict[str, list[str]]] = {}
+    for case in cases():
+        if case.script != "sft" and not all(f"{case.key} | {seed}" in found["runs"] for seed in case.every_seed):
+            missing.setdefault(case.regime, {}).setdefault(case.name, []).append(case.start.removesuffix(", again"))
+    return missing
+
+
 def gradients(name: str, size: Size, work: Path) -> Row:
     """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
     player, run = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
@@ -553,7 +576,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
             play(wanted, found, Size(), args.work, do)
     found["regimes"] = regimes
-    found["capacity"] = [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY]
+    found["waiting"] = waiting(found)
+    found |= toys()
     save(args.out, found)
     evidence_report.write_all(found, ROOT)
 

@@ -71,7 +71,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "PROMPTS", 5)
     found = {"starts": {}, "theory": {}, "runs": {}, "summary": [], "commit": "0", "machine": "m", "command": "c"}
     found["regimes"] = ["few words", "start", "methods"]
-    found["temperatures"] = list(evidence.TEMPERATURES)
+    found["temperatures"], found["waiting"] = list(evidence.TEMPERATURES), {"methods": {"IPO": ["wide"]}}
     asked = []
 
     def do(function, jobs):
@@ -90,15 +90,14 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
         for value, _ in row["over start"].values():
             assert value == pytest.approx(0, abs=1e-3)
     assert first["control"] == "supervised, lr 0.01", "the control with the lowest NLL"
-    assert (
-        first["over supervised"]["nll"][0] < 0
-        and evidence_report.judged(once) == "level with the start, level with supervised"
-    )
+    assert first["over supervised"]["nll"][0] < 0 and evidence_report.judged(once) == "level, level"
     text = "".join(
-        f"<!-- evidence: {n} -->\nold\n<!-- end -->\n" for n in ("about", "verdict", "starts", "gradients", "start")
+        f"<!-- evidence: {n} -->\nold\n<!-- end -->\n"
+        for n in ("about", "verdict", "starts", "optimum", "gradients", "start", "methods")
     )
     filled = evidence_report.filled(text, found)
     assert "old" not in filled and evidence_report.filled(filled, found) == filled and "Of 2 settings" in filled
+    assert "Not run yet: IPO (wide)." in filled
     ElementTree.fromstring(evidence_report.settings(found))
     asked.clear()
     evidence.play(cases, found, tiny, tmp_path / "work", do)
@@ -147,11 +146,42 @@ def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, normal):
 
 @pytest.mark.parametrize("temperature, beta", [(1.5, 1), (1.5, 3), (0.8, 2)])
 def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(temperature, beta):
-    """Trained on the expected loss. One iteration from the data has the exponent of the family's documentation."""
+    """Trained on the expected loss, for responses of one token."""
     expected = theory.exponents(temperature, beta, 4)
     assert theory.table_exponents(temperature, beta, 4) == pytest.approx(expected, abs=1e-3)
     assert expected[1] == pytest.approx(1 + (1 - 1 / temperature) / beta)
     assert theory.exponents(temperature, beta, 200)[-1] == pytest.approx(temperature), "it ends at p_data^T"
+    assert theory.exponents(temperature, beta, 1, True)[1] == pytest.approx(1 + (1 - 1 / temperature) * (1 / beta - 1))
+
+
+@pytest.mark.parametrize("temperature, beta", [(1.5, 1), (0.8, 2)])
+def test_sequences_end_at_data_that_is_tempered_token_by_token(temperature, beta):
+    """Not response by response: a further token counts by itself, so the slope over responses is not the exponent."""
+    first, *rows, last = theory.sequence_game(temperature, beta, 4)
+    expected = theory.exponents(temperature, beta, 4)
+    for row in (*rows, last):
+        assert row["closed form"] < 1e-3
+    assert first["slope"] == pytest.approx(1) and first["nats per token"] == pytest.approx(0, abs=1e-9)
+    assert last["by token"] < 2e-3 * first["by token"] and last["by response"] > 0.01
+    assert last["slope at equal length"] == pytest.approx(expected[-1], abs=0.01)
+    assert abs(last["slope"] - expected[-1]) > 0.03 and last["nats per token"] * (temperature - 1) > 0.02
+
+
+def test_sequences_are_all_there_and_greedy_is_the_limit_of_low_temperatures():
+    table = theory.random_table(1)
+    for temperature in (0.7, 1.0, 0.0):
+        assert float(theory.sequence_logps(table, temperature).exp().sum()) == pytest.approx(1)
+    greedy, cold = (theory.sequence_logps(table, temperature).exp() for temperature in (0.0, 3e-4))
+    torch.testing.assert_close(greedy, cold)
+
+
+@pytest.mark.parametrize("start", ["flatter", "sharper", "other", "data"])
+def test_the_first_gradient_is_the_supervised_one_at_temperature_1_and_another_with_a_greedy_opponent(start):
+    sampled, greedy = (theory.first_gradients(start, temperature) for temperature in (1.0, 0.0))
+    assert sampled[2] == pytest.approx(sampled[1], abs=1e-12)
+    assert greedy[2] > max(0.1, 5 * greedy[1])
+    if start != "data":  # there the supervised gradient is 0 and has no direction
+        assert sampled[0] == pytest.approx(1) and abs(greedy[0]) < 0.7
 
 
 def test_self_play_ends_at_the_likeliest_model_even_where_that_is_not_the_data():

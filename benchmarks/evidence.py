@@ -575,9 +575,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [case for case in cases() if case.regime in args.only or case.start in args.only]
         with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
             play(wanted, found, Size(), args.work, do)
+        found |= toys()
     found["regimes"] = regimes
     found["waiting"] = waiting(found)
-    found |= toys()
     save(args.out, found)
     evidence_report.write_all(found, ROOT)
 

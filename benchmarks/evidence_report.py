@@ -36,10 +36,10 @@ def write_all(found: dict, root: Path) -> None:
         path.write_text(filled(path.read_text(), found))
     (root / FIGURE).write_text(settings(found))
     (root / EVERY_COLUMN).parent.mkdir(exist_ok=True)
-    texts = [
-        f"## {name}\n\n{starts(found) if name == 'starts' else regime(found, name, True)}"
-        for name in ("starts", *found["regimes"])
+    special = [
+        f"## {name}\n\n{block_of(name, found)}" for name in ("starts", "gradients", "capacity", "exponents", "answers")
     ]
+    texts = special + [f"## {name}\n\n{regime(found, name, True)}" for name in found["regimes"]]
     (root / EVERY_COLUMN).write_text("\n".join(texts))
 
 
@@ -159,6 +159,9 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
     rows = [row for row in found["summary"] if row["regime"] == name]
     if not every_column and name != "iterations":
         rows = [row for row in rows if row["iterate"] == row["iterations"]]
+        group = ("start", "prompts", "iterations")
+        chosen = [[row.get("control"), *(row[name] for name in group)] for row in found["summary"]]
+        rows = [r for r in rows if r["script"] != "sft" or [r["name"], *(r[name] for name in group)] in chosen]
     waiting = [f"{setting} ({', '.join(starts)})" for setting, starts in found["waiting"].get(name, {}).items()]
     text = f"Not run yet: {'; '.join(waiting)}.\n" if waiting else ""
     if not rows:
@@ -236,12 +239,14 @@ def sequences(found: dict) -> str:
 
 
 def first_gradients(found: dict) -> str:
-    title = ["start", "temperature", "cosine with the supervised gradient", "supervised norm", "SPIN's norm, times 2"]
+    sampled, greedy = ([row for row in found["first gradients"] if row["temperature"] == t] for t in (1, 0))
+    title = ["start", "supervised norm", "cosine, sampled", "norm, sampled", "cosine, greedy", "norm, greedy"]
     lines = [title]
-    for row in found["first gradients"]:
-        cosine = "none" if row["start"] == "data" else f"{row['cosine']:+.2f}"
-        norms = (f"{row[name]:.3f}" for name in ("supervised", "spin"))
-        lines.append([row["start"], str(row["temperature"]), cosine, *norms])
+    for one, zero in zip(sampled, greedy):
+        cells = [one["start"], f"{one['supervised']:.3f}"]
+        for row in (one, zero):  # the data has no supervised gradient, so no cosine
+            cells += ["" if row["start"] == "data" else f"{row['cosine']:+.2f}", f"{row['spin']:.3f}"]
+        lines.append(cells)
     return table(lines)
 
 

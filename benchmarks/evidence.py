@@ -4,13 +4,13 @@
     python benchmarks/evidence.py --only "few words" wide    those regimes, or all cases from that start
     python benchmarks/evidence.py --write                    tables and figures from the stored results
 
-A case wins where its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
+A case wins if its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
 at other temperatures, and continued supervised training of the start on the same prompts, with twice the epochs, which
 costs about as much. Where several learning rates of the control were run, the one with the lowest NLL *on the test
 words* stands for it: a choice that can only favour the control.
 
 `cases` was written before any of them was run, but for those that say so, and all of them are reported. The same
-command goes on where it was stopped; each row has the commit that it was made at. Writes
+command resumes; each row has the commit that it was made at. Writes
 benchmarks/results/evidence.json, the figures beside it, and the tables of docs/evidence.md and README.md.
 """
 
@@ -203,7 +203,7 @@ OF_FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--r
 
 
 def cases() -> list[Case]:
-    """In the order in which they are run: where the time is short, the last are left out."""
+    """In the order in which they are run: if the time is short, the last are left out."""
     found: list[Case] = []
     for regime, start, size, settings, rates in blocks():
         for name, flags in settings.items():
@@ -383,7 +383,7 @@ LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll", "content")
 def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
     """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
 
-    Leads are positive where the case is better. The standard error has two parts: over held-out examples, of the mean
+    Leads are positive if the case is better. The standard error has two parts: over held-out examples, of the mean
     over seeds, and over seeds. A case whose start was measured in another work folder keeps its stored rows.
     """
     result = []
@@ -458,7 +458,7 @@ def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
         variances = {examples - 1: np.mean(values, 0).var() / examples}  # by degrees of freedom
         if len(by_seed) > 1:
             variances[len(by_seed) - 1] = np.var(by_seed, ddof=1) / len(by_seed)
-        found[metric] = [float(np.mean(by_seed)), sum(variances.values()) ** 0.5, freedom(variances)]
+        found[metric] = [float(np.mean(by_seed)), float(sum(variances.values()) ** 0.5), freedom(variances)]
     return found
 
 
@@ -469,7 +469,7 @@ def freedom(variances: dict[int, float]) -> float:
 
 
 def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.ndarray | None:
-    """Values of each example, positive where `mine` is better."""
+    """Values of each example, positive if `mine` is better."""
     a, b = mine["frontier"], control["frontier"]
     if metric == "greedy":
         return mine["greedy"] - control["greedy"]

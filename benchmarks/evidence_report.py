@@ -22,7 +22,7 @@ MEASURE |= dict.fromkeys(("glosses, other prompts", "glosses, again"), ("content
 
 
 def measure_of(start: str) -> tuple[str, str]:
-    """(metric, its name) of a start's task, both in points where scaled by 100."""
+    """(metric, its name) of a start's task, both in points if scaled by 100."""
     return MEASURE.get(start, ("sampled_error", "error"))
 
 
@@ -93,7 +93,7 @@ def normal_errors(lead: float, error: float, freedom: float) -> float:
     """The standard errors at which a normal variable is as unlikely as Student's t at lead / error; at most 8.
 
     Few seeds say little about the spread over seeds, so a lead must exceed more of their errors: 32 with two degrees of
-    freedom where a normal variable needs 3.3. The density of t at sqrt(freedom) tan(angle) is cos(angle)^(freedom - 1),
+    freedom instead of 3.3. The density of t at sqrt(freedom) tan(angle) is cos(angle)^(freedom - 1),
     up to a constant; the areas are sums over midpoints.
     """
     if not error:
@@ -182,9 +182,16 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
         cells += [f"{scale * row[key]:.{digits}f}" for key, scale, digits in some.values()]
         cells += [signed(row.get(over, {}).get(lead), *scale) for over in OVER for lead, scale in leads_shown.items()]
         cells += [f"{row['seconds']:.0f}"] * every_column
-        said = judged(row) if row in self_play(found) else "control" if row["script"] == "sft" else "no common entropy"
-        lines.append([*cells, said])
+        lines.append([*cells, verdict_of(found, row)])
     return table(lines) + ("\n" + text if text else "")
+
+
+def verdict_of(found: dict, row: Row) -> str:
+    if row["script"] == "sft":
+        return "control"
+    if row in self_play(found):
+        return judged(row)
+    return "no common entropy" if "control" in row else "supervised: not run yet"
 
 
 def several(found: dict, row: Row) -> bool:

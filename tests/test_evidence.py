@@ -102,7 +102,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
         for value, _ in row["over start"].values():
             assert value == pytest.approx(0, abs=1e-3)
     assert first["control"] == "supervised, lr 0.01", "the control with the lowest NLL"
-    assert first["over supervised"]["nll"][0] < 0 and evidence_report.judged(once) == "level, level"
+    assert first["over supervised"]["nll"][0] < 0 and evidence_report.judged(once) == "level"
     text = "".join(
         f"<!-- evidence: {n} -->\nold\n<!-- end -->\n"
         for n in ("about", "verdict", "starts", "optimum", "gradients", "start", "methods")

@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import theory
 import torch
-from evidence import Case, Size
+from evidence import STORED, Case, Size
 from helpers import OPTIONS, ROOT, known_model, player_of, set_temperature
 
 from runtime.options import parse
-
-STORED = ROOT / "benchmarks/results/evidence.json"
 
 
 @pytest.mark.parametrize("name", evidence_report.DOCUMENTS)
@@ -99,7 +97,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     first, *_, once, twice, _, _ = found["summary"]
     for row in (first, once, twice):  # a learning rate of 1e-9 changes nothing: level with its start in every respect
         assert row["exponent"] == pytest.approx(1, abs=1e-3)
-        for value, _ in row["over start"].values():
+        for value, *_ in row["over start"].values():
             assert value == pytest.approx(0, abs=1e-3)
     assert first["control"] == "supervised, lr 0.01", "the control with the lowest NLL"
     assert first["over supervised"]["nll"][0] < 0 and evidence_report.judged(once) == "level"

@@ -175,12 +175,15 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
     several_starts = len({row["start"] for row in rows}) > 1
     words = {"best_nll": "NLL", metric: measure}
     title = ["start"] * several_starts + ["setting", *some]
-    title += [f"{words.get(lead, lead)} {over}" for over in OVER for lead in leads_shown]
+    shown = [(over, lead) for over in OVER for lead in leads_shown]
+    if not every_column:
+        shown.remove(("over supervised", "best_nll"))
+    title += [f"{words.get(lead, lead)} {over}" for over, lead in shown]
     lines = [[*title, *["CPU s"] * every_column, "verdict"]]
     for row in rows:
         cells = [row["start"]] * several_starts + [label_of(found, row)]
         cells += [f"{scale * row[key]:.{digits}f}" for key, scale, digits in some.values()]
-        cells += [signed(row.get(over, {}).get(lead), *scale) for over in OVER for lead, scale in leads_shown.items()]
+        cells += [signed(row.get(over, {}).get(lead), *leads_shown[lead]) for over, lead in shown]
         cells += [f"{row['seconds']:.0f}"] * every_column
         lines.append([*cells, verdict_of(found, row)])
     return table(lines) + ("\n" + text if text else "")

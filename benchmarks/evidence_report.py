@@ -215,9 +215,12 @@ def label_of(found: dict, row: Row) -> str:
 
 def gradients(found: dict) -> str:
     title = ["start", "supervised norm²", "self-play norm², times 4", "of the generated responses alone"]
-    lines = [[*title, "noise of an example", "noise of a pair, times 4"]]
+    lines = [[*title, "greedy opponent, times 4", "its cosine", "noise of an example", "noise of a pair, times 4"]]
     for name, row in found["theory"].items():
         cells = [signed(row[key], scale, 4) for key, scale in (("real", 1), ("spin", 4), ("generated", 1))]
+        cells += [signed(row.get("greedy"), 4, 2), ""]
+        if "greedy" in row and row["real"][0] > 0:
+            cells[-1] = f"{row['real and greedy'][0] / (row['real'][0] * row['greedy'][0]) ** 0.5:+.2f}"
         lines.append([name, *cells, f"{row['noise_real']:.1f}", f"{4 * row['noise_spin']:.1f}"])
     return table(lines)
 

@@ -228,39 +228,49 @@ def gradients(player: Player, run: Run, examples: Sequence[Example]) -> Row:
     """Expected gradients over the data, estimated without bias from independent blocks of examples.
 
     With s(y) = grad log p(y|x), the gradient of supervised training is -E s(real), and that of Eq. 4.7 at its start,
-    for beta 1 and temperature 1, is -E [s(real) - s(generated)] / 2; E s(generated) is 0. Returns [value, standard
-    error] of their squared norms, and the noise of one example or pair: the trace of the gradient's covariance.
+    for beta 1, is -E [s(real) - s(generated)] / 2; E s(generated) is 0 at temperature 1. Returns [value, standard
+    error] of their squared norms and of the product of the supervised and the greedy opponent's gradient, and the noise
+    of one example or pair: the trace of the gradient's covariance.
     """
     player.model.eval()
     parameters = [p for p in player.model.parameters() if p.requires_grad]
     size = len(examples) // BLOCKS
-    real, generated = [], []
+    found: dict[str, list[Tensor]] = {"real": [], "generated": [], "likeliest": []}
     for block in range(BLOCKS):
         some = examples[block * size : (block + 1) * size]
-        drawn = player.respond([e.prompt_ids for e in some], run.seed(block, "gradient"))
-        for found, responses in ((real, [e.real_ids for e in some]), (generated, [ids for ids, _ in drawn])):
+        prompts, seed = [e.prompt_ids for e in some], run.seed(block, "gradient")
+        responses = {"real": [e.real_ids for e in some]}
+        for name, temperature in (("generated", 1.0), ("likeliest", 0.0)):
+            responses[name] = [ids for ids, _ in player.respond(prompts, seed, temperature=temperature)]
+        for name, blocks in found.items():
             for parameter in parameters:
                 parameter.grad = None
-            items = [(e.prompt_ids, ids) for e, ids in zip(some, responses)]
+            items = list(zip(prompts, responses[name]))
             for chunk in player.micro_batches([sum(map(len, item)) for item in items]):
                 (player.response_logps([items[i] for i in chunk]).sum() / len(items)).backward()
-            found.append(torch.cat([p.grad.flatten() for p in parameters]).double())
-    real, generated = torch.stack(real), torch.stack(generated)
-    spin = (real - generated) / 2
+            blocks.append(torch.cat([p.grad.flatten() for p in parameters]).double())
+    real, generated, likeliest = map(torch.stack, found.values())
+    spin, greedy = (real - generated) / 2, (real - likeliest) / 2
     return {
         "real": squared_norm(real), "generated": squared_norm(generated), "spin": squared_norm(spin),
+        "greedy": squared_norm(greedy), "real and greedy": product(real, greedy),
         "noise_real": float(size * real.var(0).sum()), "noise_spin": float(size * spin.var(0).sum()),
         "examples": size * BLOCKS,
     }  # fmt: skip
 
 
 def squared_norm(blocks: Tensor) -> list[float]:
-    """[|E g|^2, standard error] from independent estimates g of shape (blocks, parameters).
+    """[|E g|^2, standard error] from independent estimates g of shape (blocks, parameters)."""
+    return product(blocks, blocks)
+
+
+def product(a: Tensor, b: Tensor) -> list[float]:
+    """[E a . E b, standard error] from estimates of shape (blocks, parameters), independent from block to block.
 
     The mean product of two different blocks is unbiased; the jackknife over blocks gives its standard error, up to the
-    root of 2 too large where noise prevails.
+    root of 2 too large if noise prevails.
     """
-    gram = blocks @ blocks.T
+    gram = (a @ b.T + b @ a.T) / 2
     n = len(gram)
     off = gram - torch.diag(gram.diagonal())
     whole = off.sum() / (n * (n - 1))

@@ -212,6 +212,14 @@ def test_the_exponent_of_a_tempered_model_is_one_over_its_temperature():
     assert theory.exponent(player, (items, before)) == pytest.approx(1.25, rel=1e-4)
 
 
+def test_the_product_of_two_expectations_leaves_out_the_noise_that_they_share():
+    """Two estimates from the same four blocks, the mean product of different blocks."""
+    noise = torch.tensor([[3.0], [-3.0], [1.0], [-1.0]])
+    without_diagonal = ((2 + noise) @ (5 + noise).T).fill_diagonal_(0).sum() / 12
+    assert theory.product(2 + noise, 5 + noise)[0] == pytest.approx(float(without_diagonal))
+    assert theory.product(torch.full((4, 2), 2.0), torch.full((4, 2), 5.0)) == pytest.approx([20.0, 0.0])
+
+
 @pytest.mark.parametrize("mean, most", [(10.0, 1.15), (1.0, 1.5)])
 def test_the_squared_norm_is_unbiased_with_the_error_of_its_spread(mean, most):
     """Blocks in noise of variance 40 a coordinate, by which the squared norm of their mean would be 7.5 too large. The

@@ -38,7 +38,7 @@ bench-gpu:
 	python3 benchmarks/bench.py --device cuda $(ARGS)
 
 reproduce: $(VENV)/dev.stamp
-	$(PYTHON) benchmarks/evidence.py $(ARGS)
+	$(PYTHON) benchmarks/evidence.py --out runs/evidence.json $(ARGS)
 
 evidence-smollm2: $(VENV)/dev.stamp
 	test -e runs/smollm2/model/config.json || $(PYTHON) smollm2/convert.py

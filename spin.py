@@ -16,7 +16,7 @@ including its end-of-sequence token, in nats.
 
 Deviations from the paper and from the official code (uclaml/SPIN):
 - The opponent is not a second model: it is the player before training, whose log-probabilities are stored once.
-- LoRA and AdamW are the defaults; recipes/paper.args has the published recipe: all parameters, RMSProp.
+- Defaults: LoRA, AdamW, sampled responses. recipes/paper.args is the published recipe: all weights, RMSProp, greedy.
 - Sampled ids are scored as they were sampled, never decoded and encoded again. The end-of-sequence token counts if it
   was sampled; the official code appends one to responses that were cut. Prompt and response are encoded apart.
 - Pairs of equal responses are dropped: they have no gradient.

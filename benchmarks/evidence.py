@@ -1,17 +1,18 @@
 """What self-play does beyond sharpening: every case beside its two controls, over seeds.
 
-    python benchmarks/evidence.py                            all cases, then the tables and figures (make reproduce)
-    python benchmarks/evidence.py --only "few words" start   those regimes
+    python benchmarks/evidence.py --out runs/evidence.json   all cases, then tables and figures (make reproduce)
+    python benchmarks/evidence.py --only "few words" wide    those regimes, or all cases from that start
     python benchmarks/evidence.py --write                    tables and figures from the stored results
 
-A case wins where its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
+A case wins if its frontier (benchmarks/measuring.py) lies above those of both controls: the start itself, sampled
 at other temperatures, and continued supervised training of the start on the same prompts, with twice the epochs, which
-costs about as much. Where several learning rates of the control were run, the one with the lowest NLL *on the test
-words* stands for it: a choice that can only favour the control.
+costs about as much. Of several learning rates of the control, the one with the lowest NLL *on the test words* stands
+for it: a choice that can only favour the control.
 
-`cases` was written before any of them was run, but for those that say so, and all of them are reported. The same
-command goes on where it was stopped; each row has the commit that it was made at. Writes
-benchmarks/results/evidence.json, the figures beside it, and the tables of docs/evidence.md and README.md.
+`cases` was written before any of them was run, except for those that say otherwise, and all of them are reported. The
+same command resumes. Each row has the commit that it was made at. Rows are compared with the start and the control that
+were measured in the same work folder, so a stored start whose weights are gone gets no further run. Writes --out, by
+default benchmarks/results/evidence.json, the figure of all settings, and the tables of docs/evidence.md and README.md.
 """
 
 import argparse
@@ -47,6 +48,8 @@ from data.examples import draw, load_examples, split
 from evaluate import Row
 from player import Player
 from runtime.work import Work as Run
+
+STORED = ROOT / "benchmarks/results/evidence.json"
 
 # ---------------------------------------------------------------- what is run
 
@@ -95,6 +98,8 @@ STARTS = {
 STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play="other")
 # And measured on prompts on which no setting was chosen.
 STARTS["glosses, other prompts"] = dataclasses.replace(STARTS["glosses"], test="test-glosses-again")
+# Each again, for the greedy opponent, whose cases were added when the weights of the other runs were gone.
+STARTS |= {f"{name}, again": start for name, start in STARTS.items()}
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,15 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     some = {f"SPIN, LoRA {rank}, lr 3e-4": f"--rank {rank} --lr 3e-4" for rank in (4, 32)}
     yield "adapters", "converged", {}, some, ()
     yield "methods", "converged", dict(seeds=2), METHODS, ()
+    # The opponent of the official script, added after all of these: one response a prompt, the likeliest.
+    some = named("--temperature 0", "--temperature 0 --lr 1e-5")
+    sizes = {"few words": dict(prompts=8000, iterations=1), "long": dict(prompts=2000), "glosses": dict(prompts=2500)}
+    controls = {"underfitted": "1e-4", "few words": "1e-5", "few words, other words": "3e-4"}
+    for start in GREEDY:
+        yield "greedy opponent", f"{start}, again", sizes.get(start, {}), some, (controls.get(start, "3e-5"),)
 
+
+GREEDY = ("underfitted", "few words", "converged", "glosses", "few words, other words", "long", "narrow", "wide")
 
 METHODS = {  # each at SPIN's settings but for its beta
     "alpha-SPIN 0.3": "--alpha 0.3", "fictitious play": "--history 0", "hinge": "--loss hinge", "IPO": "--loss ipo",
@@ -193,7 +206,7 @@ OF_FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--r
 
 
 def cases() -> list[Case]:
-    """In the order in which they are run: where the time is short, the last are left out."""
+    """In the order in which they are run: if the time is short, the last are left out."""
     found: list[Case] = []
     for regime, start, size, settings, rates in blocks():
         for name, flags in settings.items():
@@ -261,7 +274,9 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    return row | look(name, place, frontier_of(work, "start", name), work)
+    row |= look(name, place, frontier_of(work, "start", name), work)
+    player, _, samples = yardstick(name, work)
+    return row | {"optimum": theory.optimum_on_samples(player, samples, 1.5, 1)}
 
 
 def frontier_of(work: Path, *key: Any) -> Path:
@@ -368,16 +383,21 @@ def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
 LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll", "content")
 
 
-def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Row]:
+def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
     """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
 
-    Leads are positive where the case is better. The standard error has two parts: over held-out examples, of the mean
-    over seeds, and over seeds.
+    Leads are positive if the case is better. The standard error has two parts: over held-out examples, of the mean
+    over seeds, and over seeds. A case whose start was measured in another work folder keeps its stored rows.
     """
     result = []
     at_one = TEMPERATURES.index(1.0)
     for case in cases():
         if not all(f"{case.key} | {seed}" in runs for seed in case.every_seed):
+            continue
+        if not frontier_of(work, "start", case.start).exists():
+            same = dict(regime=case.regime, start=case.start, name=case.name, prompts=case.prompts)
+            same |= dict(flags=case.flags, iterations=case.iterations)
+            result += [row for row in stored if all(row[name] == value for name, value in same.items())]
             continue
         done = [runs[f"{case.key} | {seed}"] for seed in case.every_seed]
         for t in case.iterates or (case.iterations,):
@@ -406,17 +426,12 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path) -> list[Ro
 
 
 def expected(case: Case, t: int) -> Row:
-    """The exponent of the optimum of iterate t, and a softmax table's, for SPIN from where p_t is p_data."""
+    """The exponent of the optimum of iterate t for SPIN from the data, if a response were one choice."""
     flags = flags_of(SELF_PLAY, case.flags)
     temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
     if case.start != "converged" or case.script == "sft" or temperature == 1 or "--loss" in flags:
         return {}
-    if flags.get("--reference") == "sampled":
-        return {"optimum": 1 + (1 - 1 / temperature) * (1 / beta - 1)}  # docs/family.md derives it.
-    return {
-        name: of(temperature, beta, t)[-1]
-        for name, of in (("optimum", theory.exponents), ("table", theory.table_exponents))
-    }
+    return {"optimum": theory.exponents(temperature, beta, t, flags.get("--reference") == "sampled")[-1]}
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
@@ -431,21 +446,33 @@ def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
 
 
 def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
-    """[lead, standard error] by metric, of a case's seeds over a control's."""
+    """[lead, standard error, degrees of freedom] by metric, of a case's seeds over a control's.
+
+    All seeds are compared at the same temperatures, those at which every seed's entropy is one that its control
+    reaches. The degrees of freedom are those of Welch and Satterthwaite for a sum of two variances.
+    """
+    shared = set.intersection(*(measuring.reached(a["frontier"], b["frontier"]) for a, b in zip(mine, theirs)))
     found = {}
     for metric in LEADS:
-        values = [lead_of(a, b, metric) for a, b in zip(mine, theirs)]
+        values = [lead_of(a, b, metric, shared) for a, b in zip(mine, theirs)]
         if any(value is None for value in values):
             continue
-        by_seed = [value.mean() for value in values]
-        over_examples = np.mean(values, 0).std() / len(values[0]) ** 0.5
-        over_seeds = np.std(by_seed, ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
-        found[metric] = [float(np.mean(by_seed)), float(np.hypot(over_examples, over_seeds))]
+        examples, by_seed = len(values[0]), [value.mean() for value in values]
+        variances = {examples - 1: np.mean(values, 0).var() / examples}  # by degrees of freedom
+        if len(by_seed) > 1:
+            variances[len(by_seed) - 1] = np.var(by_seed, ddof=1) / len(by_seed)
+        found[metric] = [float(np.mean(by_seed)), float(sum(variances.values()) ** 0.5), freedom(variances)]
     return found
 
 
-def lead_of(mine: Any, control: Any, metric: str) -> np.ndarray | None:
-    """Values of each example, positive where `mine` is better."""
+def freedom(variances: dict[int, float]) -> float:
+    """Degrees of freedom of the sum of variances, each given under its own."""
+    parts = sum(variance**2 / own for own, variance in variances.items())
+    return float(sum(variances.values()) ** 2 / parts) if parts else float(max(variances))
+
+
+def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.ndarray | None:
+    """Values of each example, positive if `mine` is better."""
     a, b = mine["frontier"], control["frontier"]
     if metric == "greedy":
         return mine["greedy"] - control["greedy"]
@@ -454,7 +481,7 @@ def lead_of(mine: Any, control: Any, metric: str) -> np.ndarray | None:
     if metric == "nll":
         at_one, k = TEMPERATURES.index(1.0), measuring.MEASURED.index("nll")
         return b[at_one, k] - a[at_one, k]
-    found = measuring.lead(a, b, metric)
+    found = measuring.lead(a, b, metric, temperatures)
     return -found if metric == "sampled_error" and found is not None else found
 
 
@@ -468,6 +495,12 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
         write_data(size, work)
         write_models(work)
     needed = list(dict.fromkeys(case.start for case in wanted))
+    for name in needed:  # another training of a start is another start
+        if name in found["starts"] and not frontier_of(work, "start", name).exists():
+            sys.exit(
+                f"evidence.py: error: the runs from {name} are stored, but {work} lacks that start; "
+                "--out FILE measures all of it anew"
+            )
     assert {STARTS[name].origin for name in needed} <= {"", "underfitted"}, "starts are trained in one go"
     first = functools.partial(train_start, size=size, work=work)
     weights: dict[Path, str] = {}
@@ -486,7 +519,33 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
         found["runs"][f"{case.key} | {seed}"] = row | {"commit": found["commit"]}
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
-    found["summary"] = summary(found["starts"], found["runs"], work)
+    found["summary"] = summary(found["starts"], found["runs"], work, found["summary"])
+
+
+def toys() -> dict[str, list[Row]]:
+    """What theory.py enumerates."""
+    gradients = [
+        (start, t, theory.first_gradients(start, t))
+        for start in ("flatter", "sharper", "other", "data")
+        for t in (1, 0)
+    ]
+    return {
+        "capacity": [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY],
+        "sequences": [dict(temperature=1.5, beta=b, iterates=theory.sequence_game(1.5, b, 8)) for b in (1, 3)],
+        "first gradients": [
+            dict(start=start, temperature=t, cosine=values[0], supervised=values[1], spin=values[2])
+            for start, t, values in gradients
+        ],
+    }
+
+
+def waiting(found: dict) -> dict[str, dict[str, list[str]]]:
+    """By regime and name, the starts of the cases of self-play that lack a run."""
+    missing: dict[str, dict[str, list[str]]] = {}
+    for case in cases():
+        if case.script != "sft" and not all(f"{case.key} | {seed}" in found["runs"] for seed in case.every_seed):
+            missing.setdefault(case.regime, {}).setdefault(case.name, []).append(case.start.removesuffix(", again"))
+    return missing
 
 
 def gradients(name: str, size: Size, work: Path) -> Row:
@@ -498,17 +557,17 @@ def gradients(name: str, size: Size, work: Path) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    regimes = list(dict.fromkeys(case.regime for case in cases()))
-    parser.add_argument("--only", nargs="+", choices=regimes, default=regimes, metavar="REGIME", help="default: all")
+    regimes, starts = (list(dict.fromkeys(getattr(case, name) for case in cases())) for name in ("regime", "start"))
+    parser.add_argument("--only", nargs="+", choices=regimes + starts, default=regimes, metavar="REGIME or START")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.json")
+    parser.add_argument("--out", type=Path, default=STORED)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
-        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {args.jobs} runs at a time"
+        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
         about = {"machine": machine, "size": dataclasses.asdict(Size()), "temperatures": list(TEMPERATURES)}
         found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
         found["commit"] = current_commit()  # of what is run now; each row has its own
@@ -516,13 +575,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
-        wanted = [case for case in cases() if case.regime in args.only]
+        wanted = [case for case in cases() if case.regime in args.only or case.start in args.only]
         with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
             play(wanted, found, Size(), args.work, do)
+        found |= toys()
     found["regimes"] = regimes
-    found["capacity"] = [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY]
+    found["waiting"] = waiting(found)
     save(args.out, found)
-    evidence_report.write_all(found, ROOT)
+    if args.out == STORED or len(args.only) == len(regimes):
+        evidence_report.write_all(found, ROOT)
+    else:  # some regimes, measured anew: the documents keep what is stored
+        print("\n".join(evidence_report.regime(found, name, True) for name in regimes if name in args.only))
 
 
 @contextlib.contextmanager

@@ -1,24 +1,28 @@
 """Tables and figures of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
 
+import math
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 Row = dict[str, Any]
 
 FIGURE = "benchmarks/results/evidence-settings.svg"
 DOCUMENTS = ("docs/evidence.md", "README.md")
+EVERY_COLUMN = "runs/evidence-tables.md"
 OVER = ("over start", "over supervised")
 SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
 
 # By what a case is judged: many definitions are good ones, and short ones have a low edit distance.
-MEASURE = {"glosses": ("sampled", "F1"), "glosses, other prompts": ("content", "content F1")}
+MEASURE = {"glosses": ("sampled", "F1")}
+MEASURE |= dict.fromkeys(("glosses, other prompts", "glosses, again"), ("content", "content F1"))
 
 
 def measure_of(start: str) -> tuple[str, str]:
-    """(metric, its name) of a start's task, both in points where scaled by 100."""
+    """(metric, its name) of a start's task, both in points if scaled by 100."""
     return MEASURE.get(start, ("sampled_error", "error"))
 
 
@@ -26,11 +30,17 @@ def measure_of(start: str) -> tuple[str, str]:
 
 
 def write_all(found: dict, root: Path) -> None:
-    """Replaces what stands between the markers of the documents, and writes the figure."""
+    """Replaces what stands between the markers of the documents, and writes the figure and the tables in full."""
     for name in DOCUMENTS:
         path = root / name
         path.write_text(filled(path.read_text(), found))
     (root / FIGURE).write_text(settings(found))
+    (root / EVERY_COLUMN).parent.mkdir(exist_ok=True)
+    special = [
+        f"## {name}\n\n{block_of(name, found)}" for name in ("starts", "gradients", "capacity", "exponents", "answers")
+    ]
+    texts = special + [f"## {name}\n\n{regime(found, name, True)}" for name in found["regimes"]]
+    (root / EVERY_COLUMN).write_text("\n".join(texts))
 
 
 def filled(text: str, found: dict) -> str:
@@ -44,14 +54,13 @@ def block_of(name: str, found: dict) -> str:
     """Raises: KeyError for a block that is not known."""
     special = {
         "about": about, "verdict": verdict, "starts": starts, "gradients": gradients, "exponents": exponents,
-        "iterates": iterates, "answers": answers, "capacity": capacity,
+        "sequences": sequences, "first gradients": first_gradients, "optimum": optimum, "answers": answers,
+        "capacity": capacity,
     }  # fmt: skip
     if name in special:
         return special[name](found)
     if name not in found["regimes"]:
         raise KeyError(name)
-    if not any(row["regime"] == name for row in found["summary"]):
-        return f'Not run yet: `python benchmarks/evidence.py --only "{name}"`.\n'
     return regime(found, name)
 
 
@@ -70,23 +79,39 @@ def self_play(found: dict) -> list[Row]:
 
 
 def lead_of(row: Row, over: str) -> list[float]:
-    """[lead, standard error] of what a row is judged by; positive is better."""
+    """[lead, standard error, degrees of freedom] of what a row is judged by; positive is better."""
     return row[over][measure_of(row["start"])[0]]
 
 
 def sign(row: Row, over: str) -> int:
-    """1 or -1 where a lead is larger than SURE standard errors, else 0."""
-    lead, error = lead_of(row, over)
-    return (lead > SURE * error) - (lead < -SURE * error)
+    """1 or -1 if a lead is as unlikely by chance as one of more than SURE standard errors of a known size, else 0."""
+    found = normal_errors(*lead_of(row, over))
+    return (found > SURE) - (found < -SURE)
+
+
+def normal_errors(lead: float, error: float, freedom: float) -> float:
+    """The standard errors at which a normal variable is as unlikely as Student's t at lead / error; at most 8.
+
+    Few seeds say little about the spread over seeds, so a lead must exceed more of their errors: 32 with two degrees of
+    freedom instead of 3.3. The density of t at sqrt(freedom) tan(angle) is cos(angle)^(freedom - 1),
+    up to a constant; the areas are sums over midpoints.
+    """
+    if not error:
+        return 0.0
+
+    def area(begin: float, end: float, parts: int = 2000) -> float:
+        width = (end - begin) / parts
+        return width * sum(math.cos(begin + (i + 0.5) * width) ** (freedom - 1) for i in range(parts))
+
+    angle = math.atan(abs(lead) / error / math.sqrt(freedom))
+    beyond = area(angle, math.pi / 2) / (2 * area(0.0, math.pi / 2))
+    return math.copysign(min(8.0, -NormalDist().inv_cdf(max(beyond, 1e-17))), lead)
 
 
 def judged(row: Row) -> str:
-    """What the leads at equal entropy say about a row of self-play."""
-    start, supervised = (sign(row, over) for over in OVER)
-    if start > 0 and supervised > 0:
-        return "above both"
-    words = {1: "above", 0: "level with", -1: "below"}
-    return f"{words[start]} the start, {words[supervised]} supervised"
+    """What the leads at equal entropy say about a row of self-play: over the start, over supervised training."""
+    start, supervised = ({1: "above", 0: "level", -1: "below"}[sign(row, over)] for over in OVER)
+    return start if start == supervised else f"{start}, {supervised}"
 
 
 def about(found: dict) -> str:
@@ -100,7 +125,7 @@ def about(found: dict) -> str:
 
 def verdict(found: dict) -> str:
     rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
-    wins = [row for row in rows if judged(row) == "above both"]
+    wins = [row for row in rows if judged(row) == "above"]
     ahead = [row for row in rows if sign(row, "over start") > 0]
     below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
     text = (
@@ -121,33 +146,55 @@ def counted(rows: Sequence[Row]) -> str:
 
 
 def starts(found: dict) -> str:
-    lines = [["start", "greedy", "sampled", "sampled error", "NLL", "entropy", "NLL at the best temperature", "CPU s"]]
+    lines = [["start", "greedy", "sampled", "sampled error", "NLL", "entropy", "CPU s"]]
     for name, row in found["starts"].items():
         i = found["temperatures"].index(1.0)
         cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled"][i], row["sampled_error"][i])]
-        cells += [f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{min(row['nll']):.4f}", f"{row['seconds']:.0f}"]
-        lines.append([name, *cells])
+        lines.append([name, *cells, f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{row['seconds']:.0f}"])
     return table(lines)
 
 
-def regime(found: dict, name: str) -> str:
+def regime(found: dict, name: str, every_column: bool = False) -> str:
     """Every case of a regime: its metrics at temperature 1, and its leads over both controls."""
-    title = ["start", "setting", "greedy", "sampled", "error", "NLL", "entropy"]
     rows = [row for row in found["summary"] if row["regime"] == name]
+    if not every_column and name != "iterations":
+        rows = [row for row in rows if row["iterate"] == row["iterations"]]
+        group = ("start", "prompts", "iterations")
+        chosen = [[row.get("control"), *(row[name] for name in group)] for row in found["summary"]]
+        rows = [r for r in rows if r["script"] != "sft" or [r["name"], *(r[name] for name in group)] in chosen]
+    waiting = [f"{setting} ({', '.join(starts)})" for setting, starts in found["waiting"].get(name, {}).items()]
+    text = f"Not run yet: {'; '.join(waiting)}.\n" if waiting else ""
+    if not rows:
+        return text
     metric, measure = measure_of(rows[0]["start"])
-    leads_shown = {metric: (100, 2), "best_nll": (1, 4)}
-    title += [f"{name} {over}" for over in OVER for name in (measure, "best NLL")]
-    lines = [[*title, "greedy over start", "CPU s", "at equal entropy"]]
+    leads_shown, some = {metric: (100, 2), "best_nll": (1000, 1)}, {}  # points, thousandths of a nat
+    if every_column:
+        some = {"greedy": ("greedy", 100, 1), "sampled": ("sampled", 100, 1), "error": ("sampled_error", 100, 1)}
+        some |= {"NLL": ("nll", 1, 4), "entropy": ("entropy", 1, 2)}
+        leads_shown["greedy"] = (100, 2)
+    several_starts = len({row["start"] for row in rows}) > 1
+    words = {"best_nll": "NLL", metric: measure}
+    title = ["start"] * several_starts + ["setting", *some]
+    shown = [(over, lead) for over in OVER for lead in leads_shown]
+    if not every_column:
+        shown.remove(("over supervised", "best_nll"))
+    title += [f"{words.get(lead, lead)} {over}" for over, lead in shown]
+    lines = [[*title, *["CPU s"] * every_column, "verdict"]]
     for row in rows:
-        cells = [row["start"], label_of(found, row), f"{100 * row['greedy']:.1f}%", f"{100 * row['sampled']:.1f}%"]
-        cells += [f"{100 * row['sampled_error']:.1f}%", f"{row['nll']:.4f}", f"{row['entropy']:.2f}"]
-        for over in OVER:
-            found_leads = row.get(over, {})
-            cells += [signed(found_leads.get(metric), *scale) for metric, scale in leads_shown.items()]
-        cells += [signed(row["over start"]["greedy"], 100, 2), f"{row['seconds']:.0f}"]
-        said = judged(row) if row in self_play(found) else "control" if row["script"] == "sft" else "no common entropy"
-        lines.append([*cells, said])
-    return table(lines)
+        cells = [row["start"]] * several_starts + [label_of(found, row)]
+        cells += [f"{scale * row[key]:.{digits}f}" for key, scale, digits in some.values()]
+        cells += [signed(row.get(over, {}).get(lead), *leads_shown[lead]) for over, lead in shown]
+        cells += [f"{row['seconds']:.0f}"] * every_column
+        lines.append([*cells, verdict_of(found, row)])
+    return table(lines) + ("\n" + text if text else "")
+
+
+def verdict_of(found: dict, row: Row) -> str:
+    if row["script"] == "sft":
+        return ""
+    if row in self_play(found):
+        return judged(row)
+    return "no common entropy" if "control" in row else "supervised: not run yet"
 
 
 def several(found: dict, row: Row) -> bool:
@@ -167,31 +214,62 @@ def label_of(found: dict, row: Row) -> str:
 
 
 def gradients(found: dict) -> str:
-    title = ["start", "supervised: norm² of the expected gradient", "self-play: the same, times 4"]
-    lines = [[*title, "of the generated responses alone", "noise of one example", "noise of one pair, times 4"]]
+    title = ["start", "supervised norm²", "self-play norm², times 4", "of the generated responses alone"]
+    lines = [[*title, "greedy opponent, times 4", "its cosine", "noise of an example", "noise of a pair, times 4"]]
     for name, row in found["theory"].items():
         cells = [signed(row[key], scale, 4) for key, scale in (("real", 1), ("spin", 4), ("generated", 1))]
+        cells += [signed(row.get("greedy"), 4, 2), ""]
+        if "greedy" in row and row["real"][0] > 0:
+            cells[-1] = f"{row['real and greedy'][0] / (row['real'][0] * row['greedy'][0]) ** 0.5:+.2f}"
         lines.append([name, *cells, f"{row['noise_real']:.1f}", f"{4 * row['noise_spin']:.1f}"])
     return table(lines)
 
 
 def exponents(found: dict) -> str:
-    """Rows whose optimum is known: from the converged start, at another temperature than 1."""
-    lines = [["setting", "prompts", "exponent of the optimum", "measured", "1 / T of the start at equal entropy"]]
+    """Last iterates of one temperature and beta other than temperature 1, from the converged start."""
+    lines = [["setting", "iterate", "one choice", "measured", "1 / T of the start at equal entropy"]]
     for row in found["summary"]:
-        if "optimum" in row and row["regime"] != "hot opponent":
-            cells = [row["name"], str(row["prompts"]), f"{row['optimum']:.3f}", f"{row['exponent']:.3f}"]
-            lines.append([*cells, f"{row['inverse temperature']:.3f}" if row.get("inverse temperature") else ""])
+        if "optimum" in row and row["iterate"] == row["iterations"]:
+            cells = [row["name"], str(row["iterate"]), f"{row['optimum']:.3f}"]
+            inverse = row.get("inverse temperature")
+            lines.append([*cells, f"{row['exponent']:.3f}", f"{inverse:.3f}" if inverse else ""])
     return table(lines)
 
 
-def iterates(found: dict) -> str:
-    lines = [["setting", "iterate", "closed form", "softmax table", "trained model"]]
-    for row in found["summary"]:
-        if row["regime"] == "hot opponent" and "optimum" in row:
-            cells = [f"{row['optimum']:.3f}", f"{row['table']:.3f}", f"{row['exponent']:.3f}"]
-            lines.append([row["name"], str(row["iterate"]), *cells])
+def sequences(found: dict) -> str:
+    names = {"by token": 1, "by response": 1, "slope": 0, "slope at equal length": 0, "nats per token": 0}
+    title = ["T", "beta", "iterate", "KL from the data tempered by token", "by response", "slope"]
+    lines = [[*title, "slope at equal length", "nats per further token"]]
+    for game in found["sequences"]:
+        for t, row in enumerate(game["iterates"]):
+            if t in (0, 1, len(game["iterates"]) - 1):
+                cells = [
+                    f"{row[name]:.2g}" if small else f"{abs(row[name]) * (1 if row[name] > -0.0005 else -1):.3f}"
+                    for name, small in names.items()
+                ]
+                lines.append([str(game["temperature"]), str(game["beta"]), str(t), *cells])
     return table(lines)
+
+
+def first_gradients(found: dict) -> str:
+    sampled, greedy = ([row for row in found["first gradients"] if row["temperature"] == t] for t in (1, 0))
+    title = ["start", "supervised norm", "cosine, sampled", "norm, sampled", "cosine, greedy", "norm, greedy"]
+    lines = [title]
+    for one, zero in zip(sampled, greedy):
+        cells = [one["start"], f"{one['supervised']:.3f}"]
+        for row in (one, zero):  # the data has no supervised gradient, so no cosine
+            cells += ["" if row["start"] == "data" else f"{row['cosine']:+.2f}", f"{row['spin']:.3f}"]
+        lines.append(cells)
+    return table(lines)
+
+
+def optimum(found: dict) -> str:
+    """Starts whose optimum against a hot opponent was computed on their own responses."""
+    lines = [["start", "slope", "slope at equal length", "nats per further token"]]
+    for name, row in found["starts"].items():
+        if "optimum" in row:
+            lines.append([name, *(f"{value:.3f}" for value in row["optimum"].values())])
+    return table(lines) if len(lines) > 1 else "Not run yet.\n"
 
 
 def capacity(found: dict) -> str:
@@ -232,8 +310,7 @@ def settings(found: dict) -> str:
     most = 8.0  # marks beyond lie on the edge
 
     def at(row: Row, over: str) -> float:
-        lead, error = lead_of(row, over)
-        return max(-most, min(most, lead / error)) if error else 0.0
+        return normal_errors(*lead_of(row, over))
 
     def x(value: float) -> float:
         return 60 + 380 * (value + most) / (2 * most)

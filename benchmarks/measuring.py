@@ -123,32 +123,40 @@ def linearised(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return ratio + (values - ratio * weights) / weights.mean()
 
 
-def lead(mine: Frontier, control: Frontier, metric: str) -> np.ndarray | None:
+def reached(mine: Frontier, control: Frontier) -> set[int]:
+    """Numbers of the temperatures of `mine` whose entropy lies within those of the control."""
+    x = control[:, 0].mean(1)
+    return {i for i, point in enumerate(mine) if x.min() <= point[0].mean() <= x.max()}
+
+
+def lead(mine: Frontier, control: Frontier, metric: str, temperatures: Collection[int]) -> np.ndarray | None:
     """How far one frontier lies above another in a metric at equal entropy, as a value of each example: (n,).
 
-    Averaged over those temperatures of `mine` whose entropy the control reaches, too. Between its temperatures the
-    control is interpolated by the cubic through the four nearest. The values account for the noise of both entropies
-    (delta method), so the standard error of their mean is std / sqrt(n). None where the frontiers share no
-    entropy, or the metric was not measured.
+    Averaged over these temperatures of `mine`, all of which the control must reach. Between its own temperatures the
+    control is interpolated by the cubic f through the four nearest, with weights L_k. A change de_k of a knot's entropy
+    acts like a change -f'(e_k) de_k of its metric, so the values account for the noise of both entropies (delta
+    method), and the standard error of their mean is std / sqrt(n). Returns None if there is no such temperature or the
+    metric was not measured.
     """
     k = (MEASURED + OF_TEXTS).index(metric)
     if k >= mine.shape[1]:
-        return None  # was not measured
-    x = control[:, 0].mean(1)
+        return None
     found = []
-    for point in mine:
-        entropy = point[0].mean()
-        if x.min() <= entropy <= x.max():
-            near = np.argsort(abs(x - entropy))[:4]
-            between, beside = (through(place, x[near], control[near]) for place in (entropy, entropy + 1e-4))
-            slope = (beside[k].mean() - between[k].mean()) / 1e-4
-            found.append(point[k] - between[k] - slope * (point[0] - between[0]))
+    for i in sorted(temperatures):
+        entropy = mine[i, 0].mean(dtype=np.float64)
+        nearest = np.argsort(abs(control[:, 0].mean(1) - entropy))[:4]
+        knots, values = control[nearest, 0].astype(np.float64), control[nearest, k].astype(np.float64)
+        places = knots.mean(1)
+        slope, *slopes = (slope_at(x, places, values.mean(1)) for x in (entropy, *places))
+        moved = values - np.array(slopes)[:, None] * (knots - places[:, None])
+        found.append(mine[i, k] - slope * (mine[i, 0] - entropy) - interpolation(entropy, places) @ moved)
     return np.mean(found, 0) if found else None
 
 
-def through(place: float, x: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The polynomial through all points, at one place."""
-    return np.tensordot(interpolation(place, x), points.astype(np.float64), 1)
+def slope_at(x: float, places: Sequence[float], values: np.ndarray) -> float:
+    """The derivative at x of the polynomial through all points."""
+    step = 1e-4 * (max(places) - min(places))
+    return float((np.array(interpolation(x + step, places)) - interpolation(x - step, places)) @ values / (2 * step))
 
 
 def best_nll(points: Frontier) -> np.ndarray:

@@ -108,10 +108,11 @@ def score(opponent: Player, pairs: list[Pair], run: Run) -> None:
     """spin.score under the reference q of the log-ratios that the options name.
 
     p_t: the opponent, as in SPIN.
-    --reference sampled: the distribution s that wrote the responses, the softmax of p_t's logits over --temperature.
-        With p_t in the ratios the optimum is p_t (p_data / s)^(1/beta), normalised: a hot opponent sharpens the player
-        in every iteration, whatever the data. With s it is s (p_data / s)^(1/beta), p_data at beta 1. The player stays
-        p_theta, so the first loss is not ln 2. (No paper: derived here; docs/family.md has the exponents.)
+    --reference sampled: the distribution s that wrote the responses, the softmax of p_t's logits over --temperature,
+        token by token. With p_t in the ratios the optimum is p_t (p_data / s)^(1/beta), normalised, and the game ends
+        where s is the data: at the data with each token's distribution to the power --temperature. With s it is
+        s (p_data / s)^(1/beta), p_data at beta 1. The player stays p_theta, so the first loss is not ln 2.
+        (No paper: derived here; docs/evidence.md has what it means for responses of several tokens.)
     --alpha: see `mixture_logp`; the base policy p_0 is the start, theta_0.
     --loss tspin: none, q = 1.
     """

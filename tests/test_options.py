@@ -246,6 +246,7 @@ def test_the_paper_has_its_values_per_iteration():
     args = parse(Spin, [f"@{ROOT / 'recipes/paper.args'}"], "spin.py")
     assert args.lr == (5e-7, 5e-7, 1e-7, 1e-7) and args.beta == (0.1, 0.1, 0.1, 5.0) and args.epochs == (2,) * 4
     assert (args.rank, args.optimizer, args.mix_previous, args.precision) == (0, "rmsprop", True, "bf16")
+    assert args.temperature == 0 and args.max_new_tokens == 256
 
 
 def test_a_flag_wins_over_recipes_wherever_it_stands_and_a_later_recipe_over_an_earlier_one(folder):

@@ -42,7 +42,7 @@ import measuring  # before torch: it sets the number of threads
 import numpy as np
 import theory
 from bench import current_commit, write_whole
-from measuring import ROOT, flags_of, run_script
+from measuring import ROOT, flags_of, run_script, words_of
 
 from data.examples import draw, load_examples, split
 from evaluate import Row
@@ -292,10 +292,6 @@ def write_models(work: Path) -> None:
             shutil.copy(source / "tokenizer.json", folder)
             config = json.loads((source / "config.json").read_text()) | {"hidden_size": start.width}
             (folder / "config.json").write_text(json.dumps(config))
-
-
-def words_of(flags: dict[str, str | None]) -> list[str]:
-    return [word for flag, value in flags.items() for word in (flag, *(value or "").split())]
 
 
 def command_of(script: str, flags: dict[str, str | None], work: Path) -> str:

@@ -45,6 +45,10 @@ def flags_of(*texts: str) -> dict[str, str | None]:
     return flags
 
 
+def words_of(flags: dict[str, str | None]) -> list[str]:
+    return [word for flag, value in flags.items() for word in (flag, *(value or "").split())]
+
+
 def run_script(script: str, argv: Sequence[str], name: str) -> float:
     """Runs a script of this project in this process. Returns its CPU seconds, to which other work does not add.
 

@@ -166,7 +166,7 @@ def flags_of_trial(trial: Trial, size: Size, work: Path, out: Path, device: str)
     flags["--pairs" if arm.script == "family" else "--data"] = f"{work}/{arm.data}.jsonl"
     flags |= {"--model": f"{work}/start", "--iterations": str(size.iterations), "--seed": str(trial.seed)}
     flags |= {"--eval-data": f"{work}/tuning.jsonl", "--out": str(out), "--device": device}
-    return words_of(flags)
+    return measuring.words_of(flags)
 
 
 def train_start(size: Size, work: Path, base: Path, device: str) -> None:
@@ -176,7 +176,7 @@ def train_start(size: Size, work: Path, base: Path, device: str) -> None:
     out = work / "sft"
     flags = flags_of(COMMON, START) | {"--data": f"{work}/start.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
     flags |= {"--model": str(base), "--iterations": str(size.start_epochs), "--out": str(out), "--device": device}
-    run_script("sft", words_of(flags), "start")
+    run_script("sft", measuring.words_of(flags), "start")
     judge = Judge(size, work, base, device)
 
     def nll(epoch: int) -> float:
@@ -190,10 +190,6 @@ def train_start(size: Size, work: Path, base: Path, device: str) -> None:
     shutil.rmtree(out)
 
 
-def words_of(flags: dict[str, str | None]) -> list[str]:
-    return [word for flag, value in flags.items() for word in (flag, *(value or "").split())]
-
-
 # ---------------------------------------------------------------- the three questions
 
 
@@ -202,7 +198,7 @@ class Judge:
 
     def __init__(self, size: Size, work: Path, base: Path, device: str) -> None:
         self.size, self.base = size, base
-        flags = words_of(flags_of(COMMON, f"--device {device}") | {"--eval-limit": "0"})
+        flags = measuring.words_of(flags_of(COMMON, f"--device {device}") | {"--eval-limit": "0"})
         self.player, self.work = measuring.ruler(str(base), f"{work}/heldout.jsonl", 48, tuple(flags))
         first = size.tuning + size.test
         self.words, judged = self.work.heldout[:first], self.work.heldout[first:]
@@ -313,7 +309,8 @@ def summary(found: Row, values: dict[str, dict[str, np.ndarray]], size: Size) ->
             row[m] = [float(of_words.mean()), float(of_words.std() / len(of_words) ** 0.5)]
             if m in ("nll", "best_nll", "summed", "per_token"):
                 row[f"tuning {m}"] = float(change(start, now, m, slice(size.tuning)).mean())
-        lead = measuring.lead(now["frontier"], start["frontier"], "content")
+        both = now["frontier"], start["frontier"]
+        lead = measuring.lead(*both, "content", measuring.reached(*both))
         row["content at equal entropy"] = None if lead is None else [lead.mean(), lead.std() / len(lead) ** 0.5]
         rows.append(json.loads(json.dumps(row, default=float)))
     return rows

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluate import Row
-from report.tables import difference, flat, line, metrics_of, text_of
+from report.tables import flat, line, metrics_of, number, text_of
 
 FALL = 0.1  # Warn if held-out real responses lose more nats per token than this in one iteration.
 CUT = 0.05  # Warn if the share of responses that are cut at the length limit rises by more than this in one iteration.
@@ -39,7 +39,7 @@ class Console:
         print(f"\n{text_of(rows)}\n")
         if best:
             folder = self.out / ("final" if best == rows[-1]["iterate"] else "best")
-            change = difference(metric, rows[best]["since_start"][metric])
+            change = number(metric, *rows[best]["since_start"][metric])
             print(f"Best by {name}: iterate {best} ({folder}), {name} {change} against the start.")
         else:
             print(f"No iterate is better than the start by {name} (more than two standard errors). {REMEDY}")

@@ -30,21 +30,17 @@ def table_of(title: str, rows: Sequence[Row], names: Sequence[str], sign: str = 
 
 
 def cell(row: Row, name: str, sign: str = "") -> str:
-    """A value, with its standard error if the row has one; "+" as `sign` makes a change begin with + or -."""
-    value, error, fmt = row.get(name), row.get(f"{name}_se"), column(name).format
+    """A row's value, with its standard error if the row has one."""
+    value = row.get(name)
     if value is None or isinstance(value, str):
         return value or "-"
+    return number(name, value, row.get(f"{name}_se"), sign)
+
+
+def number(name: str, value: float, error: float | None = None, sign: str = "+") -> str:
+    """A value in the format of its column: "32.0%", or, with its standard error, "+2.0% \u00b1 0.3%"."""
+    fmt = column(name).format
     return f"{value:{fmt}}" if error is None else f"{value:{sign}{fmt}} \u00b1 {error:{fmt}}"
-
-
-def plain(row: Row, name: str) -> str:
-    """A value without its standard error."""
-    return cell({name: row[name]}, name)
-
-
-def difference(name: str, change: Sequence[float]) -> str:
-    """A (change, standard error): "+2.0% \u00b1 0.3%"."""
-    return cell(flat({name: change}), name, "+")
 
 
 def title_of(name: str) -> str:

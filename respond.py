@@ -185,7 +185,7 @@ def typed_prompts(chat: bool) -> Iterator[Example]:
             line = input("> " if terminal else "").strip()
         except EOFError:
             return
-        example = Example("stdin", number, line, "", [], turns=(*turns, ("user", line)))
+        example = Example(f"stdin:{number}", number, line, "", [], turns=(*turns, ("user", line)))
         if line:
             yield example
         turns = (*example.turns, ("assistant", example.response or " ")) if line and chat else ()
@@ -210,7 +210,7 @@ def answer(responders: list[Responder], examples: list[Example], with_prompt: bo
 
 def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
-    examples = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
+    examples = [Example(f"--prompt:{i}", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
     rows = []
     for example in () if examples else typed_prompts(args.chat):

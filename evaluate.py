@@ -188,17 +188,11 @@ def ratio_of(pairs: Iterable[Sequence[float]]) -> tuple[float, float, list[float
     return ratio, math.sqrt(sum(d**2 for d in deviations)) / total, [d / total for d in deviations]
 
 
-def with_se(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Row:
-    """The ratio under `name`, by default the mean, and its standard error over examples under `name`_se."""
-    ratio, error, _ = ratio_of(zip(values, weights or [1.0] * len(values)))
-    return {name: ratio, f"{name}_se": error}
-
-
 def summary(rows: list[Row]) -> Row:
     """Each metric x of `answers`, and x_se, its standard error over examples; "examples" is their number."""
     result: Row = {"examples": len(rows)}
     for name in rows[0]["values"]:
-        result |= with_se(name, *zip(*(row["values"][name] for row in rows)))
+        result[name], result[f"{name}_se"], _ = ratio_of(row["values"][name] for row in rows)
     return result
 
 

@@ -21,8 +21,8 @@ REPLACED = {"prompt": (*PROMPTS, *CONVERSATIONS), "response": RESPONSES, "messag
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "chatgpt", "model"), "assistant"
 )
-MARKS = ("weight", "train", "training")  # One that is 0 or false means that a turn must not be trained on:
-NO_TARGET = "no target"  # the role of such a turn.
+MARKS = ("weight", "train", "training")  # If one of them is 0 or false, the turn must not be trained on.
+NO_TARGET = "no target"  # The role that such a turn gets.
 LAYOUTS = (
     "prompt/response, prompt/completion, instruction/input/output, question/answer, messages, conversations, real, "
     "or prompt/chosen/rejected; --fields prompt=NAME,response=NAME names others"
@@ -41,7 +41,7 @@ class Reader:
         self.left_out: dict[str, None] = {}  # Fields, and what was left out of conversations.
         self.unwanted = 0  # The number of records that are marked as not to be trained on.
         self.names: dict[str, str] = {}  # The names in the data, of the fields of one record, by ours.
-        self.chat = False  # The record has messages.
+        self.chat = False  # Whether the record has messages.
 
     def summary(self) -> str:
         """Says what was taken and what was left out, in one line."""

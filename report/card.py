@@ -61,7 +61,7 @@ def card(iterate: int, rows: Sequence[Row], record: Row) -> str:
     return CARD.format(
         tags="sft" if command == "sft" else "spin, self-play",
         base_model=f"\nbase_model: {hub}" if hub else "",
-        model=public(args["model"]).strip("`"),
+        model=public(args["model"]),
         iterate=iterate,
         last=rows[-1]["iterate"],
         command=command,

@@ -39,12 +39,12 @@ class Panel:
     """One figure."""
 
     name: str
-    series: list[list[Mark]]  # of each run, whose number is its colour; one without marks is not drawn
-    format: str  # of the values
+    series: list[list[Mark]]  # one list per run, whose index is its colour; may be empty
+    format: str  # that of the values
     better: int = 0  # 1 if larger values are better, -1 if smaller ones are, 0 if neither are
     note: str = ""  # below the title
     least: float = 0.0  # The y axis spans at least this.
-    curves: bool = False  # curves with bands, not points with bars
+    curves: bool = False  # The marks are curves with bands, not points with bars.
     lines: Sequence[tuple[float, str]] = ()  # vertical lines with labels
 
 

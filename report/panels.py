@@ -1,7 +1,7 @@
 """The panels of the report page, of metrics.svg and of model cards: values by iterate, and curves by step."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from evaluate import COLUMNS, Row, column
 from report.figures import Mark, Panel, sheet
@@ -9,64 +9,64 @@ from report.files import RunFiles
 from report.tables import number, telling, title_of
 
 NOISE = 12.0  # The axis of a metric spans at least this many paired standard errors.
+EQUAL = "at_equal_entropy"
 BINS = 120  # the most points of a curve
 Runs = Sequence[Sequence[Row]]  # rows of metrics.jsonl of each run
 
 
-def points(name: str, title: str, runs: Runs, value: Callable[[Row], Sequence[float] | None], note: str = "") -> Panel:
-    """A panel by iterate. `value` gives a row's (value, error of the value's change from the start), or None."""
-    found = [[(row["iterate"], *pair) for row in rows if (pair := value(row))] for rows in runs]
-    marks = [[Mark(t, y, y - error, y + error) for t, y, error in some] for some in found]
-    largest = max((error for some in found for *_, error in some), default=0.0)
+def points(name: str, title: str, runs: Sequence[list[tuple[int, float, float]]], note: str = "") -> Panel:
+    """A panel of each run's (iterate, value, standard error of its change from the start)."""
+    marks = [[Mark(t, y, y - error, y + error) for t, y, error in some] for some in runs]
+    largest = max((error for some in runs for *_, error in some), default=0.0)
     return Panel(title, marks, column(name).format, column(name).better, note, NOISE * largest)
 
 
 def metric_panel(name: str, runs: Runs) -> Panel:
     """A held-out metric. A bar is one paired standard error of the change from the start."""
 
-    def value(row: Row) -> Sequence[float] | None:
-        return (row[name], row.get("since_start", {}).get(name, (0.0, 0.0))[1]) if name in row else None
+    def change(row: Row) -> Sequence[float]:
+        return row.get("since_start", {}).get(name, (0.0, 0.0))
 
+    found = [[(row["iterate"], row[name], change(row)[1]) for row in rows if name in row] for rows in runs]
     note = ""
-    if len(runs) == 1 and name in (last := runs[0][-1]).get("since_start", {}):
-        change = number(name, *last["since_start"][name])
-        note = f"{number(name, runs[0][0][name])} \u2192 {number(name, last[name])} ({change})"
-    return points(name, title_of(name), runs, value, note)
+    if len(runs) == 1 and len(found[0]) > 1:
+        first, last = (number(name, row[name]) for row in (runs[0][0], runs[0][-1]))
+        note = f"{first} \u2192 {last} ({number(name, *change(runs[0][-1]))})"
+    return points(name, title_of(name), found, note)
 
 
 def equal_entropy_panel(name: str, runs: Runs) -> Panel:
     """How much better a sampled metric is than that of the start at the temperature of equal entropy."""
-
-    def value(row: Row) -> Sequence[float] | None:
-        return row.get("at_equal_entropy", {}).get(name) if row["iterate"] else (0.0, 0.0)
-
-    gain = value(runs[0][-1]) if len(runs) == 1 else None
-    note = "change from the start" + (f": {number(name, *gain)}" if gain else "")
-    return points(name, f"{name.replace('_', ' ')}, equal entropy", runs, value, note)
+    found = [
+        [(0, 0.0, 0.0), *((row["iterate"], *row[EQUAL][name]) for row in rows if name in row.get(EQUAL, {}))]
+        for rows in runs
+    ]
+    note = f": {number(name, *found[0][-1][1:])}" if len(runs) == 1 else ""
+    return points(name, f"{name.replace('_', ' ')}, equal entropy", found, f"change from the start{note}")
 
 
 def held_out_panels(runs: Runs) -> list[Panel]:
     """All held-out metrics, and their gains at equal entropy."""
     names = dict.fromkeys(name for rows in runs for name in telling(rows))
-    equal = [name for name in names if any(name in row.get("at_equal_entropy", {}) for rows in runs for row in rows)]
+    equal = [name for name in names if any(name in row.get(EQUAL, {}) for rows in runs for row in rows)]
     return [metric_panel(name, runs) for name in names] + [equal_entropy_panel(name, runs) for name in equal]
 
 
 def signal_panels(runs: Runs) -> list[Panel]:
     """Training signals by iterate, but for numbers of pairs."""
-    names = [name for name, column in COLUMNS.items() if column.kind == "signal" and column.format != "d"]
-
-    def value_of(name: str) -> Callable[[Row], Sequence[float] | None]:
-        return lambda row: None if row.get(name) is None else (row[name], 0.0)
-
-    return [points(name, title_of(name), runs, value_of(name)) for name in names]
+    panels = []
+    for name, one in COLUMNS.items():
+        if one.kind == "signal" and one.format != "d":
+            found = [[(row["iterate"], row[name], 0.0) for row in rows if row.get(name) is not None] for rows in runs]
+            panels.append(points(name, title_of(name), found))
+    return panels
 
 
 def step_panels(runs: Sequence[RunFiles]) -> list[Panel]:
     """Training signals by step, one iteration after the other."""
     every = [[row for rows in run.steps for row in rows] for run in runs]
     width = max(1.0, max(map(len, every)) * len(runs) / BINS)
-    begins: list[tuple[float, str]] = []  # of the iterations of a single run
+    begins: list[tuple[float, str]] = []  # the steps at which a single run's iterations begin
     if len(runs) == 1:
         begins = [(sum(map(len, runs[0].steps[:t])), str(t)) for t, rows in enumerate(runs[0].steps) if rows]
     panels = []

@@ -357,7 +357,7 @@ def test_in_a_browser_filters_work_and_nothing_is_loaded(tmp_path):
     assert found["up"] == [f"prompt {i}" for i in (5, 4, 3, 2, 1, 0)] and found["down"] == found["up"][::-1]
     # three words, then four of which the last is the same, then two responses that differ in one
     assert found["spans"][:4] == [[3, 0], [4, 3], [4, 1], [4, 1]]
-    assert found["panels"] == 5 and found["drawn"] and found["resources"] == [] and found["hacked"] is None
+    assert found["panels"] == 4 and found["drawn"] and found["resources"] == [] and found["hacked"] is None
 
 
 def test_in_a_browser_hostile_text_stays_text(tmp_path):

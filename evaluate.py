@@ -78,11 +78,11 @@ class Run(Protocol):
     heldout: Sequence[Any]  # examples with `prompt`, `references`, `prompt_ids` and `real_ids`
     metrics: Mapping[str, Metric]  # the functions of --metric
 
-    # Per example (ids, whether the response ended), and log p of each token in nats if `with_logps`.
+    # Gives (ids, whether the response ended) per example, and log p of each token in nats if `with_logps`.
     def respond(self, player, examples, name, seed, temperature=1.0, *, with_logps=False) -> list[tuple]: ...
-    # Per (prompt ids, response ids) [log p of the response], in nats, or log p of each of its tokens.
+    # Gives [log p of the response], in nats, per item (prompt ids, response ids), or log p of each of its tokens.
     def logps(self, player, items, name, temperature=1.0, by_token=False) -> list[list[float]]: ...
-    # Per row the values of a function of --metric, one per decoding.
+    # Gives the values of a function of --metric per row, one for each decoding.
     def measure(self, name, rows, decodings=tuple(DECODINGS), where="") -> list[list[float]]: ...
     def seed(self, t: int, purpose: str) -> int: ...
     def text(self, ids: list[int]) -> str: ...
@@ -188,17 +188,11 @@ def ratio_of(pairs: Iterable[Sequence[float]]) -> tuple[float, float, list[float
     return ratio, math.sqrt(sum(d**2 for d in deviations)) / total, [d / total for d in deviations]
 
 
-def with_se(name: str, values: Sequence[float], weights: Sequence[float] | None = None) -> Row:
-    """The ratio under `name`, by default the mean, and its standard error over examples under `name`_se."""
-    ratio, error, _ = ratio_of(zip(values, weights or [1.0] * len(values)))
-    return {name: ratio, f"{name}_se": error}
-
-
 def summary(rows: list[Row]) -> Row:
     """Each metric x of `answers`, and x_se, its standard error over examples; "examples" is their number."""
     result: Row = {"examples": len(rows)}
     for name in rows[0]["values"]:
-        result |= with_se(name, *zip(*(row["values"][name] for row in rows)))
+        result[name], result[f"{name}_se"], _ = ratio_of(row["values"][name] for row in rows)
     return result
 
 
@@ -290,7 +284,7 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
     def at(place: float, points: Sequence[float]) -> float:
         return sum(weight * point for weight, point in zip(interpolation(place, entropies), points))
 
-    step = 1e-4 * (entropies[-1] - entropies[0]) or 1.0  # of the slopes: central differences
+    step = 1e-4 * (entropies[-1] - entropies[0]) or 1.0  # of the central differences that give the slopes
     weights = interpolation(entropy, entropies)
     result: Row = {"temperature": at(entropy, temperatures)}
     for name in [name for name in ratios[0] if name != "entropy"]:
@@ -338,7 +332,7 @@ def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     for x in b:
         equal = places.get(x, 0)
         diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
-        more, less = falls | ~(diagonal | rises) & every, rises & diagonal  # than in the column before
+        more, less = falls | ~(diagonal | rises) & every, rises & diagonal  # more or less than in the column before
         distance += bool(more & last) - bool(less & last)
         more, less = more << 1 | 1, less << 1
         rises, falls = (less | ~(equal | falls | more)) & every, more & (equal | falls) & every

@@ -23,7 +23,7 @@ from kernels import linear_logprobs
 from llama import FAMILY, Llama
 from model import GPTNeo, LanguageModel, read_config
 
-MODELS: dict[str, type[LanguageModel]] = {"gpt_neo": GPTNeo} | dict.fromkeys(FAMILY, Llama)  # by model_type
+MODELS: dict[str, type[LanguageModel]] = {"gpt_neo": GPTNeo} | dict.fromkeys(FAMILY, Llama)  # keyed by model_type
 
 # A prompt with several responses shares one row with them, up to this many tokens. In longer rows the (T, T) mask costs
 # more than it saves, and each response gets a row of its own.

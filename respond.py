@@ -47,8 +47,8 @@ class RespondOptions:
 
     # fmt: off
     model: str = option("", "A run, an iterate, a model's directory or a hub id.", positional=True, metavar="MODEL")
-    compare: tuple[str, ...] = option((), "Other iterates or models, to show below the first.", metavar="MODEL")
-    base: str = option("", "The model below an adapter; default: the one that the run began with.")
+    compare: tuple[str, ...] = option((), "Other iterates or models to show below the first.", metavar="MODEL")
+    base: str = option("", "Base model of an adapter; default: the one that its run began with.")
     eos: str = RUN["eos"]
     prompt: tuple[str, ...] = option((), "Prompts. Without any, prompts are read from the terminal.", metavar="TEXT",
                                      group="prompts", check=str.strip, expected="a text")
@@ -57,8 +57,8 @@ class RespondOptions:
     template: str = option("auto", "Prompt template; auto: that of the run, or of the model.",
                            check=RUN["template"].metadata["check"], expected=RUN["template"].metadata["expected"])
     special_tokens: bool = RUN["special_tokens"]
-    chat: bool = option(False, "In the loop, earlier turns stay part of the prompt; an empty line begins anew.")
-    eval_data: tuple[str, ...] = option((), "Print metrics on this data, not responses.", metavar="PATH")
+    chat: bool = option(False, "Typed prompts continue a conversation; an empty line begins a new one.")
+    eval_data: tuple[str, ...] = option((), "Print metrics on this data instead of responses.", metavar="PATH")
     metric: tuple[str, ...] = RUN["metric"]
     eval_limit: int = option(0, "Largest number of examples to evaluate on; 0: all.", within="[0, inf)")
     max_new_tokens: int = option(0, "Length limit of responses, in tokens; 0: that of the run, or 256.",
@@ -185,7 +185,7 @@ def typed_prompts(chat: bool) -> Iterator[Example]:
             line = input("> " if terminal else "").strip()
         except EOFError:
             return
-        example = Example("stdin", number, line, "", [], turns=(*turns, ("user", line)))
+        example = Example(f"stdin:{number}", number, line, "", [], turns=(*turns, ("user", line)))
         if line:
             yield example
         turns = (*example.turns, ("assistant", example.response or " ")) if line and chat else ()
@@ -210,7 +210,7 @@ def answer(responders: list[Responder], examples: list[Example], with_prompt: bo
 
 def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
-    examples = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
+    examples = [Example(f"--prompt:{i}", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
     rows = []
     for example in () if examples else typed_prompts(args.chat):

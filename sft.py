@@ -51,7 +51,7 @@ class SftOptions(TrainingOptions):
     """Options of supervised fine-tuning."""
 
     loss: str = option(
-        "nll", "nll: negative log-probability; dft: each token's weighted by its probability.", choices=("nll", "dft")
+        "nll", "nll: negative log-probability; dft: weighted by each token's probability.", choices=("nll", "dft")
     )
     from_scratch: bool = option(False, "Start from random weights; --model needs only config.json and a tokenizer.")
 

@@ -232,10 +232,10 @@ class SpinOptions(TrainingOptions):
 
     beta: tuple[float, ...] = option((1.0,), "Beta in Eq. 4.7, the paper's lambda.", within="(0, inf)")
     temperature: float = option(1.0, "Temperature of generated responses; 0: greedy.", within="0 or [0.001, inf)")
-    top_k: int = option(0, "Sample them from the k likeliest tokens; 0: from all.", within="[0, inf)")
-    top_p: float = option(1.0, "Sample them from the likeliest tokens with this total probability.", within="(0, 1]")
+    top_k: int = option(0, "Sample only from the k likeliest tokens; 0: from all.", within="[0, inf)")
+    top_p: float = option(1.0, "Sample only from the likeliest tokens with this total probability.", within="(0, 1]")
     unfinished: str = option(
-        "keep", "Responses at the length limit; cut: real ones, too.", choices=("keep", "drop", "cut")
+        "keep", "Keep or drop responses at the length limit, or cut real ones, too.", choices=("keep", "drop", "cut")
     )
     mix_previous: bool = option(False, "Train on the pairs of the previous iteration too.")
 

@@ -28,7 +28,7 @@ FIRST = b'"prepend_scheme":"first"'  # The setting of a pre-tokenizer that puts 
 class Example:
     """A prompt and its human response; a given pair also has the other response. `encode` fills in the ids."""
 
-    path: str  # The file, for messages.
+    where: str  # The place of the record, for messages: file:line.
     line: int  # Identifies the record. Numbering continues across input files.
     prompt: str  # Without the template; a conversation is written as text.
     response: str  # "" if the prompt has no answer.
@@ -39,7 +39,6 @@ class Example:
     real_ids: list[int] = field(default_factory=list)  # They end with exactly one end-of-sequence token.
     generated_ids: list[int] = field(default_factory=list)  # They end like real_ids.
     turns: tuple[Turn, ...] = ()  # The turns of the prompt if the data has messages.
-    before: int = 0  # The largest `line` of the files before this one.
 
     @property
     def tokens(self) -> int:
@@ -49,11 +48,6 @@ class Example:
     def asked(self) -> str | list[dict[str, str]]:
         """The prompt as the data has it: a text, or a list of messages."""
         return [{"role": role, "content": text} for role, text in self.turns] or self.prompt
-
-    @property
-    def where(self) -> str:
-        """The place of the record, for messages: file:line."""
-        return f"{self.path}:{self.line - self.before}"
 
 
 # ---------------------------------------------------------------- reading
@@ -87,7 +81,7 @@ def load_examples(
                 except ValueError as error:
                     raise ValueError(f"{file}:{number}: {error}") from None
                 if parts:
-                    examples.append(Example(file, before + number, before=before, **parts))
+                    examples.append(Example(f"{file}:{number}", before + number, **parts))
             if len(examples) == count:
                 raise ValueError(f"{file}: holds no records to train on; accepted are {LAYOUTS}")
             _refuse_leaks(examples[count:])
@@ -203,7 +197,7 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Templa
     for first in range(0, len(examples), ENCODED_TOGETHER):
         some = examples[first : first + ENCODED_TOGETHER]
         pieces = [template.pieces(e.where, e.turns or (("user", e.prompt),)) for e in some]
-        with _named(f"{some[0].path}: the tokenizer cannot encode the data"):
+        with _named(f"{some[0].where} or after it: the tokenizer cannot encode the data"):
             prompts = _ids_of_pieces(pieces, tokenizer)
             responses = _ids([e.response for e in some], tokenizer, inside=True)
             others = _ids([e.generated or "" for e in some], tokenizer, inside=True)
@@ -292,7 +286,7 @@ def fit_context(examples: list[Example], context: int, max_new_tokens: int, over
             hint = f"but the model's context is {context}; --overlong skip leaves such examples out"
             raise ValueError(f"{example.where}: needs {need} tokens ({sizes}) {hint}")
     if not kept:
-        raise ValueError(f"{examples[0].path}: no example fits the context of {context} tokens")
+        raise ValueError(f"{examples[0].where} and all after it: no example fits the context of {context} tokens")
     return kept, len(examples) - len(kept)
 
 

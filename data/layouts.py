@@ -21,7 +21,8 @@ REPLACED = {"prompt": (*PROMPTS, *CONVERSATIONS), "response": RESPONSES, "messag
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "chatgpt", "model"), "assistant"
 )
-NO_TARGET = "no target"  # The role of an assistant turn that is marked as not to be trained on.
+MARKS = ("weight", "train", "training")  # If one of them is 0 or false, the turn must not be trained on.
+NO_TARGET = "no target"  # The role that such a turn gets.
 LAYOUTS = (
     "prompt/response, prompt/completion, instruction/input/output, question/answer, messages, conversations, real, "
     "or prompt/chosen/rejected; --fields prompt=NAME,response=NAME names others"
@@ -36,14 +37,15 @@ class Reader:
     def __init__(self, layout: str = "responses", fields: Sequence[str] = ()) -> None:
         self.layout = layout
         self.fields = dict(pair.split("=", 1) for pair in fields)
-        self.names: dict[str, str] = {}  # The names in the data, of the fields of one record, by ours.
         self.taken: dict[str, str] = {}  # What was read from a field.
         self.left_out: dict[str, None] = {}  # Fields, and what was left out of conversations.
         self.unwanted = 0  # The number of records that are marked as not to be trained on.
+        self.names: dict[str, str] = {}  # The names in the data, of the fields of one record, by ours.
+        self.chat = False  # Whether the record has messages.
 
     def summary(self) -> str:
         """Says what was taken and what was left out, in one line."""
-        taken = ", ".join(f"{name} -> {part}" for name, part in self.taken.items())
+        taken = ", ".join(f"{name} -> {part}" for name, part in sorted(self.taken.items(), key=lambda pair: pair[1]))
         left = [*self.left_out]
         if self.unwanted:
             left.append(f"records marked as not to be trained on: {self.unwanted}")
@@ -56,38 +58,38 @@ class Reader:
         """
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-        record = self._named(record)
-        name = self._one_of(record, "response", RESPONSES)
-        turns = self._turns(record, name or "response", "assistant") if name or self.layout != "prompts" else []
-        messages = name in CONVERSATIONS or "user" in dict(turns)
-        used = {name: "prompt and response" if messages else "response"}  # What was read from which field.
-        if not messages:
-            question, messages = self._question(record, used)
-            turns = question + turns
-        turns, response = self._split(turns, name or "response", answered=self.layout != "prompts")
+        record, self.chat = self._named(record), False
         label = str(record.get("label")).lower()  # TRL's data for KTO has true or false.
+        if label in ("true", "false"):
+            del record["label"]
+        name = self._one_of(record, "response", RESPONSES) or "response"
+        turns = self._turns(record, name, "assistant") if name in record or self.layout != "prompts" else []
+        if name in CONVERSATIONS or "user" in dict(turns):
+            self.taken[self.names[name]] = "prompt and response"
+        else:
+            turns = self._question(record) + turns
+        turns, response = self._split(turns, name)
         if response is None or label == "false":
             self.unwanted += 1
             return None
-        if label == "true":
-            del record["label"]
-        given = self._given(record, name, turns, used) if self.layout == "pairs" else {}
-        system = text_of(record, "system", blank=True) if "system" in record else ""
+        given = self._given(record, name, turns) if self.layout == "pairs" else {}
+        system = text_of(self._take(record, "system", "prompt", ""), "system", blank=True)
         if system.strip() and turns[0][0] != "system":
-            turns, messages, used["system"] = [("system", system), *turns], True, "prompt"
+            turns, self.chat = [("system", system), *turns], True
         prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-        references = record.get("references", [response] if response else [])
-        if not isinstance(references, list) or ("references" in record and not references):
+        references = self._take(record, "references", "references", [response] if response else None)
+        if references is not None and not (isinstance(references, list) and references):
             raise ValueError("field 'references' must be a list of texts")
-        references = [text_of({"references": text}, "references") for text in references]
-        used["references"] = "references"
-        for ours, value in record.items():
-            if ours in used:
-                self.taken[self.names[ours]] = used[ours]
-            elif value not in ("", [], {}):
-                self.left_out[self.names[ours]] = None
+        references = [text_of(text, "references") for text in references or []]
+        self.left_out |= {self.names[ours]: None for ours, value in record.items() if value not in ("", [], {})}
         parts = {"prompt": prompt, "response": response, "references": references}
-        return parts | given | {"turns": tuple(turns) if messages else ()}
+        return parts | given | {"turns": tuple(turns) if self.chat else ()}
+
+    def _take(self, record: dict[str, Any], name: str, part: str, default: Any = None) -> Any:
+        """Removes a field, which holds a part of the example, from the record, and returns its value."""
+        if name in record:
+            self.taken[self.names[name]] = part
+        return record.pop(name, default)
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
         """Returns the record under our names, without what is missing: null in JSON, NaN in some tables.
@@ -123,57 +125,55 @@ class Reader:
                 raise ValueError(f"{one!r} and {two!r} may both be the {part}; --fields {part}=NAME chooses one")
         return there[0] if there else None
 
-    def _question(self, record: dict[str, Any], used: dict[str, str]) -> tuple[list[Turn], bool]:
-        """Returns the prompt of a record whose response stands apart, and whether it consists of messages."""
+    def _question(self, record: dict[str, Any]) -> list[Turn]:
+        """Returns the prompt of a record whose response stands apart."""
         name = self._one_of(record, "prompt", PROMPTS) or "prompt"
+        messages = isinstance(record.get(name), list)
         turns = self._turns(record, name, "user")
-        used[name] = "prompt"
-        if isinstance(record[name], list):
-            return turns, True
-        for more in MORE:
-            if more in record and not isinstance(record[more], list | dict):
-                used[more] = "prompt"
-                if text_of(record, more, blank=True).strip():
-                    turns = [("user", f"{turns[0][1]}\n\n{record[more]}")]
-        history = record.get("history")
-        if isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            used["history"] = "prompt"
-            texts = [text_of({"history": text}, "history") for pair in history for text in pair]
-            turns = [*zip(("user", "assistant") * len(history), texts), *turns]
-        return turns, len(turns) > 1
+        for more in () if messages else MORE:
+            if not isinstance(record.get(more, []), list | dict):
+                text = text_of(self._take(record, more, "prompt"), more, blank=True)
+                turns = [("user", f"{turns[0][1]}\n\n{text}")] if text.strip() else turns
+        history = [] if messages else record.get("history")
+        if history and isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            texts = [text_of(text, "history") for pair in self._take(record, "history", "prompt") for text in pair]
+            turns, self.chat = [*zip(("user", "assistant") * len(history), texts), *turns], True
+        return turns
 
-    def _given(
-        self, record: dict[str, Any], name: str | None, turns: list[Turn], used: dict[str, str]
-    ) -> dict[str, Any]:
+    def _given(self, record: dict[str, Any], name: str, turns: list[Turn]) -> dict[str, Any]:
         """Returns what only a given pair has: the worse response to the same prompt, and who wins."""
-        worse = "rejected" if "chosen" in record or "rejected" in record else "generated"
+        worse = "rejected" if name == "chosen" or "rejected" in record else "generated"
         others = self._turns(record, worse, "assistant", blank=True)
+        self.taken[self.names[worse]] = "generated response"
         others, generated = self._split(others if "user" in dict(others) else turns + others, worse)
         if others != turns:
             raise ValueError(f"the prompts of {name!r} and {worse!r} differ, expected the same")
-        used |= {worse: "generated response", "wins": "wins"}
-        wins = record.get("wins", (1.0, 0.0))
+        wins = self._take(record, "wins", "wins", (1.0, 0.0))
         two = isinstance(wins, list | tuple) and len(wins) == 2
         if not two or not all(type(win) in (int, float) and 0 <= win <= 1 for win in wins):
             raise ValueError("field 'wins' must be two probabilities, of the response and of the generated one")
         return {"generated": generated or "", "wins": (float(wins[0]), float(wins[1]))}
 
     def _turns(self, record: dict[str, Any], name: str, role: str, blank: bool = False) -> list[Turn]:
-        """Reads a field as turns: a list of messages, which may be written as JSON, or a text, one turn of the role."""
-        value = record.get(name)
+        """Takes a field as turns: a list of messages, which may be written as JSON, or a text, one turn of the role."""
+        if name not in record:
+            found = shown(", ".join(map(repr, self.names.values()))) or "none"
+            raise ValueError(f"field {name!r} is missing; the fields are {found}; accepted are {LAYOUTS}")
+        value = self._take(record, name, "response" if role == "assistant" else "prompt")
         if not isinstance(value, list) and name not in CONVERSATIONS:
-            return [(role, text_of(record, name, blank))]
+            return [(role, text_of(value, name, blank))]
         if isinstance(value, str):
             value = parse_json(value, f"field {name!r}")
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise ValueError(f"field {name!r} must be a list of {{'role', 'content'}}")
+        self.chat = True
         turns = [self._turn(message, name) for message in value]
         return [(role, text) for role, text in turns if text.strip() or role != "system"]
 
     def _turn(self, message: dict[str, Any], name: str) -> Turn:
         """Reads {"role", "content"} or {"from", "value"}; the content may be a list of texts."""
         given = message.get("role", message.get("from"))
-        role = ROLES.get(given.lower()) if isinstance(given, str) else None
+        role = ROLES.get(str(given).lower())
         if role is None:
             expected = "'system', 'user' or 'assistant'; results of tools are not supported"
             raise ValueError(f"field {name!r} has a turn of the role {shown(repr(given))}, expected {expected}")
@@ -188,20 +188,20 @@ class Reader:
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"field {name!r} has content that is no text; images are not supported")
             content = "".join(texts)
-        no_target = role == "assistant" and any(message.get(mark) == 0 for mark in ("weight", "train", "training"))
-        for other in message.keys() - {"role", "from", key, "weight", "train", "training"}:
+        no_target = role == "assistant" and any(message.get(mark) == 0 for mark in MARKS)
+        for other in message.keys() - {"role", "from", key, *MARKS}:
             if message[other]:
                 self.left_out[f"{other} of {self.names.get(name, name)}"] = None
-        return NO_TARGET if no_target else role, text_of({key: content}, key, blank=role == "system")
+        return NO_TARGET if no_target else role, text_of(content, key, blank=role == "system")
 
-    def _split(self, turns: list[Turn], name: str, answered: bool = True) -> tuple[list[Turn], str | None]:
+    def _split(self, turns: list[Turn], name: str) -> tuple[list[Turn], str | None]:
         """Returns (turns before the last assistant turn, its text), the text None if no turn may be trained on.
 
-        Unless `answered`, the last turn may be a user's.
+        In the layout "prompts" the last turn may be a user's.
         """
         roles = [role for role, _ in turns]
         targets = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
-        if not answered and roles[-1:] == ["user"]:
+        if self.layout == "prompts" and roles[-1:] == ["user"]:
             targets = [len(turns)]
         elif not targets and NO_TARGET in roles:
             return turns, None
@@ -220,12 +220,8 @@ def _last(value: Any) -> Any:
     return value[-1].get("content", value[-1].get("value")) if messages else value
 
 
-def text_of(record: dict[str, Any], name: str, blank: bool = False) -> str:
-    """Returns a field that must be a text, and must not be blank unless `blank` is set."""
-    if name not in record:
-        found = shown(", ".join(map(repr, record))) or "none"
-        raise ValueError(f"field {name!r} is missing; the fields are {found}; accepted are {LAYOUTS}")
-    value = record[name]
+def text_of(value: Any, name: str, blank: bool = False) -> str:
+    """Returns the value of a field that must be a text, and must not be blank unless `blank` is set."""
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {type(value).__name__}, expected text")
     if not (blank or value.strip()):

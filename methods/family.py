@@ -275,7 +275,7 @@ class FamilyOptions(spin.SpinOptions):
     order: float = option(0.5, "Order of the Renyi divergence in --loss iris.", within="[0, inf)")
     adaptive_order: bool = option(False, "Choose --loss iris's order for each iteration by the gap to the data.")
     historical: float = option(1.0, "Weight of the historical advantage in --loss tspin.", within="[0, inf)")
-    nll_weight: float = option(0.0, "Adds the real response's negative log-probability per token, times this, to any "
+    nll_weight: float = option(0.0, "Weight of the real response's negative log-probability per token, added to any "
                                "loss.", within="[0, inf)")
     reference: str = option("opponent", "Reference of the log-ratios: the opponent, or the tempered distribution that "
                             "it sampled from.", choices=("opponent", "sampled"))
@@ -288,7 +288,7 @@ class FamilyOptions(spin.SpinOptions):
     scorer: str = option(
         "", "FILE.py:NAME of f(prompt, responses) -> probabilities to beat the opponent, for --loss sppo.",
         changeable=True, check=lambda name: not name or re.fullmatch(r".+\.py:\w+", name), expected="FILE.py:NAME")
-    min_win: float = option(0.0, "Smallest probability to win of a pair's real response.", within="[0, 1]")
+    min_win: float = option(0.0, "Leave out pairs whose real response wins with a lower probability.", within="[0, 1]")
     # fmt: on
 
     def check_together(self) -> None:

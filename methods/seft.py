@@ -153,7 +153,7 @@ class SeftOptions(TrainingOptions):
         (), 'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',
         changeable=True, metavar="PATH")
     revise_template: str = option(
-        r"{prompt}{response}\n\n### Revision: ", "The reviser's prompt; {prompt} is the policy's, with --template.",
+        r"{prompt}{response}\n\n### Revision: ", "The reviser's prompt; {prompt} is the policy's in its --template.",
         check=lambda text: all(p in text for p in PLACEHOLDERS), expected="text with {prompt} and {response}")
     # fmt: on
 

@@ -13,18 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from report.figures import svg
-from report.files import load
+from report.files import RunFiles
 from report.page import page
 from report.panels import figures
-
-
-def write_figures(folders: Sequence[Path], folder: Path) -> None:
-    """Writes every panel of the page as <name>.svg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for panels in figures(load(folders)).values():
-        for panel in panels:
-            name = "".join(c if c.isalnum() else "-" for c in panel.name)
-            (folder / f"{name}.svg").write_text(svg(panel), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write every figure as SVG into this folder")
     args = parser.parse_args(argv)
     try:
-        out = args.out or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
-        out.write_text(page(args.runs), encoding="utf-8")
+        runs = [RunFiles(folder) for folder in args.runs]
+        out = args.out or (args.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+        out.write_text(page(runs), encoding="utf-8")
         print(f"The page is {out}.")
         if args.figures:
-            write_figures(args.runs, args.figures)
+            args.figures.mkdir(parents=True, exist_ok=True)
+            for panel in (panel for panels in figures(runs).values() for panel in panels):
+                name = "".join(c if c.isalnum() else "-" for c in panel.name)
+                (args.figures / f"{name}.svg").write_text(svg(panel), encoding="utf-8")
             print(f"The figures are in {args.figures}.")
     except (ValueError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)

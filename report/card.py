@@ -1,11 +1,10 @@
 """The model card of an exported iterate: where it comes from, how it was made and how good it is."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate import Row
-from report.panels import plot
 from report.tables import text_of
 
 METHODS = {"spin": "SPIN (self-play fine-tuning, arXiv 2401.01335)", "sft": "supervised fine-tuning"}
@@ -42,42 +41,25 @@ print(tokenizer.decode(response, skip_special_tokens=True))
 """
 
 
-class Card:
-    """The observer that writes README.md and metrics.svg beside an exported model.
-
-    Args:
-        settings: the options that are not the defaults, as text, but for those that name files or devices.
-        write_text: called with a path and a text.
-    """
-
-    def __init__(self, settings: str, write_text: Callable[[Path, str], object]) -> None:
-        self.settings, self.write_text = settings, write_text
-
-    def exported(self, folder: Path, iterate: int, rows: list[Row], record: Row) -> None:
-        self.write_text(folder / "README.md", card(iterate, rows, record, self.settings))
-        self.write_text(folder / "metrics.svg", plot(rows, "Held-out metrics and training signals"))
-
-
-def card(iterate: int, rows: list[Row], record: Row, settings: str) -> str:
+def card(iterate: int, rows: Sequence[Row], record: Row) -> str:
     """The text of the card. `record` is that of run.json."""
     args, digests, command = record["args"], record["digests"], record["command"]
     source = "pairs" if args.get("pairs") else "data"
     hub = "" if Path(args["model"]).is_dir() else args["model"].partition("@")[0]
     commit = f", commit {record['revision']}" if record["revision"] else ""
-    held_out = ", ".join(f"`{public(name)}`" for name in args["eval_data"])
     facts = {
-        "Base model": f"`{public(args['model'])}`{commit}",
+        "Base model": f"{public(args['model'])}{commit}",
         "sha256 of its files": digests["model"],
-        "Training data": ", ".join(f"`{public(name)}`" for name in args[source]),
+        "Training data": public(*args[source]),
         "sha256 of its contents": digests[source],
-        "Held-out data": held_out or f"a share of {args['eval_share']} of the data",
+        "Held-out data": public(*args["eval_data"]) or f"a share of {args['eval_share']} of the data",
         "sha256 of its examples": digests["eval-data"],
-        "Settings that are not the default": f"`{settings or 'none'}`",
+        "Settings that are not the default": f"`{record['settings'] or 'none'}`",
         "Prompt template": f"`{json.dumps(record['template'], ensure_ascii=False)}`",
         "torch": record["torch"],
     }
     return CARD.format(
-        tags="gpt_neo, sft" if command == "sft" else "gpt_neo, spin, self-play",
+        tags="sft" if command == "sft" else "spin, self-play",
         base_model=f"\nbase_model: {hub}" if hub else "",
         model=public(args["model"]),
         iterate=iterate,
@@ -89,6 +71,6 @@ def card(iterate: int, rows: list[Row], record: Row, settings: str) -> str:
     )
 
 
-def public(name: str) -> str:
-    """A hub id as it is, and the last part of a path: a published card must not tell the author's folders."""
-    return Path(name).resolve().name if Path(name).exists() else name
+def public(*names: str) -> str:
+    """Ids of the hub as they are, and of paths the last part: a published card must not tell the author's folders."""
+    return ", ".join(f"`{Path(name).resolve().name if Path(name).exists() else name}`" for name in names)

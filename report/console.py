@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluate import Row
-from report.tables import difference, flat, line, metrics_of, text_of
+from report.tables import line, metrics_of, number, ordered, text_of
 
 FALL = 0.1  # Warn if held-out real responses lose more nats per token than this in one iteration.
 CUT = 0.05  # Warn if the share of responses that are cut at the length limit rises by more than this in one iteration.
@@ -39,7 +39,7 @@ class Console:
         print(f"\n{text_of(rows)}\n")
         if best:
             folder = self.out / ("final" if best == rows[-1]["iterate"] else "best")
-            change = difference(metric, rows[best]["since_start"][metric])
+            change = number(metric, *rows[best]["since_start"][metric])
             print(f"Best by {name}: iterate {best} ({folder}), {name} {change} against the start.")
         else:
             print(f"No iterate is better than the start by {name} (more than two standard errors). {REMEDY}")
@@ -49,13 +49,13 @@ class Console:
 def changes(row: Row) -> list[str]:
     """One line each on the changes against the start, the iterate before, and the start at equal entropy."""
     last = row["iterate"] - 1
-    found = {"the start": flat(row.get("since_start", {}))}
+    found = {"the start": row.get("since_start", {})}
     if last > 0:
-        found[f"iterate {last}"] = flat(row.get("since_last", {}))
-    equal = flat(row.get("at_equal_entropy", {}))
-    if equal:
+        found[f"iterate {last}"] = row.get("since_last", {})
+    if equal := row.get("at_equal_entropy"):
         found[f"the start at temperature {equal['temperature']:.2f}, of equal entropy"] = equal
-    return [f"  against {name}: {line(some, metrics_of([some]), '+')}" for name, some in found.items() if some]
+    names = {name: [metric for metric in ordered(some) if metric != "temperature"] for name, some in found.items()}
+    return [f"  against {name}: {line(some, names[name])}" for name, some in found.items() if some]
 
 
 def examples(answers: Mapping[str, Sequence[Row]]) -> str:

@@ -1,18 +1,17 @@
 """Figures as SVG, written by hand: the panels of the report page, of metrics.svg and of model cards.
 
-Two kinds of series share one kind of panel: points with bars, and curves with bands. An axis never zooms in so far that
-noise looks like a trend: see `span`. The colours resemble those of Okabe and Ito, which colour-blind readers can tell
-apart; markers and dashes differ, too. The page recolours the classes s0 ... s6 for a dark screen.
+A panel has points with bars by iterate, or curves with bands by step. An axis never zooms in so far that noise looks
+like a trend: see `span`. The colours resemble those of Okabe and Ito, which colour-blind readers can tell apart;
+markers and dashes differ, too. The page recolours the classes s0 ... s6 for a dark screen.
 """
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#3a86c8", "#444444")
-GREY = len(COLOURS) - 1
 DASHES = ("none", "6 3", "2 3", "8 3 2 3")
 MARKERS = (
     "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0",
@@ -23,64 +22,36 @@ MARKERS = (
 FONT = 'font-family="sans-serif" fill="#333"'
 WIDTH, HEIGHT = 300, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 290, 44, 166  # the ends of the axes
-BINS = 120  # the most points of a curve
 COLUMNS = 4  # panels beside each other in a file with all of them
 
 
-@dataclass
-class Mark:
-    """A value at x, with the ends of its bar or band and of the thick part of the bar."""
+class Mark(NamedTuple):
+    """A value at x, with the ends of its bar or band."""
 
     x: float
     y: float
-    bar: tuple[float, ...] = ()
-    thick: tuple[float, ...] = ()
-    note: str = ""
-
-
-@dataclass
-class Series:
-    marks: list[Mark]
-    colour: int = 0
-    curve: bool = False
+    low: float
+    high: float
 
 
 @dataclass
 class Panel:
-    """One figure. `better` is 1 if larger values are better, -1 if smaller ones are, 0 if neither are."""
+    """One figure."""
 
     name: str
-    series: list[Series]
-    format: str  # of the values
-    better: int = 0
+    series: list[list[Mark]]  # one list per run, whose index is its colour; may be empty
+    format: str  # that of the values
+    better: int = 0  # 1 if larger values are better, -1 if smaller ones are, 0 if neither are
     note: str = ""  # below the title
-    least: float = 0.0  # the y axis spans at least this
-    x: tuple[float, float] = (0, 1)  # ends of the axis
-    whole: bool = True  # the x axis counts, so its ticks are whole numbers
+    least: float = 0.0  # The y axis spans at least this.
+    curves: bool = False  # The marks are curves with bands, not points with bars.
     lines: Sequence[tuple[float, str]] = ()  # vertical lines with labels
-
-
-def bins(values: Sequence[tuple[float, float]], width: float) -> list[Mark]:
-    """Means over stretches of an axis, with a band from the smallest to the largest value. (x, y) must be sorted."""
-    groups: dict[int, list[tuple[float, float]]] = {}
-    for x, y in values:
-        groups.setdefault(int(x / max(width, 1)), []).append((x, y))
-    columns = [list(zip(*group)) for group in groups.values()]
-    return [Mark(statistics.fmean(xs), statistics.fmean(ys), (min(ys), max(ys))) for xs, ys in columns]
-
-
-def quantiles(x: float, values: Sequence[float]) -> Mark:
-    """The median with a bar over 90% of the values, which is thick over half of them."""
-    values = sorted(values)
-    low, first, middle, third, high = (values[round(q * (len(values) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95))
-    note = f"median {middle:.2f}, half of all {first:.2f} to {third:.2f}, 90% {low:.2f} to {high:.2f}"
-    return Mark(x, middle, (low, high), (first, third), note)
 
 
 def span(panel: Panel) -> tuple[float, float]:
     """Ends of the y axis: all marks with their bars, but at least `panel.least`, or a tenth of the largest value."""
-    ends = [y for series in panel.series for mark in series.marks for y in (mark.y, *mark.bar)]
-    low, high = min(ends), max(ends)
+    low = min(mark.low for marks in panel.series for mark in marks)
+    high = max(mark.high for marks in panel.series for mark in marks)
     largest = max(abs(low), abs(high))
     wanted = max(panel.least or 0.1 * largest, 0.02 if "%" in panel.format else 1e-9 + 0.02 * largest)
     room = max(wanted - (high - low), 0.08 * (high - low)) / 2
@@ -98,11 +69,12 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def svg(panel: Panel) -> str:
     """A panel as an SVG element, which is also a file of its own."""
-    (x0, x1), (y0, y1) = panel.x, span(panel)
-    pad = 2 if all(series.curve for series in panel.series) else 18
+    y0, y1 = span(panel)
+    last = max([1, *(mark.x for marks in panel.series for mark in marks)])  # iterate or step
+    pad = 2 if panel.curves else 18
 
     def px(x: float) -> float:
-        return LEFT + pad + (RIGHT - LEFT - 2 * pad) * (x - x0) / ((x1 - x0) or 1)
+        return LEFT + pad + (RIGHT - LEFT - 2 * pad) * x / last
 
     def py(y: float) -> float:
         return TOP + (BOTTOM - TOP) * (y1 - y) / (y1 - y0)
@@ -122,38 +94,30 @@ def svg(panel: Panel) -> str:
     for x, text in panel.lines:
         parts.append(f'<path class="grid" d="M{px(x):.1f} {TOP}V{BOTTOM}" stroke="#ddd"/>')
         parts.append(f'<text x="{px(x) + 3:.1f}" y="{TOP - 3}" class="dim" font-size="9">{escape(text)}</text>')
-    for x in ticks(x0, x1, 6) if x1 > x0 else [x0]:
-        if x == int(x) or not panel.whole:
+    for x in ticks(0, last, 6):
+        if x == int(x):
             parts.append(f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.6g}</text>')
-    for n, series in enumerate(panel.series):
-        points = panel.whole and not series.curve  # Those of several runs are drawn beside each other.
-        beside = (n - (len(panel.series) - 1) / 2) * 6 if points else 0.0
-        parts.append(drawn(series, lambda x, beside=beside: px(x) + beside, py))
+    for run, marks in enumerate(panel.series):
+        beside = 0.0 if panel.curves else 6 * (run - (len(panel.series) - 1) / 2)  # Points of runs stand side by side.
+        if marks:
+            parts.append(drawn([(px(x) + beside, *map(py, ys)) for x, *ys in marks], run, panel.curves))
     return "".join(parts) + "</svg>"
 
 
-def drawn(series: Series, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    """A line through the values, with a band between the ends of their bars, or with the bars and markers."""
-    marks, number = series.marks, series.colour % len(COLOURS)
-    dash = DASHES[series.colour % len(DASHES)]
-    line = "L".join(f"{px(mark.x):.1f} {py(mark.y):.1f}" for mark in marks)
-    parts = [f'<path d="M{line}" fill="none" stroke-width="1.5" stroke-dasharray="{dash}"/>']
-    if series.curve:
-        ends = [(mark.x, mark.bar[1]) for mark in marks if mark.bar]
-        ends += [(mark.x, mark.bar[0]) for mark in reversed(marks) if mark.bar]
-        around = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in ends)
-        parts += [f'<path d="M{around}z" stroke="none" opacity="0.22"/>'] if ends else []
-    for mark in [] if series.curve else marks:
-        x = px(mark.x)
-        if mark.bar:
-            low, high = map(py, mark.bar)
-            ends = "" if mark.thick else f"M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
-            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}{ends}" fill="none" stroke-width="1.5"/>')
-        if mark.thick:
-            low, high = map(py, mark.thick)
-            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke-width="6" opacity="0.4"/>')
-        shape, title = MARKERS[series.colour % len(MARKERS)], f"<title>{escape(mark.note)}</title>"
-        parts.append(f'<path d="M{x:.1f} {py(mark.y):.1f}{shape}" stroke="none">{title}</path>')
+def drawn(places: Sequence[tuple[float, ...]], run: int, curve: bool) -> str:
+    """The marks of one run, given as (x, y, low, high) on the paper, and a line through them."""
+    line = "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in places)
+    parts = [f'<path d="M{line}" fill="none" stroke-width="1.5" stroke-dasharray="{DASHES[run % len(DASHES)]}"/>']
+    if curve:
+        ends = [(x, high) for x, _, _, high in places] + [(x, low) for x, _, low, _ in reversed(places)]
+        around = "L".join(f"{x:.1f} {y:.1f}" for x, y in ends)
+        parts.append(f'<path d="M{around}z" stroke="none" opacity="0.22"/>')
+    for x, y, low, high in [] if curve else places:
+        if low > high:  # y grows downwards.
+            bar = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
+            parts.append(f'<path d="{bar}" fill="none" stroke-width="1.5"/>')
+        parts.append(f'<path d="M{x:.1f} {y:.1f}{MARKERS[run % len(MARKERS)]}" stroke="none"/>')
+    number = run % len(COLOURS)
     return f'<g class="s{number}" fill="{COLOURS[number]}" stroke="{COLOURS[number]}">{"".join(parts)}</g>'
 
 

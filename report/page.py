@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from markupsafe import Markup
 
 from evaluate import Row, best_of, column, verdict
 from report import console
+from report.card import card
 from report.figures import svg
-from report.files import RunFiles, load
+from report.files import RunFiles
 from report.panels import figures, plot
-from report.tables import Table, difference, held_out, plain, signals, table_of, telling, title_of
+from report.tables import Table, held_out, number, signals, table_of, telling, title_of
 
+METRICS = "held-out metrics and training signals"  # the title of metrics.svg
 PROMPTS = 300  # the most prompts in the table of responses
 TEXT = 2000  # the most characters of a text on the page
 LEAST = -9.0  # log-probability of a token with the strongest shade
@@ -30,9 +32,10 @@ PICTURES = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10
 
 
 class Page:
-    """The observer that keeps metrics.svg and report.html up to date. A failure is a warning: it must end no run.
+    """The observer that keeps metrics.svg and report.html up to date, and writes the cards of exported models.
 
-    `write_text(path, text)` must replace a file at once, since somebody may be reading it.
+    A page that cannot be written is a warning: it must end no run. `write_text(path, text)` must replace a file at
+    once, since somebody may be reading it.
     """
 
     def __init__(self, out: Path, write_text: Callable[[Path, str], object]) -> None:
@@ -40,14 +43,18 @@ class Page:
 
     def iterate(self, rows: list[Row], answers: Mapping[int, list[Row]], note: str) -> None:
         for name, make in {
-            "metrics.svg": lambda: plot(rows, f"{self.out}: held-out metrics and training signals"),
-            "report.html": lambda: page([self.out]),
+            "metrics.svg": lambda: plot(rows, f"{self.out}: {METRICS}"),
+            "report.html": lambda: page([RunFiles(self.out)]),
         }.items():
             try:
                 self.write_text(self.out / name, make())
             except Exception as error:
                 text = f"warning: {self.out / name}: not written ({type(error).__name__}: {error})"
                 print(text, file=sys.stderr, flush=True)
+
+    def exported(self, folder: Path, iterate: int, rows: list[Row], record: Row) -> None:
+        self.write_text(folder / "README.md", card(iterate, rows, record))
+        self.write_text(folder / "metrics.svg", plot(rows, METRICS.capitalize()))
 
     def finish(self, rows: list[Row], record: Row) -> None:
         """A process that died after the last iterate may have left the files as they were before it."""
@@ -58,25 +65,24 @@ def headline(run: RunFiles) -> list[str]:
     """Sentences: which metrics changed beyond the noise (`verdict`), which did not, and the best iterate."""
     if not run.rows:
         return ["No iterate has been evaluated yet."]
-    first, last, names = run.rows[0], run.rows[-1], telling(run.rows)
     if len(run.rows) == 1:
-        return [f"Only the start has been evaluated: {', '.join(f'{title_of(n)} {plain(first, n)}' for n in names)}."]
+        return ["Only the start has been evaluated."]
+    first, last = run.rows[0], run.rows[-1]
     done, total, metric = last["iterate"], run.args["iterations"], run.args["best"]
     sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []
     beyond, within = [], []
-    for name in [name for name in names if column(name).better]:
+    for name in [name for name in telling(run.rows) if column(name).better]:
         judged = {1: "better", -1: "worse"}.get(verdict(last, name))
         if judged:
-            change = f"{difference(name, last['since_start'][name])}, {judged}"
-            beyond.append(f"{title_of(name)} from {plain(first, name)} to {plain(last, name)} ({change})")
+            values = f"from {number(name, first[name])} to {number(name, last[name])}"
+            beyond.append(f"{title_of(name)} {values} ({number(name, *last['since_start'][name])}, {judged})")
         else:
             within.append(title_of(name))
     sentences += [f"Changed beyond the noise: {'; '.join(beyond)}."] if beyond else []
     sentences += [f"Not changed beyond the noise: {', '.join(within)}."] if within else []
-    equal = last.get("at_equal_entropy")
-    if equal:
-        leads = ", ".join(f"{title_of(n)} {difference(n, lead)}" for n, lead in equal.items() if n != "temperature")
-        start = f"the start at temperature {equal['temperature']:.2f}, which has the same entropy"
+    if equal := dict(last.get("at_equal_entropy", {})):
+        start = f"the start at temperature {equal.pop('temperature'):.2f}, which has the same entropy"
+        leads = ", ".join(f"{title_of(name)} {number(name, *lead)}" for name, lead in equal.items())
         sentences.append(f"Against {start}: {leads}.")
     best, name = best_of(run.rows, metric), title_of(metric)
     return [*sentences, f"The best iterate by {name} is {best}." if best else f"No iterate is better by {name}."]
@@ -109,46 +115,44 @@ def encoded(pieces: Sequence[tuple[str, float]], text: str) -> str:
     return " ".join(map(str, numbers))
 
 
-def answer(who: str, text: str, tokens: str = "", logp: str = "", right: bool = False) -> dict[str, Any]:
-    """A line of the table of responses, as page.html shows it."""
-    return {"who": who, "text": visible(text), "tokens": tokens, "logp": logp, "right": right}
-
-
 def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
-    """A prompt with its reference and the responses. Equal responses one after the other share a line."""
+    """A prompt with its reference and the responses. Equal responses one after the other share a line.
+
+    A line is (who, text, tokens, log p, whether the text is a reference), as page.html shows it.
+    """
     first, last = rows[0], rows[-1]
-    pieces = last["tokens"]["real"]
-    real = "".join(piece for piece, _ in pieces).strip()
+    real = "".join(piece for piece, _ in last["tokens"]["real"]).strip()
     before, after = (row["values"]["nll"][0] for row in (first, last))
-    answers = [answer("reference", real, encoded(pieces, real), f"{-before:.2f} \u2192 {-after:.2f}")]
-    others = [text for text in first["references"] if text != real]
-    answers += [answer("also right", " | ".join(others))] if others else []
-    for text, group in itertools.groupby(zip(names, rows), lambda said: said[1]["greedy"]):
-        group = list(group)
-        pieces = group[-1][1]["tokens"]["greedy"]
-        tokens = encoded(pieces, text)
-        logp = f"{sum(logp for _, logp in pieces):.2f}" if tokens else ""
-        who = " \u2026 ".join(dict.fromkeys([group[0][0], group[-1][0]]))
-        answers.append(answer(who, text, tokens, logp, text in first["references"]))
-    before_edits, edits = (row["values"]["greedy_error"][0] for row in (first, last))
-    kind = "better" if edits < before_edits else "worse" if edits > before_edits else "changed"
+    logp = f"{-before:.2f} \u2192 {-after:.2f}"
+    lines = [("reference", visible(real), encoded(last["tokens"]["real"], real), logp, False)]
+    if others := [text for text in first["references"] if text != real]:
+        lines.append(("also right", visible(" | ".join(others)), "", "", False))
+    for text, group in itertools.groupby(zip(names, rows), lambda pair: pair[1]["greedy"]):
+        said = list(group)
+        (one, _), (other, row) = said[0], said[-1]
+        who = one if one == other else f"{one} \u2026 {other}"
+        pieces = row["tokens"]["greedy"]
+        logp = f"{sum(logp for _, logp in pieces):.2f}"
+        lines.append((who, visible(text), encoded(pieces, text), logp, text in first["references"]))
+    edits = [row["values"]["greedy_error"][0] for row in (first, last)]
+    kind = "better" if edits[1] < edits[0] else "worse" if edits[1] > edits[0] else "changed"
     kind = "same" if first["greedy"] == last["greedy"] else kind
-    return {"prompt": visible(first["prompt"]), "kind": kind, "change": before - after, "answers": answers}
+    return {"prompt": visible(first["prompt"]), "kind": kind, "change": before - after, "lines": lines}
 
 
-def responses(runs: Sequence[RunFiles]) -> tuple[list[str], list[tuple[Row, ...]]]:
-    """Names, and for every prompt as many rows: of a run's iterates, or of the last iterates of several runs.
+def blocks_of(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """A block for every prompt: of a run's iterates, or of the last iterates of several runs.
 
-    There are no rows if the runs were evaluated on different prompts.
+    There are none if the runs were evaluated on different prompts.
     """
     said = {f"iterate {t}" if t else "start": rows for t, rows in enumerate(runs[0].heldout)}
     if len(runs) > 1:
         said = {run.name: run.heldout[-1] for run in runs if run.heldout}
     prompts = [[row["prompt"] for row in rows] for rows in said.values()]
-    return list(said), list(zip(*said.values())) if all(some == prompts[0] for some in prompts) else []
+    return [block([*said], rows) for rows in zip(*said.values())] if all(p == prompts[0] for p in prompts) else []
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- the page
 
 
 def times_table(run: RunFiles) -> Table:
@@ -174,25 +178,19 @@ def settings_table(runs: Sequence[RunFiles]) -> Table:
     return Table("", ["", *(run.name for run in runs)], lines)
 
 
-# ---------------------------------------------------------------- the page
-
-
-def page(folders: Iterable[Path]) -> str:
-    """The page as HTML. Raises: ValueError if a folder holds no run or a damaged file."""
-    runs = load(folders)
+def page(runs: Sequence[RunFiles]) -> str:
+    """The page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    names, prompts = responses(runs)
-    blocks = [block(names, rows) for rows in prompts]
+    blocks, settings = blocks_of(runs), settings_table(runs)
     kinds = Counter(block["kind"] for block in blocks)
-    settings = settings_table(runs)
     warned = [[text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])] for run in runs]
     values = {
         "runs": [(run.name, headline(run), texts) for run, texts in zip(runs, warned)],
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        "panels": {name: [Markup(svg(one)) for one in panels] for name, panels in figures(runs).items()},
+        "panels": {name: [Markup(svg(panel)) for panel in panels] for name, panels in figures(runs).items()},
         "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
         "signals": [(run.name, [signals(run.rows)]) for run in runs],
         "times": [(run.name, [times_table(run)]) for run in runs if run.times],

@@ -1,6 +1,6 @@
 """The tables of a run's numbers: the terminal, the report page and model cards write the same ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from evaluate import COLUMNS, Row, column
@@ -22,29 +22,25 @@ class Table:
         return "\n".join([self.title, *aligned] if self.title else aligned)
 
 
-def table_of(title: str, rows: Sequence[Row], names: Sequence[str], sign: str = "") -> Table:
+def table_of(title: str, rows: Sequence[Row], names: Sequence[str]) -> Table:
     """A table with a line per row. A column that no row has is left out."""
     names = [name for name in names if any(name in row for row in rows)]
     heads = [name.replace("_", " ") for name in names]
-    return Table(title, heads, [[cell(row, name, sign) for name in names] for row in rows])
+    return Table(title, heads, [[cell(row, name) for name in names] for row in rows])
 
 
-def cell(row: Row, name: str, sign: str = "") -> str:
-    """A value, with its standard error if the row has one; "+" as `sign` makes a change begin with + or -."""
-    value, error, fmt = row.get(name), row.get(f"{name}_se"), column(name).format
+def cell(row: Row, name: str) -> str:
+    """A row's value with its standard error, if there is one, or a change, which is a pair of both."""
+    value = row.get(name)
     if value is None or isinstance(value, str):
         return value or "-"
+    return number(name, *value) if isinstance(value, Sequence) else number(name, value, row.get(f"{name}_se"), sign="")
+
+
+def number(name: str, value: float, error: float | None = None, sign: str = "+") -> str:
+    """A value in the format of its column: "32.0%", or, with its standard error, "+2.0% \u00b1 0.3%"."""
+    fmt = column(name).format
     return f"{value:{fmt}}" if error is None else f"{value:{sign}{fmt}} \u00b1 {error:{fmt}}"
-
-
-def plain(row: Row, name: str) -> str:
-    """A value without its standard error."""
-    return cell({name: row[name]}, name)
-
-
-def difference(name: str, change: Sequence[float]) -> str:
-    """A (change, standard error): "+2.0% \u00b1 0.3%"."""
-    return cell(flat({name: change}), name, "+")
 
 
 def title_of(name: str) -> str:
@@ -52,31 +48,25 @@ def title_of(name: str) -> str:
     return column(name).label or name.replace("_", " ")
 
 
-def line(row: Row, names: Sequence[str], sign: str = "") -> str:
+def line(row: Row, names: Sequence[str]) -> str:
     """One row as running text."""
-    return ", ".join(f"{name.replace('_', ' ')} {cell(row, name, sign)}" for name in names if name in row)
+    return ", ".join(f"{name.replace('_', ' ')} {cell(row, name)}" for name in names if name in row)
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Names in the order of the table of columns; those of --metric come last."""
+    names = dict.fromkeys(names)
+    return [name for name in COLUMNS if name in names] + [name for name in names if name not in COLUMNS]
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
-    """Names of the held-out metrics in any of the rows; those of --metric come last."""
-    found = dict.fromkeys(name for row in rows for name in row if f"{name}_se" in row)
-    return [name for name in COLUMNS if name in found] + [name for name in found if name not in COLUMNS]
+    """Names of the held-out metrics in any of the rows."""
+    return ordered(name for row in rows for name in row if f"{name}_se" in row)
 
 
 def telling(rows: Sequence[Row]) -> list[str]:
     """The held-out metrics without those that are 0 throughout, as an exact match of long answers is."""
     return [name for name in metrics_of(rows) if any(row.get(name) or row.get(f"{name}_se") for row in rows)]
-
-
-def flat(changes: dict[str, Sequence[float] | float]) -> Row:
-    """Changes of a row of metrics.jsonl, {metric: (change, standard error)}, with the errors under names of their own.
-
-    Other values, such as the temperature of equal entropy, stay as they are.
-    """
-    row: Row = {}
-    for name, value in changes.items():
-        row |= {name: value[0], f"{name}_se": value[1]} if isinstance(value, Sequence) else {name: value}
-    return row
 
 
 def held_out(rows: Sequence[Row]) -> list[Table]:
@@ -87,8 +77,8 @@ def held_out(rows: Sequence[Row]) -> list[Table]:
         ("since_start", "Changes against the start \u00b1 one paired standard error"),
         ("at_equal_entropy", "The same against the start at the temperature that gives it equal entropy"),
     ):
-        changed = [{"iterate": row["iterate"]} | flat(row[key]) for row in rows if row.get(key)]
-        tables += [table_of(title, changed, ["iterate", "temperature", *names], "+")] if changed else []
+        changed = [{"iterate": row["iterate"]} | row[key] for row in rows if row.get(key)]
+        tables += [table_of(title, changed, ["iterate", "temperature", *names])] if changed else []
     return tables
 
 

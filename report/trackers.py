@@ -8,14 +8,14 @@ import importlib
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from evaluate import Row
 from report.files import read_rows
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # what is imported of a package
+Log = Callable[[dict[str, float], int], object]  # called with {name: value} and the number of a row
 
 
 def check(names: Sequence[str]) -> None:
@@ -32,22 +32,16 @@ def start(names: Sequence[str], out: Path, record: Row) -> list["Tracker"]:
     trackers = []
     for name in names:
         try:
-            open_ = {"tensorboard": tensorboard, "wandb": wandb}[name]
-            trackers.append(Tracker(name, out, *open_(importlib.import_module(MODULES[name]), out, record)))
+            trackers.append(Tracker(name, out, *{"tensorboard": tensorboard, "wandb": wandb}[name](out, record)))
         except Exception as error:
             raise ValueError(f"--log {name}: {error}") from None
     return trackers
 
 
 class Tracker:
-    """An observer that numbers the rows and logs them. If logging fails, the run goes on without it.
+    """An observer that numbers the rows of the run in `out` and logs them. If it fails, the run goes on without it."""
 
-    Args:
-        out: folder of the run.
-        log: called with {name: value} and the number of a row.
-    """
-
-    def __init__(self, name: str, out: Path, log: Callable[[dict[str, float], int], None], close: Callable) -> None:
+    def __init__(self, name: str, out: Path, log: Log, close: Callable[[], object]) -> None:
         self.name, self.out, self.log, self.close = name, out, log, close
         self.count = 0  # rows that this process has logged
 
@@ -67,40 +61,39 @@ class Tracker:
             rows += [row, *read_rows(self.out / f"steps-{t}.jsonl")]
         return rows
 
-    def _log(self, rows: Iterable[Row]) -> None:
+    def _log(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            group = "train" if "step" in row else "iterate"
-            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-            values = {f"{group}/{k}": float(v) for k, v in numbers.items() if k not in ("iteration", "step", "iterate")}
+            group, keys = ("train", ("iteration", "step")) if "step" in row else ("iterate", ("iterate",))
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
             try:
-                self.log(values, self.count)
+                self.log({f"{group}/{name}": float(numbers[name]) for name in numbers if name not in keys}, self.count)
             except Exception as error:
                 print(f"--log {self.name}: {error}; the run goes on without it", file=sys.stderr, flush=True)
                 self.log = lambda values, number: None
             self.count += 1
 
 
-def tensorboard(module: Any, out: Path, record: Row) -> tuple[Callable, Callable]:
-    """(log, close) of TensorBoard, whose files are in `tensorboard` in the run's folder."""
-    writer: Any = None
+def tensorboard(out: Path, record: Row) -> tuple[Log, Callable[[], object]]:
+    """(log, close) of TensorBoard, which forgets what an earlier process logged."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=0)
 
     def log(values: dict[str, float], number: int) -> None:
-        nonlocal writer
-        # What an earlier process logged no longer counts: all rows are logged again.
-        writer = writer or module.SummaryWriter(str(out / "tensorboard"), purge_step=0)
         for name, value in values.items():
             writer.add_scalar(name, value, number)
 
-    return log, lambda: writer and writer.close()
+    return log, writer.close
 
 
-def wandb(module: Any, out: Path, record: Row) -> tuple[Callable, Callable]:
+def wandb(out: Path, record: Row) -> tuple[Log, Callable[[], object]]:
     """(log, close) of W&B. A resumed run has the same id there, and what W&B has already stays as it is."""
+    import wandb
+
     file = out / "wandb" / "run-id"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         file.write_text(uuid.uuid4().hex)
-    project = os.environ.get("WANDB_PROJECT", "spin")
-    settings = {"id": file.read_text(), "resume": "allow", "name": str(out), "project": project}
-    run = module.init(dir=str(out), config=record["args"], **settings)
+    settings = {"id": file.read_text(), "resume": "allow", "project": os.environ.get("WANDB_PROJECT", "spin")}
+    run = wandb.init(dir=str(out), name=str(out), config=record["args"], **settings)
     return lambda values, number: number < run.step or run.log(values, step=number), run.finish

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kernels import onednn
-from report import card, console, page, trackers
+from report import console, page, trackers
 from runtime import folder, parallel, plan
-from runtime.options import combined, parse, settings
+from runtime.options import combined, parse
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Finished, Interrupted, Stopped
 
@@ -73,8 +73,8 @@ def main(
 
 def observers(run: Any, script: str) -> list[Any]:
     """Those who are told what the run does: see runtime/run.py."""
-    write, out = folder.write_text, run.folder.path
-    told = [console.Console(script, out), page.Page(out, write), card.Card(settings(run.args), write)]
+    out = run.folder.path
+    told = [console.Console(script, out), page.Page(out, folder.write_text)]
     return [*told, *trackers.start(run.args.log, out, run.record)]
 
 

@@ -80,7 +80,7 @@ class RunOptions:
         "auto", r"Prompt template: text with {prompt} in which \n is a line break, or chat, the tokenizer's own; auto: "
         r"chat for messages if the tokenizer has one, else '### Instruction: {prompt}\n\n### Response: '.",
         check=lambda text: text in ("auto", "chat") or "{prompt}" in text, expected="auto, chat, or text with {prompt}")
-    special_tokens: bool = option(False, "Special tokens in the text of a prompt count; otherwise they are plain text.")
+    special_tokens: bool = option(False, "Let special tokens in the text of a prompt count, not be plain text.")
     overlong: str = option("error", "Examples that exceed the context: stop, or skip them.", choices=("error", "skip"))
 
     out: str = option("runs/spin", "Folder for all files of the run; a stopped run in it is resumed.", changeable=True,

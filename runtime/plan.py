@@ -34,7 +34,7 @@ def check(model: nn.Module, args: Any, examples: list[Example], device: torch.de
     """
     total, trained = count(model)
     frozen = (total - trained) * (2 if args.precision == "bf16" else FP32)
-    state = trained * FP32 * (2 if args.optimizer == "adamw" else 1)  # the optimizer's
+    state = trained * FP32 * (2 if args.optimizer == "adamw" else 1)  # the optimizer state
     memory = (frozen + 2 * trained * FP32 + state) // (parallel.world_size() if args.fsdp else 1)
     have = memory_of(device)
     if memory > have:

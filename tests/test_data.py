@@ -24,7 +24,7 @@ def tokenizer(start):
 
 def encoded(tokenizer, prompt, response="HH", template="{prompt}", eos=393):
     """The example after encoding, beside another one."""
-    example = Example("x", 7, prompt, response, [])
+    example = Example("x:7", 7, prompt, response, [])
     encode([Example("x", 1, "other", "HH", []), example], tokenizer, template, eos)
     return example
 
@@ -54,7 +54,7 @@ def test_eos_inside_a_response_is_refused(tokenizer):
 
 
 def test_over_long_examples_are_an_error_or_counted(tokenizer):
-    examples = [Example("f", 1, "ab", "HH", []), Example("f", 2, "a" * 60, "HH", [])]
+    examples = [Example("f", 1, "ab", "HH", []), Example("f:2", 2, "a" * 60, "HH", [])]
     encode(examples, tokenizer, "{prompt}", 393)
     with pytest.raises(ValueError, match=r"f:2: needs 68 tokens .*context is 64"):
         fit_context(examples, 64, 8, "error")

@@ -26,11 +26,11 @@ from evaluate import (
     interpolation,
     metrics_with,
     nearest_edits,
+    ratio_of,
     sample_start,
     significant_errors,
     summary,
     verdict,
-    with_se,
 )
 from runtime.work import Work
 
@@ -68,15 +68,16 @@ def test_the_nearest_reference_has_the_lowest_error_rate():
 
 def test_standard_errors_are_the_spread_over_resampled_data():
     """Of a mean in closed form; of a ratio, and of a paired change, against 2000 resampled data sets."""
-    row = with_se("x", [1.0, 0.0, 0.0, 0.0])
-    assert row == {"x": 0.25, "x_se": pytest.approx(math.sqrt(0.25 * 0.75 / 4))}
+    mean, error, _ = ratio_of((value, 1.0) for value in (1.0, 0.0, 0.0, 0.0))
+    assert mean == 0.25 and error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     rng = torch.Generator().manual_seed(0)
     weights = torch.randint(1, 9, (2, 300), generator=rng).double()
     noise = torch.randn(300, generator=rng)  # shared by both iterates
     values = [weights[0] * 2 + 3 * noise, weights[1] * 1.5 + 3 * noise + torch.randn(300, generator=rng)]
     index = torch.randint(300, (2000, 300), generator=rng)
     before, now = (v[index].sum(1) / w[index].sum(1) for v, w in zip(values, weights))
-    assert with_se("x", values[0].tolist(), weights[0].tolist())["x_se"] == pytest.approx(before.std().item(), rel=0.1)
+    _, error, _ = ratio_of(zip(values[0].tolist(), weights[0].tolist()))
+    assert error == pytest.approx(before.std().item(), rel=0.1)
     rows = [[{"values": {"x": pair}} for pair in zip(v.tolist(), w.tolist())] for v, w in zip(values, weights)]
     assert changes(*rows)["x"][1] == pytest.approx((now - before).std().item(), rel=0.1)
 
@@ -185,9 +186,9 @@ def test_kl_to_the_start_is_that_of_the_whole_distribution():
     after = model.logits(model(torch.tensor([prompt])))[0, -1].detach().log_softmax(-1)
     exact = (before.exp() * (before - after)).sum().item()
     now = player.logps(sequences)
-    estimate = with_se("kl", [a - b for (a,), (b,) in zip(start_logps, now)])
+    estimate, error, _ = ratio_of((a - b, 1.0) for (a,), (b,) in zip(start_logps, now))
     assert exact > 1e-3
-    assert abs(estimate["kl"] - exact) <= 5 * estimate["kl_se"]
+    assert abs(estimate - exact) <= 5 * error
 
 
 def test_the_entropy_is_that_of_the_whole_distribution():

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from report import figures, panels
-from report.figures import Mark, Panel, Series
+from report.figures import Mark, Panel
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -38,29 +38,21 @@ def test_an_axis_spans_twelve_paired_standard_errors():
     assert high - low == pytest.approx(0.12) and (low + high) / 2 == pytest.approx(0.31, abs=0.006)
     low, high = figures.span(nll)
     assert high - low < 1.2 and low < 0.99 and high > 2
-    zero = Panel("truncated", [Series([Mark(0, 0.0), Mark(1, 0.0)])], ".1%", least=0.05)
+    zero = Panel("truncated", [[Mark(0, 0.0, 0.0, 0.0), Mark(1, 0.0, 0.0, 0.0)]], ".1%", least=0.05)
     assert figures.span(zero) == (0, pytest.approx(0.05))
 
 
-def test_iterates_are_drawn_beside_the_line_of_the_start():
-    """The line is the polynomial through the start's temperatures, as far as those around the iterates' entropies."""
-    points = [{"temperature": t, "entropy": 4 * t, "sampled": 0.5 - 0.2 * t**2} for t in (0.5, 0.75, 1.0, 1.5)]
+def test_gains_at_equal_entropy_have_a_panel_of_their_own():
+    """The start is at 0, and a bar is the standard error of the gain."""
     rows = [
-        {"iterate": 0, "sampled": 0.3, "sampled_se": 0.02, "entropy": 4.0, "frontier": points},
+        {"iterate": 0, "sampled": 0.3, "sampled_se": 0.02, "entropy": 4.0},
         {"iterate": 1, "sampled": 0.36, "sampled_se": 0.02, "entropy": 3.5}
         | {"at_equal_entropy": {"temperature": 0.875, "sampled": [0.013, 0.004]}},
     ]
-    panel = panels.frontier_panel("sampled", [rows])
-    line, iterates = panel.series
-    assert panel.x == (3.0, 6.0) == (line.marks[0].x, line.marks[-1].x)
-    assert [mark.y for mark in line.marks] == pytest.approx([0.5 - 0.2 * (mark.x / 4) ** 2 for mark in line.marks])
-    assert [(m.x, m.y, m.bar) for m in iterates.marks] == [(4.0, 0.3, ()), (3.5, 0.36, (0.356, 0.364))]
-    assert figures.svg(panel).count('stroke="none"') == 2, "points of the iterates, none of the line"
     gains = panels.equal_entropy_panel("sampled", [rows])
-    assert [(m.x, m.y) for m in gains.series[0].marks] == [(0, 0.0), (1, 0.013)]
+    assert gains.series == [[(0, 0.0, 0.0, 0.0), (1, 0.013, 0.009, pytest.approx(0.017))]] and gains.better == 1
     assert gains.note == "change from the start: +1.3% \u00b1 0.4%"
     assert "sampled, equal entropy" in texts(panels.plot(rows, "title"))
-    assert panels.near([(4.0, 0.3)], [4.0]) == [] == panels.near([(4.0, 0.3), (4.0, 0.4)], [4.0])
 
 
 def test_ticks_are_round_numbers_inside_the_axis():
@@ -68,9 +60,17 @@ def test_ticks_are_round_numbers_inside_the_axis():
     assert figures.ticks(0.487, 0.523) == pytest.approx([0.49, 0.5, 0.51, 0.52])
 
 
-def test_curves_keep_mean_and_extremes_and_distributions_their_quantiles():
-    marks = figures.bins([(0, 1.0), (1, 3.0), (2, 5.0), (3, -5.0)], 2)
-    assert [(m.x, m.y, m.bar) for m in marks] == [(0.5, 2.0, (1.0, 3.0)), (2.5, 0.0, (-5.0, 5.0))]
-    assert len(figures.bins([(i, 0.0) for i in range(10_000)], 10_000 / figures.BINS)) <= figures.BINS + 1
-    mark = figures.quantiles(7, [*range(101)])
-    assert (mark.x, mark.y, mark.bar, mark.thick) == (7, 50, (5, 95), (25, 75))
+def test_curves_keep_mean_and_extremes():
+    rows = [{"loss": loss} for loss in (1.0, 3.0, None, 5.0, -5.0)]
+    assert panels.bins(rows, "loss", 3) == [(1.5, 2.0, 1.0, 3.0), (4.5, 0.0, -5.0, 5.0)]
+    many = panels.bins([{"loss": 0.0}] * 10_000, "loss", 10_000 / panels.BINS)
+    assert len(many) <= panels.BINS + 1
+
+
+def test_runs_keep_their_colours_and_points_stand_side_by_side():
+    marks = [Mark(0, 1.0, 0.9, 1.1), Mark(1, 2.0, 1.9, 2.1)]
+    drawn = figures.svg(Panel("NLL", [marks, [], marks], ".4f"))
+    groups = [*ElementTree.fromstring(drawn).iter(f"{SVG}g")]
+    assert [group.get("class") for group in groups] == ["s0", "s2"]
+    first, third = (float(group[0].get("d")[1:].partition(" ")[0]) for group in groups)
+    assert third - first == pytest.approx(12)

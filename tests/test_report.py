@@ -51,7 +51,7 @@ def test_metrics_that_are_0_throughout_are_left_out():
     assert "greedy  " not in tables.text_of(rows) and "greedy f" in tables.text_of(rows)
     plot = panels.plot(rows, "title")
     assert ">greedy accuracy<" not in plot and ">sampled accuracy<" in plot and ">greedy f<" in plot
-    assert tables.difference("greedy_f", (1.0, 0.5)) == "+1.000 \u00b1 0.500"
+    assert tables.number("greedy_f", 1.0, 0.5) == "+1.000 \u00b1 0.500"
 
 
 def test_changes_are_written_with_sign_and_paired_standard_error():

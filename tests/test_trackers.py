@@ -62,12 +62,12 @@ def test_a_resumed_run_logs_every_row_under_its_number(died, told, tmp_path):
     assert process(tmp_path, EVENTS[1 + 4 * finished :], finished=True) == LOGGED
 
 
-def test_tensorboard_forgets_what_an_earlier_process_logged(tmp_path):
+def test_tensorboard_forgets_what_an_earlier_process_logged(tmp_path, monkeypatch):
     opened, shown = [], []
-    writer = SimpleNamespace(add_scalar=lambda *values: shown.append(values))
+    writer = SimpleNamespace(add_scalar=lambda *values: shown.append(values), close=None)
     module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: opened.append((folder, purge_step)) or writer)
-    log, close = trackers.tensorboard(module, tmp_path, {})
-    close()  # Nothing was opened.
+    monkeypatch.setitem(sys.modules, trackers.MODULES["tensorboard"], module)
+    log, _ = trackers.tensorboard(tmp_path, {})
     log({"iterate/nll": 2.0, "iterate/kl": 0.0}, 0)
     log({"train/loss": 0.5}, 1)
     assert opened == [(f"{tmp_path}/tensorboard", 0)]
@@ -84,8 +84,9 @@ def test_wandb_keeps_its_run_and_the_rows_that_it_has(tmp_path, monkeypatch):
         ids.append(id)
         return SimpleNamespace(step=2, log=lambda values, step: steps.append(step), finish=None)
 
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for _ in range(2):
-        log, _ = trackers.wandb(SimpleNamespace(init=init), tmp_path, {"args": {"lr": 0.1}})
+        log, _ = trackers.wandb(tmp_path, {"args": {"lr": 0.1}})
         for number in range(4):
             log({}, number)
     assert steps == [2, 3] * 2 and len(ids) == 2 and ids[0] == ids[1]

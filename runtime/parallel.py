@@ -7,7 +7,7 @@ Hosts need not share a file system: what only rank 0's disk holds is sent.
 
 import itertools
 import os
-import sys
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,20 +46,9 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_world_size() -> int:
-    """The number of ranks on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def is_writer() -> bool:
     """Whether this rank prints and writes the files of finished iterates."""
     return rank() == 0
-
-
-def silence() -> None:
-    """Discards what ranks other than the writer print to stdout."""
-    if not is_writer():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process lives
 
 
 def join(on_gpu: bool, alone: bool = False) -> None:
@@ -264,7 +253,7 @@ def sum_gradients(parameters: Sequence[Tensor], sums: dict[str, Tensor]) -> dict
     *gradients, scalars, asked = flat.split([*(p.numel() for p in replicated), len(sums), 1])
     for parameter, gradient in zip(replicated, gradients):
         parameter.grad = gradient.view_as(parameter)
-    SIGNALS.agreed = (SIGNALS.pending or SIGNALS.DEFAULT) if asked.item() else 0
+    SIGNALS.agreed = (SIGNALS.pending or signal.SIGTERM) if asked.item() else 0
     return dict(zip(sums, scalars))
 
 

@@ -219,8 +219,11 @@ class Run:
         print(f"resuming {self.args.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
 
     def finish(self) -> None:
-        """Writes final/ with the last iterate, best/ if another is the best, and the record of a finished run."""
-        parallel.on_writer(self._finish)
+        """Writes final/ with the last iterate, best/ if another is the best, and the record of a finished run.
+
+        If an earlier process has done so, checks all files instead. Raises: Stopped naming one that is damaged.
+        """
+        parallel.on_writer(self.folder.check if self.record["finished"] else self._finish)
         shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
 
     def _finish(self) -> None:

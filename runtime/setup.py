@@ -31,7 +31,6 @@ from runtime.export import side_files
 from runtime.folder import Folder
 from runtime.options import changeable, settings
 from runtime.run import Run
-from runtime.stopping import Finished
 from runtime.weights import Weights
 from runtime.work import Work
 
@@ -45,11 +44,10 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
             `from_pretrained` and constructor.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
-    Raises: ValueError and OSError; Finished if there is nothing left to do. All ranks raise the same.
+    Raises: ValueError and OSError. All ranks raise the same.
     """
     found = parallel.on_writer(Folder(Path(args.out)).record)
     examples, run = parallel.on_all(lambda: prepare(args, command, class_of, found))
-    parallel.on_writer(lambda: check_unfinished(run))
     digests = parallel.on_writer(lambda: run.record["digests"])
     parallel.on_all(lambda: resume.check_same_inputs("on rank 0", digests, run.record["digests"]))
     model = parallel.on_all(lambda: load_model(run))
@@ -93,14 +91,6 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, record["gen_batch"], ends)
     weights = Weights(args, model_class, config, path, tokenizer, record, folder, dtype)
     return examples, Run(args, work, folder, weights, device, record, found)
-
-
-def check_unfinished(run: Run) -> None:
-    """Raises: Finished if the run has ended; Stopped if one of its files is damaged."""
-    if run.found and run.record["finished"]:
-        run.folder.check()
-        out = run.args.out
-        raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
 
 
 def check_options(args: Any, found: dict[str, Any], record: dict[str, Any]) -> None:

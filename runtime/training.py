@@ -14,7 +14,7 @@ from evaluate import Row, mean
 from runtime import parallel
 from runtime.folder import Folder, restore_training, write_rows
 from runtime.progress import Bar
-from runtime.stopping import SIGNALS, Stopped
+from runtime.stopping import SIGNALS, Interrupted, Stopped
 from runtime.work import Work
 
 SKIPS = 3  # consecutive steps with a loss or gradient that is not finite, after which the run stops
@@ -56,7 +56,6 @@ class Training:
                 shown = {name: last[name] for name in ("loss", "margin") if last.get(name) is not None}
                 bar.update(1, **{name: f"{value:.4g}" for name, value in shown.items()})
                 self._keep(optimizer)
-                SIGNALS.check_agreed()
 
     def _order(self) -> Iterator[Tensor]:
         shuffle = torch.Generator().manual_seed(self.seed(self.t, "shuffle"))
@@ -121,7 +120,7 @@ class Training:
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs a step, and checkpoints after the last one, every --save-minutes, and before a signal ends the process.
 
-        Raises: Stopped if too many steps in a row were skipped.
+        Raises: Stopped if too many steps in a row were skipped; Interrupted on all ranks if one has got a signal.
         """
         last = self.log[-min(SKIPS, self.steps) :]
         failed = len(last) == min(SKIPS, self.steps) and all(row["skipped"] for row in last)
@@ -140,3 +139,4 @@ class Training:
             self.saved = time.monotonic()
         if SIGNALS.agreed:
             parallel.barrier()  # A rank that ends makes torchrun end the others, which may still be writing.
+            raise Interrupted(SIGNALS.agreed)

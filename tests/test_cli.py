@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import spin
 from runtime import cli
-from runtime.stopping import Finished, Interrupted, Stopped
+from runtime.stopping import Interrupted, Stopped
 
 GOOD = '{"prompt": "a", "response": "EY1"}\n'
 ARGV = ["--model", "m", "--data", "d", "--out", "o"]
@@ -31,7 +31,7 @@ REMEDY = "out of memory; lower --micro-tokens or --gen-tokens, or give --checkpo
 def play(monkeypatch, capsys):
     """Calls main with a run that does nothing but note what is asked of it. Returns (exit code, stderr, events)."""
 
-    def run(argv=(), setup_error=None, method_error=None):
+    def run(argv=(), setup_error=None, method_error=None, record={"finished": False}):
         events = []
 
         def fail(error, event):
@@ -39,7 +39,7 @@ def play(monkeypatch, capsys):
             if error:
                 raise error
 
-        game = MagicMock()
+        game = MagicMock(record=record)
         game.begin, game.finish, game.tell = (
             lambda: events.append("begin"),
             lambda: events.append("finish"),
@@ -66,7 +66,7 @@ def play(monkeypatch, capsys):
 def test_a_run_that_ends_well_begins_plays_finishes_and_takes_leave_of_its_observers(play):
     assert play() == (0, "", ["spin", "begin", "method", "finish", "close"])
     assert play(["--dry-run"]) == (0, "", ["spin", "dry run"])
-    assert play(setup_error=Finished("it is finished")) == (0, "", ["spin"])
+    assert play(record={"finished": True}) == (0, "", ["spin", "finish"])
 
 
 @pytest.mark.parametrize(

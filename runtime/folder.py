@@ -282,30 +282,36 @@ class Folder:
         if parallel.is_writer():
             write(self.resume / CHECKPOINT, lambda temporary: save_file(tensors, temporary, metadata), checksum=True)
 
-    def load_training(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
-        """(log, tensors) of the checkpoint; None if there is none or, with a line on stderr, if it is damaged."""
-        if not is_usable(self.resume, CHECKPOINT, "training this iteration again from its first step"):
-            return None
-        with safe_open(self.resume / CHECKPOINT, framework="pt") as reader:
-            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - not a dict
-            return json.loads(reader.metadata()["log"]), tensors
+    @torch.no_grad()
+    def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        """Restores model and optimizer of all ranks from the checkpoint, which rank 0 reads. Returns the log.
 
+        Without a checkpoint, or with a line on stderr if it is damaged, the log is empty and nothing changes.
+        """
+        tensors: dict[str, Tensor] = {}
 
-@torch.no_grad()
-def restore_training(tensors: dict[str, Tensor] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Sets model and optimizer of all ranks to those of a checkpoint, whose tensors only rank 0 needs to pass."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = list(trained.values())
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in parallel.sent(tensors):
-        kind, _, name = key.partition(".")
-        if kind == "model":
-            trained[name].copy_(parallel.placed(tensor, trained[name]))
-            continue
-        i, _, name = name.partition(".")
-        like = parameters[int(i)]  # A step counter has another shape than its parameter, and is not sharded.
-        states.setdefault(int(i), {})[name] = parallel.placed(tensor, like) if tensor.shape == like.shape else tensor
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        def read() -> list[dict[str, Any]]:
+            if not self.resume or not is_usable(self.resume, CHECKPOINT, "training this iteration again from step 1"):
+                return []
+            with safe_open(self.resume / CHECKPOINT, framework="pt") as reader:
+                tensors.update((key, reader.get_tensor(key)) for key in reader.keys())  # noqa: SIM118 - not a dict
+                return json.loads(reader.metadata()["log"])
+
+        log = parallel.on_writer(read)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        parameters = list(trained.values())
+        state = optimizer.state_dict()
+        for key, tensor in parallel.sent(tensors) if log else ():
+            kind, _, name = key.partition(".")
+            if kind == "model":
+                trained[name].copy_(parallel.placed(tensor, trained[name]))
+                continue
+            i, _, name = name.partition(".")
+            like = parameters[int(i)]  # A step counter has another shape than its parameter, and is not sharded.
+            tensor = parallel.placed(tensor, like) if tensor.shape == like.shape else tensor
+            state["state"].setdefault(int(i), {})[name] = tensor
+        optimizer.load_state_dict(state)
+        return log
 
 
 def in_shards(

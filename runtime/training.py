@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaluate import Row, mean
 from runtime import parallel
-from runtime.folder import Folder, restore_training, write_rows
+from runtime.folder import Folder, write_rows
 from runtime.progress import Bar
 from runtime.stopping import SIGNALS, Interrupted, Stopped
 from runtime.work import Work
@@ -40,7 +40,9 @@ class Training:
 
     def batches(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, list[Any]]]:
         """Yields (step, items of its batch), step from 0 on. Each step must end with `step`."""
-        self._resume(optimizer)
+        self.log = self.folder.load_training(self.player.model, optimizer)
+        # Steps that were logged after the checkpoint are dropped.
+        parallel.on_writer(lambda: write_rows(self.folder.path / self.log_name, self.log))
         left = itertools.islice(enumerate(self._order()), len(self.log), None)
         self.saved = time.monotonic()
         bar = Bar(self.progress, f"train {self.t}", self.steps, len(self.log))
@@ -101,21 +103,6 @@ class Training:
         return means | {"skipped": len(self.log) - len(taken)}
 
     # ------------------------------------------------------------ the log and checkpoints
-
-    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
-        """Restores the last checkpoint with its log; without one, or if it is damaged, begins afresh."""
-        state: Any = None  # what the checkpoint holds; rank 0 reads it
-
-        def read() -> list[Row]:
-            nonlocal state
-            found = self.folder.load_training() if self.folder.resume else None  # None: outside the iterations of a run
-            log, state = found or ([], None)
-            write_rows(self.folder.path / self.log_name, log)  # This drops what was appended after the checkpoint.
-            return log
-
-        self.log = parallel.on_writer(read)
-        if self.log:
-            restore_training(state, self.player.model, optimizer)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs a step, and checkpoints after the last one, every --save-minutes, and before a signal ends the process.

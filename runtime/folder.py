@@ -52,8 +52,9 @@ def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) ->
         for file in files_of(temporary):
             file.chmod(0o666 & ~UMASK)  # safetensors creates files that only their owner may read.
             sync(file)
-        lines = lines_for(path, temporary) if checksum else []
         if checksum:
+            named = [(file, Path(path.name, file.relative_to(temporary))) for file in files_of(temporary)]
+            lines = [f"{digest_of_file(file)}  {name}\n" for file, name in named]
             change_checksums(path, lines, keep_old=True)
         if temporary.is_dir():
             sync(temporary)
@@ -109,11 +110,6 @@ def digest_of_file(path: Path) -> str:
     """The sha256 of a file, as sha256sum prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lines_for(path: Path, place: Path) -> list[str]:
-    """The lines of checksums for the file or folder that is at `place` and that will be at `path`."""
-    return [f"{digest_of_file(file)}  {Path(path.name, file.relative_to(place))}\n" for file in files_of(place)]
 
 
 def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None:
@@ -175,15 +171,9 @@ class Folder:
         write(self.path / name, lambda temporary: (temporary.mkdir(), fill(temporary)), checksum=True)
 
     def append(self, name: str, text: str) -> None:
-        """Appends to a file, which has no checksum and may not survive a power failure before `add` is called."""
+        """Appends to a file, which has no checksum and may not survive a power failure."""
         with _named(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
-
-    def add(self, name: str) -> None:
-        """Adds the checksum of a file that is complete now."""
-        path = self.path / name
-        sync(path)
-        change_checksums(path, lines_for(path, path))
 
     def remove(self, name: str) -> None:
         """Removes a folder and its checksums."""

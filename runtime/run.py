@@ -136,7 +136,6 @@ class Run:
             if self.iterate in self.heldout_responses:
                 self.folder.write_rows(f"heldout-{self.iterate}.jsonl", self.heldout_responses[self.iterate])
             if self.iterate:
-                self.folder.add(f"steps-{self.iterate - 1}.jsonl")
                 self.folder.write_folder(f"iterate-{self.iterate}", lambda path: self.weights.save(model, path))
             self.folder.write_rows("metrics.jsonl", self.rows)  # The row of this iterate makes it finished.
             self.folder.append("times.jsonl", json.dumps(times) + "\n")  # The report page reads it, no run does.

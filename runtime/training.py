@@ -117,6 +117,8 @@ class Training:
         due = due or SIGNALS.agreed or len(self.log) == self.steps
         if parallel.is_writer():  # Readers see the log grow; a resumed run cuts it to the checkpoint's steps.
             self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n")
+        if len(self.log) == self.steps:
+            parallel.on_writer(lambda: self.folder.write_rows(self.log_name, self.log))  # whole, with its checksum
         if failed:
             steps = f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}"
             advice = "begin another run with a lower --lr or with --precision fp32"

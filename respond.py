@@ -210,11 +210,10 @@ def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str,
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
     examples = [Example("--prompt", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
+    batches = [examples[first : first + args.gen_batch] for first in range(0, len(examples), args.gen_batch)]
     rows = []
-    for example in () if examples else typed_prompts(args.chat):
-        rows += answer(responders, [example], with_prompt=False)
-    for first in range(0, len(examples), args.gen_batch):
-        rows += answer(responders, examples[first : first + args.gen_batch], with_prompt=len(examples) > 1)
+    for batch in batches or ([example] for example in typed_prompts(args.chat)):
+        rows += answer(responders, batch, with_prompt=len(examples) > 1)
     return rows
 
 

@@ -97,23 +97,22 @@ class Responder:
         self.name = name
         self.answered = 0  # The number of prompts so far: each has random numbers of its own.
         folder, record = find(name)
-        settings = (record or {}).get("args", {})
-        adapter = folder if folder and Path(folder, "adapter_config.json").exists() else None
-        if adapter or folder is None:  # an adapter, or a run's start
+        settings = record.get("args", {})
+        adapter = settings.get("adapter") if folder is None else folder
+        if folder is None or Path(folder, "adapter_config.json").exists():
             base = args.base or settings.get("model")
             base = base or read_object(Path(adapter, "adapter_config.json")).get("base_model_name_or_path")
             if not base:
                 raise ValueError(f"{adapter}/adapter_config.json: names no base model; --base names it")
-            adapter = adapter or settings.get("adapter") or None
-            path, _ = resolve_model(str(base), None if args.base else (record or {}).get("revision"))
+            path, _ = resolve_model(str(base), None if args.base else record.get("revision"))
         else:
-            path, _ = resolve_model(str(folder), flag="")
+            (path, _), adapter = resolve_model(folder, flag=""), None
         model_class = Player.class_of(path)
         config = model_class.config_class.from_json(path / "config.json")
         wanted = args.eos or settings.get("eos", "")
         self.context = config.max_position_embeddings
         self.tokenizer = load_tokenizer(path, end_token(path, config.eos_token_id, wanted), config.vocab_size)
-        self.own = (record or {}).get("template", "") or ("chat" if read_chat(path)[0] else fallback)
+        self.own = record.get("template", "") or ("chat" if read_chat(path)[0] else fallback)
         special = args.special_tokens or settings.get("special_tokens", False)
         asked = args.template if args.template != "auto" else self.own or "auto"
         self.template = choose(asked, path, self.tokenizer, messages=False, special_tokens=special)
@@ -149,26 +148,25 @@ class Responder:
         return [(decode(ids, self.tokenizer, *self.player.ends), finished) for ids, finished in responses]
 
 
-def find(name: str) -> tuple[str | None, dict[str, Any] | None]:
-    """(directory or hub id, record of its run) of what a name stands for; None in place of a run's start.
+def find(name: str) -> tuple[str | None, dict[str, Any]]:
+    """(directory or hub id, record of its run or {}) of what a name stands for; None in place of a run's start.
 
-    A run stands for its last iterate. Raises: ValueError if it has none yet.
+    A run stands for its last iterate. Raises: ValueError if the run has no such iterate.
     """
     path = Path(name)
-    if Path(path, "run.json").is_file():
-        record = Folder(path).record()
-        made = [path / "final", *(path / f"iterate-{t}" for t in range(record["args"]["iterations"], 0, -1))]
-        there = next((folder for folder in made if folder.is_dir()), None)
-        if there is None:
-            raise ValueError(f"{name}: the run has no iterate yet; {name}/iterate-0 is its start")
-        return str(there), record
-    record = Folder(path.parent).record() if Path(path.parent, "run.json").is_file() else None
-    if record and path.name == "iterate-0":
+    run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
+    if run is None:
+        return name, {}
+    record = Folder(run).record()
+    iterates = ["final", *(f"iterate-{t}" for t in range(record["args"]["iterations"], 0, -1)), "best"]
+    made = [iterate for iterate in iterates if (run / iterate).is_dir()]
+    if run == path and made:
+        path = run / made[0]
+    if path.name == "iterate-0":
         return None, record
-    if record and not path.is_dir():
-        made = sorted(folder.name for folder in path.parent.glob("*") if list(folder.glob("*.safetensors")))
+    if run == path or not path.is_dir():
         raise ValueError(f"{name}: no such iterate; there are {', '.join(['iterate-0', *made])}")
-    return name, record
+    return str(path), record
 
 
 # ---------------------------------------------------------------- responses, or metrics
@@ -212,11 +210,10 @@ def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str,
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
     examples = [Example(f"--prompt:{i}", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
+    batches = [examples[first : first + args.gen_batch] for first in range(0, len(examples), args.gen_batch)]
     rows = []
-    for example in () if examples else typed_prompts(args.chat):
-        rows += answer(responders, [example], with_prompt=False)
-    for first in range(0, len(examples), args.gen_batch):
-        rows += answer(responders, examples[first : first + args.gen_batch], with_prompt=len(examples) > 1)
+    for batch in batches or ([example] for example in typed_prompts(args.chat)):
+        rows += answer(responders, batch, with_prompt=len(examples) > 1)
     return rows
 
 

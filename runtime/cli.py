@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from report import console, page, trackers
 from runtime import folder, parallel, plan
 from runtime.options import combined, parse
 from runtime.setup import setup
-from runtime.stopping import SIGNALS, Finished, Interrupted, Stopped
+from runtime.stopping import SIGNALS, Interrupted, Stopped
 
 BROKEN_PIPE = 128 + signal.SIGPIPE  # Shells report it of a program whose output nobody reads, as in `yes | head`.
 
@@ -43,16 +41,13 @@ def main(
             args = parse(combined(options_class), sys.argv[1:] if argv is None else argv, script, about, recipe)
             trackers.check(args.log)
             parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
-            try:
-                model, examples, run = setup(args, command, player_class.class_of)
-            except Finished as finished:
-                shutil.rmtree(Path(args.out, "resume"), ignore_errors=True)  # It may have died just before doing so.
-                print(finished, flush=True)
-                parallel.leave()
-                return 0
+            model, examples, run = setup(args, command, player_class.class_of)
             player = player_class(model, run.work.eos_token_id, run.args, run.weights.dtype)
             SIGNALS.check()
-            if args.dry_run:
+            if run.record["finished"]:
+                run.finish()
+                print(f"{args.out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
+            elif args.dry_run:
                 print(plan.describe(examples, run), plan.dry_run(method, player, examples, run), sep="\n")
             else:
                 stack.enter_context(run.folder.locked() if parallel.is_writer() else contextlib.nullcontext())
@@ -108,7 +103,8 @@ def streams() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open while the process lives
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    parallel.silence()
+    if not parallel.is_writer():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     gone = False
     try:
         yield

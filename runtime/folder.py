@@ -52,8 +52,9 @@ def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) ->
         for file in files_of(temporary):
             file.chmod(0o666 & ~UMASK)  # safetensors creates files that only their owner may read.
             sync(file)
-        lines = lines_for(path, temporary) if checksum else []
         if checksum:
+            named = [(file, Path(path.name, file.relative_to(temporary))) for file in files_of(temporary)]
+            lines = [f"{digest_of_file(file)}  {name}\n" for file, name in named]
             change_checksums(path, lines, keep_old=True)
         if temporary.is_dir():
             sync(temporary)
@@ -109,11 +110,6 @@ def digest_of_file(path: Path) -> str:
     """The sha256 of a file, as sha256sum prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lines_for(path: Path, place: Path) -> list[str]:
-    """The lines of checksums for the file or folder that is at `place` and that will be at `path`."""
-    return [f"{digest_of_file(file)}  {Path(path.name, file.relative_to(place))}\n" for file in files_of(place)]
 
 
 def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None:
@@ -175,15 +171,9 @@ class Folder:
         write(self.path / name, lambda temporary: (temporary.mkdir(), fill(temporary)), checksum=True)
 
     def append(self, name: str, text: str) -> None:
-        """Appends to a file, which has no checksum and may not survive a power failure before `add` is called."""
+        """Appends to a file, which has no checksum and may not survive a power failure."""
         with _named(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
-
-    def add(self, name: str) -> None:
-        """Adds the checksum of a file that is complete now."""
-        path = self.path / name
-        sync(path)
-        change_checksums(path, lines_for(path, path))
 
     def remove(self, name: str) -> None:
         """Removes a folder and its checksums."""
@@ -282,30 +272,36 @@ class Folder:
         if parallel.is_writer():
             write(self.resume / CHECKPOINT, lambda temporary: save_file(tensors, temporary, metadata), checksum=True)
 
-    def load_training(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
-        """(log, tensors) of the checkpoint; None if there is none or, with a line on stderr, if it is damaged."""
-        if not is_usable(self.resume, CHECKPOINT, "training this iteration again from its first step"):
-            return None
-        with safe_open(self.resume / CHECKPOINT, framework="pt") as reader:
-            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - not a dict
-            return json.loads(reader.metadata()["log"]), tensors
+    @torch.no_grad()
+    def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        """Restores model and optimizer of all ranks from the checkpoint, which rank 0 reads. Returns the log.
 
+        Without a checkpoint, or with a line on stderr if it is damaged, the log is empty and nothing changes.
+        """
+        tensors: dict[str, Tensor] = {}
 
-@torch.no_grad()
-def restore_training(tensors: dict[str, Tensor] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Sets model and optimizer of all ranks to those of a checkpoint, whose tensors only rank 0 needs to pass."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = list(trained.values())
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in parallel.sent(tensors):
-        kind, _, name = key.partition(".")
-        if kind == "model":
-            trained[name].copy_(parallel.placed(tensor, trained[name]))
-            continue
-        i, _, name = name.partition(".")
-        like = parameters[int(i)]  # A step counter has another shape than its parameter, and is not sharded.
-        states.setdefault(int(i), {})[name] = parallel.placed(tensor, like) if tensor.shape == like.shape else tensor
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        def read() -> list[dict[str, Any]]:
+            if not self.resume or not is_usable(self.resume, CHECKPOINT, "training this iteration again from step 1"):
+                return []
+            with safe_open(self.resume / CHECKPOINT, framework="pt") as reader:
+                tensors.update((key, reader.get_tensor(key)) for key in reader.keys())  # noqa: SIM118 - not a dict
+                return json.loads(reader.metadata()["log"])
+
+        log = parallel.on_writer(read)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        parameters = list(trained.values())
+        state = optimizer.state_dict()
+        for key, tensor in parallel.sent(tensors) if log else ():
+            kind, _, name = key.partition(".")
+            if kind == "model":
+                trained[name].copy_(parallel.placed(tensor, trained[name]))
+                continue
+            i, _, name = name.partition(".")
+            like = parameters[int(i)]  # A step counter has another shape than its parameter, and is not sharded.
+            tensor = parallel.placed(tensor, like) if tensor.shape == like.shape else tensor
+            state["state"].setdefault(int(i), {})[name] = tensor
+        optimizer.load_state_dict(state)
+        return log
 
 
 def in_shards(

@@ -61,13 +61,9 @@ def _module(file: Path) -> types.ModuleType:
     The file may import modules that lie beside it, unless a module of ours has the same name.
     """
     spec = importlib.util.spec_from_file_location(f"user:{file}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses in the file look their module up here.
-    sys.path.insert(0, str(file.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(file.parent))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # Dataclasses look their module up there.
+    sys.path.append(str(file.parent))
+    spec.loader.exec_module(module)
     return module
 
 

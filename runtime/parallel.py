@@ -7,7 +7,7 @@ Hosts need not share a file system: what only rank 0's disk holds is sent.
 
 import itertools
 import os
-import sys
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,20 +46,9 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_world_size() -> int:
-    """The number of ranks on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def is_writer() -> bool:
     """Whether this rank prints and writes the files of finished iterates."""
     return rank() == 0
-
-
-def silence() -> None:
-    """Discards what ranks other than the writer print to stdout."""
-    if not is_writer():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process lives
 
 
 def join(on_gpu: bool, alone: bool = False) -> None:
@@ -69,7 +58,7 @@ def join(on_gpu: bool, alone: bool = False) -> None:
     torch.distributed.nn.functional later, whose functions hold the process group as a default argument: `leave` could
     not end the group's threads then, and a thread that runs when the interpreter ends sometimes aborts the process.
 
-    Raises: TimeoutError or dist.DistError if a rank does not arrive.
+    Raises: dist.DistError if a rank does not arrive.
     """
     global _store
     if world_size() == 1 and (not alone or dist.is_initialized()):
@@ -96,14 +85,12 @@ def _name_of_world(store: dist.Store, rank: int, ranks: int) -> str:
         signatures = [store.get(f"{own}/{r}").decode() for r in range(1, ranks)]  # `get` waits for the key.
         store.set(f"{own}/all", " ".join(signatures))
         return own
-    deadline = time.monotonic() + CONNECTING.total_seconds()
-    while time.monotonic() < deadline:
+    while True:  # If rank 0 does not arrive or gives up, torchrun ends this rank.
         name = store.get("world").decode()
         store.set(f"{name}/{rank}", own)
         time.sleep(0.05)
-        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode().split():
+        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode():
             return name
-    raise TimeoutError(f"rank {rank}: the other ranks did not arrive within {CONNECTING}")
 
 
 def leave() -> None:
@@ -264,7 +251,7 @@ def sum_gradients(parameters: Sequence[Tensor], sums: dict[str, Tensor]) -> dict
     *gradients, scalars, asked = flat.split([*(p.numel() for p in replicated), len(sums), 1])
     for parameter, gradient in zip(replicated, gradients):
         parameter.grad = gradient.view_as(parameter)
-    SIGNALS.agreed = (SIGNALS.pending or SIGNALS.DEFAULT) if asked.item() else 0
+    SIGNALS.agreed = (SIGNALS.pending or signal.SIGTERM) if asked.item() else 0
     return dict(zip(sums, scalars))
 
 

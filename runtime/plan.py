@@ -58,7 +58,7 @@ def memory_of(device: torch.device) -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
     text = limit.read_text().strip() if limit.exists() else ""
-    return (min(total, int(text)) if text.isdigit() else total) // parallel.local_world_size()
+    return (min(total, int(text)) if text.isdigit() else total) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def disk_left_for(folder: Path) -> int:

@@ -79,7 +79,7 @@ class Progress:
         return own + later + self.left * (sum(self.seconds.values()) + running + own + later)
 
 
-class Bar:
+class Bar(contextlib.AbstractContextManager):
     """A context that shows the progress of one phase of `total` items, of which earlier processes finished `done`."""
 
     def __init__(self, progress: Progress, name: str, total: int, done: int = 0) -> None:
@@ -87,9 +87,6 @@ class Bar:
         self.done = self.first = done  # `first` is where this process began, for the rate.
         self.began = progress.clock()
         self.clear = "\r\x1b[K" if parallel.is_writer() and sys.stderr.isatty() else ""  # It clears a line.
-
-    def __enter__(self) -> "Bar":
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.clear:

@@ -1,15 +1,13 @@
 """What a resumed run must have in common with the run that began: options, inputs and, with dropout, the ranks."""
 
-import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from model import weight_files
 from runtime.folder import digest_of_file
-from runtime.options import flag_of
+from runtime.options import changeable, flag_of
 
 PER_ITERATION = ("beta", "lr", "epochs")  # The record has one value per iteration of these options.
 MODEL_FILES = (  # the files of a model's directory that are read, apart from the weights
@@ -28,15 +26,17 @@ def continued(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]
         return old or new
     changed = {name: new["args"][name] for name in ("iterations", *PER_ITERATION) if name in new["args"]}
     kept = {name: value for name, value in old.items() if name != "best"}
-    return json.loads(json.dumps(kept | {"args": old["args"] | changed, "finished": False}))
+    return kept | {"args": old["args"] | changed, "finished": False}
 
 
-def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeable: Sequence[str]) -> None:
+def check_same(args: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Compares command, number of ranks and options of a resumed run with those that it began with.
 
-    --iterations may grow. Raises: ValueError naming the first that differs and is not `changeable`.
+    --iterations may grow. Raises: ValueError naming the first that would change the outcome.
     """
-    new = json.loads(json.dumps(new))  # The old record has lists in place of tuples.
+    may_change = {"ranks", *changeable(type(args))}
+    if args.dropout or args.lora_dropout:  # Which numbers dropout draws depends on how a batch is split.
+        may_change -= {"ranks", "micro_tokens", "device"}
     began, now = ({name: record[name] for name in ("command", "ranks")} | record["args"] for record in (old, new))
     both = min(began["iterations"], now["iterations"])
     for name in now | began:
@@ -44,10 +44,10 @@ def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], changeabl
         same = given >= before if name == "iterations" else given == before
         if name in PER_ITERATION:
             same = (given or [])[:both] == (before or [])[:both]
-        if not same and name not in changeable:
+        if not same and name not in may_change:
             flag = name if name in ("command", "ranks") else flag_of(name)
             remedy = "give the old value or another --out"
-            raise ValueError(f"{flag} {given!r}: the run in {folder} began with {before!r}; {remedy}")
+            raise ValueError(f"{flag} {given!r}: the run in {args.out} began with {before!r}; {remedy}")
 
 
 def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> None:
@@ -74,12 +74,4 @@ def digest_of_adapter(folder: Path) -> str:
 
 
 def _digest_of_files(paths: Sequence[Path]) -> str:
-    found = [(path, path.stat()) for path in paths]
-    digests = [_digest_of_state(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in found]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-@functools.cache
-def _digest_of_state(path: Path, inode: int, size: int, changed: int) -> str:
-    """The sha256 of a file. It is computed again only if the file has changed: models are large."""
-    return digest_of_file(path)
+    return hashlib.sha256("".join(map(digest_of_file, paths)).encode()).hexdigest()

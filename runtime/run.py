@@ -136,7 +136,6 @@ class Run:
             if self.iterate in self.heldout_responses:
                 self.folder.write_rows(f"heldout-{self.iterate}.jsonl", self.heldout_responses[self.iterate])
             if self.iterate:
-                self.folder.add(f"steps-{self.iterate - 1}.jsonl")
                 self.folder.write_folder(f"iterate-{self.iterate}", lambda path: self.weights.save(model, path))
             self.folder.write_rows("metrics.jsonl", self.rows)  # The row of this iterate makes it finished.
             self.folder.append("times.jsonl", json.dumps(times) + "\n")  # The report page reads it, no run does.
@@ -219,8 +218,11 @@ class Run:
         print(f"resuming {self.args.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
 
     def finish(self) -> None:
-        """Writes final/ with the last iterate, best/ if another is the best, and the record of a finished run."""
-        parallel.on_writer(self._finish)
+        """Writes final/ with the last iterate, best/ if another is the best, and the record of a finished run.
+
+        If an earlier process has done so, checks all files instead. Raises: Stopped naming one that is damaged.
+        """
+        parallel.on_writer(self.folder.check if self.record["finished"] else self._finish)
         shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
 
     def _finish(self) -> None:

@@ -29,9 +29,8 @@ from data.templates import Template, choose
 from runtime import fsdp, functions, parallel, plan, resume
 from runtime.export import side_files
 from runtime.folder import Folder
-from runtime.options import changeable, settings
+from runtime.options import settings
 from runtime.run import Run
-from runtime.stopping import Finished
 from runtime.weights import Weights
 from runtime.work import Work
 
@@ -45,11 +44,10 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
             `from_pretrained` and constructor.
 
     Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
-    Raises: ValueError and OSError; Finished if there is nothing left to do. All ranks raise the same.
+    Raises: ValueError and OSError. All ranks raise the same.
     """
     found = parallel.on_writer(Folder(Path(args.out)).record)
     examples, run = parallel.on_all(lambda: prepare(args, command, class_of, found))
-    parallel.on_writer(lambda: check_unfinished(run))
     digests = parallel.on_writer(lambda: run.record["digests"])
     parallel.on_all(lambda: resume.check_same_inputs("on rank 0", digests, run.record["digests"]))
     model = parallel.on_all(lambda: load_model(run))
@@ -66,9 +64,10 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     device = choose_device(args.device)
     if args.precision == "auto":
         args = dataclasses.replace(args, precision="bf16" if device.type == "cuda" else "fp32")
-    record: dict[str, Any] = {"command": command, "args": dataclasses.asdict(args), "ranks": parallel.world_size()}
+    options = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists in place of tuples, as in the file
+    record: dict[str, Any] = {"command": command, "args": options, "ranks": parallel.world_size()}
     if found:
-        check_options(args, found, record)
+        resume.check_same(args, found, record)
     path, revision = resolve_model(args.model, found and found.get("revision"))
     model_class = class_of(path)
     config = model_class.config_class.from_json(path / "config.json")
@@ -87,28 +86,12 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
         resume.check_same_inputs(f"that the run in {args.out} began with", found["digests"], digests)
     record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
     record |= {"gen_batch": args.gen_batch, "template": "chat" if template.chat else template.source}
-    record |= {"parameters": plan.count(outline)}
-    record = resume.continued(found, json.loads(json.dumps(record))) | {"settings": settings(args)}
+    record |= {"parameters": list(plan.count(outline))}
+    record = resume.continued(found, record) | {"settings": settings(args)}
     folder, dtype = Folder(Path(args.out)), torch.bfloat16 if args.precision == "bf16" else torch.float32
     work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, record["gen_batch"], ends)
     weights = Weights(args, model_class, config, path, tokenizer, record, folder, dtype)
     return examples, Run(args, work, folder, weights, device, record, found)
-
-
-def check_unfinished(run: Run) -> None:
-    """Raises: Finished if the run has ended; Stopped if one of its files is damaged."""
-    if run.found and run.record["finished"]:
-        run.folder.check()
-        out = run.args.out
-        raise Finished(f"{out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
-
-
-def check_options(args: Any, found: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises ValueError if an option would change the outcome of the run that is resumed."""
-    may_change = {"ranks", *changeable(type(args))}
-    if args.dropout or args.lora_dropout:  # Which numbers dropout draws depends on how a batch is split.
-        may_change -= {"ranks", "micro_tokens", "device"}
-    resume.check_same(args.out, found, record, may_change)
 
 
 def digests_of(args: Any, path: Path, examples: list[Example], heldout: list[Example]) -> dict[str, str]:
@@ -127,16 +110,13 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
         return device
-    count, several = torch.cuda.device_count(), parallel.world_size() > 1
-    if several and device.index is not None:
-        raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
-    number = parallel.local_rank() if several else device.index or 0
-    if number >= count:
-        ranks = f" for {number + 1} ranks or more" if several else ""
-        raise ValueError(f"--device {name}: this machine has {count} CUDA devices{ranks}")
-    if several:
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
+    if parallel.world_size() > 1:
+        if device.index is not None:
+            raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
+        device = torch.device("cuda", parallel.local_rank())
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, no {device}")
+    torch.cuda.set_device(device.index or 0)
     return device
 
 
@@ -153,12 +133,9 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
         return path, None
     near = near_files(path, directories=True)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+        gguf = "; smollm2/convert.py makes a directory of a Llama's GGUF file" if name.endswith(".gguf") else ""
         expected = "neither a directory nor a hub id of the form owner/name[@revision]"
-        if name.endswith(".gguf"):
-            expected = (
-                "a GGUF file, expected a directory in the hub's layout, which smollm2/convert.py makes of a Llama"
-            )
-        raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}")
+        raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}{gguf}")
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
@@ -196,22 +173,14 @@ def end_token(path: Path, eos_token_id: Any, wanted: str, template: Template | N
         raise ValueError(f"{path / 'config.json'}: {missing}; --eos names the end token")
     if template is None:
         return first
-    used = shown(template.tokenizer.id_to_token(first))
     end = template.turn_end()
-    named = token_text(read_object(path / "tokenizer_config.json").get("eos_token"))
-    if end not in (None, first):
-        text = shown(template.tokenizer.id_to_token(end))
-        print(
-            f"{path}: the chat template ends a turn with {text}, which is used, config.json with {used}; "
-            "--eos chooses another",
-            flush=True,
-        )
-    elif end is None and named and shown(named) != used:
-        print(
-            f"{path}: tokenizer_config.json ends responses with {shown(named)}, config.json with {used}, "
-            "which is used; --eos chooses another",
-            flush=True,
-        )
+    used = template.tokenizer.id_to_token(first if end is None else end)
+    others = {"config.json": template.tokenizer.id_to_token(first)}
+    if end is None:
+        others["tokenizer_config.json"] = token_text(read_object(path / "tokenizer_config.json").get("eos_token"))
+    for name, text in others.items():
+        if text and text != used:
+            print(f"{path}: responses end with {shown(used)}, but {name} says {shown(text)}; --eos chooses", flush=True)
     return first if end is None else end
 
 

@@ -15,10 +15,6 @@ class Stopped(RuntimeError):
     """The run cannot continue; the message says where and why."""
 
 
-class Finished(Exception):
-    """The run in --out has nothing left to do."""
-
-
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop. `exit_code` is what a shell expects in that case."""
 
@@ -35,7 +31,6 @@ class Signals:
     A second signal ends the process at once.
     """
 
-    DEFAULT = signal.SIGTERM  # The signal that a rank assumes if only another rank has received one.
     pending = 0  # The number of the signal that has arrived, or 0.
     agreed = 0  # The same, once all ranks know of it, which is after the same training step on each of them.
 
@@ -63,11 +58,6 @@ class Signals:
         """Raises Interrupted if a signal has arrived."""
         if self.pending:
             raise Interrupted(self.pending)
-
-    def check_agreed(self) -> None:
-        """Raises Interrupted on all ranks, after the same step, if a signal has arrived on one of them."""
-        if self.agreed:
-            raise Interrupted(self.agreed)
 
 
 SIGNALS = Signals()  # Signals belong to the process, so there is one instance.

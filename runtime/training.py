@@ -12,9 +12,9 @@ from torch import Tensor
 
 from evaluate import Row, mean
 from runtime import parallel
-from runtime.folder import Folder, restore_training, write_rows
+from runtime.folder import Folder, write_rows
 from runtime.progress import Bar
-from runtime.stopping import SIGNALS, Stopped
+from runtime.stopping import SIGNALS, Interrupted, Stopped
 from runtime.work import Work
 
 SKIPS = 3  # consecutive steps with a loss or gradient that is not finite, after which the run stops
@@ -40,7 +40,9 @@ class Training:
 
     def batches(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, list[Any]]]:
         """Yields (step, items of its batch), step from 0 on. Each step must end with `step`."""
-        self._resume(optimizer)
+        self.log = self.folder.load_training(self.player.model, optimizer)
+        # Steps that were logged after the checkpoint are dropped.
+        parallel.on_writer(lambda: write_rows(self.folder.path / self.log_name, self.log))
         left = itertools.islice(enumerate(self._order()), len(self.log), None)
         self.saved = time.monotonic()
         bar = Bar(self.progress, f"train {self.t}", self.steps, len(self.log))
@@ -56,7 +58,6 @@ class Training:
                 shown = {name: last[name] for name in ("loss", "margin") if last.get(name) is not None}
                 bar.update(1, **{name: f"{value:.4g}" for name, value in shown.items()})
                 self._keep(optimizer)
-                SIGNALS.check_agreed()
 
     def _order(self) -> Iterator[Tensor]:
         shuffle = torch.Generator().manual_seed(self.seed(self.t, "shuffle"))
@@ -103,25 +104,10 @@ class Training:
 
     # ------------------------------------------------------------ the log and checkpoints
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
-        """Restores the last checkpoint with its log; without one, or if it is damaged, begins afresh."""
-        state: Any = None  # what the checkpoint holds; rank 0 reads it
-
-        def read() -> list[Row]:
-            nonlocal state
-            found = self.folder.load_training() if self.folder.resume else None  # None: outside the iterations of a run
-            log, state = found or ([], None)
-            write_rows(self.folder.path / self.log_name, log)  # This drops what was appended after the checkpoint.
-            return log
-
-        self.log = parallel.on_writer(read)
-        if self.log:
-            restore_training(state, self.player.model, optimizer)
-
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs a step, and checkpoints after the last one, every --save-minutes, and before a signal ends the process.
 
-        Raises: Stopped if too many steps in a row were skipped.
+        Raises: Stopped if too many steps in a row were skipped; Interrupted on all ranks if one has got a signal.
         """
         last = self.log[-min(SKIPS, self.steps) :]
         failed = len(last) == min(SKIPS, self.steps) and all(row["skipped"] for row in last)
@@ -131,6 +117,8 @@ class Training:
         due = due or SIGNALS.agreed or len(self.log) == self.steps
         if parallel.is_writer():  # Readers see the log grow; a resumed run cuts it to the checkpoint's steps.
             self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n")
+        if len(self.log) == self.steps:
+            parallel.on_writer(lambda: self.folder.write_rows(self.log_name, self.log))  # whole, with its checksum
         if failed:
             steps = f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}"
             advice = "begin another run with a lower --lr or with --precision fp32"
@@ -140,3 +128,4 @@ class Training:
             self.saved = time.monotonic()
         if SIGNALS.agreed:
             parallel.barrier()  # A rank that ends makes torchrun end the others, which may still be writing.
+            raise Interrupted(SIGNALS.agreed)

@@ -74,19 +74,17 @@ class Weights:
         if self.args.rank:
             lora.save_adapter(model, path, self.args.model, task_type="CAUSAL_LM")
         else:
-            self._export(model, path)
+            export(model, self.config, path, self.start, self.tokenizer, self.record["template"])
 
     def load(self, player: Any, iterate: int) -> None:
         """Turns the player into an iterate that an earlier process finished, whose files have been checked."""
         path = self.folder.path / f"iterate-{iterate}"
-        if not iterate:
-            return
-        if self.sharded is not None:
+        if iterate and self.sharded is not None:
             self.sharded.load(path)
-            return
-        parallel.on_writer(lambda: self._read(player.model, path))
-        trained = {name: p for name, p in player.model.named_parameters() if p.requires_grad}
-        parallel.overwrite(player.model, trained)
+        elif iterate:
+            parallel.on_writer(lambda: self._read(player.model, path))
+            trained = {name: p for name, p in player.model.named_parameters() if p.requires_grad}
+            parallel.overwrite(player.model, trained)
 
     def _read(self, model: nn.Module, path: Path) -> None:
         if self.args.rank:
@@ -106,9 +104,6 @@ class Weights:
         lora.load_adapter(model, source)
         lora.merge(model)
         lora.remove_lora(model)
-        self._export(model, path)
-
-    def _export(self, model: nn.Module, path: Path) -> None:
         export(model, self.config, path, self.start, self.tokenizer, self.record["template"])
 
     def _check_start(self, name: str) -> None:

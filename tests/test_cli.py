@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import spin
 from runtime import cli
-from runtime.stopping import Finished, Interrupted, Stopped
+from runtime.stopping import Interrupted, Stopped
 
 GOOD = '{"prompt": "a", "response": "EY1"}\n'
 ARGV = ["--model", "m", "--data", "d", "--out", "o"]
@@ -31,7 +31,7 @@ REMEDY = "out of memory; lower --micro-tokens or --gen-tokens, or give --checkpo
 def play(monkeypatch, capsys):
     """Calls main with a run that does nothing but note what is asked of it. Returns (exit code, stderr, events)."""
 
-    def run(argv=(), setup_error=None, method_error=None):
+    def run(argv=(), setup_error=None, method_error=None, finished=False):
         events = []
 
         def fail(error, event):
@@ -39,7 +39,7 @@ def play(monkeypatch, capsys):
             if error:
                 raise error
 
-        game = MagicMock()
+        game = MagicMock(record={"finished": finished})
         game.begin, game.finish, game.tell = (
             lambda: events.append("begin"),
             lambda: events.append("finish"),
@@ -66,7 +66,7 @@ def play(monkeypatch, capsys):
 def test_a_run_that_ends_well_begins_plays_finishes_and_takes_leave_of_its_observers(play):
     assert play() == (0, "", ["spin", "begin", "method", "finish", "close"])
     assert play(["--dry-run"]) == (0, "", ["spin", "dry run"])
-    assert play(setup_error=Finished("it is finished")) == (0, "", ["spin"])
+    assert play(finished=True) == (0, "", ["spin", "finish"])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_data_that_is_wrong_is_named_by_file_and_line(content, names, start, dat
     [
         ({"data": "nothere.jsonl"}, "nothere.jsonl"), ({"data": None}, "--data is missing"),
         ({"start": "nowhere"}, "neither a directory nor a hub id"), ({"start": None}, "--model is missing"),
-        ({"start": "a.gguf"}, "a GGUF file, expected"),
+        ({"start": "a.gguf"}, "GGUF file"),
         ({"lora_targets": "nolayer"}, "nolayer"), ({"device": "cuda:99"}, "cuda:99"),
         ({"lr": [1e-4, 1e-4]}, "--lr"), ({"metric": "none.py:f"}, "--metric"),
     ],

@@ -155,6 +155,8 @@ def test_respond_evaluates_with_a_metric(metric, start, data, tmp_path, capsys):
 def test_functions_of_one_file_share_its_module_and_what_lies_beside_it(tmp_path):
     """So a model that the file loads is loaded once."""
     (tmp_path / "beside.py").write_text("value = 2\n")
-    (tmp_path / "two.py").write_text("import beside\nLIST = []\ndef a(): return beside.value\ndef b(): return LIST\n")
+    (tmp_path / "late.py").write_text("value = 2\n")
+    text = "import beside\ndef a():\n    import late\n    return beside.value * late.value\ndef b(): pass\n"
+    (tmp_path / "two.py").write_text(text)
     a, b = (functions.load("--metric", f"{tmp_path}/two.py:{name}") for name in "ab")
-    assert a.__globals__ is b.__globals__ and a() == 2
+    assert a.__globals__ is b.__globals__ and a() == 4

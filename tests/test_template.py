@@ -178,13 +178,10 @@ def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_p
         return run.work.eos_token_id
 
     assert end_of(talks) == end_of(data, template="chat") == 394
-    line = (
-        f"{chat}: the chat template ends a turn with ### Instruction: , which is used, config.json with <|endoftext|>; "
-        "--eos chooses another\n"
-    )
+    line = f"{chat}: responses end with ### Instruction: , but config.json says <|endoftext|>; --eos chooses\n"
     assert capsys.readouterr().out.count(line) == 2
     assert end_of(talks, eos="<|endoftext|>") == end_of(data) == end_of(talks, template="{prompt}") == 393
-    assert "which is used" not in capsys.readouterr().out
+    assert "--eos chooses" not in capsys.readouterr().out
 
 
 def test_chat_without_a_chat_template_is_refused(start, data, tmp_path, capsys):

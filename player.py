@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lora
 import sampling
 from kernels import linear_logprobs
 from llama import FAMILY, Llama
@@ -80,7 +81,7 @@ class Player:
 
         Raises: FloatingPointError if logits are not finite; ValueError if a prompt does not fit the context.
         """
-        with self._weights_in_dtype():
+        with lora.factors_ready(self.model, self.dtype), self._weights_in_dtype():
             responses = sampling.respond(
                 self.model,
                 prompts,
@@ -139,7 +140,8 @@ class Player:
         segments = self._tensor(segments_of(items, width)) if R > 1 else None  # one response: plain causal attention
         input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T)
         sources, targets, slots, longest = head_rows(items, width)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with autocast, lora.factors_ready(self.model, self.dtype):
             # Only the hidden states that predict a response token go through the head.
             hidden = self.model(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
             hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it

@@ -239,13 +239,21 @@ class GPTNeoMLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
+class LayerNorm(nn.LayerNorm):
+    """A norm in the dtype of its input. Autocast would cast it and the weights to fp32, and every product cast back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class GPTNeoBlock(nn.Module):
     def __init__(self, config: GPTNeoConfig, layer: int) -> None:
         super().__init__()
         self.kind = config.attention_layers[layer]
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = GPTNeoAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
     def forward(self, x: Tensor, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:

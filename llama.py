@@ -29,26 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (
-    DROPOUT,
-    END,
-    SIZE,
-    CacheUpdate,
-    LanguageModel,
-    Mask,
-    attention,
-    check_fields,
-    config_from,
-    read_config,
-)
+from model import END, SHARE, SIZE, CacheUpdate, LanguageModel, Mask, attention, check_fields, config_from, read_config
 
 QWEN = dict(
     vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
     sliding_window=4096, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
-MISTRAL = dict(
-    intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
-)  # fmt: skip
+MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 FAMILY: dict[str, dict[str, Any]] = {  # By model_type, the fields whose defaults differ from Llama's.
     "llama": {}, "mistral": MISTRAL, "qwen2": QWEN, "qwen3": QWEN | {"head_dim": 128},
 }  # fmt: skip
@@ -106,11 +93,10 @@ class LlamaConfig:
         check("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", lambda n: heads % n == 0)
         check("head_dim", "an even number, since positions rotate pairs", lambda size: size % 2 == 0)
         check("hidden_act", "'silu', the only supported one", lambda name: name == "silu")
-        check("attention_dropout", *DROPOUT)
+        check("attention_dropout", *SHARE)
         check("sliding_window", "null or an integer of at least 1", lambda n: n is None or SIZE[1](n))
         check("eos_token_id", *END)
-        types = ", ".join(ROPE_FIELDS)
-        check("rope_scaling", f"null, or the type ({types}) with its fields as numbers", self._is_rope)
+        check("rope_scaling", f"null, or the type ({', '.join(ROPE_FIELDS)}) with its fields as numbers", self._is_rope)
         expected = f"null, or for each of {self.num_hidden_layers} layers one of {', '.join(KINDS)}"
         check("layer_types", expected, lambda _: len(self.attention_layers) == self.num_hidden_layers)
 
@@ -124,14 +110,13 @@ class LlamaConfig:
     @property
     def attention_layers(self) -> list[str]:
         """The kind of attention of each layer, "global" or "local"; empty if layer_types is malformed."""
-        types, first = self.layer_types, self.num_hidden_layers  # `first` is the first local layer.
-        if self.sliding_window and (self.use_sliding_window or self.model_type == "mistral"):
-            first = 0 if self.model_type == "mistral" else self.max_window_layers
+        types, mistral = self.layer_types, self.model_type == "mistral"
         if types is None:
-            return ["local" if layer >= first else "global" for layer in range(self.num_hidden_layers)]
-        if not isinstance(types, list) or not all(kind in KINDS for kind in types):
-            return []
-        return [KINDS[kind] for kind in types]
+            windowed = self.sliding_window and (self.use_sliding_window or mistral)
+            first = 0 if mistral else self.max_window_layers
+            return ["local" if windowed and layer >= first else "global" for layer in range(self.num_hidden_layers)]
+        known = isinstance(types, list) and all(kind in KINDS for kind in types)
+        return [KINDS[kind] for kind in types] if known else []
 
     @property
     def window_size(self) -> int:
@@ -205,12 +190,11 @@ class LlamaAttention(nn.Module):
         self.dropout = config.attention_dropout
         local = config.attention_layers[layer] == "local"
         self.window = config.window_size if local else config.max_position_embeddings
-        qwen2, mistral = config.model_type == "qwen2", config.model_type == "mistral"
-        bias = config.attention_bias and not mistral
-        self.q_proj = nn.Linear(D, inner, bias=bias or qwen2)
-        self.k_proj = nn.Linear(D, G * K, bias=bias or qwen2)
-        self.v_proj = nn.Linear(D, G * K, bias=bias or qwen2)
-        self.o_proj = nn.Linear(inner, D, bias=bias and not qwen2)
+        bias = {"qwen2": True, "mistral": False}.get(config.model_type, config.attention_bias)
+        self.q_proj = nn.Linear(D, inner, bias=bias)
+        self.k_proj = nn.Linear(D, G * K, bias=bias)
+        self.v_proj = nn.Linear(D, G * K, bias=bias)
+        self.o_proj = nn.Linear(inner, D, bias=bias and config.model_type != "qwen2")
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(K, config.rms_norm_eps)
             self.k_norm = RMSNorm(K, config.rms_norm_eps)

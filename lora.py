@@ -2,6 +2,7 @@
 
     add_lora(model, rank=8, alpha=16)        # freezes the model; only lora_A and lora_B are trained
     with lora_disabled(model): ...           # inside, the model is exactly its base model
+    with factors_ready(model, dtype): ...    # inside, products are faster: see there
     save_adapter(model, "adapter")           # PeftModel.from_pretrained(base_model, "adapter") can load it
     merge(model); remove_lora(model)         # a plain model again, with the update in its weights
 
@@ -13,7 +14,7 @@ Shapes: in and out are the features of the linear layer, r is the rank, ... stan
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class LoRALinear(nn.Module):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.register_parameter("base_weight", None)  # while merged, this is the unmerged weight
+        self.ready: tuple[Tensor, Tensor] | None = None  # A, scaled, and B as products take them: see factors_ready
         device = linear.weight.device
         A = torch.empty(rank, self.in_features, dtype=torch.float32, device=generator.device if generator else device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # uniform in +-1 / sqrt(in)
@@ -97,15 +99,56 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out), in the base layer's output dtype. Raises: RuntimeError if merged and disabled."""
         if self.merged and not self.enabled:
             raise RuntimeError("LoRA is disabled but merged into the weights: call unmerge(model) first")
-        base = F.linear(x, self.weight, self.bias)  # (..., out)
+        shape = (*x.shape[:-1], self.out_features)
+        base = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
         if self.merged or not self.enabled:
-            return base
+            return base.view(shape)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        # For speed, cast the small factors and not x, scale the small product, and let addmm add the large one to base.
-        h = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., r)
-        lora_B = self.lora_B.to(h.dtype)
-        return torch.addmm(base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), lora_B.t()).view(base.shape)
+        # For speed, cast the small factors and not x, scale A and not a product, and add the update to base as part of
+        # its product. Doing that in place saves a copy of base; only the other form can onednn.py make faster.
+        A, B = self.ready or (factor.to(base.dtype) for factor in (self.lora_A * self.scaling, self.lora_B))
+        h = F.linear(x.reshape(-1, self.in_features), A)  # (N, r)
+        added = torch.addmm(base, h, B.t()) if base.dtype == torch.float32 else base.addmm_(h, B.t())
+        return added.view(shape)
+
+
+class _Ready(torch.autograd.Function):
+    """Scales and casts many tensors by a few kernels: one each would cost more time to launch than to run."""
+
+    @staticmethod
+    def forward(ctx: Any, scales: list[float], dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scales, ctx.dtype = scales, tensors[0].dtype
+        return _cast(torch._foreach_mul(tensors, scales), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide = _cast(gradients, ctx.dtype)
+        torch._foreach_mul_(wide, ctx.scales)
+        return None, None, *wide
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+@contextmanager
+def factors_ready(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside a `with` block all products use copies of A and B in `dtype`, made once; the adapters must not change."""
+    layers = [layer for _, layer in lora_layers(model)]
+    if layers:
+        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+        scales = [scale for layer in layers for scale in (layer.scaling, 1.0)]
+        copies = _Ready.apply(scales, dtype, *factors)
+        for layer, ready in zip(layers, zip(copies[::2], copies[1::2], strict=True), strict=True):
+            layer.ready = ready
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ready = None
 
 
 def linear_names(model: nn.Module) -> list[str]:

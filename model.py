@@ -40,6 +40,7 @@ HEAD = "lm_head.weight"  # A tied model has no such parameter; files may hold it
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel put these in front of every key.
 LFS = b"version https://git-lfs"  # A Git LFS pointer, which stands in place of a file, begins with this.
 HEAD_BLOCK = 4096  # a CPU casts a 16-bit head to fp32 in blocks of this many rows; all at once is up to 5 times slower
+COLUMN_MULTIPLE = 64  # on CUDA a product of 50257 columns takes 4 times as long as one of a multiple of this
 
 
 def check_fields(config: Any, names: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
@@ -52,7 +53,7 @@ def check_fields(config: Any, names: str, expected: str, is_valid: Callable[[Any
 
 # For check_fields: what is expected, and whether a value is valid.
 SIZE = "an integer of at least 1", lambda size: type(size) is int and size >= 1
-DROPOUT = "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1
+SHARE = "a number in [0, 1)", lambda share: type(share) in (int, float) and 0 <= share < 1
 END = (
     "null, a token id or a list of them",
     lambda ids: ids is None or all(type(token) is int for token in (ids if isinstance(ids, list) else [ids])),
@@ -87,7 +88,7 @@ class GPTNeoConfig:
     def __post_init__(self) -> None:
         check = partial(check_fields, self)
         check("vocab_size max_position_embeddings hidden_size num_layers num_heads window_size", *SIZE)
-        check("embed_dropout attention_dropout resid_dropout", *DROPOUT)
+        check("embed_dropout attention_dropout resid_dropout", *SHARE)
         check("activation_function", "'gelu_new', the only supported one", lambda name: name == "gelu_new")
         check("tie_word_embeddings", "true, since only a tied head is supported", lambda tied: tied is True)
         check("eos_token_id", *END)
@@ -238,13 +239,21 @@ class GPTNeoMLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
+class LayerNorm(nn.LayerNorm):
+    """A norm in the dtype of its input. Autocast would cast it and the weights to fp32, and every product cast back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class GPTNeoBlock(nn.Module):
     def __init__(self, config: GPTNeoConfig, layer: int) -> None:
         super().__init__()
         self.kind = config.attention_layers[layer]
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = GPTNeoAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
     def forward(self, x: Tensor, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
@@ -325,9 +334,9 @@ class LanguageModel(nn.Module):
         if weight.dtype not in (torch.float16, torch.bfloat16):
             return F.linear(hidden, weight)
         with torch.autocast(kind, enabled=False):
-            if hidden.is_cuda and not torch.is_grad_enabled():  # this product has no derivative in torch 2.13
+            if hidden.is_cuda and not torch.is_grad_enabled():  # torch.mm to fp32 has no derivative in torch 2.13
                 rows = hidden.reshape(-1, hidden.shape[-1])
-                return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], len(weight))
+                return _aligned_product(rows, weight).view(*hidden.shape[:-1], len(weight))
             return torch.cat([F.linear(hidden.float(), block.float()) for block in weight.split(HEAD_BLOCK)], -1)
 
     def _positions_and_masks(self, segments: Tensor) -> tuple[Tensor, dict[str, Mask]]:
@@ -434,6 +443,20 @@ class GPTNeo(LanguageModel):
         for block in h:
             x = self._run(block, x, masks[block.kind], update_cache)
         return ln_f(x)
+
+
+def _aligned_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T, (n, V) fp32, of 16-bit tensors (n, D) and (V, D) on CUDA.
+
+    The result is padded in memory to a multiple of 64 columns, and the columns behind the last multiple, 17 of 50257,
+    are a product of their own. The addresses of both products are then aligned, as their fast kernels require.
+    """
+    V = len(weight)
+    logits = rows.new_empty(len(rows), V + -V % COLUMN_MULTIPLE, dtype=torch.float32)[:, :V]
+    whole = V - V % COLUMN_MULTIPLE or V
+    for block, columns in zip(weight.split(whole), logits.split(whole, 1), strict=True):
+        torch.mm(rows, block.t(), out_dtype=torch.float32, out=columns)
+    return logits
 
 
 # ---------------------------------------------------------------- files

@@ -18,16 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lora
 import sampling
 from kernels import linear_logprobs
 from llama import FAMILY, Llama
 from model import GPTNeo, LanguageModel, read_config
 
 MODELS: dict[str, type[LanguageModel]] = {"gpt_neo": GPTNeo} | dict.fromkeys(FAMILY, Llama)  # keyed by model_type
-
-# A prompt with several responses shares one row with them, up to this many tokens. In longer rows the (T, T) mask costs
-# more than it saves, and each response gets a row of its own.
-MASKED_TOKENS = 1024
 
 # The token ids of a prompt and of one or more responses to it, which include their end-of-sequence tokens.
 Item = tuple[list[int], ...]
@@ -42,6 +39,10 @@ class Player:
         args: options that bound lengths and memory: max_new_tokens, gen_batch, gen_tokens, micro_tokens.
         dtype: of matrix products. In bf16, training and scoring use autocast, and generation casts the weights.
     """
+
+    # A prompt with several responses shares one row with them, up to this many tokens. In longer rows the (T, T) mask
+    # costs more than it saves, and each response gets a row of its own.
+    masked_tokens = 1024
 
     @staticmethod
     def class_of(folder: Path) -> type[LanguageModel]:
@@ -80,7 +81,7 @@ class Player:
 
         Raises: FloatingPointError if logits are not finite; ValueError if a prompt does not fit the context.
         """
-        with self._weights_in_dtype():
+        with lora.factors_ready(self.model, self.dtype), self._weights_in_dtype():
             responses = sampling.respond(
                 self.model,
                 prompts,
@@ -125,7 +126,7 @@ class Player:
         computed once. Lengths and not token ids decide which positions count.
         """
         R = len(items[0]) - 1
-        if R > 1 and max(sum(map(len, item)) for item in items) - R > MASKED_TOKENS:
+        if R > 1 and max(sum(map(len, item)) for item in items) - R > self.masked_tokens:
             apart = [[(item[0], item[n]) for item in items] for n in range(1, R + 1)]
             return torch.cat([self.response_logps(some, temperature) for some in apart])
         return self.token_logps(items, temperature).sum(2)
@@ -139,14 +140,19 @@ class Player:
         segments = self._tensor(segments_of(items, width)) if R > 1 else None  # one response: plain causal attention
         input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T)
         sources, targets, slots, longest = head_rows(items, width)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with autocast, lora.factors_ready(self.model, self.dtype):
             # Only the hidden states that predict a response token go through the head.
-            hidden = self.model(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
+            hidden = self.hidden(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
             hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
             logps = linear_logprobs(hidden, self.model.head_weight, self._tensor(targets))  # (N,)
         # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
         padded = logps.new_zeros(R * len(items) * longest).index_put((self._tensor(slots),), logps)
         return padded.view(R, len(items), longest)
+
+    def hidden(self, input_ids: Tensor, segments: Tensor | None) -> Tensor:
+        """Hidden states (B, T, D) of rows as LanguageModel takes them; segments are None if items have one response."""
+        return self.model(input_ids, segments)
 
     @torch.no_grad()
     def logps(

@@ -159,8 +159,8 @@ def optimize(player: Player, items: list, loss_of: Callable, t: int, run: "Run")
     args = run.args
     with run.training(player, items, t) as training:
         weights = training.parameters
-        rmsprop = args.optimizer == "rmsprop"  # the paper's, which has no weight decay
-        optimizer = RMSprop(weights) if rmsprop else AdamW(weights, weight_decay=args.weight_decay)
+        facts = {"weight_decay": args.weight_decay, "fused": weights[0].is_cuda}  # fused: few kernels for all weights
+        optimizer = RMSprop(weights) if args.optimizer == "rmsprop" else AdamW(weights, **facts)  # the paper: RMSprop
         for step, batch in training.batches(optimizer):
             optimizer.param_groups[0]["lr"] = args.lr[t] * schedule(step, training.steps, args.warmup)
             for micro_batch, weight in training.micro_batches(batch):

@@ -1,8 +1,8 @@
 """Generation: sampling.py beside transformers' generate on the same weights, prompts, lengths and sampling settings.
 
 Weights are random, so no model ends a response by itself. Where responses are to be as long as real ones, the length of
-each is drawn from GSM8K's and the end is forced: in ours by the random number of that position, which then falls on
-the last token of the vocabulary, the end; in transformers by a logits processor. Both do all their usual work.
+each is drawn from GSM8K's and the end is forced by a bias on its logit, in transformers by a logits processor. Both do
+all their usual work.
 """
 
 import contextlib
@@ -84,21 +84,26 @@ def respond(model: LanguageModel, prompts: list, lengths: list[int] | None, batc
 
 @contextlib.contextmanager
 def forced_ends(lengths: list[int] | None) -> Iterator[None]:
-    """Row i ends after lengths[i] tokens, and no earlier: its random number there falls on the last token, the end."""
-    plain = sampling.uniforms
+    """Row i ends after lengths[i] tokens, and no earlier: a bias decides whether the last token, the end, is drawn.
 
-    def steered(seed: int, rows: list[int], count: int) -> Tensor:
-        # Never the last token, the end: its probability is about 2^-16 and was seen to reach 2^-12.
-        uniform = plain(seed, rows, count) * (1 - 2**-10)
-        for i, row in enumerate(rows):
-            uniform[i, lengths[row] - 1 :] = 1 - 2**-53
-        return uniform
+    A sampler does not know a row's position. A random number tells it: where the response is to end, it is 1 larger.
+    """
+    uniforms, choose = sampling.uniforms, sampling.Sampler.__call__
 
-    sampling.uniforms = steered if lengths else plain
+    def marked(seed: int, rows: list[int], count: int) -> Tensor:
+        ends = torch.tensor([lengths[row] for row in rows])[:, None]
+        return uniforms(seed, rows, count) + (torch.arange(1, count + 1) >= ends)
+
+    def biased(self: sampling.Sampler, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        logits[:, -1] = (uniform >= 1) * 2e4 - 1e4
+        return choose(self, logits, uniform % 1)
+
+    if lengths:
+        sampling.uniforms, sampling.Sampler.__call__ = marked, biased
     try:
         yield
     finally:
-        sampling.uniforms = plain
+        sampling.uniforms, sampling.Sampler.__call__ = uniforms, choose
 
 
 def theirs(
@@ -189,6 +194,34 @@ def floor(model: LanguageModel, prompts: list, written: int, batch: int) -> Call
     return run
 
 
+def backends(estimate: float, shape: str, device: torch.device, count: int, M: int, *names: str) -> Case:
+    """Which kernel of attention is fastest for one query per row, and which gives the same responses each time."""
+    name = (
+        f"generation: attention by {', '.join(names).lower()}; {shape} shape, bfloat16, {count} prompts, {M} new tokens"
+    )
+    return Case(name, partial(backend_ways, shape, device, count, M, names), estimate=estimate, extra=True)
+
+
+def backend_ways(shape: str, device: torch.device, count: int, M: int, names: tuple[str, ...]) -> Ways:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model, (prompts, _) = random_model(config_of(shape), torch.bfloat16, device), gsm8k_like(count, M)
+
+    def write(kernels: list[SDPBackend]) -> list[list[int]]:
+        with sdpa_kernel(kernels):
+            return sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=None, batch_size=count).ids
+
+    every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    choices = {"ours": every} | {f"ours, {name.lower()}": [getattr(SDPBackend, name)] for name in names}
+    notes = {}
+    for name, kernels in choices.items():
+        with optional(notes, name):  # a kernel that does not fit
+            same = sum(one == other for one, other in zip(write(kernels), write(kernels)))
+            notes[name] = f"{same} of {count} responses are equal in two calls"
+    ways = {name: partial(write, kernels) for name, kernels in choices.items()}
+    return Ways(ways, notes, dict.fromkeys(ways, (count * M, "tokens")), rounds=3)
+
+
 def default_model(count: int, batch: int) -> Case:
     name = f"generation: the default run's model, float32, {count} prompts, batch {batch}, 32 new tokens at most"
     return Case(name, partial(build_default_model, count, batch))
@@ -219,7 +252,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         smollm2 = case(0, "SmolLM2", fp32, device, 16, 16, 32, False, False)
         return [default_model(4000, 1024), default_model(2000, 64), *ragged, smollm2]
     return [
-        case(50, "1.3B", bf16, device, 64, 64, 256, False, False),
+        case(45, "1.3B", bf16, device, 64, 64, 256, False, False),
         case(20, "1.3B", bf16, device, 128, 64, 256, True, True),
-        case(30, "125M", bf16, device, 64, 64, 256, False, False),
+        case(25, "125M", bf16, device, 64, 64, 256, False, False),
+        backends(40, "1.3B", device, 64, 128, "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
     ]

@@ -167,11 +167,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         sizes, rows = [*sizes, (frozen, 512, 768, V_ODD, bf16)], (512, V_ODD, fp32)
     else:
         sizes = [(kind, 8192, D, V_ODD, bf16) for D in (2560, 768) for kind in (frozen, "scoring")]
-        sizes += [(trained, 8192, 2560, V_ODD, bf16), (frozen, 8192, 2560, V_EVEN, bf16)]
-        sizes += [
-            (frozen, 8192, 2048, V_ODD, bf16),
-            (frozen, 128, 2560, V_ODD, bf16),
-            (frozen, 2048, 2560, V_ODD, fp32),
-        ]
+        sizes += [(trained, 8192, 2560, V_ODD, bf16), (frozen, 128, 2560, V_ODD, bf16)]
+        sizes += [(frozen, 2048, 2560, V_ODD, fp32)]
         rows = (8192, V_ODD, bf16)
     return [linear_case(*size, device) for size in sizes] + list(row_cases(*rows, device))

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,10 +148,47 @@ def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, 
     return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
 
 
+def scoring_case(estimate: float, shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Case:
+    """Log-probabilities of both responses of `count` pairs, without gradient."""
+    name = f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths"
+    return Case(name, partial(scoring_ways, shape, dtype, device, count), estimate=estimate)
+
+
+def scoring_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Ways:
+    player, other, pairs, run, notes = parts(shape, dtype, device, count)
+    ways = ours(partial(spin.score, player, pairs, run), device)
+    if other is not None:
+        ways["transformers"] = transformers_scores(other, pairs, player.micro_tokens, device)
+    return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
+
+
+def transformers_scores(model: Any, pairs: list[Pair], micro_tokens: int, device: torch.device) -> Callable:
+    """The model of transformers on rows of like length, padded on the right, and log_softmax of their responses."""
+    rows = [(pair.prompt_ids, ids) for pair in pairs for ids in pair.responses]
+    rows.sort(key=lambda row: len(row[0] + row[1]))
+
+    @torch.no_grad()
+    def score() -> list[float]:
+        sums, left = [], list(rows)
+        while left:
+            width = len(left[-1][0] + left[-1][1])
+            some, left = left[-(micro_tokens // width or 1) :], left[: -(micro_tokens // width or 1)]
+            ids = torch.tensor([p + r + [0] * (width - len(p + r)) for p, r in some], device=device)
+            logits = model(ids, use_cache=False).logits
+            for row, (prompt, response) in zip(logits, some, strict=True):
+                of_response = row[len(prompt) - 1 : len(prompt + response) - 1].float().log_softmax(-1)
+                sums.append(of_response.gather(1, torch.tensor(response, device=device)[:, None]).sum())
+        return torch.stack(sums).tolist()
+
+    return score
+
+
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
     if quick:
-        return [step_case(0, "tiny", fp32, device, 8, 4)]
+        return [step_case(0, "tiny", fp32, device, 8, 4), scoring_case(0, "tiny", fp32, device, 8)]
     if device.type == "cpu":
-        return [step_case(0, shape, fp32, device, 8, 4) for shape in ("125M", "SmolLM2")]
-    return [step_case(70, "1.3B", bf16, device, 64, 32), step_case(40, "125M", bf16, device, 64, 32)]
+        steps = [step_case(0, shape, fp32, device, 8, 4) for shape in ("125M", "SmolLM2")]
+        return [*steps, scoring_case(0, "SmolLM2", fp32, device, 16)]
+    large = [replace(step_case(80, "2.7B", bf16, device, 32, batch), extra=True) for batch in (8, 16)]
+    return [step_case(60, "1.3B", bf16, device, 64, 32), step_case(35, "125M", bf16, device, 64, 32), *large]

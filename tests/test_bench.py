@@ -6,9 +6,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import bench
+import generation_cases
 import pytest
 import torch
+import training_cases
 from bench import PARTS, Case, Results, Ways
+from generation_cases import random_model
+
+import sampling
+from model import GPTNeoConfig
 
 CPU = torch.device("cpu")
 
@@ -125,7 +131,53 @@ def test_every_part_has_cases_with_names_of_their_own(kind, monkeypatch, capsys)
     assert all(parts) and len(names) == len(set(names)) > 8
     if kind == "cuda":
         assert all(case.estimate for cases in parts for case in cases)
-        assert sum(case.estimate for cases in parts for case in cases) <= 60 * bench.GPU_MINUTES
+        assert sum(case.estimate for cases in parts for case in cases if not case.extra) <= 60 * bench.GPU_MINUTES
+
+
+def test_more_sizes_run_only_where_they_are_named(monkeypatch, tmp_path):
+    """`make bench` leaves them out; --match finds them, and nothing else."""
+    ran = []
+    made = [Case("small", Ways), Case("large", Ways, extra=True)]
+    monkeypatch.setattr(bench, "run_part", lambda part, cases, *rest: ran.append([case.name for case in cases]))
+    monkeypatch.setattr(bench.importlib, "import_module", lambda name: SimpleNamespace(cases=lambda *args: made))
+    for more in ([], ["--match", "l"], ["--match", "large"]):
+        bench.main(["kernel", "--results", str(tmp_path), *more])
+    assert ran == [["small"], ["small", "large"], ["large"]]
+
+
+def test_responses_end_where_they_are_told_however_likely_the_end_is():
+    """Every second token that this model draws is the end. Afterwards it draws as before."""
+    config = GPTNeoConfig(2, 32, hidden_size=8, num_layers=2, num_heads=2, attention_types=((("global",), 2),))
+    model = random_model(config, torch.float32, CPU)
+    prompts, lengths = [[0, 1], [1], [0, 0, 1], [1, 0]], [9, 1, 12, 4]
+
+    def write() -> list[list[int]]:
+        return sampling.respond(model, prompts, max_new_tokens=12, eos_token_id=1, batch_size=3).ids
+
+    before = write()
+    with generation_cases.forced_ends(lengths):
+        written = write()
+    assert [len(ids) for ids in written] == lengths
+    assert all(ids == [0] * (len(ids) - 1) + [1] for ids in written)
+    assert write() == before != written
+
+
+def test_kernels_of_attention_are_compared_and_counted():
+    """A kernel that does not fit the device is named and costs the others nothing."""
+    ways = generation_cases.backend_ways("tiny", CPU, 3, 4, ("MATH", "CUDNN_ATTENTION"))
+    assert ways.notes["ours"] == ways.notes["ours, math"] == "3 of 3 responses are equal in two calls"
+    assert "RuntimeError" in ways.notes["ours, cudnn_attention"]
+    assert [len(ids) for ids in ways.calls["ours, math"]()] == [4, 4, 4]
+
+
+def test_scores_of_transformers_are_ours():
+    pytest.importorskip("transformers")
+    player, other, pairs, run, _ = training_cases.parts("tiny", torch.float32, CPU, 6, 20)
+    training_cases.spin.score(player, pairs, run)
+    ours = [logp for pair in pairs for logp in (pair.opponent_real_logp, *pair.opponent_generated_logps)]
+    for micro_tokens in (10**6, 1):
+        theirs = training_cases.transformers_scores(other, pairs, micro_tokens, CPU)()
+        assert sorted(theirs) == pytest.approx(sorted(ours), abs=1e-3)
 
 
 def test_quick_runs_every_part_and_stores_nothing(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """examples/: SPIN on models of transformers. Log-probabilities and responses are those of the model itself."""
 
 import importlib.util
+import json
 import math
 import os
 import signal
@@ -12,6 +13,8 @@ import pytest
 import torch
 from helpers import ROOT, die_at, flags, rows, tree
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -45,6 +48,18 @@ MODELS = {
     # OPT keeps the probability of dropout as a number.
     "opt": lambda: OPTForCausalLM(
         OPTConfig(ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, init_std=0.3, **SMALL, **TOKENS)
+    ),
+    # Falcon keeps it in its config, too, and its linear layers are of a class of their own.
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.3,
+            hidden_dropout=0.5,
+            attention_dropout=0.5,
+            **TOKENS,
+        )
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, **TOKENS)),
 }
@@ -144,6 +159,8 @@ def test_a_run_starts_every_iteration_at_ln_2_and_resumes_bit_for_bit(start, dat
     assert last["nll"] < first["nll"]
     final = example.AutoModelForCausalLM.from_pretrained(here / "run/final")
     assert not [name for name, _ in final.named_parameters() if "lora" in name]
+    configs = [example.AutoConfig.from_pretrained(path) for path in (start, here / "run/final")]
+    assert len({json.dumps({k: v for k, v in vars(c).items() if "dropout" in k}) for c in configs}) == 1
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         base = example.AutoModelForCausalLM.from_pretrained(start)

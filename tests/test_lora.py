@@ -1,5 +1,6 @@
 """lora.py against PEFT and transformers, and each promise of its docstrings."""
 
+import contextlib
 import copy
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lora
@@ -290,6 +292,52 @@ def test_output_dtype_is_the_base_layers_and_gradients_are_fp32(dtype: torch.dty
     exact = linear(x).float() + 2 * x.float() @ (layer.lora_B @ layer.lora_A).T
     tolerance = 2e-2 if torch.bfloat16 in (dtype, output.dtype) else 1e-6  # a few roundings to 8 bits
     torch.testing.assert_close(output.float(), exact, rtol=tolerance, atol=tolerance)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of single tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_that_are_made_ready_change_no_number(dtype: torch.dtype) -> None:
+    """Outputs and gradients are equal, two backward passes add up, and no matrix is cast for a product of its own."""
+    found = []
+    for context in (contextlib.nullcontext, lora.factors_ready):
+        model = perceptron().to(dtype)
+        lora.add_lora(model, 4, 16, targets=["0", "2"], generator=torch.Generator().manual_seed(3))
+        randomize(model)
+        x = torch.randn(7, 6, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with autocast, context(*() if context is contextlib.nullcontext else (model, dtype)), Casts() as casts:
+            outputs = [model(x), model(2 * x)]
+        assert casts.count == (0 if context is lora.factors_ready or dtype == torch.float32 else 8)
+        for output in outputs:
+            output.float().square().sum().backward()
+        found.append([*outputs, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        # Rounded once, after the sum over both passes, or twice, before it.
+        torch.testing.assert_close(one, other, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    for one, other in zip(*(outputs[:2] for outputs in found), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_factors_are_ready_inside_the_block_only() -> None:
+    model = adapted(perceptron(), ("0", "2"))
+    with contextlib.suppress(ZeroDivisionError), lora.factors_ready(model, torch.bfloat16):
+        for _, layer in lora.lora_layers(model):
+            assert layer.ready[0].dtype == layer.ready[1].dtype == torch.bfloat16
+            torch.testing.assert_close(layer.ready[0].float(), layer.lora_A * ALPHA / RANK, rtol=1e-2, atol=0)
+        1 / 0  # noqa: B018
+    assert all(layer.ready is None for _, layer in lora.lora_layers(model))
+    with lora.factors_ready(nn.Linear(2, 2), torch.bfloat16):
+        pass
 
 
 def test_dropout_acts_in_training_only_and_on_the_adapter_path_only() -> None:

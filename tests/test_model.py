@@ -235,6 +235,25 @@ def test_logits_of_a_16_bit_head_are_fp32(dtype, monkeypatch):
     torch.testing.assert_close(gradient.float(), hidden.float().sum((0, 1)).expand(97, 32), atol=0.05, rtol=0.01)
 
 
+@pytest.mark.parametrize("V", [1, 63, 64, 97, 128, 50257])
+def test_every_product_of_the_head_on_a_gpu_is_aligned(V, monkeypatch):
+    """Only CUDA multiplies 16-bit matrices to fp32, so fp32 takes their place. All products but the last, of the
+    columns behind the last multiple of 64, have such a multiple of columns, and rows of memory have one, too."""
+    columns, mm = [], torch.mm
+
+    def product(a, b, *, out_dtype, out):
+        assert out_dtype == torch.float32 and out.stride() == (V + -V % 64, 1) and out.storage_offset() % 64 == 0
+        columns.append(out.shape[1])
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", product)
+    rows, weight = torch.randn(3, 8), torch.randn(V, 8)
+    logits = module._aligned_product(rows, weight)
+    torch.testing.assert_close(logits, rows @ weight.T)
+    assert logits.view(3, 1, V).shape == (3, 1, V)
+    assert sum(columns) == V and len(columns) <= 2 and (V < 64 or columns[0] % 64 == 0)
+
+
 def test_logits_under_autocast_are_fp32_and_those_of_an_fp32_model_are_one_product():
     model = GPTNeo(GPTNeoConfig(**TINY)).init_weights(torch.Generator().manual_seed(0))
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
@@ -244,6 +263,19 @@ def test_logits_under_autocast_are_fp32_and_those_of_an_fp32_model_are_one_produ
     expected = hidden.bfloat16().float() @ model.head_weight.bfloat16().float().T
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_norm_keeps_the_dtype_of_its_input_under_autocast():
+    """It is the fp32 norm, rounded once. Only on CUDA would autocast cast the input to fp32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    norm = module.LayerNorm(32, device=device).requires_grad_(False)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    norm.weight.copy_(torch.randn(32, generator=torch.Generator().manual_seed(2)).bfloat16())
+    expected = norm(x.float())
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(norm(x.float()), expected)
+        rounded = norm.bfloat16()(x)
+    torch.testing.assert_close(rounded, expected.bfloat16(), rtol=2**-7, atol=0)
 
 
 def test_dropouts_of_the_config_act_in_training_only(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import begin, known_model, player_of, spy
 
+import lora
 import player as player_module
 import sampling
 import spin
@@ -36,8 +37,8 @@ def test_each_response_token_is_predicted_from_the_token_before_it():
 
 @pytest.mark.parametrize("masked_tokens", [1024, 20])
 def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, masked_tokens):
-    """In one row or, beyond MASKED_TOKENS, in a row each: log-probabilities and gradients are those of single ones."""
-    monkeypatch.setattr(player_module, "MASKED_TOKENS", masked_tokens)
+    """In one row or, beyond masked_tokens, in a row each: log-probabilities and gradients are those of single ones."""
+    monkeypatch.setattr(player_module.Player, "masked_tokens", masked_tokens)
     player, examples, run = begin(start, data, tmp_path / "run", rank=0)
     pairs, _ = spin.generate(player, examples[:7], 0, run)
     items = [(p.prompt_ids, *p.responses) for p in pairs]
@@ -56,7 +57,7 @@ def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, ma
 @pytest.mark.parametrize("masked_tokens", [1024, 0])
 def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
     """They are those of the logits divided by the temperature, on the model whose table is known."""
-    monkeypatch.setattr(player_module, "MASKED_TOKENS", masked_tokens)
+    monkeypatch.setattr(player_module.Player, "masked_tokens", masked_tokens)
     model = known_model()
     table = table_of(model, 0.1)
     items = [([3, 1, 4], [1, 5, 10], [2]), ([9], [2, 6], [6, 2])]
@@ -139,6 +140,22 @@ def test_bf16_means_bf16_products_in_scoring(monkeypatch):
     for dtype in (torch.bfloat16, torch.float32):
         player_of(known_model(), dtype).logps([([3], [1, 10])])
     assert dtypes == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_with_adapters_changes_no_gradient(dtype):
+    """The backward pass recomputes blocks outside of the block of code that made the adapters' factors ready."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = known_model().to(dtype)
+        model.checkpointing = checkpointing
+        lora.add_lora(model, 2, 4.0, generator=torch.Generator().manual_seed(0))
+        for i, (_, layer) in enumerate(lora.lora_layers(model)):
+            torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(i))
+        player_of(model, dtype).response_logps([([1, 2], [3, 4, 10], [5, 10])]).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0 and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -13,13 +13,14 @@ from helpers import SCRIPTS, begin, die_at, flags, rows, small, small_sft, spy, 
 
 import evaluate
 import lora
+import sampling
 import sft
 import spin
 from evaluate import at_equal_entropy
 from methods import family
 from model import GPTNeo, GPTNeoConfig
 from player import Player
-from runtime import cli
+from runtime import cli, folder
 from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
@@ -95,6 +96,21 @@ def test_a_run_on_cuda_resumes(start, data, here, rank):
         again = rows(here / f"run/{name}")
         assert [line.get("step") for line in lines] == [line.get("step") for line in again]
         assert lines[-1]["loss"] == pytest.approx(again[-1]["loss"], rel=0.05)
+
+
+def test_what_is_finished_stays_where_the_same_seed_may_give_other_responses(start, data, here, monkeypatch):
+    """As on a GPU, whose kernels may round differently each time: after a kill, iterates, pairs and shards are kept."""
+    argv, shard = small(start, data), here / "run/resume/iterate-2/generate-0-32.jsonl"
+    die_at(folder, "write_rows", argv, lambda path, *_, **__: path.name == "generate-32-64.jsonl" and shard.exists())
+    finished = {name: content for name, content in tree(here / "run").items() if name.startswith(("iterate", "pairs"))}
+    assert {"iterate-1/adapter_model.safetensors", "pairs-0.jsonl"} <= finished.keys()
+    kept, uniforms = [ids for ids, _ in rows(shard)], sampling.uniforms
+    monkeypatch.setattr(sampling, "uniforms", lambda seed, *rest: uniforms(seed + 1, *rest))
+    assert spin.main(argv) == 0
+    after = tree(here / "run")
+    assert {name: after[name] for name in finished} == finished
+    responses = [row["generated_ids"][0] for row in rows(here / "run/pairs-1.jsonl")]
+    assert responses[: len(kept)] == kept and len(responses) > len(kept)
 
 
 def test_sft_resumes_and_ends_as_if_it_had_never_died(start, data, here, monkeypatch):

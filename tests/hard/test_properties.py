@@ -392,7 +392,7 @@ masked_tokens = st.sampled_from([1024, 40, 0])  # rows beyond it compute a promp
 @contextmanager
 def masks_up_to(tokens: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(player_module, "MASKED_TOKENS", tokens)
+        patch.setattr(player_module.Player, "masked_tokens", tokens)
         yield
 
 

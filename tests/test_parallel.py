@@ -1,6 +1,5 @@
 """runtime/parallel.py and runtime/fsdp.py: worlds of one, two and three ranks give the same results."""
 
-import json
 import os
 import random
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,25 +16,6 @@ from helpers import ROOT, flags, rows, tree
 from runtime import parallel
 
 # ---------------------------------------------------------------- worlds
-
-
-@pytest.fixture(scope="module")
-def launch():
-    """launch(argv, folders, script, ...) runs a world as ranks.py describes. Returns its answer."""
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("ranks.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-    def request(argv, folders, script="spin", **more):
-        value = dict(script=script, argv=[str(word) for word in argv], folders=[str(folder) for folder in folders])
-        server.stdin.write(json.dumps(value | more) + "\n")
-        server.stdin.flush()
-        return SimpleNamespace(**json.loads(server.stdout.readline()))
-
-    yield request
-    server.stdin.close()
-    server.wait()
 
 
 def run_in(start, data, **options) -> list[str]:

@@ -11,7 +11,7 @@ from helpers import begin, die_at, flags, refused, rows
 from safetensors.torch import load_file, save_file
 
 import spin
-from data.examples import decode, draw
+from data.examples import draw
 from runtime.export import CHANGED, COPIED
 from runtime.resume import digest_of_model
 from runtime.run import Run
@@ -25,17 +25,6 @@ def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
     assert not {e.prompt for e in examples} & {e.prompt for e in run.work.heldout}
     assert [e.prompt for e in run.work.heldout] == [e.prompt for e in sft_run.work.heldout]
     assert [e.prompt for e in examples] == [e.prompt for e in sft_examples]
-
-
-def test_perfect_responses_count_as_right_whatever_surrounds_them(start, tmp_path):
-    """White space or an end-of-sequence text around a reference is not asked of the player."""
-    path = tmp_path / "x.jsonl"
-    texts = ["HH AH0\n", " HH AH0", "HH AH0<|endoftext|>", "HH AH0"]
-    path.write_text("".join(json.dumps({"prompt": f"w{i}", "response": t}) + "\n" for i, t in enumerate(texts * 9)))
-    _, _, run = begin(start, path, tmp_path / "run")
-    assert run.work.heldout
-    for example in run.work.heldout:
-        assert decode(example.real_ids, run.work.tokenizer, run.work.eos_token_id) in example.references == ["HH AH0"]
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -223,12 +212,6 @@ def test_a_model_that_is_missing_names_the_nearest_directory(start, data, here, 
     assert f"; did you mean {here}/models?" in refused(flags(here / "model", data, out), out, capsys)
     assert "did you mean" not in refused(flags("x" * 5000, data, out), out, capsys)
     assert "did you mean" not in refused(flags("none/x", data, out), out, capsys)
-
-
-def test_damaged_files_beside_the_weights_are_found_before_the_run(chat, data, tmp_path, capsys):
-    (chat / "generation_config.json").write_text("{")
-    error = refused(flags(chat, data, tmp_path / "run"), tmp_path / "run", capsys)
-    assert "generation_config.json: not valid JSON" in error
 
 
 def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):

@@ -1,12 +1,11 @@
 """runtime/training.py: checkpoints of training, and steps whose loss or gradient is not finite."""
 
 import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS, begin, die_at, flags, rows, small, spy, tree
+from helpers import SCRIPTS, begin, die_at, flags, rows, small, spy
 
 import spin
 from runtime.folder import Folder
@@ -87,18 +86,6 @@ def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_pat
     assert "steps skipped, since their loss or gradient was not finite: 1" in capsys.readouterr().err
     row = rows(tmp_path / "out/metrics.jsonl")[-1]
     assert row["skipped"] == 1 and row["loss"] == steps[-1]["loss"]
-
-
-def test_lines_that_were_logged_after_the_last_checkpoint_are_not_doubled(start, data, here):
-    """The log is appended to before the checkpoint replaces the last one: a death in between leaves lines too many."""
-    argv = small(start, data, iterations=1)
-    die_at(Folder, "save_training", argv, lambda folder, model, optimizer, log: len(log) == 3)
-    assert len(rows(here / "run/steps-0.jsonl")) == 3, "one more than the checkpoint knows of"
-    assert spin.main(argv) == 0
-    resumed = tree(here / "run")
-    shutil.rmtree(here / "run")
-    assert spin.main(argv) == 0
-    assert tree(here / "run") == resumed
 
 
 def test_a_tie_counts_as_wrong(start, data, tmp_path):

@@ -7,7 +7,6 @@ two tokens of almost equal probability, the reference says that it is in doubt, 
 
 import copy
 import functools
-import gzip
 import hashlib
 import itertools
 import json
@@ -17,7 +16,6 @@ import re
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +37,6 @@ from data.examples import (
     encode,
     fit_context,
     held_out,
-    load_examples,
     load_tokenizer,
     split,
 )
@@ -661,29 +658,6 @@ def test_encoding_equals_the_loop_and_decoding_undoes_it(prompt, response, ends,
     assert decode(one.real_ids, tokenizer, eos) == response.strip()
     as_decoded([one], tokenizer, eos)
     assert one.references == [response.strip(), "other", response.strip()]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("files")
-
-
-@examples(60)
-@given(st.lists(st.tuples(wanted_text, wanted_text, booleans, booleans), min_size=1, max_size=5), booleans)
-def test_loading_gives_what_was_written(folder, records, zipped):
-    """Both layouts, plain and gzipped, blank lines between, escaped or not; each example knows its line."""
-    assume(not any(prompt.rstrip().endswith(response.strip()) for prompt, response, *_ in records))  # It is refused.
-    lines, expected = [], []
-    for prompt, response, official, escaped in records:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        record = {"real": turns} if official else {"prompt": prompt, "response": response}
-        lines += [json.dumps(record, ensure_ascii=escaped), "  "]
-        expected.append((len(lines) - 1, prompt, response, [response]))
-    path = folder / ("data.jsonl.gz" if zipped else "data.jsonl")
-    path.write_bytes((gzip.compress if zipped else bytes)("\n".join(lines).encode()))
-    expected = [(str(path), number, f"{path}:{number}", *rest) for number, *rest in expected]
-    loaded = load_examples(path)
-    assert [(e.path, e.line, e.where, e.prompt, e.response, e.references) for e in loaded] == expected
 
 
 digits = st.integers(1, 9)

@@ -137,6 +137,19 @@ def test_a_run_that_died_before_its_first_row_begins_again_but_lost_rows_are_mis
         run.finished()
 
 
+def test_files_of_an_iterate_count_as_soon_as_it_is_finished(tmp_path):
+    """A resumed run computes those anew that follow the metrics; in a finished run all must be there."""
+    run = Folder(tmp_path)
+    run.write_record({"finished": False})
+    for name in ("a", "metrics.jsonl", "b"):
+        run.write_rows(name, [{"iterate": 0}])
+    (tmp_path / "b").unlink()
+    run.check()
+    run.write_record({"finished": True})
+    with pytest.raises(Stopped, match="b: missing"):
+        run.check()
+
+
 def test_sha256sum_reads_the_checksums_of_a_run(whole):
     """All files are in it once, apart from pages and plots that are drawn anew."""
     names = [line[66:] for line in (whole / "checksums").read_text().splitlines()]

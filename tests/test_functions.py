@@ -44,6 +44,8 @@ def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(met
             assert [line["values"][f"{decoding}_vowels"][0] for line in lines] == values
             assert row[f"{decoding}_vowels"] == sum(values) / len(values) and f"{decoding}_vowels_se" in row
             assert f"{decoding}_exact" in row
+            others = [line.get("by_temperature", {}).get("0.8", {}).get("sampled_vowels", [0])[0] for line in lines]
+            assert (others == [0] * len(lines)) == (t > 0) and others != values, "other responses at 0.8"
     assert "greedy_vowels" in metrics[1]["since_start"] and "greedy vowels +" in printed
     assert "sampled vowels" in printed.partition("Held-out metrics")[2]
     assert "by sampled vowels" in printed and "sampled vowels" in (tmp_path / "run/metrics.svg").read_text()

@@ -139,14 +139,15 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tens
 @pytest.mark.parametrize("N", [0, 1, 33])
 @pytest.mark.parametrize("V", [1, 2, 17, 1023, 50257])
 def test_both_functions_match_float64(device: str, dtype: torch.dtype, N: int, V: int) -> None:
-    N = min(N, 3) if V > 10**4 and INTERPRETED else N  # the interpreter takes long rows in many blocks
+    if V > 10**4 and INTERPRETED:
+        pytest.skip("The interpreter takes long; the next test has several blocks.")
     targets, upstream = some_targets(N, V, device), normal(N, device=device, seed=2)
     check_token((2 * normal(N, V)).to(device, dtype).requires_grad_(), targets, upstream)
     hidden, weight = normal(N, D, seed=3), 0.5 * normal(V, D, seed=4)
     check_linear(*(tensor.to(device, dtype).requires_grad_() for tensor in (hidden, weight)), targets, upstream)
 
 
-@pytest.mark.parametrize("V", [4095, 4096, 4097, 8192])
+@pytest.mark.parametrize("V", [4095, 4096, 4097])
 def test_vocabularies_around_the_block_size(device: str, V: int) -> None:
     targets = torch.tensor([0, V - 1, V - 2], device=device)
     check_token(leaf(normal(3, V, device=device)), targets, normal(3, device=device))
@@ -479,11 +480,8 @@ class LargestTensor(TorchDispatchMode):
 
 @dtypes
 @trained_or_not
-def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: bool) -> None:
-    N, V = (128, 127) if INTERPRETED else (1024, 50257)  # the interpreter takes 10 ms per row of a tile
-    if INTERPRETED:
-        monkeypatch.setattr(tiles, "CPU_ROWS", 32)
-        monkeypatch.setattr(tiles, "CPU_COLUMNS", 64)
+def test_the_logits_never_exist(dtype: torch.dtype, trained: bool) -> None:
+    N, V = 1024, 50257
     hidden, weight = leaf(normal(N, D, dtype=dtype)), normal(V, D, dtype=dtype).requires_grad_(trained)
     targets = some_targets(N, V, "cpu")
     with LargestTensor() as largest:
@@ -623,7 +621,8 @@ def test_triton_compiles_once_for_any_number_of_rows(device: str, monkeypatch: p
 @pytest.mark.skipif(INTERPRETED, reason="runs this file once more, with this variable set")
 def test_everything_under_the_triton_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-rp", "-p", "no:cacheprovider", __file__]
+    elsewhere = "never_exist or misfits or one_graph or checkpoints or autocast or twice or fit_the_cap or one_size"
+    command = [sys.executable, "-m", "pytest", "-rp", "-p", "no:cacheprovider", "-k", f"not ({elsewhere})", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr

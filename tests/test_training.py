@@ -35,10 +35,18 @@ def test_every_epoch_has_all_items_in_an_order_of_its_own():
     assert len(set(map(tuple, [*epochs, range(20)]))) == 5 and order(0) == epochs[:2]
 
 
+def test_signals_are_means_over_the_last_tenth_of_the_steps_that_were_taken():
+    log = [{"iteration": 0, "step": n, "loss": float(n), "skipped": n % 2 == 1} for n in range(40)]
+    assert Training.signals(SimpleNamespace(log=log)) == {"loss": (36 + 38) / 2, "skipped": 20}
+
+
 @pytest.mark.parametrize("save_minutes, checkpoints", [(0, 5), (1000, 1)])
 def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, monkeypatch, save_minutes, checkpoints):
-    """--save-minutes 0: after each of five steps. The log on disk is never behind the checkpoint."""
-    logs = []
+    """--save-minutes 0: after each of five steps. The log on disk is never behind the checkpoint.
+
+    Dropout draws other numbers in every step.
+    """
+    logs, seeds = [], []
 
     def look(args, _):
         folder, _, _, steps = args
@@ -47,8 +55,9 @@ def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, mo
         logs.append(len(log))
 
     spy(monkeypatch, Folder, "save_training", look)
+    spy(monkeypatch, Training, "step", lambda *args: seeds.append(torch.initial_seed()))
     assert spin.main(flags(start, data, tmp_path / "run", save_minutes=save_minutes)) == 0
-    assert logs == [1, 2, 3, 4, 5][-checkpoints:]
+    assert logs == [1, 2, 3, 4, 5][-checkpoints:] and len({*seeds}) == 5
 
 
 @pytest.mark.parametrize("command", ["spin", "sft"])

@@ -257,8 +257,8 @@ def test_unfinished_responses_keep_drop_cut(start, data, tmp_path, monkeypatch):
         long = [e for e in examples if len(e.real_ids) > 5][:2]
         script_responses(monkeypatch, [[1, 2, run.work.eos_token_id], [1, 2, 3]], [True, False])
         pairs, counts = spin.generate(player, long, 0, run)
-        assert len(pairs) == pairs_left
-        assert counts["truncated"] == 0.5
+        assert len(pairs) == counts["pairs"] == pairs_left
+        assert (counts["truncated"], counts["identical"]) == (0.5, 0)
         assert pairs[0].real_ids == long[0].real_ids, "a finished pair is left alone"
         if option != "drop":
             assert pairs[1].real_ids == long[1].real_ids[:real_length]

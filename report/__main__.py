@@ -8,6 +8,7 @@ A run writes its own page after every iterate. The page is one file that needs n
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,4 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # In `python -m report ... | true` the shell sees the exit code 141.
     sys.exit(main())

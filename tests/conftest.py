@@ -1,9 +1,13 @@
 """Shared by the tests: a start of a few thousand parameters and a little real data."""
 
+import contextlib
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch is imported, here and in the processes that tests start: small products gain nothing from threads, and on
 # a busy machine spinning threads made the suite ten times slower.
@@ -11,14 +15,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from helpers import ROOT, small
 
+import spin
+from kernels import onednn
 from model import GPTNeo, GPTNeoConfig
-
-ROOT = Path(__file__).resolve().parents[1]
+from report import page
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_runs.py")  # The longest file comes first.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_products(request):
+    """oneDNN prepares every new shape, which takes longer than all products of a small run: most files do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in ("test_onednn.py", "test_runs.py", "test_minimal.py"):
+            patch.setattr(onednn, "available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +59,39 @@ def data(tmp_path_factory) -> Path:
         lines = [line for line in file if json.loads(line)["prompt"].isalpha()][:80]
     path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(start, data, tmp_path_factory) -> Path:
+    """The folder of the run of `small`, which nothing disturbs. Beside it, pages.json has its page after each iterate.
+
+    Do not write into it.
+    """
+    folder, pages, make = tmp_path_factory.mktemp("whole"), [], page.page
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setattr(onednn, "available", lambda: False)
+        patch.setattr(page, "page", lambda folders: pages.append(make(folders)) or pages[-1])
+        assert spin.main(small(start, data)) == 0
+    (folder / "pages.json").write_text(json.dumps(pages))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(argv, folders, script, ...) runs a world as ranks.py describes. Returns its answer."""
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/ranks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def request(argv, folders, script="spin", **more):
+        value = dict(script=script, argv=[str(word) for word in argv], folders=[str(folder) for folder in folders])
+        server.stdin.write(json.dumps(value | more) + "\n")
+        server.stdin.flush()
+        return SimpleNamespace(**json.loads(server.stdout.readline()))
+
+    yield request
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.fixture

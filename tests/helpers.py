@@ -45,7 +45,7 @@ def flags(start, data, out, **options) -> list[str]:
 
 def small(start, data, **options) -> list[str]:
     """A command line for a run in ./run, of two iterations, with dropout, previous pairs and many checkpoints."""
-    defaults = dict(iterations=2, lora_dropout=0.1, mix_previous=True, save_minutes=0, gen_batch=8, shard=32)
+    defaults = dict(iterations=2, lora_dropout=0.1, mix_previous=True, save_minutes=0, gen_batch=32, shard=32)
     return flags(start, data, options.pop("out", "run"), **(defaults | options))
 
 

@@ -3,6 +3,8 @@
 tests/test_options.py has what is wrong with single flags and recipes.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ import torch
 from helpers import ROOT, flags, refused, tree
 from safetensors.torch import load_file, save_file
 
+import respond
 import spin
 from runtime import cli
 from runtime.stopping import Interrupted, Stopped
@@ -113,62 +116,89 @@ def test_bugs_keep_their_traceback(play, where, error):
 
 def process(argv, cwd, **options) -> subprocess.CompletedProcess:
     """A script as a process of its own, with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    options = dict(capture_output=True, text=True) | options
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options
     return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=environment, **options)
 
 
-@pytest.mark.parametrize(
-    "script, name",
-    [
-        ([ROOT / "spin.py"], "spin"), (["-m", "methods.family"], "family"),
-    ],
-)  # fmt: skip
-def test_a_shell_sees_exit_code_2_and_one_line(script, name, tmp_path):
-    done = process([*script, "--data", "nothere.jsonl", "--model", tmp_path / "x"], tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"{name}.py: error: ") and list(tmp_path.iterdir()) == []
-    done = process([*script, "--temprature=1"], tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"{name}.py: error: --temprature: no")
-    assert process([*script, "--help"], tmp_path).stdout.startswith(f"usage: {name}.py [@RECIPE")
+def test_a_shell_sees_exit_code_2_and_one_line(tmp_path):
+    for script, name, words in (
+        ([ROOT / "spin.py"], "spin", ["--data", "nothere.jsonl", "--model", tmp_path / "x"]),
+        (["-m", "methods.family"], "family", ["--temprature=1"]),
+    ):
+        done = process([*script, *words], tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith(f"{name}.py: error: ")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_terminal_that_knows_ascii_only_and_python_without_docstrings(start, data, tmp_path):
-    """PYTHONIOENCODING=ascii: "±" becomes "?"; python -OO has no docstring to begin --help with."""
-    argv = [ROOT / "spin.py", *flags(start, data, "run")]
-    done = process(argv, tmp_path, env={"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"})
-    assert (done.returncode, done.stderr) == (0, "") and "nll" in done.stdout and "?" in done.stdout
-    assert process(["-OO", ROOT / "spin.py", "--help"], tmp_path).returncode == 0
+SHORT = dict(prompts=16, eval_limit=4)
 
 
-def test_streams_that_are_closed(start, data, tmp_path):
-    """Neither output nor error: the run does its work."""
-    command = f"exec {sys.executable} {ROOT}/spin.py {' '.join(flags(start, data, 'run'))} >&- 2>&-"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and (tmp_path / "run/final/model.safetensors").is_file()
+def test_a_terminal_that_knows_ascii_only(start, data, here, monkeypatch):
+    """ "\u00b1" becomes "?"."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert spin.main(flags(start, data, "run", **SHORT)) == 0
+    printed = terminal.buffer.getvalue()
+    assert b"nll" in printed and b"?" in printed
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_pipe_whose_reader_has_gone(unbuffered, start, data, tmp_path):
-    """As under `| true`: exit code 141, that of SIGPIPE, at most one line, and what is finished stays finished."""
+def test_python_without_docstrings(capsys):
+    """python -OO has none to begin --help with."""
+    with pytest.raises(SystemExit):
+        cli.main("spin", None, None, spin.SpinOptions, ["--help"], about=None)
+    assert capsys.readouterr().out.startswith("usage: spin.py [@RECIPE")
 
-    def unread(*argv) -> subprocess.CompletedProcess:
-        read, write = os.pipe()
-        os.close(read)
-        env = {"PYTHONUNBUFFERED": unbuffered}
-        done = process(argv, tmp_path, capture_output=False, stdout=write, stderr=subprocess.PIPE, env=env)
-        os.close(write)
-        assert done.returncode == 141 and "Traceback" not in done.stderr and done.stderr.count("\n") <= 1, done.stderr
-        return done
 
-    run = [ROOT / "spin.py", *flags(start, data, "run")]
-    assert "Broken pipe" in unread(*run).stderr
-    assert process(run, tmp_path).returncode == 0
-    finished = tree(tmp_path / "run")
-    unread(*run)
-    assert tree(tmp_path / "run") == finished
-    unread(ROOT / "spin.py", "--help")
-    unread(ROOT / "respond.py", "run", "--prompt", "AB", "--out", "answers")
+def test_streams_that_are_closed(start, data, here, monkeypatch):
+    """Neither output nor error, for which Python has None then: the run does its work."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert spin.main(flags(start, data, "run", **SHORT)) == 0 and (here / "run/final/model.safetensors").is_file()
+
+
+@contextlib.contextmanager
+def unread_pipe():
+    """The end to write to of a pipe whose reader has gone, as under `| true`."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_pipe_whose_reader_has_gone(buffered, start, data, here, monkeypatch, capsys):
+    """The exit code is 141, that of SIGPIPE; at most one line is printed, and what is finished stays finished."""
+
+    def unread(main, *argv) -> str:
+        with unread_pipe() as write, monkeypatch.context() as patch:
+            raw = io.FileIO(write, "w", closefd=False)
+            binary = io.BufferedWriter(raw) if buffered else raw
+            patch.setattr(sys, "stdout", io.TextIOWrapper(binary, write_through=not buffered))
+            try:
+                code = main([*argv])
+            except SystemExit as end:
+                code = end.code
+        error = capsys.readouterr().err
+        assert code == 141 and "Traceback" not in error and error.count("\n") <= 1, error
+        return error
+
+    run = flags(start, data, "run", **SHORT)
+    assert "Broken pipe" in unread(spin.main, *run)
+    assert spin.main(run) == 0
+    finished = tree(here / "run")
+    unread(spin.main, *run)
+    assert tree(here / "run") == finished
+    unread(spin.main, "--help")
+    unread(respond.main, "run", "--prompt", "AB", "--out", "answers")
+
+
+def test_an_unread_pipe_of_a_process(tmp_path):
+    """Python itself flushes at the end, which would be a second line."""
+    with unread_pipe() as write:
+        done = process([ROOT / "spin.py", "--help"], tmp_path, stdout=write)
+    assert done.returncode == 141 and done.stderr.count("\n") <= 1
 
 
 def test_pip_install_is_refused_in_words(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from data.examples import Example, decode, digest, draw, encode, fit_context, held_out, load_examples, load_tokenizer
+from data.examples import Example, digest, draw, encode, held_out, load_examples, load_tokenizer
 from data.templates import DEFAULT_TEMPLATE, Template
 
 POINTER = "version git-lfs/v1\nsize 9\n"
@@ -40,26 +40,9 @@ def test_prompt_and_response_are_encoded_apart(tokenizer):
     assert example.prompt_ids + example.real_ids == [*tokenizer.encode("H").ids * 2, 393]
 
 
-@pytest.mark.parametrize("text", ["HH AH0", "HH AH0<|endoftext|>", "HH AH0<|endoftext|><|endoftext|>"])
-def test_real_responses_end_with_exactly_one_eos(text, tokenizer):
-    """This holds after a prompt in which special tokens were plain text, too."""
-    example = encoded(tokenizer, EOS_TEXT, text)
-    assert example.real_ids == [*tokenizer.encode("HH AH0").ids, 393]
-    assert decode(example.real_ids, tokenizer, 393) == "HH AH0"
-
-
 def test_eos_inside_a_response_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"x:7: the response .*end-of-sequence token inside"):
         encoded(tokenizer, "a", "HH<|endoftext|>AH0")
-
-
-def test_over_long_examples_are_an_error_or_counted(tokenizer):
-    examples = [Example("f", 1, "ab", "HH", []), Example("f:2", 2, "a" * 60, "HH", [])]
-    encode(examples, tokenizer, "{prompt}", 393)
-    with pytest.raises(ValueError, match=r"f:2: needs 68 tokens .*context is 64"):
-        fit_context(examples, 64, 8, "error")
-    assert fit_context(examples, 64, 8, "skip") == (examples[:1], 1)
-    assert examples[1].real_ids[-1] == 393, "nothing was cut"
 
 
 def test_the_digest_does_not_depend_on_the_folder(tmp_path):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import OPTIONS, ROOT, rows
@@ -21,34 +22,41 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def vendored() -> list[tuple[list[str], str]]:
-    """(files, code) of every example in docs/vendoring.md: the file of its heading, and those that a sentence adds."""
-    cases = []
+# Runs example.py in each of the folders, in forks: importing torch takes seconds, and a fork takes none.
+PROGRAM = """
+import os, runpy, sys, torch
+for folder in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0, folder
+        continue
+    os.chdir(folder)
+    torch.manual_seed(0)
+    runpy.run_path("example.py")
+    sys.exit()
+"""
+
+
+def test_every_file_works_alone_as_its_example_says(tmp_path):
+    """In an empty folder, with nothing of this project in the path.
+
+    docs/vendoring.md has them: the file of a section's heading, and for later examples model.py, which a sentence adds.
+    """
+    shown, folders = set(), []
     for section in (ROOT / "docs/vendoring.md").read_text().split("\n## ")[1:]:
         for i, code in enumerate(blocks(section)):
-            names = section.partition("\n")[0].split(" with ")
-            cases.append((names if i == 0 else [*names, "model.py"], code))
-    return cases
-
-
-@pytest.mark.parametrize("names, code", vendored(), ids=lambda value: "+".join(value) if type(value) is list else "")
-def test_every_file_works_alone_as_its_example_says(names, code, tmp_path):
-    """In an empty folder, with nothing of this project in the path."""
-    for name in names:
-        if name.endswith("/"):
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "example.py").write_text(f"import torch\ntorch.manual_seed(0)\n{code}")
+            names = section.partition("\n")[0].split(" with ") + ["model.py"] * (i > 0)
+            folders.append(tmp_path / str(len(folders)))
+            folders[-1].mkdir()
+            shown |= {*names}
+            for name in names:
+                copy = shutil.copytree if name.endswith("/") else shutil.copyfile
+                copy(ROOT / name, folders[-1] / Path(name).name)
+            (folders[-1] / "example.py").write_text(code)
+    assert shown == {"kernels/", "kernels/onednn.py", "llama.py", "lora.py", "model.py", "sampling.py"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "example.py"]
+    command = [sys.executable, "-c", PROGRAM, *map(str, folders)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def test_all_that_can_be_taken_is_shown():
-    names = {name for names, _ in vendored() for name in names}
-    assert names == {"kernels/", "kernels/onednn.py", "llama.py", "lora.py", "model.py", "sampling.py"}
 
 
 def test_the_iteration_from_python_runs(start, data, here):
@@ -61,15 +69,15 @@ def test_the_iteration_from_python_runs(start, data, here):
     assert len(rows(here / "run/metrics.jsonl")) == 2 and (here / "run/final/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_and_links_in_the_documents_exist(document):
-    text = document.read_text()
+def test_files_and_links_in_the_documents_exist():
     folders = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name != "runs")
-    for path in re.findall(r"`([\w./-]+)`", text):
-        if path.endswith((".py", ".args")) or path.startswith(folders):
-            assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
-        assert (document.parent / link).exists(), link
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for path in re.findall(r"`([\w./-]+)`", text):
+            if path.endswith((".py", ".args")) or path.startswith(folders):
+                assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), f"{document}: {path}"
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (document.parent / link).exists(), f"{document}: {link}"
 
 
 LAYERS = {  # What may import what, by the name of a folder or a file at the top.
@@ -109,20 +117,14 @@ def test_options_from_python_say_which_is_wrong():
         Options(learning_rate=1e-3)
 
 
-def commands() -> list[tuple[str, str]]:
-    """(script, arguments) of every command line in README.md, docs/ and the recipes."""
-    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.args")]
+def test_every_command_line_in_the_documents_is_valid(monkeypatch):
+    """Those of README.md, docs/ and the recipes, of every script."""
+    monkeypatch.chdir(ROOT)
+    files = [*DOCUMENTS, *(ROOT / "recipes").glob("*.args")]
     texts = [re.sub(r"-m methods\.(\w+)", r"\1.py", file.read_text()) for file in files]
     pattern = r"(?:python|torchrun) [^`\n]*?\b(spin|sft|family|seft)\.py\b([^`#&\n]*)"
-    return sorted({(script, words.strip()) for text in texts for script, words in re.findall(pattern, text)})
-
-
-def test_the_command_lines_in_the_docs_are_found():
-    assert {script for script, _ in commands()} == set(OPTIONS) and len(commands()) > 15
-
-
-@pytest.mark.parametrize("script, arguments", commands())
-def test_every_command_line_in_the_docs_is_valid(script, arguments, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    words = [word for word in shlex.split(arguments) if word not in ("...", "--help")]
-    parse(OPTIONS[script], words, f"{script}.py")
+    found = sorted({(script, words.strip()) for text in texts for script, words in re.findall(pattern, text)})
+    assert {script for script, _ in found} == set(OPTIONS) and len(found) > 15
+    for script, arguments in found:
+        words = [word for word in shlex.split(arguments) if word not in ("...", "--help")]
+        parse(OPTIONS[script], words, f"{script}.py")

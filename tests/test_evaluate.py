@@ -25,7 +25,6 @@ from evaluate import (
     frontier,
     interpolation,
     metrics_with,
-    nearest_edits,
     ratio_of,
     sample_start,
     significant_errors,
@@ -58,12 +57,6 @@ def test_edit_distance_is_that_of_the_whole_table():
             for j, y in enumerate(b, 1):
                 diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
         assert edit_distance(a, b) == row[-1]
-
-
-def test_the_nearest_reference_has_the_lowest_error_rate():
-    """Not the fewest edits: one of four words is less than one of two."""
-    assert nearest_edits("A B C", ["A B", "A B C D"]) == (1, 4)
-    assert nearest_edits("A B", ["X", "A B"]) == (0, 2)
 
 
 def test_standard_errors_are_the_spread_over_resampled_data():

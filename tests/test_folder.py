@@ -6,10 +6,9 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import small, tree
+from helpers import tree
 from safetensors.torch import save_file
 
-import spin
 from runtime import folder
 from runtime.folder import Folder, in_shards
 from runtime.stopping import Stopped
@@ -138,13 +137,25 @@ def test_a_run_that_died_before_its_first_row_begins_again_but_lost_rows_are_mis
         run.finished()
 
 
-def test_sha256sum_reads_the_checksums_of_a_run(start, data, here):
+def test_files_of_an_iterate_count_as_soon_as_it_is_finished(tmp_path):
+    """A resumed run computes those anew that follow the metrics; in a finished run all must be there."""
+    run = Folder(tmp_path)
+    run.write_record({"finished": False})
+    for name in ("a", "metrics.jsonl", "b"):
+        run.write_rows(name, [{"iterate": 0}])
+    (tmp_path / "b").unlink()
+    run.check()
+    run.write_record({"finished": True})
+    with pytest.raises(Stopped, match="b: missing"):
+        run.check()
+
+
+def test_sha256sum_reads_the_checksums_of_a_run(whole):
     """All files are in it once, apart from pages and plots that are drawn anew."""
-    assert spin.main(small(start, data)) == 0
-    names = [line[66:] for line in (here / "run/checksums").read_text().splitlines()]
-    assert sorted(names) == sorted(tree(here / "run").keys() - {"checksums", "metrics.svg"})
+    names = [line[66:] for line in (whole / "checksums").read_text().splitlines()]
+    assert sorted(names) == sorted(tree(whole).keys() - {"checksums", "metrics.svg"})
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "-c", "--strict", "checksums"], cwd=here / "run", check=True)
+        subprocess.run(["sha256sum", "-c", "--strict", "checksums"], cwd=whole, check=True)
 
 
 # ---------------------------------------------------------------- shards

@@ -7,9 +7,7 @@ import contextlib
 import json
 import shutil
 
-import numpy
 import pytest
-import torch
 from helpers import die_at, flags, refused, rows, tree
 
 import respond
@@ -46,6 +44,8 @@ def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(met
             assert [line["values"][f"{decoding}_vowels"][0] for line in lines] == values
             assert row[f"{decoding}_vowels"] == sum(values) / len(values) and f"{decoding}_vowels_se" in row
             assert f"{decoding}_exact" in row
+            others = [line.get("by_temperature", {}).get("0.8", {}).get("sampled_vowels", [0])[0] for line in lines]
+            assert (others == [0] * len(lines)) == (t > 0) and others != values, "other responses at 0.8"
     assert "greedy_vowels" in metrics[1]["since_start"] and "greedy vowels +" in printed
     assert "sampled vowels" in printed.partition("Held-out metrics")[2]
     assert "by sampled vowels" in printed and "sampled vowels" in (tmp_path / "run/metrics.svg").read_text()
@@ -110,11 +110,6 @@ def test_metrics_that_are_refused(words, says, start, data, tmp_path, capsys):
     (tmp_path / "broken.py").write_text("def f(")
     with contextlib.chdir(tmp_path):
         assert says in refused([*flags(start, data, tmp_path / "out"), *words], tmp_path / "out", capsys)
-
-
-def test_a_metric_may_return_any_kind_of_number():
-    for value in (True, 1, 1.0, numpy.bool_(True), numpy.float32(1), torch.tensor(1.0), torch.tensor([1])):
-        assert functions._number(value) == 1.0 and isinstance(functions._number(value), float)
 
 
 @pytest.mark.parametrize("answer, accepted", [("(1, 0.5)", True), ("[1, 2]", False), ("[0.5]", False), ("'01'", False)])

@@ -17,7 +17,6 @@ from transformers import GPTNeoForCausalLM
 
 import model as module
 from model import GPTNeo, GPTNeoConfig, GPTNeoMLP, GPTNeoSelfAttention
-from sampling import KVCache
 
 TINY = {
     "vocab_size": 97,
@@ -75,80 +74,6 @@ def test_logits_and_gradients_equal_those_of_transformers(name, tmp_path):
     ours, theirs = pair(changes, tmp_path)
     ids = torch.randint(ours.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
     assert_same_logits_and_gradients(ours, theirs, ids, least=1e-3)
-
-
-@pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_changes_nothing(side, tmp_path):
-    """Learned positions count real tokens: a padded row has the logits of the row alone (TRL #6800)."""
-    model, _ = pair({}, tmp_path)
-    rows = [torch.randint(97, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 20, 12)]
-    width = 25
-    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width)
-    for i, row in enumerate(rows):
-        offset = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
-        ids[i, offset : offset + len(row)] = row
-        mask[i, offset : offset + len(row)] = 1
-    hidden = model(ids, mask - 1)  # segments: 0 is text, -1 padding
-    assert hidden.isfinite().all()
-    for i, row in enumerate(rows):
-        torch.testing.assert_close(hidden[i, mask[i].bool()], model(row[None])[0], atol=2e-5, rtol=1e-5)
-
-
-def test_continuations_of_a_prompt_in_one_row(tmp_path):
-    """A prompt and three continuations in one row give the hidden states and gradients of three separate rows."""
-    model, _ = pair({}, tmp_path)
-    rng = torch.Generator().manual_seed(0)
-    lengths = [[12, 9, 1, 14], [5, 20, 3, 6]]
-    parts = [[torch.randint(97, (n,), generator=rng) for n in row] for row in lengths]
-    width = max(map(sum, lengths)) + 2
-    ids, segments = torch.zeros(2, width, dtype=torch.long), torch.full((2, width), -1)
-    for row, row_parts in enumerate(parts):
-        ids[row, : sum(lengths[row])] = torch.cat(row_parts)
-        segments[row, : sum(lengths[row])] = torch.arange(4).repeat_interleave(torch.tensor(lengths[row]))
-    together = model(ids, segments)
-    ours, expected = [], []
-    for row, (prompt, *continuations) in enumerate(parts):
-        end = len(prompt)
-        for continuation in continuations:
-            alone = model(torch.cat([prompt, continuation])[None])[0]
-            ours.append(torch.cat([together[row, : len(prompt)], together[row, end : end + len(continuation)]]))
-            expected.append(alone)
-            end += len(continuation)
-    weights = torch.randn(sum(map(len, ours)), 32, generator=rng)
-    grads = []
-    for hidden in (torch.cat(ours), torch.cat(expected)):
-        grads.append(torch.autograd.grad((hidden * weights).sum(), list(model.parameters())))
-    torch.testing.assert_close(torch.cat(ours), torch.cat(expected), atol=2e-5, rtol=1e-5)
-    for a, b in zip(*grads):
-        assert (a - b).norm() <= 1e-5 * b.norm()
-
-
-def test_right_padding_needs_no_mask(tmp_path):
-    model, _ = pair({}, tmp_path)
-    row = torch.randint(97, (1, 20), generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([row, torch.zeros(1, 7, dtype=torch.long)], 1)
-    torch.testing.assert_close(model(padded)[:, :20], model(row), atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("cut", [1, 7, 8, 9, 30])
-def test_cached_equals_uncached(cut, tmp_path):
-    """Ragged prompts of up to `cut` tokens at once, then one token at a time, past the local window of 8."""
-    model, _ = pair({}, tmp_path)
-    ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(0))
-    cache = KVCache(model, 4, 40)
-    rows, lengths = torch.tensor([2, 0, 3]), torch.tensor([cut, max(1, cut - 5), max(1, cut // 2)])
-    prompts = torch.where(torch.arange(cut) < lengths[:, None], ids[:, :cut], 0)
-    hidden = model(prompts, update_cache=partial(cache.fill, rows, lengths))
-    cache.lengths[rows] = lengths
-    expected = model(ids)
-    for row in range(3):
-        assert (hidden[row, : lengths[row]] - expected[row, : lengths[row]]).abs().max() <= 1e-4
-    for _ in range(40 - cut):
-        at = cache.lengths[rows]
-        tokens = torch.zeros(4, dtype=torch.long).index_put((rows,), ids[torch.arange(3), at])
-        got = model.decode(tokens, cache.lengths, cache.masks(), cache.append)[rows]
-        assert (model.logits(got) - model.logits(expected[torch.arange(3), at])).abs().max() <= 1e-4
-        cache.lengths[rows] += 1
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path):

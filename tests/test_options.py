@@ -149,20 +149,6 @@ def test_wrong_values_are_refused_with_flag_value_and_what_is_expected(name, tex
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        {"lr": "x"}, {"lr": ()}, {"lr": None}, {"lr": (1e-3, "x")}, {"lr": 10**400}, {"clip": 10**400}, {"rank": 8.0},
-        {"rank": True}, {"rank": (8,)}, {"checkpoint": 1}, {"model": None}, {"model": b"x"}, {"epochs": 1.0},
-        {"clip": True}, {"lora_targets": 3}, {"lr": (1e-3, 1e-4)},
-    ],
-)  # fmt: skip
-def test_wrong_values_from_python_are_refused_by_the_name_of_the_option(given):
-    ((name, _),) = given.items()
-    with pytest.raises(ValueError, match=f"^{options.flag_of(name)} .*: expected "):
-        Spin(**given)
-
-
-@pytest.mark.parametrize(
     "options_class, given, message",
     [
         (Spin, {"adapter": "a", "rank": 0}, "--adapter requires a --rank above 0"),

@@ -2,18 +2,20 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
-from helpers import begin, rows, small, small_sft
+from helpers import ROOT, begin, rows, small_sft
 
 import sft
-import spin
 from report import __main__ as script
 from report import page
 from report.figures import COLOURS
@@ -24,17 +26,6 @@ HOSTILE = [
     "\"'><img src=x onerror='window.hacked=1'>", "{{ 7 * 7 }} {% raw %}", "&lt;b&gt; &amp;", "\u202eright\u200f",
     "\x00\x1b[31m\x7f", "a lone \ud800 surrogate", "x" * 1_000_000, "]]>\u2028\u2029", "javascript:window.hacked=1", "",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(start, data, tmp_path_factory):
-    """The folder of a run of two iterations, and in it pages.json with its page after each of the iterates."""
-    out, seen, make = tmp_path_factory.mktemp("runs") / "finished", [], page.page
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "page", lambda runs: seen.append(make(runs)) or seen[-1])
-        assert spin.main(small(start, data, out=out)) == 0
-    (out / "pages.json").write_text(json.dumps(seen))
-    return out
 
 
 def heldout_row(i: int, text: str, nll: float, error: float) -> dict:
@@ -95,17 +86,17 @@ class Reader(html.parser.HTMLParser):
 # ---------------------------------------------------------------- what runs keep for it
 
 
-def test_a_run_writes_its_page_after_every_iterate(finished):
+def test_a_run_writes_its_page_after_every_iterate(whole):
     """With all iterates so far; besides it times and memory of each phase."""
-    seen = json.loads((finished / "pages.json").read_text())
+    seen = json.loads((whole.parent / "pages.json").read_text())
     assert [("is not finished: 1 of 2" in text, "Only the start" in text) for text in seen] == [
         (False, True), (True, False), (False, False), (False, False),
     ]  # fmt: skip
-    assert (finished / "report.html").read_text() == seen[-1]
-    times = rows(finished / "times.jsonl")
+    assert (whole / "report.html").read_text() == seen[-1]
+    times = rows(whole / "times.jsonl")
     assert [row["iterate"] for row in times] == [0, 1, 2]
     assert set(times[1]["seconds"]) == set(times[1]["memory"]) == {"generate", "score", "train", "evaluate"}
-    assert not {"report.html", "times.jsonl"} & set(re.findall(r"[\w.]+", (finished / "checksums").read_text()))
+    assert not {"report.html", "times.jsonl"} & set(re.findall(r"[\w.]+", (whole / "checksums").read_text()))
 
 
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
@@ -116,11 +107,11 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsy
     assert list(written) == [tmp_path / "metrics.svg"]
 
 
-def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(finished, start, data, tmp_path):
+def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(whole, start, data, tmp_path):
     """Of the start's greedy responses and of the real ones, token by token; the pieces of these make up the text."""
     player, _, run = begin(start, data, tmp_path / "again")
     responses = player.respond([e.prompt_ids for e in run.work.heldout], 0, temperature=0.0)
-    for row, example, (greedy, _) in zip(rows(finished / "heldout-0.jsonl"), run.work.heldout, responses, strict=True):
+    for row, example, (greedy, _) in zip(rows(whole / "heldout-0.jsonl"), run.work.heldout, responses, strict=True):
         for name, ids in (("greedy", greedy), ("real", example.real_ids)):
             (by_token,) = player.logps([(example.prompt_ids, ids)], by_token=True)
             pieces, logps = zip(*row["tokens"][name])
@@ -161,9 +152,9 @@ def test_the_headline_tells_changes_from_noise(tmp_path):
     ]
 
 
-def test_the_page_of_a_real_run(finished):
+def test_the_page_of_a_real_run(whole):
     """Every panel has its figure, every table its numbers; what a figure shows stays inside it."""
-    text = (finished / "report.html").read_text()
+    text = (whole / "report.html").read_text()
     reader = Reader(text)
     shown = {attrs["aria-label"].partition(".")[0] for tag, attrs in reader.tags if tag == "svg"}
     assert {
@@ -173,15 +164,15 @@ def test_the_page_of_a_real_run(finished):
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text
     assert re.search("spin.py .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
     assert "--top-k" not in reader.text.partition("All options")[0]
-    digest = json.loads((finished / "run.json").read_text())["digests"]["model"]
+    digest = json.loads((whole / "run.json").read_text())["digests"]["model"]
     assert digest in reader.text
     scripts = [attrs for tag, attrs in reader.tags if tag == "script"]
     assert scripts == [{}] and not [tag for tag, _ in reader.tags if tag in ("link", "img", "iframe")]
 
 
-def test_runs_without_some_files_still_get_a_page(finished, start, data, tmp_path):
+def test_runs_without_some_files_still_get_a_page(whole, start, data, tmp_path):
     """Not finished, being written, or supervised."""
-    older = shutil.copytree(finished, tmp_path / "older")
+    older = shutil.copytree(whole, tmp_path / "older")
     for name in ("heldout-0.jsonl", "heldout-1.jsonl", "heldout-2.jsonl", "steps-1.jsonl", "times.jsonl"):
         (older / name).unlink()
     with open(older / "metrics.jsonl", "a") as file:
@@ -191,7 +182,7 @@ def test_runs_without_some_files_still_get_a_page(finished, start, data, tmp_pat
     assert "No iterate has been evaluated yet." in Reader(page_of(older)).text
     assert sft.main([*small_sft(start, data, iterations=1, out=tmp_path / "sft")]) == 0
     assert "sft.py --" in Reader((tmp_path / "sft/report.html").read_text()).text
-    assert "2 runs" in Reader(page_of(finished, older)).text
+    assert "2 runs" in Reader(page_of(whole, older)).text
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -253,9 +244,9 @@ def test_tokens_are_encoded_as_lengths_and_quarters_of_a_nat():
 # ---------------------------------------------------------------- python -m report
 
 
-def test_pages_and_figures_are_written(finished, tmp_path, monkeypatch):
+def test_pages_and_figures_are_written(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    copy = shutil.copytree(finished, tmp_path / "copy")
+    copy = shutil.copytree(whole, tmp_path / "copy")
     (copy / "report.html").unlink()
     assert script.main([str(copy), "--figures", "figures"]) == 0
     assert (copy / "report.html").read_text().startswith("<!doctype html>")
@@ -263,7 +254,7 @@ def test_pages_and_figures_are_written(finished, tmp_path, monkeypatch):
     assert {"NLL.svg", "loss.svg", "real-length.svg"} <= files
     for name in files:
         ElementTree.parse(tmp_path / "figures" / name)
-    assert script.main([str(copy), str(finished)]) == 0 and (tmp_path / "report.html").is_file()
+    assert script.main([str(copy), str(whole)]) == 0 and (tmp_path / "report.html").is_file()
     assert script.main([str(copy), "--out", "page.html"]) == 0 and (tmp_path / "page.html").is_file()
 
 
@@ -278,6 +269,17 @@ def test_what_people_get_wrong_is_one_line(tmp_path, capsys):
         assert script.main([*map(str, argv)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("report: error: ") and error.count("\n") == 1 and said in error
+
+
+def test_a_pipe_whose_reader_has_gone(tmp_path):
+    """As under `| true`: a shell makes 141 of SIGPIPE. The page is there, and nothing is said."""
+    run = write_run(tmp_path / "run", 3, 1, 1)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "report", str(run)]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"") and (run / "report.html").is_file()
 
 
 # ---------------------------------------------------------------- in a browser
@@ -369,13 +371,13 @@ def test_in_a_browser_hostile_text_stays_text(tmp_path):
         assert text in found["texts"] and f"before {text}" in found["texts"]
 
 
-def test_in_a_browser_on_a_narrow_dark_screen_and_without_scripts(finished, tmp_path):
+def test_in_a_browser_on_a_narrow_dark_screen_and_without_scripts(whole, tmp_path):
     """No sideways scrolling, another paper; without scripts all rows are there, and no controls that do nothing."""
     path = tmp_path / "page.html"
-    shutil.copy(finished / "report.html", path)
+    shutil.copy(whole / "report.html", path)
     found, _ = browse(path, "--window-size=500,900", "--blink-settings=preferredColorScheme=0")
     assert found["wide"] <= 0 and found["paper"] == "rgb(20, 23, 27)" and found["drawn"]
-    path.write_text(re.sub("(?s)<script>.*</script>", "", (finished / "report.html").read_text()))
+    path.write_text(re.sub("(?s)<script>.*</script>", "", (whole / "report.html").read_text()))
     _, dom = browse(path, look=False)
-    count = len(rows(finished / "heldout-0.jsonl"))
+    count = len(rows(whole / "heldout-0.jsonl"))
     assert dom.count('<tbody class="prompt"') == count and '<div class="controls" hidden="">' in dom

@@ -9,7 +9,6 @@ from helpers import begin, known_model, player_of, spy
 import lora
 import player as player_module
 import sampling
-import spin
 
 
 def table_of(model, temperature: float = 1.0) -> torch.Tensor:
@@ -35,25 +34,6 @@ def test_each_response_token_is_predicted_from_the_token_before_it():
         assert numbers == pytest.approx([number.item() for number in row], abs=1e-5)
 
 
-@pytest.mark.parametrize("masked_tokens", [1024, 20])
-def test_a_prompt_shared_by_two_responses(start, data, tmp_path, monkeypatch, masked_tokens):
-    """In one row or, beyond masked_tokens, in a row each: log-probabilities and gradients are those of single ones."""
-    monkeypatch.setattr(player_module.Player, "masked_tokens", masked_tokens)
-    player, examples, run = begin(start, data, tmp_path / "run", rank=0)
-    pairs, _ = spin.generate(player, examples[:7], 0, run)
-    items = [(p.prompt_ids, *p.responses) for p in pairs]
-    items[0] = (items[0][0][:1], items[0][1][-1:], items[0][2])  # a prompt of one token, a response of one
-    params = [p for p in player.model.parameters() if p.requires_grad]
-    together = player.response_logps(items)
-    apart = torch.stack([torch.cat([player.response_logps([(i[0], i[n])])[0] for i in items]) for n in (1, 2)])
-    assert together.shape == (2, len(items))
-    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
-    weights = torch.randn(apart.shape, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(*(torch.autograd.grad((logps * weights).sum(), params) for logps in (together, apart))):
-        assert (a - b).norm() <= 1e-4 * b.norm()
-    assert torch.tensor(player.logps(items)).flatten().tolist() == pytest.approx(apart.T.flatten().tolist(), abs=2e-5)
-
-
 @pytest.mark.parametrize("masked_tokens", [1024, 0])
 def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
     """They are those of the logits divided by the temperature, on the model whose table is known."""
@@ -73,14 +53,6 @@ def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
         p = player.response_logps([([4], *[[token] for token in range(11)])], 0.1)[:, 0].detach().exp()
         assert ((shares - p).abs() < 5 * (p * (1 - p) / 4000).sqrt()).all()
         assert (p - table.mul(0.1).softmax(-1)[4]).abs().max() > 0.05, "else temperature 1 would fit as well"
-
-
-def test_logps_do_not_depend_on_batch_or_padding(start, tmp_path, data):
-    player, examples, _ = begin(start, data, tmp_path / "run", rank=0)
-    sequences = [(e.prompt_ids, e.real_ids) for e in examples[:9]]
-    alone = torch.cat([player.response_logps([s]) for s in sequences], dim=1)
-    torch.testing.assert_close(player.response_logps(sequences), alone, atol=2e-5, rtol=0)
-    assert [logp for (logp,) in player.logps(sequences)] == pytest.approx(alone[0].tolist(), abs=2e-5)
 
 
 def test_sums_and_log_ratios_are_fp32_under_bf16():
@@ -115,15 +87,6 @@ def test_scoring_is_free_of_dropout_and_of_the_global_generator(start, data, tmp
         scored.append(player.logps(sequences))
     assert scored[0] == scored[1]
     assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_micro_batches_hold_rows_of_like_length_within_the_budget():
-    tokens = [5, 30, 7, 6, 100, 9, 8, 31]
-    player = player_of(known_model(), micro_tokens=30)
-    chunks = list(player.micro_batches(tokens))
-    assert sorted(i for chunk in chunks for i in chunk) == list(range(8))
-    assert [[tokens[i] for i in chunk] for chunk in chunks] == [[5, 6, 7], [8, 9], [30], [31], [100]]
-    assert list(player.micro_batches([])) == []
 
 
 def test_bf16_means_bf16_products_in_scoring(monkeypatch):

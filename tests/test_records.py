@@ -155,6 +155,7 @@ def test_a_directory_and_several_files_are_read_in_order(tmp_path, capsys):
         ("x.json", b'[{"prompt":\n"\xff"}]', "x.json:2: not readable as UTF-8 text ("),
         ("x.jsonl", f"{GOOD}\n{{oops\n", "x.jsonl:2: not valid JSON (Expecting property name"),
         ("x.jsonl", GOOD.encode() + b"\n\xff" + GOOD.encode(), "x.jsonl:2: not readable as UTF-8 text ("),
+        ("x.jsonl", GOOD + '\n{"a":' * 5000, "x.jsonl:2: "), ("x.jsonl", f"{GOOD}\n{'9' * 5000}", "x.jsonl:2: "),
         ("x.jsonl", f"{GOOD}\n[1]\n", "x.jsonl:2: expected a JSON object, found list"),
         ("x.jsonl", "prompt,response\na,b\n", "expected a JSON object per line or a JSON array, or a name that ends"),
         ("x.json", '{\n  "prompt" "a"\n}\n', "x.json:1: not valid JSON (Expecting property name"),

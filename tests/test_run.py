@@ -113,17 +113,6 @@ def test_what_is_finished_stays_where_the_same_seed_may_give_other_responses(sta
     assert responses[: len(kept)] == kept and len(responses) > len(kept)
 
 
-def test_sft_resumes_and_ends_as_if_it_had_never_died(start, data, here, monkeypatch):
-    argv, steps = small_sft(start, data, prompts=32), []
-    spy(monkeypatch, Training, "step", lambda *args: steps.append(1))
-    die_at(Training, "step", argv, lambda *args: len(steps) == 3, script=sft)
-    assert sft.main(argv) == 0
-    stopped = tree(here)
-    shutil.rmtree(here / "run")
-    assert sft.main(argv) == 0
-    assert tree(here) == stopped and len(steps) == 2 * 4
-
-
 @pytest.mark.parametrize("command, options", [("spin", {}), ("family", {"rank": 0, "alpha": 0.5, "lr": 1e-3})])
 def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsys, command, options):
     """It is read again: with LoRA for final/, with --alpha and full parameters as the base policy."""
@@ -232,17 +221,6 @@ def test_a_scorer_must_be_the_same_wherever_it_is(start, data, here, capsys):
             assert family.main(small(start, data, out=out, scorer=scorer)) == 2
             assert "--scorer: not the contents" in capsys.readouterr().err
     die_at(Run, "evaluate", small(start, data, out="b", scorer="moved.py:judge"), script=family)
-
-
-def test_given_pairs_must_be_the_same(start, data, here, capsys):
-    """The message names the flag that was given."""
-    lines = [json.dumps({"prompt": prompt, "chosen": "B", "rejected": "D"}) for prompt in "ab"]
-    (here / "pairs.jsonl").write_text("\n".join(lines))
-    argv = flags(start, None, "run", pairs="pairs.jsonl", eval_data=data)
-    die_at(Run, "evaluate", argv, script=family)
-    (here / "pairs.jsonl").write_text("\n".join(reversed(lines)))
-    assert family.main(argv) == 2
-    assert "--pairs: not the contents" in capsys.readouterr().err
 
 
 def test_a_run_of_one_script_is_not_resumed_by_another(begun, start, data, capsys):

@@ -4,11 +4,7 @@ import contextlib
 import copy
 import hashlib
 import math
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -225,19 +221,6 @@ def test_a_16_bit_models_logps_come_from_fp32_logits(model, monkeypatch, dtype):
     torch.testing.assert_close(torch.tensor(responses.logps), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.8)])
-@pytest.mark.parametrize("multiple", [1, 7, 64])
-def test_logps_are_those_of_a_full_scoring_pass(model, settings, multiple, monkeypatch):
-    """They are those of the model's own distribution, whatever temperature and filters the sampling used."""
-    monkeypatch.setattr("sampling.READ_MULTIPLE", multiple)
-    responses = respond(model, prompts(9), max_new_tokens=20, eos_token_id=EOS, seed=0, **settings)
-    for prompt, ids, logps in zip(prompts(9), responses.ids, responses.logps):
-        full = torch.tensor([prompt + ids])
-        expected = model.logits(model(full)).log_softmax(-1)[0, len(prompt) - 1 : -1]
-        expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert (torch.tensor(logps) - expected).abs().max() <= 1e-4
-
-
 def test_attention_reads_no_further_than_the_longest_active_row(model, monkeypatch):
     """A row of 40 tokens that has finished does not slow down the short one that follows it."""
     monkeypatch.setattr("sampling.READ_MULTIPLE", 8)
@@ -269,22 +252,6 @@ def test_logits_that_are_not_finite_are_an_error(model, position):
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         respond(damaged, [[1, 2, 3]], max_new_tokens=10, eos_token_id=None)
     respond(damaged, [[1, 2, 3][: max(1, position - 9)]], max_new_tokens=max(1, position - 2), eos_token_id=None)
-
-
-def test_finished_means_that_eos_was_drawn(model):
-    responses = respond(
-        model, prompts(64), max_new_tokens=12, eos_token_id=EOS, temperature=1.5, batch_size=16,
-        seed=0,
-    )  # fmt: skip
-    assert 0 < sum(responses.finished) < 64
-    for ids, finished, logps in zip(*responses):
-        assert finished == (ids[-1] == EOS) and EOS not in ids[:-1] and len(logps) == len(ids)
-        assert finished or len(ids) == 12
-
-
-def test_without_eos_every_row_runs_to_the_limit(model):
-    responses = respond(model, prompts(5), max_new_tokens=9, eos_token_id=None)
-    assert [len(ids) for ids in responses.ids] == [9] * 5 and not any(responses.finished)
 
 
 def test_context_may_be_filled_to_the_last_position(model):
@@ -338,7 +305,8 @@ def test_draw_inverts_the_distribution():
     """p = (0.5, 0, 0.25, 0.25): the token changes at the cumulative sums; probability 0 is never drawn."""
     logits = torch.tensor([0.5, 0.0, 0.25, 0.25]).log()
     uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits.expand(6, 4), uniform).tolist() == [0, 0, 2, 2, 3, 3]
+    for shift in (0, 100):  # exp(100) is no number of fp32
+        assert draw(logits.expand(6, 4) + shift, uniform).tolist() == [0, 0, 2, 2, 3, 3]
     first_excluded = torch.tensor([[-torch.inf, 0.0]])
     assert draw(first_excluded, torch.zeros(1).double()).tolist() == [1]
     last_excluded = torch.tensor([[0.0, -torch.inf]])
@@ -397,11 +365,3 @@ def test_mode_is_restored_and_dropout_is_off_while_sampling(model):
 def test_no_prompts():
     config = GPTNeoConfig(num_layers=1, attention_types=((("global",), 1),), hidden_size=16, vocab_size=5, num_heads=1)
     assert respond(GPTNeo(config), [], max_new_tokens=3, eos_token_id=0) == ([], [], [])
-
-
-def test_the_file_alone_imports_elsewhere(tmp_path):
-    source = Path(__file__).resolve().parents[1] / "sampling.py"
-    (tmp_path / "sampling.py").write_text(source.read_text())
-    program = "import sampling, sys; assert not {'spin', 'model', 'lora', 'kernels', 'transformers'} & set(sys.modules)"
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})

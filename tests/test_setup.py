@@ -10,8 +10,10 @@ import torch
 from helpers import begin, die_at, flags, refused, rows
 from safetensors.torch import load_file, save_file
 
+import lora
 import spin
-from data.examples import decode, draw
+from data.examples import draw
+from model import GPTNeo
 from runtime.export import CHANGED, COPIED
 from runtime.resume import digest_of_model
 from runtime.run import Run
@@ -25,17 +27,6 @@ def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
     assert not {e.prompt for e in examples} & {e.prompt for e in run.work.heldout}
     assert [e.prompt for e in run.work.heldout] == [e.prompt for e in sft_run.work.heldout]
     assert [e.prompt for e in examples] == [e.prompt for e in sft_examples]
-
-
-def test_perfect_responses_count_as_right_whatever_surrounds_them(start, tmp_path):
-    """White space or an end-of-sequence text around a reference is not asked of the player."""
-    path = tmp_path / "x.jsonl"
-    texts = ["HH AH0\n", " HH AH0", "HH AH0<|endoftext|>", "HH AH0"]
-    path.write_text("".join(json.dumps({"prompt": f"w{i}", "response": t}) + "\n" for i, t in enumerate(texts * 9)))
-    _, _, run = begin(start, path, tmp_path / "run")
-    assert run.work.heldout
-    for example in run.work.heldout:
-        assert decode(example.real_ids, run.work.tokenizer, run.work.eos_token_id) in example.references == ["HH AH0"]
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -223,12 +214,6 @@ def test_a_model_that_is_missing_names_the_nearest_directory(start, data, here, 
     assert "did you mean" not in refused(flags("none/x", data, out), out, capsys)
 
 
-def test_damaged_files_beside_the_weights_are_found_before_the_run(chat, data, tmp_path, capsys):
-    (chat / "generation_config.json").write_text("{")
-    error = refused(flags(chat, data, tmp_path / "run"), tmp_path / "run", capsys)
-    assert "generation_config.json: not valid JSON" in error
-
-
 def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
     (chat / "tokenizer_config.json").unlink()
     os.mkfifo(chat / "merges.txt")  # read by nothing
@@ -240,8 +225,22 @@ def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
     assert len(digests) == len(names) + 1
 
 
-def test_an_adapter_that_is_missing_is_answered_with_the_nearest(start, data, tmp_path, capsys):
-    (tmp_path / "adapter").mkdir()
+def test_an_adapter_brings_its_settings_and_one_that_is_missing_is_answered_with_the_nearest(
+    start, data, tmp_path, capsys
+):
+    model = GPTNeo.from_pretrained(start)
+    lora.add_lora(model, 3, 7, 0.25)
+    lora.save_adapter(model, tmp_path / "adapter")
+    _, _, run = begin(start, data, tmp_path / "run", adapter=tmp_path / "adapter", rank=None)
+    assert (run.args.rank, run.args.lora_alpha, run.args.lora_dropout) == (3, 7, 0.25)
     argv = flags(start, data, tmp_path / "out", adapter=tmp_path / "adaptor", rank=None)
     error = refused(argv, tmp_path / "out", capsys)
     assert f"--adapter {tmp_path}/adaptor: no such directory; did you mean {tmp_path}/adapter?" in error
+
+
+def test_given_pairs_need_no_room_for_a_generated_response(start, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "ABCDEFGH", "chosen": "B", "rejected": "D"}\n')
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "A", "response": "B"}\n')
+    options = dict(pairs=tmp_path / "pairs.jsonl", eval_data=tmp_path / "eval.jsonl", template="{prompt}")
+    _, (example,), _ = begin(start, None, tmp_path / "run", command="family", max_new_tokens=60, **options)
+    assert len(example.prompt_ids) > 4, "else it would fit the context of 64 tokens"

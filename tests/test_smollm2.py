@@ -59,9 +59,9 @@ def test_logits_and_greedy_responses_equal_transformers_reading_of_the_file(fold
     model, tokenizer = Llama.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
     prompts = [
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        for messages in (MESSAGES[:1], MESSAGES, [{"role": "user", "content": "What is 12 + 30?"}])
+        for messages in (MESSAGES[:1], MESSAGES)
     ]
-    responses = respond(model, prompts, max_new_tokens=12, eos_token_id=2, temperature=0)
+    responses = respond(model, prompts, max_new_tokens=8, eos_token_id=2, temperature=0)
     for prompt, ids in zip(prompts, responses.ids):
         text = torch.tensor([prompt + ids])
         with torch.no_grad():
@@ -94,20 +94,18 @@ def test_tokens_and_chat_template_are_those_of_transformers(folder, tmp_path):
     assert ours.token_to_id("<|im_end|>") == json.loads((folder / "config.json").read_text())["eos_token_id"]
 
 
-def test_a_short_game_ends_in_an_adapter_of_peft(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    questions = [("2 + 2?", "It is 4."), ("The colour of snow?", "White."), ("3 + 4?", "7"), ("A fruit?", "An apple.")]
+def test_a_short_game_ends_in_an_adapter_of_peft(folder, theirs, here):
+    questions = [("2 + 2?", "It is 4."), ("The colour of snow?", "White."), ("A fruit?", "An apple.")]
     lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in questions]
-    Path("data.jsonl").write_text("".join(lines[:3]))
-    Path("heldout.jsonl").write_text(lines[3])
-    words = "--data data.jsonl --eval-data heldout.jsonl --eval-temperatures 0.8 --iterations 1 --template chat"
-    words += " --max-new-tokens 6 --lr 1e-3 --beta 0.1 --epochs 2 --batch 3 --rank 4 --out run --device cpu"
+    (here / "data.jsonl").write_text("".join(lines[:2]))
+    (here / "heldout.jsonl").write_text(lines[2])
+    words = "--data data.jsonl --eval-data heldout.jsonl --eval-temperatures 1 --iterations 1 --template chat"
+    words += " --max-new-tokens 4 --lr 1e-3 --beta 0.1 --epochs 1 --batch 2 --rank 4 --out run --device cpu"
     assert spin.main(["--model", str(folder), *words.split()]) == 0
-    assert all(pair["real_ids"][-1] == 2 for pair in rows(Path("run/pairs-0.jsonl")))
+    assert all(pair["real_ids"][-1] == 2 for pair in rows(here / "run/pairs-0.jsonl"))
     ours = Llama.from_pretrained(folder)
     lora.load_adapter(ours, "run/iterate-1")
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wrapped = peft.PeftModel.from_pretrained(base, "run/iterate-1").eval()
+    wrapped = peft.PeftModel.from_pretrained(theirs, "run/iterate-1").eval()
     ids = torch.arange(100, 140)[None]
     with torch.no_grad():
         logits = wrapped(ids).logits

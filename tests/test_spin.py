@@ -164,20 +164,12 @@ def test_scoring_happens_once_before_training_and_with_the_one_model(start, data
 
 
 def test_previous_pairs_are_mixed_in_on_request(start, data, tmp_path):
-    for option, steps in ((True, 2), (None, 1)):
+    """Those of the last iteration alone: the third one has as many steps as the second."""
+    for option, steps in ((True, [1, 2, 2]), (None, [1, 1, 1])):
         out = tmp_path / str(option)
-        argv = flags(start, data, out, iterations=2, mix_previous=option, batch=30, prompts=30, lr=1e-4)
-        assert spin.main(argv) == 0
-        first, second = (len(rows(out / f"steps-{t}.jsonl")) for t in range(2))
-        assert (first, second) == (1, steps)
-
-
-def test_pairs_of_the_last_iteration_alone_are_mixed_in(start, data, tmp_path):
-    """In the third iteration as many steps as in the second: older pairs are not kept."""
-    out = tmp_path / "run"
-    argv = flags(start, data, out, iterations=3, mix_previous=True, batch=30, prompts=30, lr=1e-4)
-    assert spin.main(argv) == 0
-    assert [len(rows(out / f"steps-{t}.jsonl")) for t in range(3)] == [1, 2, 2]
+        options = dict(iterations=3, mix_previous=option, batch=30, prompts=30, lr=1e-4, eval_limit=4)
+        assert spin.main(flags(start, data, out, **options)) == 0
+        assert [len(rows(out / f"steps-{t}.jsonl")) for t in range(3)] == steps
 
 
 def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
@@ -187,15 +179,7 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     spy(monkeypatch, spin, "pair_loss", lambda a, k: betas.append(a[2]))
     spy(monkeypatch, torch.nn.utils, "clip_grad_norm_", lambda a, k: clips.append(a[1]))
     spy(monkeypatch, spin, "generate", lambda a, k: chosen.append([e.prompt for e in a[1]]))
-    options = {
-        "temperature": 1.5,
-        "top_k": 7,
-        "top_p": 0.9,
-        "beta": [0.5, 2],
-        "clip": 0.25,
-        "prompts": 10,
-        "iterations": 2,
-    }
+    options = dict(temperature=1.5, top_k=7, top_p=0.9, beta=[0.5, 2], clip=0.25, prompts=10, iterations=2)
     assert spin.main(flags(start, data, tmp_path / "run", **options)) == 0
     settings = [(k["temperature"], k["top_k"], k["top_p"]) for k in sampled]
     evaluation = [(0.0, 0, 1.0), (1.0, 0, 1.0)]
@@ -203,37 +187,28 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     assert sampled[4]["seed"] != sampled[7]["seed"], "the opponent's noise is the same in every iteration"
     assert sampled[1]["seed"] == sampled[5]["seed"], "evaluation noise is shared by all iterates"
     assert {k["max_new_tokens"] for k in sampled} == {8}
-    assert set(betas[: len(betas) // 2]) == {0.5}
-    assert set(betas[len(betas) // 2 :]) == {2.0}
+    assert set(betas[: len(betas) // 2]) == {0.5} and set(betas[len(betas) // 2 :]) == {2.0}
     assert set(clips) == {0.25}
-    assert len(chosen[0]) == len(chosen[1]) == 10
-    assert set(chosen[0]) != set(chosen[1])
+    assert len(chosen[0]) == len(chosen[1]) == 10 and set(chosen[0]) != set(chosen[1])
 
 
-def test_lists_hold_one_value_an_iteration(start, data, tmp_path):
+def test_lists_hold_one_value_an_iteration_and_signs_of_degeneration_are_logged(start, data, tmp_path):
     argv = flags(start, data, tmp_path / "run", iterations=2, lr=[1e-3, 5e-4], beta=[0.1, 5.0], epochs=[1, 2], warmup=0)
     assert spin.main(argv) == 0
     first, second = (rows(tmp_path / f"run/steps-{t}.jsonl") for t in range(2))
-    assert first[0]["lr"] == pytest.approx(1e-3)
-    assert second[0]["lr"] == pytest.approx(5e-4)
-    assert len(second) == 2 * len(first)
+    assert (first[0]["lr"], second[0]["lr"]) == pytest.approx((1e-3, 5e-4)) and len(second) == 2 * len(first)
+    assert {"loss", "margin", "accuracy", "real_logp", "generated_logp", "grad_norm", "lr"} <= set(first[0])
+    before, after, _ = rows(tmp_path / "run/metrics.jsonl")
+    assert {"truncated", "identical", "real_length", "generated_length", "kl", "kl_se"} <= set(after)
+    assert before["kl"] == 0 < after["kl"]
 
 
 def test_same_seed_same_run_other_seed_other_run(start, data, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert spin.main(flags(start, data, tmp_path / name, seed=seed, iterations=2)) == 0
+        options = dict(seed=seed, iterations=2, prompts=16, eval_limit=4)
+        assert spin.main(flags(start, data, tmp_path / name, **options)) == 0
     a, b, c = (rows(tmp_path / name / "pairs-1.jsonl") for name in "abc")
     assert a == b != c
-
-
-def test_signs_of_degeneration_are_logged(start, data, tmp_path):
-    assert spin.main(flags(start, data, tmp_path / "run")) == 0
-    step = rows(tmp_path / "run/steps-0.jsonl")[0]
-    assert {"loss", "margin", "accuracy", "real_logp", "generated_logp", "grad_norm", "lr"} <= set(step)
-    first, last = rows(tmp_path / "run/metrics.jsonl")
-    assert {"truncated", "identical", "real_length", "generated_length", "kl", "kl_se"} <= set(last)
-    assert first["kl"] == 0
-    assert last["kl"] > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -259,8 +234,7 @@ def test_sampled_ids_are_scored_as_sampled(start, data, tmp_path, monkeypatch):
     script_responses(monkeypatch, ids, [True, False])
     pairs, counts = spin.generate(player, examples[:2], 0, run)
     assert [pair.generated_ids for pair in pairs] == [[i] for i in ids]
-    assert counts["truncated"] == 0.5
-    assert counts["generated_length"] == 5.5
+    assert (counts["truncated"], counts["generated_length"]) == (0.5, 5.5)
     seen = []
     spy(monkeypatch, player_module, "linear_logprobs", lambda a, k: seen.append(a[2].tolist()))
     spin.score(player, pairs[:1], run)
@@ -283,8 +257,8 @@ def test_unfinished_responses_keep_drop_cut(start, data, tmp_path, monkeypatch):
         long = [e for e in examples if len(e.real_ids) > 5][:2]
         script_responses(monkeypatch, [[1, 2, run.work.eos_token_id], [1, 2, 3]], [True, False])
         pairs, counts = spin.generate(player, long, 0, run)
-        assert len(pairs) == pairs_left
-        assert counts["truncated"] == 0.5
+        assert len(pairs) == counts["pairs"] == pairs_left
+        assert (counts["truncated"], counts["identical"]) == (0.5, 0)
         assert pairs[0].real_ids == long[0].real_ids, "a finished pair is left alone"
         if option != "drop":
             assert pairs[1].real_ids == long[1].real_ids[:real_length]
@@ -294,13 +268,8 @@ def test_identical_pairs_are_dropped_and_counted(start, data, tmp_path, monkeypa
     player, examples, run = begin(start, data, tmp_path / "run")
     script_responses(monkeypatch, [examples[0].real_ids, [1, run.work.eos_token_id]], [True, True])
     pairs, counts = spin.generate(player, examples[:2], 0, run)
-    assert counts["identical"] == 1
-    assert counts["pairs"] == 1
+    assert counts["identical"] == counts["pairs"] == 1
     assert pairs[0].generated_ids == [[1, run.work.eos_token_id]]
-
-
-def test_nothing_but_identical_pairs_ends_the_run_in_words(start, data, tmp_path, monkeypatch):
-    player, examples, run = begin(start, data, tmp_path / "run")
     script_responses(monkeypatch, [examples[0].real_ids], [True])
     pairs, counts = spin.generate(player, examples[:1], 0, run)
     assert pairs == [] and counts["identical"] == 1
@@ -390,20 +359,10 @@ def test_checkpointing_changes_nothing(start, data, tmp_path):
     losses = []
     for value in (None, True):
         out = tmp_path / str(value)
-        assert spin.main(flags(start, data, out, prompts=32, eval_limit=4, checkpoint=value)) == 0
+        assert spin.main(flags(start, data, out, prompts=32, eval_limit=2, checkpoint=value)) == 0
         losses.append([row["loss"] for row in rows(out / "steps-0.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) > 1
-
-
-def test_schedule_is_ten_percent_rise_then_linear_fall_to_zero():
-    factors = [spin.schedule(step, 100, 0.1) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == 1.0
-    assert factors[55] == pytest.approx(45 / 90)
-    assert factors[99] == pytest.approx(1 / 90)
-    assert [spin.schedule(step, 2, 0.0) for step in range(2)] == [1.0, 0.5]
-    assert spin.schedule(0, 1, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])

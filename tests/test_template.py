@@ -125,6 +125,12 @@ def test_the_end_of_a_turn_is_what_the_template_writes_behind_it(source, ends, t
     assert end == (ends and tokenizer.token_to_id(ends))
 
 
+def test_of_two_ends_that_begin_alike_the_longer_one_counts(tokenizer):
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>!", special=True)])
+    end = Template("{{ messages[-1].content }}<|im_end|>!", tokenizer, {}).turn_end()
+    assert end == tokenizer.token_to_id("<|im_end|>!")
+
+
 def test_a_damaged_template_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"^f: its chat template is not valid \(.*end of template"):
         Template("{% if x %}", tokenizer, {}, name="f")

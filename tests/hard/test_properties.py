@@ -7,20 +7,15 @@ two tokens of almost equal probability, the reference says that it is in doubt, 
 
 import copy
 import functools
-import gzip
 import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,16 +37,14 @@ from data.examples import (
     encode,
     fit_context,
     held_out,
-    load_examples,
     load_tokenizer,
     split,
 )
-from kernels import linear_logprobs, logprobs, tiles, token_logprobs, torch_rows
+from kernels import linear_logprobs, logprobs, tiles, token_logprobs
 from model import GPTNeo, GPTNeoConfig
 from player import Player
-from sampling import KVCache, filter_logits, uniforms
+from sampling import KVCache, filter_logits
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EOS_TEXT = "<|endoftext|>"
 
 
@@ -71,7 +64,7 @@ seeds, booleans = st.integers(0, 2**32), st.booleans()
 # ---------------------------------------------------------------- kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GRAD_RTOL = dict(zip(DTYPES, (5e-5, 2e-3, 1e-2)))  # 16 bits round to 2^-12 and 2^-9; the interpreter truncates
+GRAD_RTOL = dict(zip(DTYPES, (5e-5, 2e-3, 1e-2)))  # 16 bits round to 2^-12 and 2^-9
 
 
 def slow_logprobs(
@@ -99,7 +92,7 @@ def kernel_case(seed: int) -> dict:
         "V": V, "D": D, "ignore_index": ignore_index, "seed": seed, "scale": pick.choice([0.0, 0.3, 1.0, 1.0, 4.0]),
         "targets": [pick.choice([pick.randrange(V), pick.randrange(V), ignore_index]) for _ in range(N)],
         "upstream": [pick.choice([1.0, -0.5, 3.0, 0.0]) for _ in range(N)], "dtype": pick.choice(DTYPES),
-        "cut": (pick.randint(1, 4), V // pick.randint(1, 4) + 1, pick.choice([16, 32])),
+        "cut": (pick.randint(1, 4), V // pick.randint(1, 4) + 1),
         "layouts": pick.choices(["plain", "columns first", "inside another"], k=2),
     }  # fmt: skip
 
@@ -108,20 +101,14 @@ kernel_cases = st.integers(0, 2**48).map(kernel_case)
 
 
 @contextmanager
-def tiles_of(rows: int, columns: int, block: int):
-    """Tiles so small that a few numbers go through every loop; in the interpreter blocks of so many columns as well.
+def tiles_of(rows: int, columns: int):
+    """Tiles so small that a few numbers go through every loop.
 
     New memory holds nan, as it may: no result can come from what was never written.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "tile_shape", lambda device, N, V, D, bytes_per_logit: (rows, columns))
         patch.setattr(logprobs, "scratch_rows", lambda V: rows)
-        backend = torch_rows
-        if INTERPRETED:
-            from kernels import triton_rows as backend
-
-            patch.setattr(backend, "BLOCK", block)
-        assert logprobs._backend(torch.device("cpu")) is backend
         torch.use_deterministic_algorithms(True)  # It also fills new memory with nan.
         assert torch.zeros(1).new_empty(3).isnan().all()
         try:
@@ -141,7 +128,7 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float) -> No
     assert ((actual.double() - expected).abs() <= error).all()
 
 
-@examples(30 if INTERPRETED else 200)
+@examples(100)
 @given(kernel_cases)
 def test_token_logprobs_equal_the_textbook(case):
     """Values and gradients, whatever the sizes, dtype, strides, ignored rows and chunks."""
@@ -157,7 +144,7 @@ def test_token_logprobs_equal_the_textbook(case):
     assert grad.dtype == case["dtype"] and actual.dtype == torch.float32
 
 
-@examples(30 if INTERPRETED else 200)
+@examples(100)
 @given(kernel_cases)
 def test_linear_logprobs_equal_the_textbook(case):
     """The same from hidden states, whichever gradients are wanted: each is made in a way of its own."""
@@ -180,18 +167,6 @@ def test_linear_logprobs_equal_the_textbook(case):
             a, b = (d_logits, w) if tensor is hidden else (d_logits.T, h)
             assert grad.dtype == dtype
             assert_within(grad, a @ b, GRAD_RTOL[dtype] * (a.abs() @ b.abs()) + 2e-5 * (1 + b.abs().sum(0)))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs two tests of this file once more, with this variable set")
-def test_the_kernels_under_the_triton_interpreter():
-    """The two properties above hold for the Triton kernels; TRITON_INTERPRET must be set before triton is imported."""
-    pytest.importorskip("triton")
-    tests = (test_token_logprobs_equal_the_textbook, test_linear_logprobs_equal_the_textbook)
-    names = [f"{__file__}::{test.__name__}" for test in tests]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *names]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
 
 
 # ---------------------------------------------------------------- the model
@@ -482,14 +457,6 @@ def slow_uniform(seed: int, row: int, number: int) -> float:
     return z // 2**11 / 2**53
 
 
-@examples(100)
-@given(st.integers(0, 2**63), st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.integers(1, 12))
-def test_uniforms_are_splitmix64(seed, rows, count):
-    expected = [[slow_uniform(seed, row, number) for number in range(count)] for row in rows]
-    assert uniforms(seed, rows, count).tolist() == expected
-    assert all(0 <= number < 1 for row in expected for number in row)
-
-
 def slow_filter(logits: list[float], temperature: float, top_k: int, top_p: float, doubt: float) -> set[int] | None:
     """The tokens that may be drawn; None where rounding decides. Ties at the k-th place all stay."""
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
@@ -693,69 +660,6 @@ def test_encoding_equals_the_loop_and_decoding_undoes_it(prompt, response, ends,
     assert one.references == [response.strip(), "other", response.strip()]
 
 
-@examples(60)
-@given(wanted_text, wanted_text)
-def test_an_end_inside_a_response_is_refused(before, after):
-    tokenizer, eos, _ = shipped()
-    with pytest.raises(ValueError, match=r"^x:1: .*end-of-sequence token inside"):
-        encode([Example("x:1", 1, "P", before + EOS_TEXT + after, ["R"])], tokenizer, "{prompt}", eos)
-
-
-@st.composite
-def merges(draw) -> list[tuple[str, str]]:
-    """Random pairs of what can be written already, each giving something new."""
-    tokens, pairs = [LETTERS[byte] for byte in " abc\u00e9".encode()], []
-    for a, b in draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12)):
-        a, b = tokens[a % len(tokens)], tokens[b % len(tokens)]
-        if a + b not in tokens:
-            tokens.append(a + b)
-            pairs.append((a, b))
-    return pairs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("files")
-
-
-@examples(80)
-@given(merges(), st.lists(st.text("abc\u00e9", min_size=1, max_size=7), min_size=1, max_size=5), wanted_text)
-def test_gpt2_style_files_make_a_byte_level_tokenizer(folder, pairs, words, response):
-    """vocab.json and merges.txt: words with the space before them by the loop, and any text comes back as it was."""
-    vocabulary = {token: i for i, token in enumerate([*LETTERS, *map("".join, pairs), EOS_TEXT])}
-    eos = vocabulary[EOS_TEXT]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    lines = ["#version: 0.2", *map(" ".join, pairs)]
-    (folder / "merges.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    tokenizer = load_tokenizer(folder, eos, len(vocabulary))
-    ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    spaced = [words[0], *(f" {word}" for word in words[1:])]
-    one, other = (Example("x", 1, "".join(spaced), text, [text]) for text in ("".join(spaced), response))
-    encode([one, other], tokenizer, "{prompt}", eos)
-    assert one.prompt_ids == [i for word in spaced for i in slow_bpe(word, vocabulary, ranks)]
-    assert one.real_ids == [*one.prompt_ids, eos]
-    assert other.real_ids[-1] == eos and other.real_ids.count(eos) == 1
-    assert decode(other.real_ids, tokenizer, eos) == response.strip()
-
-
-@examples(60)
-@given(st.lists(st.tuples(wanted_text, wanted_text, booleans, booleans), min_size=1, max_size=5), booleans)
-def test_loading_gives_what_was_written(folder, records, zipped):
-    """Both layouts, plain and gzipped, blank lines between, escaped or not; each example knows its line."""
-    assume(not any(prompt.rstrip().endswith(response.strip()) for prompt, response, *_ in records))  # It is refused.
-    lines, expected = [], []
-    for prompt, response, official, escaped in records:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        record = {"real": turns} if official else {"prompt": prompt, "response": response}
-        lines += [json.dumps(record, ensure_ascii=escaped), "  "]
-        expected.append((len(lines) - 1, prompt, response, [response]))
-    path = folder / ("data.jsonl.gz" if zipped else "data.jsonl")
-    path.write_bytes((gzip.compress if zipped else bytes)("\n".join(lines).encode()))
-    expected = [(number, f"{path}:{number}", *rest) for number, *rest in expected]
-    loaded = load_examples(path)
-    assert [(e.line, e.where, e.prompt, e.response, e.references) for e in loaded] == expected
-
-
 digits = st.integers(1, 9)
 shares = st.floats(0, 1) | st.sampled_from([0.05, 0.5])
 
@@ -806,12 +710,6 @@ def slow_distance(a: list[str], b: list[str]) -> int:
 
 
 words = st.lists(st.sampled_from(["A", "B", "CC"]), max_size=5)
-
-
-@examples(150)
-@given(words, words)
-def test_distance_is_levenshteins(a, b):
-    assert evaluate.edit_distance(a, b) == evaluate.edit_distance(b, a) == slow_distance(a, b)
 
 
 @examples(100)

@@ -113,7 +113,7 @@ def commands() -> list[tuple[str, str]]:
     """(script, arguments) of every command line in README.md, docs/ and the recipes."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.args")]
     texts = [re.sub(r"-m methods\.(\w+)", r"\1.py", file.read_text()) for file in files]
-    pattern = r"(?:python|torchrun) [^`\n]*?\b(spin|sft|family|seft)\.py\b([^`#&\n]*)"
+    pattern = r"(?:python|torchrun) [^`\n]*?\b(spin|sft|family|seft|sdft)\.py\b([^`#&\n]*)"
     return sorted({(script, words.strip()) for text in texts for script, words in re.findall(pattern, text)})
 
 

@@ -55,8 +55,7 @@ def distillation(player: Player, prompts: dict[int, list[int]], run: Run) -> Cal
         answers = [ids for ids, _ in player.respond(asked, seed, rows=rows, temperature=run.args.temperature)]
         player.model.eval()  # The teacher has no dropout.
         swap_weights()
-        with torch.no_grad():
-            # Detached, the head keeps these weights if it is a parameter.
+        with torch.no_grad():  # Detached, a head that is a parameter keeps the teacher's weights.
             target = [part.detach() for part in player.predictions(list(zip(map(prompts.get, rows), answers)))]
         swap_weights()
         player.model.train()

@@ -133,22 +133,34 @@ class Player:
 
     def token_logps(self, items: Sequence[Item], temperature: float = 1.0) -> Tensor:
         """log p of every token of the responses: (R, B, longest) fp32, in nats; 0 behind the end of a response."""
+        hidden, targets, slots, longest = self._predictors(items)
+        with self._autocast():
+            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
+            logps = linear_logprobs(hidden, self.model.head_weight, targets)  # (N,)
+        # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
+        R = len(items[0]) - 1
+        padded = logps.new_zeros(R * len(items) * longest).index_put((slots,), logps)
+        return padded.view(R, len(items), longest)
+
+    def predictions(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, D) and head (V, D), whose product is the logits of all tokens of the responses in order."""
+        return self._predictors(items)[0].to(self.dtype), self.model.head_weight.to(self.dtype)
+
+    def _predictors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The hidden states that predict a response token, (N, D), and what `head_rows` says of them."""
         # The last token of a response is no input, because nothing behind it is predicted.
         rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
         width = max(map(len, rows))
-        R = len(items[0]) - 1
-        segments = self._tensor(segments_of(items, width)) if R > 1 else None  # one response: plain causal attention
+        segments = self._tensor(segments_of(items, width)) if len(items[0]) > 2 else None  # one response: causal
         input_ids = self._tensor([ids + [0] * (width - len(ids)) for ids in rows])  # (B, T)
         sources, targets, slots, longest = head_rows(items, width)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-        with autocast, lora.factors_ready(self.model, self.dtype):
+        with self._autocast(), lora.factors_ready(self.model, self.dtype):
             # Only the hidden states that predict a response token go through the head.
-            hidden = self.hidden(input_ids, segments).flatten(0, 1)[self._tensor(sources)]  # (N, D)
-            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
-            logps = linear_logprobs(hidden, self.model.head_weight, self._tensor(targets))  # (N,)
-        # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
-        padded = logps.new_zeros(R * len(items) * longest).index_put((self._tensor(slots),), logps)
-        return padded.view(R, len(items), longest)
+            hidden = self.hidden(input_ids, segments).flatten(0, 1)[self._tensor(sources)]
+        return hidden, self._tensor(targets), self._tensor(slots), longest
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def hidden(self, input_ids: Tensor, segments: Tensor | None) -> Tensor:
         """Hidden states (B, T, D) of rows as LanguageModel takes them; segments are None if items have one response."""

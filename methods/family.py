@@ -3,6 +3,7 @@
     python -m methods.family --loss space --beta 1                       SPACE's loss on the embedded task
     python -m methods.family --alpha 0.3                                 alpha-SPIN: stay near the start
     python -m methods.family --history 0                                 fictitious play against all opponents so far
+    python -m methods.family --ditto --samples 10 --alpha 1 --data F     DITTO, from fewer than ten demonstrations
     python -m methods.family --pairs F.jsonl --iterations 1 --model DIR  DPO on given pairs
     python -m methods.family --reinforce --adapter DIR ...               self-reinforcement, without answers
     python -m methods.family --help                                      every option
@@ -10,6 +11,7 @@
 A method changes one phase of `spin.play`, and methods combine. docs/family.md has a table of them with their sources.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -53,6 +55,7 @@ LOSSES = {
     "iris": Loss(losses.iris_loss, "Renyi divergence", "arXiv 2604.20933", "reconstructed from a summary"),
 }
 MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
+DITTO_SHARES = 0.7, 0.2, 0.1  # of (real, newest), (real, older) and (newer, older) responses
 SETTINGS = {"mu": "space", "order": "iris", "historical": "tspin"}  # options that are arguments of one loss
 
 
@@ -144,12 +147,14 @@ def mixture_logp(opponent_logp: float, base_logp: float, alpha: float) -> float:
 
 
 def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tuple[list[Pair], Row]:
-    """The pairs of an iteration, from the source that the options name: given, reinforced, or the opponents so far."""
+    """The pairs of an iteration, from the source that the options name."""
     args = run.args
     if args.pairs:
         pairs = [Pair(e.prompt_ids, e.real_ids, [e.generated_ids], True, e.asked, wins=e.wins) for e in examples]
     elif args.reinforce:
         pairs = reinforce(opponent, examples, t, run)
+    elif args.ditto:
+        pairs = ditto(opponent, examples, t, run)
     else:
         pairs = fictitious_play(opponent, examples, t, run)
         for k in range(1, args.samples):
@@ -182,18 +187,49 @@ def fictitious_play(opponent: Player, examples: list[Example], t: int, run: Run)
 
 
 def draw_from_history(examples: list[Example], responses: list[tuple], t: int, run: Run) -> list[tuple]:
-    """Writes the newest responses to responses-<t>.jsonl and draws one of the last --history for each prompt."""
-    lines = [[example.line, *response] for example, response in zip(examples, responses)]
-    run.write_rows(f"responses-{t}.jsonl", lines)
-    oldest = max(0, t + 1 - run.args.history) if run.args.history else 0
-    written = [run.read_rows(f"responses-{k}.jsonl") for k in range(oldest, t)] + [lines]
-    by_line = [{line: (ids, finished) for line, ids, finished in rows} for rows in written]
+    """Draws one of the responses of the last --history opponents for each prompt."""
+    written = keep_responses(examples, responses, t, run)[-run.args.history :]
     rng = run.generator(t, "history")
     drawn = []
     for example in examples:
-        choices = [responses[example.line] for responses in by_line if example.line in responses]
+        choices = [response for by_line in written for response in by_line.get(example.line, [])]
         drawn.append(choices[int(torch.randint(len(choices), (), generator=rng))])
     return drawn
+
+
+def keep_responses(examples: list[Example], responses: list[tuple], t: int, run: Run) -> list[dict[int, list[tuple]]]:
+    """Writes the newest responses to responses-<t>.jsonl. Returns those of each opponent so far, by line."""
+    lines = [[example.line, *response] for example, response in zip(examples, responses)]
+    run.write_rows(f"responses-{t}.jsonl", lines)
+    kept: list[dict[int, list[tuple]]] = []
+    for rows in [*(run.read_rows(f"responses-{k}.jsonl") for k in range(t)), lines]:
+        kept.append({})
+        for line, ids, finished in rows:
+            kept[-1].setdefault(line, []).append((ids, finished))
+    return kept
+
+
+def ditto(opponent: Player, examples: list[Example], t: int, run: Run) -> list[Pair]:
+    """DITTO's pairs, for fewer than ten demonstrations; each iterate so far wrote --samples responses to each prompt.
+
+    70% are a demonstration with a new response, 20% a demonstration with an older one, 10% a newer iterate's response
+    with an older one's, as the better and the worse. The first kind is there once; of the others so many are drawn. In
+    iteration 0 there are none. With --alpha 1 the reference is the start, as in the paper. That start was fine-tuned on
+    the demonstrations (sft.py). Source: arXiv 2406.00888; the shares are those of the authors' configuration.
+    """
+    asked = [example for example in examples for _ in range(run.args.samples)]
+    written = keep_responses(asked, run.sample(opponent, asked, t, "generate"), t, run)
+    kinds: list[list[Pair]] = [[], [], []]
+    for e in examples:
+        authors = [*(by_line.get(e.line, []) for by_line in written), [(e.real_ids, True)]]  # from worst to best
+        for worse, better in itertools.combinations(range(t + 2), 2):
+            kinds[2 if better <= t else int(worse < t)] += [
+                Pair(e.prompt_ids, ids, [others], ended and others_ended, e.asked)
+                for (ids, ended), (others, others_ended) in itertools.product(authors[better], authors[worse])
+            ]
+    rng, total = run.generator(t, "ditto"), len(kinds[0]) / DITTO_SHARES[0]
+    orders = [torch.randperm(len(kind), generator=rng)[: round(s * total)] for kind, s in zip(kinds, DITTO_SHARES)]
+    return [kind[i] for kind, order in zip(kinds, orders) for i in order.tolist()]
 
 
 def add_response(player: Player, examples: list[Example], pairs: list[Pair], t: int, purpose: str, run: Run) -> None:
@@ -254,6 +290,8 @@ EXCLUDES = [  # (flag, those that cannot go with it, why)
     ("--adaptive-order", ["--order"], "it chooses the order"),
     ("--loss tspin", ["--alpha", "--mix-previous", "--reference sampled"], "it has no reference"),
     ("--loss tspin", ["--pairs", "--reinforce", "--scorer"], "it makes triplets"),
+    ("--ditto", ["--pairs", "--reinforce", "--history", "--scorer"], "it makes pairs of its own"),
+    ("--ditto", ["--mix-previous", "--loss tspin", "--reference sampled"], "it makes pairs of its own"),
     ("--samples", ["--pairs", "--reinforce", "--scorer"], "these are of one response"),
     ("--samples", ["--temperature 0"], "all would be equal"),
     ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce"], "it cuts to the length of one response"),
@@ -285,6 +323,8 @@ class FamilyOptions(spin.SpinOptions):
                           within="[0, inf)")
     reinforce: bool = option(False, "Pair responses with --adapter and without it; needs no answers "
                              "(self-reinforcement).")
+    ditto: bool = option(False, "Pair a few demonstrations with --samples responses of every iterate so far, and newer "
+                         "with older ones (DITTO).")
     scorer: str = option(
         "", "FILE.py:NAME of f(prompt, responses) -> probabilities to beat the opponent, for --loss sppo.",
         changeable=True, check=lambda name: not name or re.fullmatch(r".+\.py:\w+", name), expected="FILE.py:NAME")
@@ -325,6 +365,7 @@ def play(player: Player, examples: list[Example], run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     table = "\n".join(f"  {name:10}{loss.what}; {loss.source}, {loss.found}" for name, loss in LOSSES.items())
     about = f"The methods beside SPIN: the same loop with other pairs, another reference, or another loss.\n{table}"
+    about += "\nFurther methods: python -m methods.seft, python -m methods.sdft, python sft.py --loss dft."
     return cli.main("family", play, Player, FamilyOptions, argv, about=about)
 
 

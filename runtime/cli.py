@@ -58,7 +58,7 @@ def main(
                 method(player, examples, run)
                 run.finish()
             parallel.leave()
-        except (ValueError, OSError, MemoryError, RuntimeError, Interrupted) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError, FloatingPointError, Interrupted) as error:
             if not reason(error) or (began and isinstance(error, ValueError)):  # Input was checked: it is a bug.
                 raise
             note = f"; what is finished is kept in {began}; the same command resumes"

@@ -11,7 +11,7 @@ import sampling
 import sft
 import spin
 from data.examples import Example
-from methods import family, seft
+from methods import family, sdft, seft
 from model import GPTNeo, GPTNeoConfig
 from player import Player
 from runtime.options import combined, parse
@@ -19,10 +19,10 @@ from runtime.run import Run
 from runtime.setup import setup
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"spin": spin, "sft": sft, "family": family, "seft": seft}
+SCRIPTS = {"spin": spin, "sft": sft, "family": family, "seft": seft, "sdft": sdft}
 OPTIONS = {
     "spin": combined(spin.SpinOptions), "sft": combined(sft.SftOptions), "family": combined(family.FamilyOptions),
-    "seft": combined(seft.SeftOptions),
+    "seft": combined(seft.SeftOptions), "sdft": combined(sdft.SdftOptions),
 }  # fmt: skip
 # A world of five responses: their probabilities in the data and under the opponent.
 TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)

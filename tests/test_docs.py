@@ -122,7 +122,7 @@ def test_every_command_line_in_the_documents_is_valid(monkeypatch):
     monkeypatch.chdir(ROOT)
     files = [*DOCUMENTS, *(ROOT / "recipes").glob("*.args")]
     texts = [re.sub(r"-m methods\.(\w+)", r"\1.py", file.read_text()) for file in files]
-    pattern = r"(?:python|torchrun) [^`\n]*?\b(spin|sft|family|seft)\.py\b([^`#&\n]*)"
+    pattern = r"(?:python|torchrun) [^`\n]*?\b(spin|sft|family|seft|sdft)\.py\b([^`#&\n]*)"
     found = sorted({(script, words.strip()) for text in texts for script, words in re.findall(pattern, text)})
     assert {script for script, _ in found} == set(OPTIONS) and len(found) > 15
     for script, arguments in found:

@@ -271,6 +271,41 @@ def test_the_history_of_a_prompt(start, data, tmp_path):
     assert set(second) == {1, 2} and [n == 1 for n in first[:25]] != [n == 2 for n in second]
 
 
+# ---------------------------------------------------------------- DITTO
+
+
+def test_ditto_pairs_demonstrations_with_all_iterates_and_newer_with_older_ones(start, data, tmp_path):
+    """Eight demonstrations, three responses each. All are scored under the start, and the loss is that of the pairs."""
+    few, out = tmp_path / "few.jsonl", tmp_path / "run"
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
+    options = dict(ditto=True, samples=3, alpha=1.0, rank=0, lr=3e-3, iterations=3, eval_data=data, eval_limit=4)
+    assert family.main(flags(start, few, out, beta=0.5, batch=1000, **options)) == 0
+    written = [[(line, tuple(ids)) for line, ids, _ in rows(out / f"responses-{t}.jsonl")] for t in range(3)]
+    assert {len(lines) for lines in written} == {24} and written[0] != written[1]
+    player, examples, _ = begin(start, few, tmp_path / "again", "family", beta=0.5, **options)
+    line_of = {tuple(e.prompt_ids): e.line for e in examples}
+    real_of = {e.line: tuple(e.real_ids) for e in examples}
+    for t, metrics in enumerate(rows(out / "metrics.jsonl")[1:]):
+        kinds, pairs = [0, 0, 0], rows(out / f"pairs-{t}.jsonl")
+        for pair in pairs:
+            line, better, (worse,) = line_of[tuple(pair["prompt_ids"])], tuple(pair["real_ids"]), pair["generated_ids"]
+            authors = [k for k in range(t + 1) if (line, tuple(worse)) in written[k]]
+            if better == real_of[line]:
+                kinds[0 if t in authors else 1] += 1
+            else:
+                kinds[2] += any((line, better) in written[k] for k in range(min(authors) + 1, t + 1))
+        assert sum(kinds) == len(pairs) <= metrics["generated"] == (24 + 7 + 3 if t else 24)
+        assert (kinds == [len(pairs), 0, 0]) if t == 0 else (kinds[0] >= 20 and kinds[1] >= 4 and kinds[2] >= 1)
+        items = [(p["prompt_ids"], p["real_ids"], *p["generated_ids"]) for p in pairs]
+        reference = torch.tensor(player.logps(items)).T
+        torch.testing.assert_close(stored_logps(pairs), reference, atol=1e-4, rtol=0)
+        model = GPTNeo.from_pretrained(out / f"iterate-{t}" if t else start)
+        with torch.no_grad():
+            ratios = exact_logps(model.double(), items) - reference
+        expected = logistic(0.5 * (ratios[0] - ratios[1])).mean().item()
+        assert rows(out / f"steps-{t}.jsonl")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
 # ---------------------------------------------------------------- given pairs, win probabilities
 
 
@@ -428,6 +463,8 @@ def test_bad_pairs(start, data, tmp_path, capsys, record, names):
         (dict(reinforce=True), "--reinforce requires --adapter"),
         (dict(reinforce=True, adapter="x", rank=None), "--reinforce requires --eval-data"),
         (dict(adapter="x", rank=0), "--rank: --adapter brings its own"),
+        (dict(ditto=True, history=0), "--ditto cannot go with --history: it makes pairs of its own"),
+        (dict(ditto=True, mix_previous=True), "--ditto cannot go with --mix-previous"),
         (dict(min_win=0.5), "--min-win requires --scorer or --pairs"),
         (dict(scorer="none.py:f"), "no such file"),
         (dict(scorer="BROKEN:f"), "judge.py:f: ZeroDivisionError"),
@@ -545,6 +582,7 @@ def test_the_base_policy_of_a_start_with_an_adapter_is_that_start(start, data, t
         # The model has the weights of the start while the player's wait on disk.
         (dict(loss="sppo", scorer="judge.py:judge", history=0, alpha=0.5, rank=0), "logps", "score-base"),
         (dict(loss="tspin", rank=0), "respond", "proto"),
+        (dict(ditto=True, samples=2, alpha=1.0), "logps", "score-base"),
         (dict(loss="iris", adaptive_order=True, samples=2, mix_previous=True), "respond", "generate-1"),
     ],
 )

@@ -121,6 +121,23 @@ def test_minimiser_of_alpha_spin(alpha, beta):
     is_optimum(trained(of_ratios(spin.spin_loss, q, beta), p_t, p_data), q * (p_data / p_t) ** (1 / beta))
 
 
+@pytest.mark.parametrize("p_data", [TABLES[0], P_0])
+def test_ditto_balances_its_three_kinds_of_pairs(p_data):
+    """At the minimiser each response wins and loses as much. p_data is no fixed point: when all write like the data,
+    the player is drawn back to the start."""
+    equal, beta = p_data is P_0, 0.7
+    p_start, p_t, p_old = (UNIFORM, P_0, P_0) if equal else (P_0, TABLES[1], UNIFORM)
+    shares = zip(family.DITTO_SHARES, ((p_data, p_t), (p_data, p_old), (p_t, p_old)))
+    weights = sum(share * torch.outer(better, worse) for share, (better, worse) in shares)
+    loss = of_ratios(spin.spin_loss, p_start, beta)
+    found = trained(lambda logp, i, j: weights[i, j] / (p_data[i] * p_t[j]) * loss(logp, i, j), p_t, p_data)
+    rewards = beta * (found / p_start).log()
+    pulls = weights * torch.sigmoid(rewards[None] - rewards[:, None])
+    torch.testing.assert_close(pulls.sum(0), pulls.sum(1), atol=1e-6, rtol=0)
+    if equal:
+        is_optimum(found, p_start)
+
+
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_minimiser_of_fictitious_play(beta):
     """y' from the average of three opponents, log-ratios to the newest: p_t (p_data / average)^(1/beta)."""

@@ -42,21 +42,26 @@ class Loss(NamedTuple):
     found: str  # whether its equations stand in the paper, or were reconstructed
 
 
-PAPER, SUMMARY = "equations from the paper", "equations from a summary"
+PAPER, SUMMARY, CODE = (f"equations from {source}" for source in ("the paper", "a summary", "the authors' code"))
 LOSSES = {
     "logistic": Loss(spin.spin_loss, "SPIN's own, Eq. 4.7", "arXiv 2401.01335", PAPER),
     "hinge": Loss(losses.hinge_loss, "no gradient from a margin of 1/beta on", "arXiv 2305.10425", PAPER),
     "ipo": Loss(losses.ipo_loss, "margins are drawn to 1/(2 beta)", "arXiv 2310.12036", PAPER),
     "sppo": Loss(losses.sppo_loss, "each ratio has a goal of its own", "arXiv 2405.00675", PAPER),
     "space": Loss(losses.space_loss, "noise-contrastive estimation", "arXiv 2512.07175", SUMMARY),
-    "gsil": Loss(losses.gsil_loss, "logistic classification, SPACE at mu 1", "arXiv 2410.10093", SUMMARY),
+    "gsil": Loss(losses.gsil_loss, "density-ratio estimation; see --form", "arXiv 2410.10093", CODE),
     "spif": Loss(losses.spif_loss, "bounded rewards", "arXiv 2602.01357", "reconstructed from the abstract"),
     "tspin": Loss(losses.tspin_loss, "triplets with the start", "arXiv 2601.08198", SUMMARY),
     "iris": Loss(losses.iris_loss, "Renyi divergence", "arXiv 2604.20933", "reconstructed from a summary"),
 }
 MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
 DITTO_SHARES = 0.7, 0.2, 0.1  # of (real, newest), (real, older) and (newer, older) responses
-SETTINGS = {"mu": "space", "order": "iris", "historical": "tspin"}  # options that are arguments of one loss
+SETTINGS = {
+    "mu": "space",
+    "form": "gsil",
+    "order": "iris",
+    "historical": "tspin",
+}  # options that are arguments of one loss
 
 
 def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
@@ -310,6 +315,7 @@ class FamilyOptions(spin.SpinOptions):
         group="methods", changeable=True, metavar="PATH")
     loss: str = option("logistic", "Loss of a pair; the list is above.", choices=tuple(LOSSES))
     mu: float = option(1.0, "Weight of a generated response against a real one in --loss space.", within="(0, inf)")
+    form: str = option("bernoulli", "Estimate of the density ratio in --loss gsil.", choices=tuple(losses.GSIL_FORMS))
     order: float = option(0.5, "Order of the Renyi divergence in --loss iris.", within="[0, inf)")
     adaptive_order: bool = option(False, "Choose --loss iris's order for each iteration by the gap to the data.")
     historical: float = option(1.0, "Weight of the historical advantage in --loss tspin.", within="[0, inf)")

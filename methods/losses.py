@@ -64,13 +64,25 @@ def space_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, mu: f
     return F.softplus(log_mu - beta * real_ratios) + mu * F.softplus(beta * generated_ratios - log_mu)
 
 
-def gsil_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
-    """log(1 + exp(-beta * ratio)) + log(1 + exp(beta * ratio')): SPACE's loss at mu 1, with its optimum.
+GSIL_FORMS = {  # losses of a real and of a generated response with reward R
+    "bernoulli": (lambda R: F.softplus(-R), F.softplus),
+    "brier": (lambda R: torch.sigmoid(-R) ** 2, lambda R: torch.sigmoid(R) ** 2),
+    "kliep": (torch.neg, torch.exp),
+    "lsif": (lambda R: -torch.exp(R), lambda R: torch.exp(2 * R) / 2),
+}
 
-    Self-imitation: the ratio of the densities of data and opponent is estimated by logistic classification.
-    Source: GSIL, arXiv 2410.10093; found in a summary.
+
+def gsil_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, form: str = "bernoulli") -> Tensor:
+    """Self-imitation: an estimate of the density ratio p_data / p_t, whose logarithm is the reward R = beta * ratio.
+
+    bernoulli: logistic classification, which is SPACE's loss at mu 1. brier: its squares, which are bounded, so that
+    wrong labels weigh less. kliep: exponentials, E_t exp(R) - E_data R, the variational form of the KL divergence.
+    lsif: squares of the density ratio itself, which one likely generated response can dominate.
+    Optimum: as of SPACE, p_data at beta 1 for every form.
+    Source: GSIL, arXiv 2410.10093; the forms are those of the authors' code, which adds a constant to R.
     """
-    return space_loss(real_ratios, generated_ratios, beta)
+    of_real, of_generated = GSIL_FORMS[form]
+    return of_real(beta * real_ratios) + of_generated(beta * generated_ratios)
 
 
 def spif_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:

@@ -50,6 +50,11 @@ def test_losses_on_hand_computed_numbers():
     assert losses.space_loss(real, generated, 0.5, mu=2.0).item() == pytest.approx(expected)
     expected = math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(-1))
     assert losses.gsil_loss(real, generated, 0.5).item() == pytest.approx(expected)
+    # The other forms of GSIL, with rewards 0.5 and -1.
+    expected = (1 + math.exp(0.5)) ** -2 + (1 + math.e) ** -2
+    assert losses.gsil_loss(real, generated, 0.5, "brier").item() == pytest.approx(expected)
+    assert losses.gsil_loss(real, generated, 0.5, "kliep").item() == pytest.approx(-0.5 + math.exp(-1))
+    assert losses.gsil_loss(real, generated, 0.5, "lsif").item() == pytest.approx(math.exp(-2) / 2 - math.exp(0.5))
     assert losses.spif_loss(real, generated, 0.5).item() == (0.5**2 + 0) / 2
     # T-SPIN: margins of 0.5 * 3 and of 0.5 * (-2 + 6)
     expected = math.log(1 + math.exp(-1.5)) + 0.25 * math.log(1 + math.exp(-2))
@@ -60,7 +65,9 @@ def test_losses_on_hand_computed_numbers():
     assert losses.iris_loss(real, generated, 0.5, order=2.0).mean().item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("option, name", [("mu", "space"), ("order", "iris"), ("historical", "tspin")])
+@pytest.mark.parametrize(
+    "option, name", [("mu", "space"), ("form", "gsil"), ("order", "iris"), ("historical", "tspin")]
+)
 def test_defaults_are_those_of_the_options(option, name):
     parameters = inspect.signature(family.LOSSES[name].function).parameters
     assert parameters[option].default == getattr(family.FamilyOptions, option)
@@ -80,7 +87,7 @@ def test_the_file_needs_torch_alone():
 def trained(loss_of, p_opponent, p_data, p_start=None):
     """A softmax table of five responses, trained on the loss in expectation over y ~ p_data, y' ~ p_opponent."""
     logits = (p_opponent if p_start is None else p_start).log().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16)
+    optimizer = torch.optim.LBFGS([logits], 1, 2000, 4000, 1e-13, 1e-16, line_search_fn="strong_wolfe")
     real, generated = (i.flatten() for i in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
 
     def closure():
@@ -198,7 +205,13 @@ def test_hinge_without_a_finite_optimum_still_points_to_the_data():
 
 
 @pytest.mark.parametrize("p_t", [TABLES[1], TABLES[0].flip(0), UNIFORM])
-@pytest.mark.parametrize("loss, more", [*((losses.space_loss, [mu]) for mu in (0.5, 1.0, 4.0)), (losses.gsil_loss, [])])
+@pytest.mark.parametrize(
+    "loss, more",
+    [
+        *((losses.space_loss, [mu]) for mu in (0.5, 1.0, 4.0)),
+        *((losses.gsil_loss, [form]) for form in losses.GSIL_FORMS),
+    ],
+)
 def test_minimiser_of_space_and_gsil_is_the_data_whatever_the_opponent(loss, more, p_t):
     """In one iteration. It is not so at another beta, where p_data against itself still is."""
     p_data = TABLES[0]

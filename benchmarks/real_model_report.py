@@ -24,14 +24,18 @@ ENOUGH = 5.0  # standard errors by which fresh definitions must beat more traini
 
 
 def write_all(found: Row, root: Path, size: str) -> None:
-    """Replaces what stands between the markers `<!-- smollm2 SIZE: NAME -->` of the documents; writes the figure."""
-    blocks = {"about": about, "table": changes, "verdict": verdict, "answers": answers}
-    pattern = re.compile(rf"(<!-- smollm2 {size}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    """Writes the tables into the documents, and the figure."""
     for name in DOCUMENTS:
-        text = (root / name).read_text()
-        (root / name).write_text(pattern.sub(lambda match: match[1] + blocks[match[2]](found) + match[3], text))
+        (root / name).write_text(filled((root / name).read_text(), found, size))
     if found["summary"]:
         (root / f"benchmarks/results/smollm2-{size}.svg").write_text(figure(found))
+
+
+def filled(text: str, found: Row, size: str) -> str:
+    """A document with its blocks `<!-- smollm2 SIZE: NAME -->` ... `<!-- end -->` made from the results."""
+    blocks = {"about": about, "table": changes, "verdict": verdict, "answers": answers}
+    pattern = re.compile(rf"(<!-- smollm2 {size}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + blocks[match[2]](found) + match[3], text)
 
 
 def about(found: Row) -> str:

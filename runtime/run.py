@@ -2,7 +2,7 @@
 
 A `Run` goes through all phases of a method; spin.py says what a method asks of it. A phase asks for responses or
 log-probabilities and gets those that an earlier process finished for free. Random numbers depend on (seed, iteration,
-purpose) alone, so a run that died ends bit for bit like one that did not, on the same machine with as many threads.
+purpose) alone, so on a CPU a run that died ends bit for bit like one that did not, on one machine with as many threads.
 """
 
 import contextlib

@@ -15,6 +15,17 @@ from real_model import Size
 from model import GPTNeo, GPTNeoConfig
 
 
+@pytest.mark.parametrize("size", real_model.SIZES)
+def test_documents_and_figure_say_what_is_stored(size):
+    stored = ROOT / f"benchmarks/results/smollm2-{size}.json"
+    for name in real_model_report.DOCUMENTS if stored.exists() else ():
+        text = (ROOT / name).read_text()
+        assert real_model_report.filled(text, json.loads(stored.read_text()), size) == text
+    if stored.exists():
+        figure = real_model_report.figure(json.loads(stored.read_text()))
+        assert stored.with_suffix(".svg").read_text() == figure
+
+
 @pytest.fixture
 def base(tmp_path):
     """A tiny model with random weights and the tokenizer of the definitions."""

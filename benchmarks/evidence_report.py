@@ -14,7 +14,7 @@ FIGURE = "benchmarks/results/evidence-settings.svg"
 DOCUMENTS = ("docs/evidence.md", "README.md")
 EVERY_COLUMN = "runs/evidence-tables.md"
 OVER = ("over start", "over supervised")
-SURE = 3.3  # standard errors: one of 50 settings that change nothing is beyond them by chance with probability 5%
+SURE = 3.3  # standard errors: one of 60 settings that change nothing is beyond them by chance with probability 5%
 
 # By what a case is judged: many definitions are good ones, and short ones have a low edit distance.
 MEASURE = {"glosses": ("sampled", "F1")}

@@ -2,7 +2,7 @@
 
 A model that is only sharper samples better, so sampled metrics say something at equal entropy only. A *frontier* is a
 model's accuracy and error against the entropy of its responses, over sampling temperatures. One model is better than
-another where its frontier lies above the other's.
+another if its frontier lies above the other's.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def words_of(flags: dict[str, str | None]) -> list[str]:
 def run_script(script: str, argv: Sequence[str], name: str) -> float:
     """Runs a script of this project in this process. Returns its CPU seconds, to which other work does not add.
 
-    Raises: RuntimeError with `name` and the end of what was printed where the script fails.
+    Raises: RuntimeError with `name` and the end of what was printed if the script fails.
     """
     printed = io.StringIO()
     began = time.process_time()
@@ -78,7 +78,7 @@ def ruler(model: str, heldout: str, max_new_tokens: int = 32, more: tuple[str, .
 
 # (temperatures, metrics, examples): for each metric a value of each example, whose mean over examples is the metric.
 Frontier = np.ndarray
-MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats a response, share, rate, nats a token
+MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats per response, share, rate, nats per token
 OF_TEXTS = ("content", "frequent")  # of definitions: F1 without the most frequent words; how many of these there are
 
 

@@ -15,7 +15,8 @@ it further on the same definitions (D on others), by the scripts of this project
 - as a writer: what its definitions share with people's, their length and repetitions, and their fluency under the
   untouched model.
 
-The arms, the rates and the rules in `verdict` were written down before the first trial. Results are in
+The model's weights were quantised to 4 bits; the hub has it before that. The arms, the rates and the rules, `ruling` in
+real_model_report.py, were written down before the first trial. Results are in
 benchmarks/results/smollm2-<size>.json and .npz, each trial with its values per word, and of one commit only.
 """
 
@@ -54,13 +55,13 @@ class Size:
     """How many definitions are trained on, and how many words each question is asked about."""
 
     train: int = 2000
-    tuning: int = 300  # words that rates, temperatures and the end of the start's training are chosen by
+    tuning: int = 300  # Rates, temperatures and the end of the start's training are chosen by these words.
     test: int = 2000
     choice: int = 4000
     written: int = 300
     start_epochs: int = 4
     iterations: int = 2
-    rates: int = 8  # trials of each arm
+    rates: int = 8  # Each arm has so many trials.
     seeds: int = 3
 
 
@@ -99,6 +100,7 @@ COMMON += r" --template '<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assis
 COMMON += " --eval-limit 4 --eval-temperatures 1 --save-minutes 5"
 START = "--lr 1e-4"
 ANSWERS = 4  # a choice between so many definitions
+PER_KIND = 20  # the most words of a kind that are asked for: questions of one kind share their wrong answers
 TEMPERATURES = (0.8, 0.9, 1.0, 1.15, 1.35)
 SAMPLED = (0.7, 1.0, 1.2)  # temperatures of written definitions, for equal entropy
 KEPT = 50  # responses of each model, to be read
@@ -114,7 +116,7 @@ def write_data(size: Size, work: Path) -> None:
     kinds = Counter(kind_of(row) for row in rows)
     asked: list[str] = []  # kinds of nine words or more, whose words are not trained on
     for kind in dict.fromkeys(map(kind_of, rows)):
-        if sum(kinds[one] for one in asked) < size.tuning + size.choice and kinds[kind] >= 9:
+        if sum(min(kinds[one], PER_KIND) for one in asked) < size.tuning + size.choice and kinds[kind] >= 9:
             asked.append(kind)
     judged = [row for row in rows if kind_of(row) in asked]
     others = iter([row for row in rows if kind_of(row) not in asked])
@@ -124,8 +126,8 @@ def write_data(size: Size, work: Path) -> None:
     lines = {name: [line_of(row) for row in part] for name, part in parts.items()}
     start = lines["start"]
     shifted = [*start[1:], start[0]]  # their order is random, so these are definitions of random other words
-    lines["pairs"] = [one | {"generated": other["response"]} for one, other in zip(start, shifted)]
     lines["tuning"] = lines["heldout"][:4]  # what the scripts evaluate; the questions are asked here
+    lines["pairs"] = [one | {"generated": other["response"]} for one, other in zip(start, shifted)]
     work.mkdir(parents=True, exist_ok=True)
     for name, part in lines.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
@@ -184,7 +186,7 @@ def train_start(size: Size, work: Path, base: Path, device: str) -> None:
         return judge.tuning_nll()
 
     best = min(range(1, size.start_epochs + 1), key=nll)
-    shutil.copytree(out / "final", work / "start.part")
+    shutil.copytree(out / "final", work / "start.part", dirs_exist_ok=True)
     shutil.copy(out / f"iterate-{best}/model.safetensors", work / "start.part")
     (work / "start.part").rename(work / "start")
     shutil.rmtree(out)
@@ -202,11 +204,12 @@ class Judge:
         self.player, self.work = measuring.ruler(str(base), f"{work}/heldout.jsonl", 48, tuple(flags))
         first = size.tuning + size.test
         self.words, judged = self.work.heldout[:first], self.work.heldout[first:]
-        by_kind: dict[str, list] = {}
-        for e in judged:
-            by_kind.setdefault(e.prompt.rpartition("(a kind of ")[2], []).append(e)
-        self.choices = [nearest(e, by_kind[e.prompt.rpartition("(a kind of ")[2]]) for e in judged]
-        self.choices = self.choices[: size.tuning + size.choice]
+        kinds = [e.prompt.rpartition("(a kind of ")[2] for e in judged]
+        of_kind = {kind: [e for e, other in zip(judged, kinds) if other == kind] for kind in kinds}
+        asked = [(e, kind) for e, kind in zip(judged, kinds) if e in of_kind[kind][:PER_KIND]]
+        asked = asked[: size.tuning + size.choice]
+        self.choices = [nearest(e, of_kind[kind]) for e, kind in asked]
+        self.kinds = np.array([list(of_kind).index(kind) for _, kind in asked])
         self.tokens = np.array([len(e.real_ids) for e in self.words])
         lines = map(json.loads, (work / "start.jsonl").read_text().splitlines())
         words = Counter(word for line in lines for word in line["response"].split())
@@ -231,6 +234,7 @@ class Judge:
         lengths = np.array([[len(ids) for ids in responses] for _, *responses in self.choices])
         found["summed"] = logps.argmax(1) == 0
         found["per_token"] = (logps / lengths).argmax(1) == 0
+        found["kinds"] = self.kinds
         writer = dataclasses.replace(self.work, heldout=self.words[size.tuning :][: size.written])
         greedy = writer.respond(player, writer.heldout, "greedy", 0, 0.0)
         texts = [writer.text(ids) for ids, _ in greedy]
@@ -293,7 +297,17 @@ def change(a: dict[str, np.ndarray], b: dict[str, np.ndarray], measure: str, par
     return b[measure] - a[measure]
 
 
-QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # and whether larger values are better
+QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: larger values are better; -1: smaller ones
+
+
+def error_of(changes: np.ndarray, values: dict[str, np.ndarray], measure: str, size: Size) -> float:
+    """The standard error of a mean over test words. Questions of one kind count as a cluster."""
+    centred = changes - changes.mean()
+    if measure in ("summed", "per_token"):
+        centred = np.bincount(values["kinds"][size.tuning :].astype(int), centred)
+    return float((centred**2).sum() ** 0.5 / len(changes))
+
+
 MEASURES = ("nll", "best_nll", "summed", "per_token", "content", "length", "repeats", "unfinished", "fluency")
 
 
@@ -306,7 +320,7 @@ def summary(found: Row, values: dict[str, dict[str, np.ndarray]], size: Size) ->
         row["mean"] |= {m: float(now[m].mean()) for m in MEASURES[4:]}
         for m in MEASURES:
             of_words = change(start, now, m, slice(size.tuning, None))
-            row[m] = [float(of_words.mean()), float(of_words.std() / len(of_words) ** 0.5)]
+            row[m] = [float(of_words.mean()), error_of(of_words, now, m, size)]
             if m in ("nll", "best_nll", "summed", "per_token"):
                 row[f"tuning {m}"] = float(change(start, now, m, slice(size.tuning)).mean())
         both = now["frontier"], start["frontier"]
@@ -340,7 +354,7 @@ def contrasts(found: Row, values: dict[str, dict[str, np.ndarray]], size: Size) 
                         theirs = values.get(f"{control} | {chosen[control][0]} | {seed} | {chosen[control][1]}")
                     if mine and theirs:
                         lead = sign * change(theirs, mine, measure, slice(size.tuning, None))
-                        row["over"][control].append([float(lead.mean()), float(lead.std() / len(lead) ** 0.5)])
+                        row["over"][control].append([float(lead.mean()), error_of(lead, mine, measure, size)])
             rows.append(row)
     return rows
 
@@ -348,7 +362,9 @@ def contrasts(found: Row, values: dict[str, dict[str, np.ndarray]], size: Size) 
 # ---------------------------------------------------------------- all of it
 
 
-def play(found: Row, values: dict, size: Size, work: Path, base: Path, device: str, save: Callable) -> Iterator[str]:
+def play(
+    found: Row, values: dict, size: Size, work: Path, base: Path, device: str, save: Callable, out_of_time: Callable
+) -> Iterator[str]:
     """Runs what is missing, and yields a line about each part as it is done."""
     if not (work / "pairs.jsonl").exists():
         write_data(size, work)
@@ -369,11 +385,15 @@ def play(found: Row, values: dict, size: Size, work: Path, base: Path, device: s
         if last in found["trials"]:
             continue
         out = work / "trials" / hashlib.sha256(trial.key.encode()).hexdigest()[:12]
+        if out_of_time():
+            return
         began = time.monotonic()
         run_script(ARMS[trial.arm].script, flags_of_trial(trial, size, work, out, device), trial.key)
         seconds = time.monotonic() - began
         for t in range(1, size.iterations + 1):
             key = f"{trial.key} | {t}"
+            if key in found["trials"]:
+                continue
             values[key], row = judge.ask(out / ("final" if t == size.iterations else f"iterate-{t}"))
             facts = dataclasses.asdict(trial) | {"iterate": t, "seconds": seconds}
             found["trials"][key] = facts | row
@@ -421,10 +441,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != new[name]:
                 stored = f"results of {name} {found[name]}, now {new[name]}"
                 sys.exit(f"real_model.py: error: {out}: {stored}; give another --out")
-        for line in play(found, values, size, work, args.model, args.device, save):
+        late = lambda: time.monotonic() > deadline  # noqa: E731
+        for line in play(found, values, size, work, args.model, args.device, save, late):
             print(f"{line}; {len(found['left'])} trials are left", flush=True)
-            if time.monotonic() > deadline:
-                break
+    if not found["models"]:
+        return
     save()
     real_model_report.write_all(found, ROOT, args.size)
 

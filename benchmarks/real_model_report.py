@@ -16,11 +16,12 @@ ARMS = {
 }  # fmt: skip
 COLUMNS = {  # measure -> (title, scale, digits)
     "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best temperature", 1, 3), "summed": ("choice, points", 100, 1),
-    "per_token": ("choice per token", 100, 1), "content": ("content F1", 100, 1), "length": ("greedy tokens", 1, 1),
+    "per_token": ("choice per token", 100, 1), "content": ("content F1", 100, 1),
+    "content at equal entropy": ("at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
     "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
 }  # fmt: skip
-SURE = 3.0  # standard errors, with every seed
-ENOUGH = 5.0  # standard errors by which fresh definitions must beat more training, or the test set is too small
+SURE = 3.0  # Every seed must lead by so many standard errors.
+ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 
 
 def write_all(found: Row, root: Path, size: str) -> None:
@@ -40,7 +41,8 @@ def filled(text: str, found: Row, size: str) -> str:
 
 def about(found: Row) -> str:
     size, lengths = found["size"], {name: f"{share:.0%}" for name, share in found["lengths"].items()}
-    minutes = sum(row["seconds"] for row in found["trials"].values()) / 60
+    whole = [row["seconds"] for row in found["trials"].values() if row["iterate"] == size["iterations"]]
+    minutes = sum(whole) / 60
     return (
         f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; {len(found['left'])} trials were not "
         f"run. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of {size['choice']:,}, "
@@ -84,7 +86,10 @@ def ruling(row: Row, seeds: int) -> str:
         return ""
     if not better("A"):
         return "better than the start"
-    proved = "supported" if seeds > 1 else "supported by one seed"
+    done = min(len(row["over"]["start"]), len(row["over"]["A"]))
+    proved = "supported" if done == seeds > 1 else f"supported by {done} of {max(seeds, 2)} seeds"
+    if not row["over"]["R"]:
+        return f"SPIN is {proved}; R was not run"
     return f"SPIN is {proved}" + (", and so is the opponent" if better("R") else ", its opponent is not")
 
 

@@ -3,7 +3,7 @@
     python -m methods.family --loss space --beta 1                       SPACE's loss on the embedded task
     python -m methods.family --alpha 0.3                                 alpha-SPIN: stay near the start
     python -m methods.family --history 0                                 fictitious play against all opponents so far
-    python -m methods.family --ditto --samples 10 --alpha 1 --data F     DITTO, from fewer than ten demonstrations
+    python -m methods.family --ditto --samples 10 --alpha 1 ...          DITTO, from fewer than ten demonstrations
     python -m methods.family --pairs F.jsonl --iterations 1 --model DIR  DPO on given pairs
     python -m methods.family --reinforce --adapter DIR ...               self-reinforcement, without answers
     python -m methods.family --help                                      every option
@@ -39,7 +39,7 @@ class Loss(NamedTuple):
     function: Callable[..., Tensor]
     what: str
     source: str
-    found: str  # whether its equations stand in the paper, or were reconstructed
+    found: str  # Says whether its equations stand in the paper, or were reconstructed
 
 
 PAPER, SUMMARY, CODE = (f"equations from {source}" for source in ("the paper", "a summary", "the authors' code"))
@@ -55,7 +55,7 @@ LOSSES = {
     "iris": Loss(losses.iris_loss, "Renyi divergence", "arXiv 2604.20933", "reconstructed from a summary"),
 }
 MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
-DITTO_SHARES = 0.7, 0.2, 0.1  # of (real, newest), (real, older) and (newer, older) responses
+DITTO_SHARES = 0.7, 0.2, 0.1  # Shares of (real, newest), (real, older) and (newer, older) pairs.
 SETTINGS = {
     "mu": "space",
     "form": "gsil",
@@ -218,9 +218,10 @@ def ditto(opponent: Player, examples: list[Example], t: int, run: Run) -> list[P
     """DITTO's pairs, for fewer than ten demonstrations; each iterate so far wrote --samples responses to each prompt.
 
     70% are a demonstration with a new response, 20% a demonstration with an older one, 10% a newer iterate's response
-    with an older one's, as the better and the worse. The first kind is there once; of the others so many are drawn. In
-    iteration 0 there are none. With --alpha 1 the reference is the start, as in the paper. That start was fine-tuned on
-    the demonstrations (sft.py). Source: arXiv 2406.00888; the shares are those of the authors' configuration.
+    with an older one's, as the better and the worse. Every pair of the first kind is used once; pairs of the other two
+    are drawn to keep these shares. Iteration 0 has the first kind only. With --alpha 1 the reference is the start, as
+    in the paper. That start was fine-tuned on the demonstrations (sft.py). Source: arXiv 2406.00888; the shares are
+    those of the authors' configuration.
     """
     asked = [example for example in examples for _ in range(run.args.samples)]
     written = keep_responses(asked, run.sample(opponent, asked, t, "generate"), t, run)
@@ -299,7 +300,11 @@ EXCLUDES = [  # (flag, those that cannot go with it, why)
     ("--ditto", ["--mix-previous", "--loss tspin", "--reference sampled"], "it makes pairs of its own"),
     ("--samples", ["--pairs", "--reinforce", "--scorer"], "these are of one response"),
     ("--samples", ["--temperature 0"], "all would be equal"),
-    ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce"], "it cuts to the length of one response"),
+    (
+        "--unfinished cut",
+        ["--samples", "--loss tspin", "--reinforce", "--ditto"],
+        "it cuts to the length of one response",
+    ),
     ("--reference sampled", ["--pairs", "--reinforce"], "the responses have other authors"),
     ("--reference sampled", ["--temperature 0", "--top-k", "--top-p"], "real responses could have probability 0"),
 ]

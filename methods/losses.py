@@ -77,7 +77,8 @@ def gsil_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, form: 
 
     bernoulli: logistic classification, which is SPACE's loss at mu 1. brier: its squares, which are bounded, so that
     wrong labels weigh less. kliep: exponentials, E_t exp(R) - E_data R, the variational form of the KL divergence.
-    lsif: squares of the density ratio itself, which one likely generated response can dominate.
+    lsif: squares of the density ratio itself. Gradients grow like exp(R) for kliep's generated and lsif's real
+    responses, and like exp(2 R) for lsif's generated ones, so a few responses can dominate a batch.
     Optimum: as of SPACE, p_data at beta 1 for every form.
     Source: GSIL, arXiv 2410.10093; the forms are those of the authors' code, which adds a constant to R.
     """
@@ -112,7 +113,7 @@ def tspin_loss(
     `start_logps` is None. The paper writes alpha for beta, and beta for historical.
 
     Optimum without the second term: proportional to (p_data / p_t)^(1/beta). So p_data is no fixed point: against an
-    opponent that writes like the data, current advantages are best where all responses are equally likely. With small
+    opponent that writes like the data, current advantages are best if all responses are equally likely. With small
     steps that shows late; training each iteration to its optimum swings for any beta up to 1.
     Source: T-SPIN, arXiv 2601.08198; found in a summary.
     """

@@ -55,10 +55,12 @@ def distillation(player: Player, prompts: dict[int, list[int]], run: Run) -> Cal
         answers = [ids for ids, _ in player.respond(asked, seed, rows=rows, temperature=run.args.temperature)]
         player.model.eval()  # The teacher has no dropout.
         swap_weights()
-        with torch.no_grad():  # Detached, a head that is a parameter keeps the teacher's weights.
-            target = [part.detach() for part in player.predictions(list(zip(map(prompts.get, rows), answers)))]
-        swap_weights()
-        player.model.train()
+        try:
+            with torch.no_grad():  # Detached, a head that is a parameter keeps the teacher's weights.
+                target = [part.detach() for part in player.predictions(list(zip(map(prompts.get, rows), answers)))]
+        finally:
+            swap_weights()
+            player.model.train()
         kl = linear_kl(*player.predictions(list(zip(asked, answers))), *target)
         return {"loss": torch.stack([tokens.mean() for tokens in kl.split([len(ids) for ids in answers])])}
 
@@ -97,7 +99,11 @@ class SdftOptions(TrainingOptions):
     def prepare(self, model: Any, examples: list[Example], run: Run) -> None:
         """Refuses or leaves out examples if the teacher's prompt and a response do not fit the context."""
         context = model.config.max_position_embeddings
-        kept, _ = fit_context(teacher_prompts(examples, run), context, self.max_new_tokens, self.overlong)
+        kept, skipped = fit_context(teacher_prompts(examples, run), context, self.max_new_tokens, self.overlong)
+        if skipped:
+            print(
+                f"skipping {skipped} of {len(examples)} examples: the teacher's prompt exceeds the context", flush=True
+            )
         lines = {e.line for e in kept}
         examples[:] = [e for e in examples if e.line in lines]
 

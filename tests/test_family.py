@@ -58,6 +58,10 @@ def iris_by_hand(real, generated, order, beta=0.7):
 # Options, and the loss of a batch from the ratios (R, B) of its responses, real ones first.
 METHODS = {
     "space": (dict(loss="space", mu=3), lambda r: space_by_hand(r[0], r[1])),
+    "gsil, lsif": (
+        dict(loss="gsil", form="lsif"),
+        lambda r: (torch.exp(1.4 * r[1]) / 2 - torch.exp(0.7 * r[0])).mean(),
+    ),
     "spif": (dict(loss="spif"), lambda r: ((0.7 * r[0] - 1) ** 2 + (0.7 * r[1] + 1) ** 2).mean() / 2),
     "tspin": (
         dict(loss="tspin", historical=0.4),

@@ -85,6 +85,15 @@ def test_a_judge_is_not_asked_about_kinds_that_are_trained_on(tmp_path):
     assert all(line["generated"] != line["response"] for line in lines["pairs"])
 
 
+def test_errors_of_choices_are_those_of_kinds():
+    """Questions of one kind that change together count as one: the error is that of the mean of four kinds."""
+    kinds = np.repeat(np.arange(4), 25)
+    of_kinds, size = np.array([1.0, -1.0, 0.0, 2.0]), Size(tuning=0)
+    error = real_model.error_of(of_kinds[kinds], {"kinds": kinds}, "summed", size)
+    assert error == pytest.approx(of_kinds.std() / 2)
+    assert real_model.error_of(of_kinds[kinds], {}, "nll", size) == pytest.approx(of_kinds.std() / 10)
+
+
 def test_log_probabilities_at_several_temperatures():
     player = player_of(known_model())
     items = [([1, 2], [3, 4, 0]), ([2], [1, 0])]
@@ -96,8 +105,11 @@ def test_log_probabilities_at_several_temperatures():
 @pytest.mark.parametrize(
     ("over", "expected"),
     [
-        ({"start": [[4, 1]], "A": [[4, 1]], "R": [[4, 1]]}, "SPIN is supported by one seed, and so is the opponent"),
-        ({"start": [[4, 1]], "A": [[4, 1]], "R": [[2, 1]]}, "SPIN is supported by one seed, its opponent is not"),
+        (
+            {"start": [[4, 1]], "A": [[4, 1]], "R": [[4, 1]]},
+            "SPIN is supported by 1 of 2 seeds, and so is the opponent",
+        ),
+        ({"start": [[4, 1]], "A": [[4, 1]], "R": [[2, 1]]}, "SPIN is supported by 1 of 2 seeds, its opponent is not"),
         ({"start": [[4, 1]], "A": [[2, 1]], "R": [[4, 1]]}, "better than the start"),
         ({"start": [[4, 1], [2, 1]], "A": [[4, 1]] * 2, "R": []}, ""),
     ],

@@ -166,8 +166,8 @@ class Reader:
             value = parse_json(value, f"field {name!r}")
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise ValueError(f"field {name!r} must be a list of {{'role', 'content'}}")
-        self.chat = True
         turns = [self._turn(message, name) for message in value]
+        self.chat |= any(role not in ("assistant", NO_TARGET) for role, _ in turns)
         return [(role, text) for role, text in turns if text.strip() or role != "system"]
 
     def _turn(self, message: dict[str, Any], name: str) -> Turn:

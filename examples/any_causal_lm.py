@@ -39,6 +39,8 @@ class HubConfig:  # what a run asks about a model
         return cls(AutoConfig.from_pretrained(path.parent), eos)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "hub":  # It is not there yet while a copy is made.
+            raise AttributeError(name)
         return getattr(self.hub, name)  # vocab_size, hidden_size and max_position_embeddings
 
     def to_json(self) -> str:

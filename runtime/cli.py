@@ -42,12 +42,14 @@ def main(
             trackers.check(args.log)
             parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
             model, examples, run = setup(args, command, player_class.class_of)
-            player = player_class(model, run.work.eos_token_id, run.args, run.weights.dtype)
             SIGNALS.check()
-            if run.record["finished"]:
+            if model is None:
                 run.finish()
                 print(f"{args.out}: this run is finished; its metrics are in metrics.jsonl, its last iterate in final")
-            elif args.dry_run:
+                parallel.leave()
+                return 0
+            player = player_class(model, run.work.eos_token_id, run.args, run.weights.dtype)
+            if args.dry_run:
                 print(plan.describe(examples, run), plan.dry_run(method, player, examples, run), sep="\n")
             else:
                 stack.enter_context(run.folder.locked() if parallel.is_writer() else contextlib.nullcontext())

@@ -58,7 +58,7 @@ def load(flag: str, name: str) -> Callable[..., Any]:
 def _module(file: Path) -> types.ModuleType:
     """Runs the file once per process, so that several functions share what it has loaded.
 
-    The file may import modules that lie beside it, unless a module of ours has the same name.
+    The file may import modules that lie beside it, unless a module of ours or an installed one has the same name.
     """
     spec = importlib.util.spec_from_file_location(f"user:{file}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # Dataclasses look their module up there.

@@ -35,7 +35,7 @@ from runtime.weights import Weights
 from runtime.work import Work
 
 
-def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn.Module, list[Example], Run]:
+def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn.Module | None, list[Example], Run]:
     """Checks and loads everything before the first token is generated. Writes nothing.
 
     Args:
@@ -43,13 +43,16 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
         class_of: takes a model's directory and returns its class: GPTNeo, or one with its `config_class`,
             `from_pretrained` and constructor.
 
-    Returns: the start, with adapters if it has any; the training examples; the run, with the held-out examples.
+    Returns: the start, with adapters if it has any, or None if the run is finished; the training examples; the run,
+        with the held-out examples.
     Raises: ValueError and OSError. All ranks raise the same.
     """
     found = parallel.on_writer(Folder(Path(args.out)).record)
     examples, run = parallel.on_all(lambda: prepare(args, command, class_of, found))
     digests = parallel.on_writer(lambda: run.record["digests"])
     parallel.on_all(lambda: resume.check_same_inputs("on rank 0", digests, run.record["digests"]))
+    if run.record["finished"]:
+        return None, examples, run
     model = parallel.on_all(lambda: load_model(run))
     parallel.on_all(lambda: args.prepare(model, examples, run))
     if args.fsdp:

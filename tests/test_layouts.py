@@ -32,6 +32,8 @@ PLAIN = [  # (record, --fields)
     ({"instruction": "q", "input": "", "output": "a"}, ()),
     ({"instruction": "q", "output": "a", "text": "x"}, ()),
     ({"question": "q", "answer": "a"}, ()),
+    ({"prompt": "q", "completion": [assistant("a")]}, ()),
+    ({"prompt": "q", "chosen": "a", "rejected": [assistant("b")]}, ()),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ()),
     ({"prompt": "q", "response": "a", "system": " "}, ()),
     ({"prompt": "q", "response": "a", "messages": None}, ()),

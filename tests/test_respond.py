@@ -75,14 +75,15 @@ def test_a_hub_id_answers(run, answers, capsys, monkeypatch):
 
 def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monkeypatch):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": w, "answer": "a"}) + "\n" for w in WORDS))
-    text = asked([run, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"], capsys)
-    assert text.startswith(f"> {WORDS[0]}\n{answers[2][0]}")
+    start = run / "iterate-0"
+    text = asked([start, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"], capsys)
+    assert text.startswith(f"> {WORDS[0]}\n{answers[0][0]}")
     written = rows(tmp_path / "out.jsonl")
-    assert [row["response"] for row in written] == answers[2] and written[0]["references"] == ["a"]
+    assert [row["response"] for row in written] == answers[0] and written[0]["references"] == ["a"]
     assert load_examples(tmp_path / "out.jsonl", quiet=True)[0].prompt == WORDS[0], "as --data reads it"
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(WORDS) + "\n\n"))
-    lines = [line.removesuffix(" [...]") for line in asked([run], capsys).splitlines()]
-    assert lines == answers[2]
+    lines = [line.removesuffix(" [...]") for line in asked([start], capsys).splitlines()]
+    assert lines == answers[0]
 
 
 def test_two_iterates_answer_below_each_other(run, answers, capsys):

@@ -122,7 +122,7 @@ def test_what_was_read_is_shown_before_the_run_and_not_again(start, data, tmp_pa
     records = [json.loads(line) | {"id": 3} for line in data.read_text().splitlines()]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     _, (example, *_), _ = begin(start, path, tmp_path / "run")
-    taken = "prompt -> prompt, response -> response, references -> references; left out: id"
+    taken = "prompt -> prompt, references -> references, response -> response; left out: id"
     prompt = rf"### Instruction: {example.prompt}\n\n### Response: "
     shown = f'first prompt: "{prompt}"\nfirst response: "{example.response}<|endoftext|>"\n'
     assert capsys.readouterr().out == f"{path}: {taken}\n{shown}"

@@ -42,7 +42,7 @@ def play(monkeypatch, capsys):
             if error:
                 raise error
 
-        game = MagicMock(record={"finished": finished})
+        game = MagicMock()
         game.begin, game.finish, game.tell = (
             lambda: events.append("begin"),
             lambda: events.append("finish"),
@@ -51,7 +51,7 @@ def play(monkeypatch, capsys):
 
         def setup(args, command, model_class):
             fail(setup_error, command)
-            return "model", [], game
+            return None if finished else "model", [], game
 
         monkeypatch.setattr(cli, "setup", setup)
         monkeypatch.setattr(cli, "observers", lambda *args: [])

@@ -301,11 +301,16 @@ QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: large
 
 
 def error_of(changes: np.ndarray, values: dict[str, np.ndarray], measure: str, size: Size) -> float:
-    """The standard error of a mean over test words. Questions of one kind count as a cluster."""
+    """The standard error of a mean over test words.
+
+    Questions of one kind share wrong answers. Of the error over words and the one over kinds the larger one counts,
+    since the second is itself uncertain if kinds are few.
+    """
     centred = changes - changes.mean()
+    sums = [centred]
     if measure in ("summed", "per_token"):
-        centred = np.bincount(values["kinds"][size.tuning :].astype(int), centred)
-    return float((centred**2).sum() ** 0.5 / len(changes))
+        sums.append(np.bincount(values["kinds"][size.tuning :].astype(int), centred))
+    return float(max((some**2).sum() ** 0.5 for some in sums) / len(changes))
 
 
 MEASURES = ("nll", "best_nll", "summed", "per_token", "content", "length", "repeats", "unfinished", "fluency")

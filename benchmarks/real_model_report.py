@@ -67,7 +67,7 @@ def changes(found: Row) -> str:
 def verdict(found: Row) -> str:
     """What the rules say about each question, for the rates and iterates that the tuning words chose."""
     rows = [["question", "arm", "over the start", "over A", "over R", "by the rules"]]
-    for row in found["contrasts"]:
+    for row in (row for row in found["contrasts"] if row["arm"] not in "AR"):  # These are controls.
         _, scale, digits = COLUMNS[row["measure"]]
         leads = [row["over"][name] for name in ("start", "A", "R")]
         cells = [" and ".join(signed(lead, scale, digits) for lead in of_seeds) for of_seeds in leads]

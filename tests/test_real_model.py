@@ -91,6 +91,8 @@ def test_errors_of_choices_are_those_of_kinds():
     of_kinds, size = np.array([1.0, -1.0, 0.0, 2.0]), Size(tuning=0)
     error = real_model.error_of(of_kinds[kinds], {"kinds": kinds}, "summed", size)
     assert error == pytest.approx(of_kinds.std() / 2)
+    alternating = np.tile([1.0, -1.0], 50)  # Within a kind it cancels, over words it does not.
+    assert real_model.error_of(alternating, {"kinds": kinds}, "summed", size) == pytest.approx(0.1)
     assert real_model.error_of(of_kinds[kinds], {}, "nll", size) == pytest.approx(of_kinds.std() / 10)
 
 

@@ -44,8 +44,8 @@ def about(found: Row) -> str:
     whole = [row["seconds"] for row in found["trials"].values() if row["iterate"] == size["iterations"]]
     minutes = sum(whole) / 60
     return (
-        f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; {len(found['left'])} trials were not "
-        f"run. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of {size['choice']:,}, "
+        f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; trials that were not run: "
+        f"{len(found['left'])}. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of {size['choice']:,}, "
         f"{size['written']} written definitions; {found['machine']}, commit {found['commit']}. The true definition is "
         f"the longest of its four in {lengths['longest']} of the cases and the shortest in {lengths['shortest']}, ties "
         "included.\n"

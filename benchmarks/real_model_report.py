@@ -45,10 +45,10 @@ def about(found: Row) -> str:
     minutes = sum(whole) / 60
     return (
         f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; trials that were not run: "
-        f"{len(found['left'])}. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of {size['choice']:,}, "
-        f"{size['written']} written definitions; {found['machine']}, commit {found['commit']}. The true definition is "
-        f"the longest of its four in {lengths['longest']} of the cases and the shortest in {lengths['shortest']}, ties "
-        "included.\n"
+        f"{len(found['left'])}. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of "
+        f"{size['choice']:,}, {size['written']} written definitions; {found['machine']}, commit {found['commit']}. The "
+        f"true definition is the longest of its four in {lengths['longest']} of the cases and the shortest in "
+        f"{lengths['shortest']}, ties included.\n"
     )
 
 

@@ -50,7 +50,7 @@ def test_the_divergence_and_its_gradients_equal_float64(monkeypatch, dtype, froz
     assert kl.max() > 10
     kl.backward(upstream)
     expected.backward(upstream.double())
-    # Logits of 50 are rounded by 4e-6, which the gradient multiplies by differences of log-probabilities and by weights.
+    # Logits of 50 are rounded by 4e-6; the gradient multiplies that by log-probabilities and weights.
     near = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=2e-2, atol=0.1)
     torch.testing.assert_close(ours[0].grad.double(), exact[0].grad, **near)
     assert (ours[1].grad is None) == frozen

@@ -158,9 +158,9 @@ def optimize(player: Player, items: list, loss_of: Callable, t: int, run: "Run")
     """Minimises the mean of loss_of(items)["loss"]. The optimizer starts afresh in every iteration."""
     args = run.args
     with run.training(player, items, t) as training:
-        weights = training.parameters
-        facts = {"weight_decay": args.weight_decay, "fused": weights[0].is_cuda}  # fused: few kernels for all weights
-        optimizer = RMSprop(weights) if args.optimizer == "rmsprop" else AdamW(weights, **facts)  # the paper: RMSprop
+        weights, rmsprop = training.parameters, args.optimizer == "rmsprop"  # RMSprop is the paper's: no weight decay.
+        fused = weights[0].is_cuda  # A GPU then updates all weights by a few kernels.
+        optimizer = RMSprop(weights) if rmsprop else AdamW(weights, weight_decay=args.weight_decay, fused=fused)
         for step, batch in training.batches(optimizer):
             optimizer.param_groups[0]["lr"] = args.lr[t] * schedule(step, training.steps, args.warmup)
             for micro_batch, weight in training.micro_batches(batch):

@@ -40,8 +40,9 @@ class _LinearKL(Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         kl = tensors[0].new_empty(len(tensors[0]), dtype=torch.float32)
+        factors = [_as_factor(tensor) for tensor in tensors]  # A CPU casts 16-bit tensors here, once for all tiles.
         for rows in _row_tiles(*tensors[:2]):
-            logp, logq = _both_log_softmax(rows, *tensors)
+            logp, logq = _both_log_softmax(rows, *factors)
             kl[rows] = logp.exp().mul_(logp - logq).sum(1)
         ctx.save_for_backward(*tensors, kl)
         return kl
@@ -51,17 +52,19 @@ class _LinearKL(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         *tensors, kl = ctx.saved_tensors
         hidden, weight = tensors[:2]
-        d_hidden, d_weight = (torch.zeros_like(t, dtype=torch.float32) for t in (hidden, weight))
+        wanted = list(zip(ctx.needs_input_grad, (hidden, weight)))  # A frozen head gets no (V, D) gradient.
+        d_hidden, d_weight = (torch.zeros_like(t, dtype=torch.float32) if needed else None for needed, t in wanted)
+        factors = [_as_factor(tensor) for tensor in tensors]
         for rows in _row_tiles(hidden, weight):
-            logp, logq = _both_log_softmax(rows, *tensors)
+            logp, logq = _both_log_softmax(rows, *factors)
             gradient = logp.exp().mul_(logp.sub_(logq).sub_(kl[rows, None])).mul_(upstream[rows, None])
-            terms = gradient.to(_as_factor(hidden).dtype)
-            if ctx.needs_input_grad[0]:
-                add_product(d_hidden[rows], terms, _as_factor(weight), fresh=True)
-            if ctx.needs_input_grad[1]:
-                add_product(d_weight, terms.t(), _as_factor(hidden[rows]), fresh=False)
-        wanted = zip(ctx.needs_input_grad, (d_hidden, d_weight), (hidden, weight))
-        return *(gradient.to(like.dtype) if needed else None for needed, gradient, like in wanted), None, None
+            terms = gradient.to(factors[0].dtype)
+            if d_hidden is not None:
+                add_product(d_hidden[rows], terms, factors[1], fresh=True)
+            if d_weight is not None:
+                add_product(d_weight, terms.t(), factors[0][rows], fresh=False)
+        both = zip((d_hidden, d_weight), (hidden, weight))
+        return *(None if gradient is None else gradient.to(like.dtype) for gradient, like in both), None, None
 
 
 def _row_tiles(hidden: Tensor, weight: Tensor) -> Any:
@@ -73,6 +76,6 @@ def _both_log_softmax(rows: slice, *tensors: Tensor) -> list[Tensor]:
     both = []
     for hidden, weight in (tensors[:2], tensors[2:]):
         logits = torch.empty(rows.stop - rows.start, len(weight), device=hidden.device)
-        add_product(logits, _as_factor(hidden[rows]), _as_factor(weight).t(), fresh=True)
+        add_product(logits, hidden[rows], weight.t(), fresh=True)
         both.append(logits.log_softmax(1))
     return both

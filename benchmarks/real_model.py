@@ -424,7 +424,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="only tables and figure, from what is stored")
     args = parser.parse_args(argv)
     size, deadline = SIZES[args.size], time.monotonic() + 60 * args.minutes
-    torch.set_num_threads(args.threads)
     out = args.out or ROOT / f"benchmarks/results/smollm2-{args.size}.json"
     work = args.work or ROOT / f"runs/smollm2/{args.size}"
     new = {"commit": current_commit(), "size": dataclasses.asdict(size), "models": {}, "trials": {}}
@@ -446,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if found[name] != new[name]:
                 stored = f"results of {name} {found[name]}, now {new[name]}"
                 sys.exit(f"real_model.py: error: {out}: {stored}; give another --out")
+        torch.set_num_threads(args.threads)
         late = lambda: time.monotonic() > deadline  # noqa: E731
         for line in play(found, values, size, work, args.model, args.device, save, late):
             print(f"{line}; {len(found['left'])} trials are left", flush=True)

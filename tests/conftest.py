@@ -34,6 +34,8 @@ def plain_products(request):
         if request.path.name not in ("test_onednn.py", "test_runs.py", "test_minimal.py"):
             patch.setattr(onednn, "available", lambda: False)
         yield
+    # Runs that are compared bit by bit need the same number of threads, whichever files ran before in this process.
+    assert torch.get_num_threads() == 1
 
 
 @pytest.fixture(scope="session")

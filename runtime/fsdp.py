@@ -49,14 +49,14 @@ class Sharded:
                 part.set_gradient_divide_factor(1.0)  # Training.step expects the sum over the ranks, not the mean.
                 part.set_force_sum_reduction_for_comms(True)
         self.master.to_empty(device=device)
-        parallel.overwrite(self.master, model.state_dict())
+        parallel.overwrite(dict(self.master.named_parameters()), model.state_dict())
         self.whole = model.requires_grad_(False)
         self.gather()
 
     def load(self, folder: Path) -> None:
         """Sets both forms to the model in a folder on rank 0's disk."""
         weights = type(self.whole).from_pretrained(folder).state_dict() if parallel.is_writer() else None
-        parallel.overwrite(self.master, weights)
+        parallel.overwrite(dict(self.master.named_parameters()), weights)
         self.gather()
 
     @torch.no_grad()

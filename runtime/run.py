@@ -95,7 +95,8 @@ class Run:
         if not items:
             reasons = "all responses were identical to the real ones, unfinished, or left out by an option"
             raise Stopped(f"iteration {t}: nothing is left to train on: {reasons}")
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if parallel.is_writer():
+            self.folder.path.mkdir(parents=True, exist_ok=True)
         with self.weights.to_train(player):
             player.model.train()
             yield Training(self.work, self.folder, player, items, t, self.tell)
@@ -193,16 +194,10 @@ class Run:
 
     def begin(self) -> None:
         """Under the lock: writes the record of a new run, or says how far the run has come."""
-        if parallel.local_rank() == 0:
-            self.folder.begin()
-        parallel.barrier()
         parallel.on_writer(self._begin)
-        if parallel.local_rank() == 0 and self.folder.record() != self.record:  # this host has a disk of its own
-            shutil.rmtree(self.folder.path / "resume", ignore_errors=True)  # It belongs to a run that is gone.
-            self.folder.write_record(self.record)
-        parallel.barrier()
 
     def _begin(self) -> None:
+        self.folder.begin()
         found = self.folder.record()
         if found != self.found:
             raise ValueError(f"--out {self.args.out}: another process was at work in it a moment ago; try again")
@@ -223,7 +218,8 @@ class Run:
         If an earlier process has done so, checks all files instead. Raises: Stopped naming one that is damaged.
         """
         parallel.on_writer(self.folder.check if self.record["finished"] else self._finish)
-        shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
+        if parallel.is_writer():
+            shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
 
     def _finish(self) -> None:
         last, best = self.rows[-1]["iterate"], evaluate.best_of(self.rows, self.args.best)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from data.files import lfs_hint, read_object, shown, token_text
+from data.files import read_object, shown, token_text
 from data.layouts import LAYOUTS, Reader, Turn
 from data.records import files_of, read
 from data.templates import SPECIAL_TOKENS, Piece, Template
@@ -134,11 +134,11 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
     path = Path(directory)
     source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
     if source.is_file():
-        with _named(f"{source}: not a readable tokenizer{lfs_hint(source)}"):
+        with _named(f"{source}: not a readable tokenizer"):
             tokenizer = Tokenizer.from_file(str(source))
     elif vocab.is_file() and merges.is_file():
         source = vocab
-        with _named(f"{vocab} and merges.txt: not a readable tokenizer{lfs_hint(vocab) or lfs_hint(merges)}"):
+        with _named(f"{vocab} and merges.txt: not a readable tokenizer"):
             tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

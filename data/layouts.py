@@ -15,7 +15,7 @@ PROMPTS = ("prompt", "instruction", "question", "query")
 MORE = ("input", "context")  # They follow a prompt that is a text, after a blank line.
 CONVERSATIONS = ("real", "messages", "conversations", "conversation")
 RESPONSES = ("real", "chosen", *CONVERSATIONS[1:], "response", "completion", "output", "answer")
-NAMES = {*PROMPTS, *MORE, *RESPONSES, "rejected", "generated", "system", "history", "references", "wins", "label"}
+NAMES = {*PROMPTS, *MORE, *RESPONSES, "rejected", "generated", "system", "references", "wins", "label"}
 # The fields that a name in --fields takes the place of; any other name takes the place of itself.
 REPLACED = {"prompt": (*PROMPTS, *CONVERSATIONS), "response": RESPONSES, "messages": RESPONSES}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
@@ -59,9 +59,7 @@ class Reader:
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
         record, self.chat = self._named(record), False
-        label = str(record.get("label")).lower()  # TRL's data for KTO has true or false.
-        if label in ("true", "false"):
-            del record["label"]
+        bad = str(record.pop("label", None)).lower() == "false"  # TRL's data for KTO has true or false.
         name = self._one_of(record, "response", RESPONSES) or "response"
         turns = self._turns(record, name, "assistant") if name in record or self.layout != "prompts" else []
         if name in CONVERSATIONS or "user" in dict(turns):
@@ -69,7 +67,7 @@ class Reader:
         else:
             turns = self._question(record) + turns
         turns, response = self._split(turns, name)
-        if response is None or label == "false":
+        if response is None or bad:
             self.unwanted += 1
             return None
         given = self._given(record, name, turns) if self.layout == "pairs" else {}
@@ -128,16 +126,11 @@ class Reader:
     def _question(self, record: dict[str, Any]) -> list[Turn]:
         """Returns the prompt of a record whose response stands apart."""
         name = self._one_of(record, "prompt", PROMPTS) or "prompt"
-        messages = isinstance(record.get(name), list)
         turns = self._turns(record, name, "user")
-        for more in () if messages else MORE:
+        for more in () if self.chat else MORE:
             if not isinstance(record.get(more, []), list | dict):
                 text = text_of(self._take(record, more, "prompt"), more, blank=True)
                 turns = [("user", f"{turns[0][1]}\n\n{text}")] if text.strip() else turns
-        history = [] if messages else record.get("history")
-        if history and isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            texts = [text_of(text, "history") for pair in self._take(record, "history", "prompt") for text in pair]
-            turns, self.chat = [*zip(("user", "assistant") * len(history), texts), *turns], True
         return turns
 
     def _given(self, record: dict[str, Any], name: str, turns: list[Turn]) -> dict[str, Any]:

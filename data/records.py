@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.files import lfs_hint, near_files, parse_json, shown
+from data.files import parse_json, shown
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")  # The files that are read from a directory.
 GZIP, PARQUET, BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"  # The first bytes of files.
@@ -33,17 +33,16 @@ Record = tuple[int, Any]  # (number, content); the number is that of a line, or 
 def files_of(name: str) -> list[str]:
     """Returns the files that --data names: a directory stands for the data files in it, sorted by name.
 
-    Raises: FileNotFoundError, which suggests a file of a similar name; ValueError if a directory holds no data.
+    Raises: FileNotFoundError; ValueError if a directory holds no data.
     """
-    path = Path(name)
     if os.path.isdir(name):
-        inside = sorted(str(file) for file in path.iterdir() if kind_of(file) in SUFFIXES and file.is_file())
+        inside = sorted(str(file) for file in Path(name).iterdir() if kind_of(file) in SUFFIXES and file.is_file())
         if not inside:
             raise ValueError(f"{name}: a directory without data, expected files that end in {', '.join(SUFFIXES)}")
         return inside
     if not os.path.isfile(name) and not is_hub_id(name):
         found = "not a regular file" if os.path.exists(name) else "no such file, directory or hub id (owner/name)"
-        raise FileNotFoundError(f"{shown(name)}: {found}{near_files(path)}")
+        raise FileNotFoundError(f"{shown(name)}: {found}")
     return [name]
 
 
@@ -67,8 +66,6 @@ def read(name: str) -> Iterator[Record]:
         yield from _hub(name)
         return
     path = Path(name)
-    if hint := lfs_hint(path):
-        raise ValueError(f"{path}: no data{hint}")
     with open(path, "rb") as raw:
         magic = raw.peek(4)[:4]
         if magic == PARQUET:

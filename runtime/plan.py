@@ -1,4 +1,4 @@
-"""What a run will need: memory and disk by arithmetic, time and peak memory by a game on two small batches."""
+"""What a run will need: memory by arithmetic, time and peak memory by a game on two small batches."""
 
 import dataclasses
 import os
@@ -18,7 +18,6 @@ from runtime.progress import duration
 from runtime.run import Run
 
 FP32 = 4  # bytes
-TOKEN = 12  # bytes of a token in a JSON file: its id with comma and space, and its text
 
 
 def count(model: nn.Module) -> tuple[int, int]:
@@ -27,11 +26,8 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def check(model: nn.Module, args: Any, examples: list[Example], device: torch.device, path: Path) -> None:
-    """Compares what must be had, activations and the generation cache aside, with memory and disk.
-
-    Raises: ValueError naming what does not suffice.
-    """
+def check(model: nn.Module, args: Any, device: torch.device, path: Path) -> None:
+    """Raises ValueError if the memory does not suffice even without activations and the generation cache."""
     total, trained = count(model)
     frozen = (total - trained) * (2 if args.precision == "bf16" else FP32)
     state = trained * FP32 * (2 if args.optimizer == "adamw" else 1)  # the optimizer state
@@ -42,13 +38,6 @@ def check(model: nn.Module, args: Any, examples: list[Example], device: torch.de
             f"{path}: training needs more than {gib(memory)} of memory, {device} has {gib(have)}; --rank 16 trains "
             f"adapters, --optimizer rmsprop keeps less"
         )
-    longest = max(e.tokens for e in examples) + args.max_new_tokens
-    pairs = min(args.prompts or len(examples), len(examples)) * longest * TOKEN
-    # Per iteration the iterate and its pairs; once final/ and best/, and two checkpoints while one replaces the other.
-    disk = args.iterations * (trained * FP32 + pairs) + 2 * total * FP32 + 2 * (trained * FP32 + state)
-    free = disk_left_for(Path(args.out))
-    if disk > free:
-        raise ValueError(f"--out {args.out}: the run may need {gib(disk)} of disk, {gib(free)} are free")
 
 
 def memory_of(device: torch.device) -> int:
@@ -59,12 +48,6 @@ def memory_of(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
     text = limit.read_text().strip() if limit.exists() else ""
     return (min(total, int(text)) if text.isdigit() else total) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def disk_left_for(folder: Path) -> int:
-    """Bytes that the run may use: free space and what its own files hold."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free + sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def gib(size: float) -> str:
@@ -79,6 +62,7 @@ def describe(examples: list[Example], run: Run) -> str:
     longer = sum(length > args.max_new_tokens for length in reals)
     ends = dict.fromkeys((run.work.eos_token_id, *run.work.ends))
     names = [run.work.tokenizer.id_to_token(token) for token in ends]
+    folder = next(path for path in (run.folder.path, *run.folder.path.absolute().parents) if path.exists())
     how = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     lines = {
         "model": f"{args.model}: {total:,} parameters, {trained:,} trained ({how}), {args.precision} on {run.device}",
@@ -88,7 +72,7 @@ def describe(examples: list[Example], run: Run) -> str:
         "ends": f"responses end at {', '.join(map(repr, names))}",
         "iterations": f"{args.iterations}, each of {min(args.prompts or len(examples), len(examples)):,} prompts",
         "memory": f"{gib(memory_of(run.device))} on {run.device}",
-        "disk": f"{gib(disk_left_for(run.folder.path))} free for {args.out}",
+        "disk": f"{gib(shutil.disk_usage(folder).free)} free for {args.out}",
     }
     if parallel.world_size() > 1:
         sharded = "weights, gradients and optimizer state are sharded across them"

@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from data.examples import Example, digest, draw, encode, held_out, load_examples, load_tokenizer
 from data.templates import DEFAULT_TEMPLATE, Template
 
-POINTER = "version git-lfs/v1\nsize 9\n"
 EMPTY = Tokenizer(models.BPE()).to_str()
 EOS_TEXT = "<|endoftext|>"
 TEMPLATE = DEFAULT_TEMPLATE.replace(r"\n", "\n")
@@ -221,8 +220,6 @@ def test_tokens_beyond_the_vocabulary_are_named(start, tmp_path):
     [
         ({"vocab.json": "{}"}, FileNotFoundError, ": no tokenizer, expected tokenizer.json, or vocab.json and merges"),
         ({"tokenizer.json": "{"}, ValueError, "/tokenizer.json: not a readable tokenizer (EOF while parsing"),
-        ({"tokenizer.json": POINTER}, ValueError, "; it is a pointer of Git LFS: run git lfs pull ("),
-        ({"vocab.json": "{}", "merges.txt": POINTER}, ValueError, "; it is a pointer of Git LFS: run git lfs pull ("),
         ({"tokenizer.json": EMPTY, "added_tokens.json": '{"a": "x", "b": 3}'}, ValueError, ": the added tokens of its"),
         ({"vocab.json": "{}", "merges.txt": "a b"}, ValueError, "/vocab.json and merges.txt: not a readable tokenizer"),
     ],

@@ -111,15 +111,13 @@ def test_several_turns_and_a_system_turn():
     assert read({"instruction": "Add.", "input": "1, 2", "output": "3"}).prompt == "Add.\n\n1, 2"
 
 
-def test_context_and_history_belong_to_the_prompt():
-    """SQuAD and Dolly have a context, Alpaca an input, LLaMA-Factory a history; --fields keeps all three."""
+def test_context_and_input_belong_to_the_prompt():
+    """SQuAD and Dolly have a context, Alpaca an input; --fields keeps both."""
     for record, fields in (
         ({"question": "q", "context": "c", "answer": "a"}, ()), ({"instruction": "q", "input": "c", "output": "a"}, ()),
         ({"instruction": "q", "input": "c", "output": "a", "prompt": "q c a"}, ("prompt=instruction",)),
     ):  # fmt: skip
         assert read(record, fields=fields).prompt == "q\n\nc"
-    turns = (("user", "p"), ("assistant", "b"), ("user", "q"))
-    assert read({"instruction": "q", "output": "a", "history": [["p", "b"]]}).turns == turns
 
 
 @pytest.mark.parametrize(

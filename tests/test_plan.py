@@ -1,21 +1,11 @@
-"""runtime/plan.py: what is refused for lack of memory or disk, and what --dry-run says."""
+"""runtime/plan.py: what is refused for lack of memory, and what --dry-run says."""
 
 import itertools
-import shutil
 
 import pytest
 from helpers import SCRIPTS, begin, small, small_sft
 
-import spin
 from runtime import plan, progress
-
-FREE = shutil._ntuple_diskusage(10**6, 10**6, 1000)  # total, used, free
-
-
-def test_disk_that_a_run_may_use_is_free_space_and_its_own_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: FREE)
-    (tmp_path / "x").write_bytes(b"x" * 24)
-    assert plan.disk_left_for(tmp_path) == 1024 and plan.disk_left_for(tmp_path / "none") == 1000
 
 
 @pytest.mark.parametrize("rank, optimizer, slots", [(0, "adamw", 2), (4, "rmsprop", 1)])
@@ -30,27 +20,10 @@ def test_memory_is_refused_at_the_byte_that_weights_gradients_and_optimizer_need
     needed += slots * sum(p.numel() * 4 for p in trained)
     assert run.record["parameters"] == [sum(p.numel() for p in some) for some in (player.model.parameters(), trained)]
     monkeypatch.setattr(plan, "memory_of", lambda device: needed)
-    plan.check(player.model, run.args, examples, run.device, start)
+    plan.check(player.model, run.args, run.device, start)
     monkeypatch.setattr(plan, "memory_of", lambda device: needed - 1)
     with pytest.raises(ValueError, match=r"training needs more than .* of memory, cpu has .*--rank 16 trains adapters"):
-        plan.check(player.model, run.args, examples, run.device, start)
-
-
-def test_too_little_disk_is_an_error_before_anything_is_written(start, data, here, capsys, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: FREE)
-    assert spin.main(small(start, data)) == 2
-    error = capsys.readouterr().err
-    assert "--out run: the run may need" in error and "0 MiB are free" in error
-    assert not (here / "run").exists()
-
-
-def test_disk_is_an_upper_bound_of_what_a_run_writes(start, data, here, monkeypatch):
-    player, examples, run = begin(start, data, here / "again", rank=0, iterations=2)
-    assert spin.main(small(start, data, rank=0, lr=1e-3, prompts=16)) == 0
-    used = sum(p.stat().st_size for p in (here / "run").rglob("*.safetensors"))
-    monkeypatch.setattr(plan, "disk_left_for", lambda path: used)
-    with pytest.raises(ValueError, match="may need"):
-        plan.check(player.model, run.args, examples, run.device, start)
+        plan.check(player.model, run.args, run.device, start)
 
 
 @pytest.mark.parametrize("command", ["spin", "sft"])

@@ -16,7 +16,6 @@ from data.examples import load_examples
 RECORDS = [{"prompt": f'caf\u00e9 {i}, "x"', "response": f"line\nof {i};\ttab"} for i in range(3)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 BOM = b"\xef\xbb\xbf"
-POINTER = b"version git-lfs/v1\noid sha256:0\nsize 9\n"
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
@@ -160,7 +159,6 @@ def test_a_directory_and_several_files_are_read_in_order(tmp_path, capsys):
         ("x.jsonl", "prompt,response\na,b\n", "expected a JSON object per line or a JSON array, or a name that ends"),
         ("x.json", '{\n  "prompt" "a"\n}\n', "x.json:1: not valid JSON (Expecting property name"),
         ("x.jsonl", b"PAR1\x15\x04\xff\n", "x.jsonl: not readable as Parquet"),
-        ("x.jsonl", POINTER, "x.jsonl: no data; it is a pointer of Git LFS: run git lfs pull"),
         ("x.gz", GOOD, "x.gz: not readable as gzip (Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "x.jsonl.gz: not readable as gzip (Compressed file ended"),
     ],
@@ -171,11 +169,10 @@ def test_what_cannot_be_read_is_named_by_file_and_line(name, content, says, tmp_
     assert says in error and "\n" not in error
 
 
-def test_names_of_data_that_are_nearly_right(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes(LINES)
+def test_names_that_are_no_data(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")  # Opening it would wait for a writer.
     for name, says in (
-        ("trian.jsonl", r"did you mean .*/train\.jsonl\?"),
+        ("trian.jsonl", "trian.jsonl: no such file, directory or hub id"),
         ("pipe.jsonl", "not a regular file"),
         ("a\0b", "no such file"),
     ):

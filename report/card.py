@@ -7,8 +7,8 @@ from pathlib import Path
 from evaluate import Row
 from report.tables import text_of
 
-METHODS = {"spin": "SPIN (self-play fine-tuning, arXiv 2401.01335)", "sft": "supervised fine-tuning"}
-RELATIVE = "a relative of SPIN (self-play fine-tuning, arXiv 2401.01335)"
+SPIN = "SPIN (self-play fine-tuning, arXiv 2401.01335)"
+METHODS = {"spin": SPIN, "sft": "supervised fine-tuning"}
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -65,7 +65,7 @@ def card(iterate: int, rows: Sequence[Row], record: Row) -> str:
         iterate=iterate,
         last=rows[-1]["iterate"],
         command=command,
-        method=METHODS.get(command, RELATIVE),
+        method=METHODS.get(command, f"a relative of {SPIN}"),
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
         tables=text_of(rows),
     )

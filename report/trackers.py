@@ -5,6 +5,7 @@ resumed run logs all rows again, so every row keeps its number.
 """
 
 import importlib
+import itertools
 import os
 import sys
 import uuid
@@ -15,6 +16,7 @@ from evaluate import Row
 from report.files import read_rows
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # what is imported of a package
+KEYS = {"iteration", "step", "iterate"}  # numbers that only say which row it is
 Log = Callable[[dict[str, float], int], object]  # called with {name: value} and the number of a row
 
 
@@ -45,28 +47,26 @@ class Tracker:
         self.name, self.out, self.log, self.close = name, out, log, close
         self.count = 0  # rows that this process has logged
 
-    def step(self, row: Row) -> None:  # The row is not in the file yet.
-        self._log([row] if self.count else [*self._earlier(), row])
+    def step(self, row: Row) -> None:
+        self._log([row])
 
     def iterate(self, rows: list[Row], answers: Mapping[int, list[Row]], note: str) -> None:
-        self._log([rows[-1]] if self.count else self._earlier())
+        self._log(rows[-1:])
 
     def finish(self, rows: list[Row], record: Row) -> None:
-        self._log([] if self.count else self._earlier())
-
-    def _earlier(self) -> list[Row]:
-        """All rows in the run's files, in the order in which they were made."""
-        rows = []
-        for t, row in enumerate(read_rows(self.out / "metrics.jsonl")):
-            rows += [row, *read_rows(self.out / f"steps-{t}.jsonl")]
-        return rows
+        self._log([])
 
     def _log(self, rows: Sequence[Row]) -> None:
+        """Logs rows; the first time all that are in the run's files, where a step is not yet."""
+        if not self.count:
+            earlier = enumerate(read_rows(self.out / "metrics.jsonl"))
+            made = [[row, *read_rows(self.out / f"steps-{t}.jsonl")] for t, row in earlier]
+            rows = [*itertools.chain(*made), *(row for row in rows if "step" in row)]
         for row in rows:
-            group, keys = ("train", ("iteration", "step")) if "step" in row else ("iterate", ("iterate",))
-            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            group = "train" if "step" in row else "iterate"
+            numbers = {name: x for name, x in row.items() if isinstance(x, int | float) and name not in KEYS}
             try:
-                self.log({f"{group}/{name}": float(numbers[name]) for name in numbers if name not in keys}, self.count)
+                self.log({f"{group}/{name}": float(x) for name, x in numbers.items()}, self.count)
             except Exception as error:
                 print(f"--log {self.name}: {error}; the run goes on without it", file=sys.stderr, flush=True)
                 self.log = lambda values, number: None

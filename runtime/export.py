@@ -10,7 +10,7 @@ from data.files import read_object, read_text, token_text
 from data.templates import jinja_of, read_chat
 
 # Files of the start besides the weights: those that are copied, and those in which the end token may change.
-COPIED = ("added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
+COPIED = ("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
 CHANGED = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 # Fields that do not hold for an exported model, which is in fp32 and has no code of its own.
 STALE = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")

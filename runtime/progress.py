@@ -66,17 +66,15 @@ class Progress:
         return times
 
     def seconds_left(self, of_bar: float) -> float | None:
-        """Seconds to the end of the run if the running phase takes `of_bar` more; None if that cannot be estimated.
+        """Seconds to the end of the run if the phase takes `of_bar` more, and every iterate as long as the last one.
 
-        Later phases are assumed to take as long as in the last iterate. The start has no phase but the evaluation, so
-        in the first iteration there is no estimate before training, after which only the evaluation follows.
+        It is None in the first iteration, since the start has no phase but the evaluation.
         """
-        if not self.before or not (self.phase in self.before or self.phase == "train"):
+        if "train" not in self.before:
             return None
-        running = self.clock() - self.began
-        own = max(of_bar, self.before.get(self.phase, 0.0) - self.seconds[self.phase] - running)
-        later = sum(s for phase, s in self.before.items() if phase != self.phase and phase not in self.seconds)
-        return own + later + self.left * (sum(self.seconds.values()) + running + own + later)
+        spent = sum(self.seconds.values()) + self.clock() - self.began
+        whole = max(sum(self.before.values()), spent + of_bar)
+        return whole - spent + self.left * whole
 
 
 class Bar(contextlib.AbstractContextManager):

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from model import weight_files
+from runtime.export import CHANGED, COPIED
 from runtime.folder import digest_of_file
 from runtime.options import changeable, flag_of
 
 PER_ITERATION = ("beta", "lr", "epochs")  # The record has one value per iteration of these options.
-MODEL_FILES = (  # the files of a model's directory that are read, apart from the weights
-    "config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
-    "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
-)  # fmt: skip
+MODEL_FILES = ("config.json", "tokenizer.json", *COPIED, *CHANGED)  # what is read of a model besides its weights
 
 
 def continued(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:

@@ -61,37 +61,33 @@ def test_items_of_an_earlier_process_say_nothing_about_the_rate_and_those_of_oth
     assert bar.line(clock(), {}) == "score: 90 of 100 (90%), 4/s, 2 s left"
 
 
-def test_the_end_of_the_run_is_estimated_from_the_phases_so_far(clock):
+def test_the_end_of_the_run_is_estimated_from_the_iterate_before(clock):
     run = Progress(clock)
     phase(clock, run, "evaluate", 5)
-    assert run.seconds_left(1) is None, "nothing is known while the start is evaluated"
     assert run.finish_iterate()["seconds"] == dict(evaluate=5)
     run.left = 2
-    with run.timed("generate"):
-        assert run.seconds_left(1) is None, "how long training takes is not known"
-        clock.now += 20
     with run.timed("train"):
         clock.now += 10
         with run.timed("nested"):
-            assert run.seconds_left(30) == 30 + 5 + 2 * (20 + 10 + 30 + 5)
+            assert run.seconds_left(1) is None, "no iteration has ended yet"
         clock.now += 30
         run.tokens += 400
     phase(clock, run, "evaluate", 5)
     times = run.finish_iterate()
-    assert times["seconds"] == dict(generate=20, train=40, evaluate=5) and times["tokens"] == 400
+    assert times["seconds"] == dict(train=40, evaluate=5) and times["tokens"] == 400
     run.left = 1
-    with run.timed("generate"):
+    with run.timed("train"):
         clock.now += 10
-        assert run.seconds_left(2) == 10 + 40 + 5 + 65, "generation took 20 s in the last iteration"
-        assert run.seconds_left(40) == 40 + 40 + 5 + (10 + 40 + 40 + 5)
-    assert run.finish_iterate()["seconds"] == dict(generate=10) and run.tokens == 0
+        assert run.seconds_left(2) == 35 + 45
+        assert run.seconds_left(50) == 50 + 60, "this iterate takes longer than the one before"
+    assert run.finish_iterate()["seconds"] == dict(train=10) and run.tokens == 0
 
 
 def test_a_run_without_a_terminal_prints_lines_of_every_phase(start, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
-    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    assert spin.main(flags(start, data, tmp_path / "run", iterations=2)) == 0
     printed = capsys.readouterr().out
     for name in ("start", "greedy", "sampled", "nll", "kl", "generate", "score", "train 0"):
         assert f", {name}: " in printed
-    lines = [line for line in printed.splitlines() if line.startswith("iterate 1, train 0: ")]
+    lines = [line for line in printed.splitlines() if line.startswith("iterate 2, train 1: ")]
     assert "loss" in lines[-1] and "margin" in lines[-1] and "; run: " in lines[-1]

@@ -164,27 +164,13 @@ def times_table(run: RunFiles) -> Table:
     return table_of("", rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
-def settings_table(runs: Sequence[RunFiles]) -> Table:
-    """Options, hashes and environment of all runs."""
-    found = []
-    for run in runs:
-        values = {f"--{name.replace('_', '-')}": value for name, value in run.args.items()}
-        values |= {f"sha256 of {name}": value for name, value in run.record["digests"].items()}
-        values |= {name: run.record.get(name) for name in ("command", "torch", "ranks", "revision", "template")}
-        values["machine"] = ", ".join(dict.fromkeys(row["machine"] for row in run.times))
-        found.append({name: visible(value) for name, value in values.items()})
-    names = dict.fromkeys(name for values in found for name in values)
-    lines = [[name, *(values.get(name, "-") for values in found)] for name in names]
-    return Table("", ["", *(run.name for run in runs)], lines)
-
-
 def page(runs: Sequence[RunFiles]) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    blocks, settings = blocks_of(runs), settings_table(runs)
+    blocks = blocks_of(runs)
     kinds = Counter(block["kind"] for block in blocks)
     warned = [[text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])] for run in runs]
     values = {
@@ -194,8 +180,6 @@ def page(runs: Sequence[RunFiles]) -> str:
         "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
         "signals": [(run.name, [signals(run.rows)]) for run in runs],
         "times": [(run.name, [times_table(run)]) for run in runs if run.times],
-        "settings": settings,
-        "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
         "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
         "kinds": [(kind, name, kinds[kind]) for kind, name in KINDS.items()],
         "kind_names": KINDS,

@@ -202,8 +202,7 @@ def check_fields(options: Any) -> None:
 
 def kind_of(field: dataclasses.Field) -> tuple[type, bool]:
     """(type of one value, whether the option is a tuple of them)."""
-    several = field.type not in KINDS
-    return (field.type.__args__[0] if several else field.type), several
+    return (field.type, False) if field.type in KINDS else (field.type.__args__[0], True)
 
 
 def converted(kind: type, value: Any) -> Any:
@@ -223,10 +222,8 @@ def rule_of(field: dataclasses.Field) -> tuple[Callable[[Any], object], str]:
         return facts.get("check", lambda value: True), facts.get("expected", words)
     *alone, interval = facts["within"].split(" or ")
     low, high = map(float, interval[1:-1].split(","))
-    allowed = {float(one) for one in alone}  # Numbers between low and high are allowed, too.
-    allowed |= {low} if interval[0] == "[" else set()
-    allowed |= {high} if interval[-1] == "]" else set()
-    return lambda value: low < value < high or value in allowed, " or ".join([*alone, f"{words} in {interval}"])
+    ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]") + [float(one) for one in alone]
+    return lambda value: low < value < high or value in ends, " or ".join([*alone, f"{words} in {interval}"])
 
 
 def as_typed(name: str, value: Any) -> str:

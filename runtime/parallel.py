@@ -139,17 +139,12 @@ def ended_elsewhere(error: BaseException | None) -> bool:
 
 
 def shares(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Divides items with these numbers of tokens among the ranks so that each has about as many tokens.
+    """Deals items with these numbers of tokens to the ranks, the longest first, so each has about as many tokens.
 
     Returns: the ascending indices of each rank's items; a rank gets none if there are fewer items than ranks.
     """
-    result: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):  # The longest goes first, to the lightest load.
-        to = min(range(ranks), key=lambda r: (loads[r], len(result[r]), r))
-        result[to].append(i)
-        loads[to] += tokens[i]
-    return [sorted(part) for part in result]
+    longest_first = sorted(range(len(tokens)), key=lambda i: -tokens[i])
+    return [sorted(longest_first[rank::ranks]) for rank in range(ranks)]
 
 
 def micro_batches(

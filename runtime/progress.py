@@ -1,7 +1,6 @@
 """The progress of a run: one line, which a terminal rewrites in place and others get at most every 30 seconds."""
 
 import contextlib
-import platform
 import resource
 import shutil
 import sys
@@ -35,7 +34,6 @@ class Progress:
         self.seconds: Counter[str] = Counter()  # Keyed by the finished phases of this iterate.
         self.memory: Counter[str] = Counter()  # Peak bytes, with the same keys.
         self.before: dict[str, float] = {}  # The seconds of all phases of the last iterate.
-        self.tokens = 0  # The number of tokens in the batches of this iterate's training steps.
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -54,15 +52,10 @@ class Progress:
             self.phase = None
 
     def finish_iterate(self) -> dict[str, Any]:
-        """Begins the next iterate. Returns seconds and peak bytes of this one's phases, its tokens, and the machine.
-
-        All of them are measured in this process. If it resumed the iterate, the first part of the iterate is missing.
-        """
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
-        machine = f"{platform.system()} {platform.machine()}, {name or 'CPU'}, Python {platform.python_version()}"
+        """Begins the next iterate. Returns seconds and peak bytes of the phases that this process ran for this one."""
         self.before = {phase: round(seconds, 3) for phase, seconds in self.seconds.items()}
-        times = {"seconds": self.before, "memory": dict(self.memory), "tokens": self.tokens, "machine": machine}
-        self.seconds, self.memory, self.tokens = Counter(), Counter(), 0
+        times = {"seconds": self.before, "memory": dict(self.memory)}
+        self.seconds, self.memory = Counter(), Counter()
         return times
 
     def seconds_left(self, of_bar: float) -> float | None:

@@ -52,7 +52,6 @@ class Training:
                 torch.manual_seed(self.seed(self.t, f"dropout {step} {parallel.rank()}"))
                 self.batch = [self.items[i] for i in indices.tolist()]
                 yield step, self.batch
-                self.progress.tokens += sum(item.tokens for item in self.batch)
                 last = self.log[-1]
                 self.tell("step", last)
                 shown = {name: last[name] for name in ("loss", "margin") if last.get(name) is not None}

@@ -40,7 +40,7 @@ def write_run(folder, count: int, iterates: int, changed: int, steps: int = 20, 
     """Files of a run. Of `count` prompts the last `changed` get another, better response in every iterate."""
     folder.mkdir(parents=True)
     record = {"command": "spin", "args": {"iterations": iterates, "best": "nll", "lr": [1e-3]} | args}
-    record |= {"digests": {"model": "12ab"}, "settings": "--lr 1e-3"}
+    record |= {"settings": args.get("template", "--lr 1e-3")}
     (folder / "run.json").write_text(json.dumps(record))
 
     def write(name, lines):
@@ -57,7 +57,7 @@ def write_run(folder, count: int, iterates: int, changed: int, steps: int = 20, 
         write(f"heldout-{t}.jsonl", [heldout_row(i, texts[i], 2 - t * i / count, errors[i]) for i in range(count)])
         if t:
             write(f"steps-{t - 1}.jsonl", [{"iteration": t - 1, "step": i + 1, "loss": 0.7} for i in range(steps)])
-    times = {"seconds": {"train": 2.0}, "memory": {"train": 2**20}, "machine": "m"}
+    times = {"seconds": {"train": 2.0}, "memory": {"train": 2**20}}
     write("metrics.jsonl", metrics)
     write("times.jsonl", [{"iterate": t} | times for t in range(iterates + 1)])
     return folder
@@ -163,9 +163,7 @@ def test_the_page_of_a_real_run(whole):
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text
     assert re.search("spin.py .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
-    assert "--top-k" not in reader.text.partition("All options")[0]
-    digest = json.loads((whole / "run.json").read_text())["digests"]["model"]
-    assert digest in reader.text
+    assert "--top-k" not in reader.text
     scripts = [attrs for tag, attrs in reader.tags if tag == "script"]
     assert scripts == [{}] and not [tag for tag, _ in reader.tags if tag in ("link", "img", "iframe")]
 
@@ -186,12 +184,11 @@ def test_runs_without_some_files_still_get_a_page(whole, start, data, tmp_path):
 
 
 def test_several_runs_are_compared(tmp_path):
-    """What differs between them, the last responses side by side if the prompts are the same, a colour each."""
-    one = write_run(tmp_path / "one", 5, 2, 2, lr=[1e-3])
-    two = write_run(tmp_path / "two", 5, 1, 4, lr=[5e-4])
+    """Their settings, the last responses side by side if the prompts are the same, a colour each."""
+    one = write_run(tmp_path / "one", 5, 2, 2)
+    two = write_run(tmp_path / "two", 5, 1, 4, template="a template")
     text = page_of(one, two)
-    table = text[text.index("What differs") : text.index("All options")]
-    assert "--lr" in table and "0.0005" in table and "--iterations" in table and "--best" not in table
+    assert "spin.py --lr 1e-3" in text and "spin.py a template" in text
     assert f'class="s1" fill="{COLOURS[1]}"' in text and "answer 2 to 4" in text and "answer 1 to 4" in text
     text = page_of(one, write_run(tmp_path / "other", 4, 1, 4))
     assert "Responses to held-out" not in text
@@ -208,7 +205,7 @@ def test_the_page_of_many_prompts_stays_small(tmp_path):
 
 
 def hostile_run(folder):
-    write_run(folder, len(HOSTILE), 1, 0, template="</script><script>window.hacked = 1</script>", model="<b>\ud800")
+    write_run(folder, len(HOSTILE), 1, 0, template="</script><script>window.hacked = 1</script><b>\ud800")
     for t, before in enumerate(("before ", "")):
         file = folder / f"heldout-{t}.jsonl"
         lines = []

@@ -5,7 +5,6 @@
     python respond.py runs/spin --prompt "HELLO" "BYE"          one answer per prompt
     python respond.py runs/spin/iterate-2 --prompts F.jsonl     every prompt of a file, in any layout of --data
     python respond.py runs/spin --compare runs/spin/iterate-0   two models; iterate-0 is the start of the run
-    python respond.py runs/spin --eval-data F.jsonl             held-out metrics instead of responses
 
 A prompt is written by the template that the run used, which --template overrides. Responses are the likeliest ones
 unless --temperature asks for samples.
@@ -23,19 +22,15 @@ from typing import Any
 import torch
 
 import lora
-from data.examples import Example, as_decoded, decode, draw, encode, fit_context, load_examples, load_tokenizer
+from data.examples import Example, decode, encode, load_examples, load_tokenizer
 from data.files import read_object
 from data.templates import choose, read_chat
-from evaluate import evaluate, sample_start
 from kernels import onednn
 from player import Player
-from report.tables import metrics_of, table_of
 from runtime.cli import fail, streams
 from runtime.folder import Folder, write_rows
-from runtime.functions import load_metrics
 from runtime.options import RunOptions, check_fields, option, parse
 from runtime.setup import choose_device, end_token, resolve_model
-from runtime.work import Work
 from spin import SpinOptions
 
 RUN, SPIN = RunOptions.__dataclass_fields__, SpinOptions.__dataclass_fields__
@@ -58,24 +53,19 @@ class RespondOptions:
                            check=RUN["template"].metadata["check"], expected=RUN["template"].metadata["expected"])
     special_tokens: bool = RUN["special_tokens"]
     chat: bool = option(False, "Typed prompts continue a conversation; an empty line begins a new one.")
-    eval_data: tuple[str, ...] = option((), "Print metrics on this data instead of responses.", metavar="PATH")
-    metric: tuple[str, ...] = RUN["metric"]
-    eval_limit: int = option(0, "Largest number of examples to evaluate on; 0: all.", within="[0, inf)")
     max_new_tokens: int = option(0, "Length limit of responses, in tokens; 0: that of the run, or 256.",
                                  within="[0, inf)", group="sampling")
     temperature: float = option(0.0, "Temperature of responses; 0: the likeliest.", within="0 or [0.001, inf)")
     top_k: int = SPIN["top_k"]
     top_p: float = SPIN["top_p"]
     seed: int = RUN["seed"]
-    out: str = option("", "Write responses, or metrics, to this new file, as JSON Lines.", group="output")
+    out: str = option("", "Write responses to this new file, as JSON Lines.", group="output")
     device: str = RUN["device"]
     precision: str = RUN["precision"]
     gen_batch: int = RUN["gen_batch"]
     gen_tokens: int = RUN["gen_tokens"]
     micro_tokens: int = RUN["micro_tokens"]
     # fmt: on
-
-    shard = 0  # the default size
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -169,7 +159,7 @@ def find(name: str) -> tuple[str | None, dict[str, Any]]:
     return str(path), record
 
 
-# ---------------------------------------------------------------- responses, or metrics
+# ---------------------------------------------------------------- responses
 
 
 def typed_prompts(chat: bool) -> Iterator[Example]:
@@ -217,33 +207,6 @@ def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str,
     return rows
 
 
-def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
-    """Held-out metrics of every model, on the examples that fit the contexts of all; KL is KL(first, model)."""
-    for other in responders[1:]:
-        if other.tokenizer.get_vocab() != responders[0].tokenizer.get_vocab():
-            same = f"its vocabulary is not that of {args.model}; metrics need the same"
-            raise ValueError(f"--compare {other.name}: {same}")
-    examples = draw(load_examples(args.eval_data, fields=args.fields), args.eval_limit)
-    context = min(responder.context for responder in responders)
-    length, skipped = max(responder.args.max_new_tokens for responder in responders), 0
-    for responder in responders:
-        encode(examples, responder.tokenizer, responder.template, responder.eos)
-        examples, count = fit_context(examples, context, length, "skip")
-        skipped += count
-    if skipped:
-        print(f"left out {skipped} examples that do not fit a context of {context} tokens", flush=True)
-    rows, start = [], None
-    for responder in responders:
-        encode(examples, responder.tokenizer, responder.template, responder.eos)
-        as_decoded(examples, responder.tokenizer, responder.eos)
-        functions = load_metrics(args.metric)
-        work = Work(responder.args, responder.tokenizer, responder.eos, examples, functions, args.gen_batch)
-        start = start or sample_start(responder.player, work)
-        rows.append({"model": responder.name} | evaluate(responder.player, start, work))
-    print(table_of("", rows, ["model", *metrics_of(rows)]).text())
-    return rows
-
-
 def main(argv: list[str] | None = None) -> int:
     with streams():
         try:
@@ -252,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
                 responders = [Responder(args.model, args)]
                 for name in args.compare:
                     responders.append(Responder(name, args, responders[0].own))
-                rows = metrics(responders, args) if args.eval_data else respond(responders, args)
+                rows = respond(responders, args)
             if args.out:
                 write_rows(Path(args.out), rows)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:

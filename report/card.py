@@ -26,18 +26,7 @@ Iterate {iterate} of {last} of a run of {method}. Iterate 0 is the base model.
 
 ![Held-out metrics and training signals](metrics.svg)
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its hub id
-model = AutoModelForCausalLM.from_pretrained(".")
-messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-response = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(response, skip_special_tokens=True))
-```
+The tokenizer's chat template writes a prompt as it was written in training.
 """
 
 

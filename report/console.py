@@ -37,6 +37,8 @@ class Console:
         best, metric = record["best"]["iterate"], record["best"]["metric"]
         name = metric.replace("_", " ")
         print(f"\n{text_of(rows)}\n")
+        if len(rows) == 1:
+            return
         if best:
             folder = self.out / ("final" if best == rows[-1]["iterate"] else "best")
             change = number(metric, *rows[best]["since_start"][metric])
@@ -86,18 +88,14 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         return []
     before, now = rows[-2:]
     name, texts = f"iterate {now['iterate']}", []
-    if now["nll"] - before["nll"] > FALL:
-        texts.append(
-            f"{name}: held-out real responses lost {now['nll'] - before['nll']:.2f} nats per token: the player "
-            "unlearns the data; try a lower --lr, fewer --epochs or a larger --beta"
-        )
-    if now.get("truncated", 0) - before.get("truncated", now.get("truncated", 0)) > CUT:
-        texts.append(
-            f"{name}: the share of responses cut at the length limit rose from {before['truncated']:.0%} to "
-            f"{now['truncated']:.0%}: the opponent no longer ends them; try --unfinished drop or cut, or a lower --lr"
-        )
+    fall, rise = now["nll"] - before["nll"], now.get("truncated", 0) - before.get("truncated", now.get("truncated", 0))
+    if fall > FALL:
+        unlearns = f"held-out real responses lost {fall:.2f} nats per token: the player unlearns the data"
+        texts.append(f"{name}: {unlearns}; try a lower --lr, fewer --epochs or a larger --beta")
+    if rise > CUT:
+        shares = f"the share of responses cut at the length limit rose from {before['truncated']:.0%} to"
+        texts.append(f"{name}: {shares} {now['truncated']:.0%}; try --unfinished drop or cut, or a lower --lr")
     if now["skipped"]:
-        texts.append(
-            f"{name}: steps skipped, since their loss or gradient was not finite: {now['skipped']}; try a lower --lr"
-        )
+        steps = f"steps skipped, since their loss or gradient was not finite: {now['skipped']}"
+        texts.append(f"{name}: {steps}; try a lower --lr")
     return texts

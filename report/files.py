@@ -34,6 +34,5 @@ class RunFiles:
         self.record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         self.args = self.record["args"]
         self.rows = read_rows(folder / "metrics.jsonl")
-        self.times = read_rows(folder / "times.jsonl")
         self.heldout = [read_rows(folder / f"heldout-{t}.jsonl") for t in range(len(self.rows))]
         self.steps = [read_rows(folder / f"steps-{t}.jsonl") for t in range(len(self.rows))]

@@ -5,7 +5,6 @@ through Jinja's autoescape or `html.escape`, and the content security policy for
 """
 
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from report.card import card
 from report.figures import svg
 from report.files import RunFiles
 from report.panels import figures, plot
-from report.tables import Table, held_out, number, signals, table_of, telling, title_of
+from report.tables import held_out, number, signals, telling, title_of
 
 METRICS = "held-out metrics and training signals"  # the title of metrics.svg
 PROMPTS = 300  # the most prompts in the table of responses
@@ -91,9 +90,8 @@ def headline(run: RunFiles) -> list[str]:
 # ---------------------------------------------------------------- responses
 
 
-def visible(text: Any) -> str:
-    """A text, or any other value as JSON, cut, with pictures in place of control characters, which break a page."""
-    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+def visible(text: str) -> str:
+    """A text, cut, with pictures in place of control characters, which break a page."""
     if len(text) > TEXT:
         text = f"{text[:TEXT]} [... {len(text) - TEXT:,} more characters]"
     return text.translate(PICTURES)
@@ -155,15 +153,6 @@ def blocks_of(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the page
 
 
-def times_table(run: RunFiles) -> Table:
-    """Seconds and peak memory of every phase by iterate."""
-    rows = []
-    for row in run.times:
-        cells = {phase: f"{s:.1f} s, {row['memory'][phase] / 2**20:,.0f} MiB" for phase, s in row["seconds"].items()}
-        rows.append({"iterate": row["iterate"]} | cells)
-    return table_of("", rows, list(dict.fromkeys(name for row in rows for name in row)))
-
-
 def page(runs: Sequence[RunFiles]) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(
@@ -179,7 +168,6 @@ def page(runs: Sequence[RunFiles]) -> str:
         "panels": {name: [Markup(svg(panel)) for panel in panels] for name, panels in figures(runs).items()},
         "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
         "signals": [(run.name, [signals(run.rows)]) for run in runs],
-        "times": [(run.name, [times_table(run)]) for run in runs if run.times],
         "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
         "kinds": [(kind, name, kinds[kind]) for kind, name in KINDS.items()],
         "kind_names": KINDS,

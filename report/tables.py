@@ -90,4 +90,5 @@ def signals(rows: Sequence[Row]) -> Table:
 
 def text_of(rows: Sequence[Row]) -> str:
     """All tables of a run's rows, as a terminal and a model card show them."""
-    return "\n\n".join(table.text() for table in [*held_out(rows), signals(rows)])
+    tables = [*held_out(rows), signals(rows)] if len(rows) > 1 else held_out(rows)
+    return "\n\n".join(table.text() for table in tables)

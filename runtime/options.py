@@ -86,7 +86,8 @@ class RunOptions:
     out: str = option("runs/spin", "Folder for all files of the run; a stopped run in it is resumed.", changeable=True,
                       check=lambda path: path and path.isprintable(), expected="a printable path", metavar="PATH",
                       group="run")
-    iterations: int = option(3, "Rounds of training and evaluation.", within="[1, 1000000]")
+    iterations: int = option(3, "Rounds of training and evaluation; 0 only evaluates --model.",
+                             within="[0, 1000000]")
     prompts: int = option(0, "Examples per iteration, drawn afresh for each; 0: all.", within="[0, inf)")
     max_new_tokens: int = option(256, "Length limit of generated responses, in tokens.", within="[1, inf)")
     seed: int = option(0, "Seed of all random numbers.")
@@ -123,7 +124,7 @@ class RunOptions:
                 values, count = getattr(self, field.name), self.iterations
                 several = f"{as_typed(field.name, values)}: expected 1 value, or one for each of {count} iterations"
                 self.require(len(values) in (1, count), several)
-                object.__setattr__(self, field.name, values if len(values) == count else values * count)
+                object.__setattr__(self, field.name, values if len(values) == count else values * max(count, 1))
         self.check_together()
 
     def check_together(self) -> None:

@@ -139,7 +139,7 @@ class Run:
             if self.iterate:
                 self.folder.write_folder(f"iterate-{self.iterate}", lambda path: self.weights.save(model, path))
             self.folder.write_rows("metrics.jsonl", self.rows)  # The row of this iterate makes it finished.
-            self.folder.append("times.jsonl", json.dumps(times) + "\n")  # The report page reads it, no run does.
+            self.folder.append("times.jsonl", json.dumps(times) + "\n")  # for people: no run reads it
             self.tell("iterate", self.rows, self.heldout_responses, note)
 
         parallel.on_writer(write)
@@ -225,7 +225,7 @@ class Run:
         last, best = self.rows[-1]["iterate"], evaluate.best_of(self.rows, self.args.best)
         self.record |= {"best": {"iterate": best, "metric": self.args.best}}
         for name, iterate in {"final": last, "best": best}.items():
-            if name == "final" or 0 < best < last:
+            if iterate and (name == "final" or best < last):
                 self.folder.write_folder(name, lambda path, iterate=iterate: self._export(iterate, path))
             else:
                 self.folder.remove(name)  # Left over from a process that died here with another --best.

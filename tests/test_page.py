@@ -57,9 +57,7 @@ def write_run(folder, count: int, iterates: int, changed: int, steps: int = 20, 
         write(f"heldout-{t}.jsonl", [heldout_row(i, texts[i], 2 - t * i / count, errors[i]) for i in range(count)])
         if t:
             write(f"steps-{t - 1}.jsonl", [{"iteration": t - 1, "step": i + 1, "loss": 0.7} for i in range(steps)])
-    times = {"seconds": {"train": 2.0}, "memory": {"train": 2**20}}
     write("metrics.jsonl", metrics)
-    write("times.jsonl", [{"iterate": t} | times for t in range(iterates + 1)])
     return folder
 
 
@@ -171,7 +169,7 @@ def test_the_page_of_a_real_run(whole):
 def test_runs_without_some_files_still_get_a_page(whole, start, data, tmp_path):
     """Not finished, being written, or supervised."""
     older = shutil.copytree(whole, tmp_path / "older")
-    for name in ("heldout-0.jsonl", "heldout-1.jsonl", "heldout-2.jsonl", "steps-1.jsonl", "times.jsonl"):
+    for name in ("heldout-0.jsonl", "heldout-1.jsonl", "heldout-2.jsonl", "steps-1.jsonl"):
         (older / name).unlink()
     with open(older / "metrics.jsonl", "a") as file:
         file.write('{"iterate": 3, "nll')

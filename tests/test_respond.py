@@ -1,19 +1,15 @@
 """respond.py: what an iterate answers is what the run's own code gives, from every kind of name, in every form."""
 
-import dataclasses
 import io
 import json
-import re
 import shutil
 
 import pytest
-import torch
 from helpers import begin, flags, refused, rows
 
 import respond
 import spin
 from data.examples import Example, encode, load_examples
-from model import GPTNeo, GPTNeoConfig
 from runtime.folder import Folder
 
 TEMPLATE = r"Say {prompt}:\n"
@@ -102,35 +98,6 @@ def test_sampled_answers_differ_between_batches_and_turns(run, start, tmp_path, 
     asked([*sampling, "--out", tmp_path / "typed"], capsys)
     one, two, typed = ([row["response"] for row in rows(tmp_path / name)] for name in ("2", "5", "typed"))
     assert one == two == typed and len({*one}) == 12
-
-
-def test_models_of_different_contexts_are_measured_on_common_examples(start, data, tmp_path, capsys):
-    """Models of different vocabularies are not compared: the log-probabilities of KL are those of ids."""
-    torch.manual_seed(0)
-    config = GPTNeoConfig.from_json(start / "config.json")
-    short, other = (shutil.copytree(start, tmp_path / name) for name in ("short", "other"))
-    GPTNeo(dataclasses.replace(config, max_position_embeddings=20)).eval().save_pretrained(short)
-    options = ["--eval-data", data, "--max-new-tokens", 8, "--template", "{prompt}"]
-    text = asked([start, "--compare", short, *options, "--out", tmp_path / "m"], capsys)
-    found = re.search(r"left out (\d+) examples that do not fit a context of 20 tokens", text)
-    assert found and 0 < int(found[1]) < 80
-    one, two = rows(tmp_path / "m")
-    assert one.keys() == two.keys() and one["kl"] == 0 and two["kl"] != 0
-    tokenizer = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(tokenizer.replace("### Instruction: ", "### Task: "))
-    error = refused([start, "--compare", other, *options], tmp_path / "no", capsys, respond)
-    assert f"--compare {other}: its vocabulary is not that of {start}; metrics need the same" in error
-
-
-def test_held_out_metrics_are_those_of_the_run(run, data, capsys, tmp_path):
-    """With the limit of the run they are computed on the same examples; KL is that from the first model."""
-    names = [run / "iterate-0", "--compare", run / "iterate-2"]
-    text = asked([*names, "--eval-data", data, "--eval-limit", 20, "--out", tmp_path / "m"], capsys)
-    first, last = written = rows(tmp_path / "m")
-    assert str(run / "iterate-2") in text and first["kl"] == 0 and last["kl"] != 0
-    for row, expected in zip(written, rows(run / "metrics.jsonl")[::2]):
-        for metric in ("nll", "greedy", "greedy_error", "sampled_error"):
-            assert row[metric] == pytest.approx(expected[metric], abs=1e-5), metric
 
 
 def test_a_conversation_keeps_its_turns_until_an_empty_line(run, monkeypatch, capsys):

@@ -337,6 +337,14 @@ def test_the_best_iterate_is_kept_and_named(start, data, here, capsys):
     torch.testing.assert_close(model.logits(model(ids)), expected.logits(expected(ids)), atol=1e-5, rtol=0)
 
 
+def test_a_run_of_no_iterations_only_evaluates(start, data, here, capsys):
+    assert spin.main(small(start, data, iterations=0)) == 0
+    printed = capsys.readouterr().out
+    assert "Held-out metrics" in printed and "Training signals" not in printed and "No iterate" not in printed
+    assert len(rows(here / "run/metrics.jsonl")) == 1 and not (here / "run/final").exists()
+    assert spin.main(small(start, data, iterations=0)) == 0, "it is finished"
+
+
 def test_a_run_that_does_not_help_says_so_and_names_no_best_iterate(start, data, here, capsys):
     """So small a learning rate changes nothing that two standard errors would show."""
     assert spin.main(small(start, data, lr=1e-12, iterations=1, prompts=16)) == 0

@@ -106,11 +106,6 @@ def sample_start(player: Any, run: Run) -> StartSamples:
     return StartSamples(sequences, [logp for (logp,) in run.logps(player, sequences, "start-logps")])
 
 
-def evaluate(player: Any, start: StartSamples, run: Run) -> Row:
-    """Metrics of the player on run.heldout, as `summary` returns them."""
-    return summary(answers(player, start, run))
-
-
 def answers(player: Any, start: StartSamples, run: Run) -> list[Row]:
     """How the player responds to each held-out prompt: the rows of heldout-<t>.jsonl.
 
@@ -156,10 +151,7 @@ def graded(decoding: str, text: str, references: list[str]) -> dict[str, tuple[f
 
 
 def add_temperatures(player: Any, rows: list[Row], run: Run) -> None:
-    """Samples at the temperatures of --eval-temperatures, too, and adds the results to the rows of `answers`.
-
-    "by_temperature" maps a temperature, as text, to the values of the sampled metrics and of the entropy.
-    """
+    """Samples at --eval-temperatures, too: "by_temperature" of a row has the sampled metrics and the entropy."""
     for temperature in sorted({*run.args.eval_temperatures} - {1.0}):
         key = f"{temperature:g}"
         responses = run.respond(player, run.heldout, f"sampled-{key}", run.seed(0, "evaluate"), temperature)
@@ -224,8 +216,8 @@ def significant_errors(examples: float) -> float:
     """How many standard errors a change must exceed to be more than noise: 2 with many examples, inf with one.
 
     It is the quantile of Student's t with examples - 1 degrees of freedom that noise exceeds in 4.55% of all cases, as
-    a normal variable exceeds 2. Source: the expansion of Fisher and Cornish 1960 to the fourth order; the fifth term
-    makes one degree exact, and the others are within 0.4%.
+    a normal variable exceeds 2, by the expansion of Fisher and Cornish 1960 to the fourth order; the fifth term makes
+    one degree exact, and the others are within 0.4%.
     """
     if examples < 2:
         return math.inf
@@ -271,8 +263,7 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
 
     where dy, dx, dy_k and de_k are an example's parts of the errors of y, x, y_k and e_k (see `ratio_of`).
 
-    Returns: {"temperature": the start's, metric: (change, paired standard error)} for the sampled metrics. The result
-    is {} if the start's temperatures do not reach the iterate's entropy.
+    Returns: {"temperature": the start's, metric: (change, its error)}, or {} outside the start's temperatures.
     """
     temperatures, ratios = zip(*by_temperature(start))
     entropies, _, entropy_parts = zip(*(ratio["entropy"] for ratio in ratios))

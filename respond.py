@@ -74,14 +74,7 @@ class RespondOptions:
 
 
 class Responder:
-    """A model that answers, with its tokenizer and the template of its prompts.
-
-    Args:
-        name: a run, an iterate, a directory with a model, or a hub id.
-        fallback: the template of a model that brings none of its own.
-
-    Raises: ValueError, FileNotFoundError.
-    """
+    """A model that answers, with its tokenizer and the template of its prompts, which is `fallback` if it has none."""
 
     def __init__(self, name: str, args: RespondOptions, fallback: str = "") -> None:
         self.name = name
@@ -208,21 +201,20 @@ def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str,
 
 
 def main(argv: list[str] | None = None) -> int:
-    with streams():
-        try:
+    try:
+        with streams(), onednn.products(), torch.no_grad():
             args = parse(RespondOptions, sys.argv[1:] if argv is None else argv, "respond.py", __doc__ or "")
-            with onednn.products(), torch.no_grad():
-                responders = [Responder(args.model, args)]
-                for name in args.compare:
-                    responders.append(Responder(name, args, responders[0].own))
-                rows = respond(responders, args)
+            responders = [Responder(args.model, args)]
+            for name in args.compare:
+                responders.append(Responder(name, args, responders[0].own))
+            rows = respond(responders, args)
             if args.out:
                 write_rows(Path(args.out), rows)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            return fail("respond.py", error, 2)
-        except KeyboardInterrupt:
-            print()
-            return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        return fail("respond.py", error, 2)
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
 
 

@@ -1,7 +1,6 @@
 """From data to token ids: reads examples and a tokenizer, encodes, holds out a share, and draws.
 
-`encode` is the only place in which prompts become token ids, so generation and training cannot disagree on the
-template.
+`encode` alone turns prompts into token ids, so generation and training cannot disagree on the template.
 """
 
 import copy
@@ -15,10 +14,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from data.files import read_object, shown, token_text
+from data.files import read_object, shown
 from data.layouts import LAYOUTS, Reader, Turn
 from data.records import files_of, read
-from data.templates import SPECIAL_TOKENS, Piece, Template
+from data.templates import Piece, Template
 
 ENCODED_TOGETHER = 4096  # Texts per call: the tokenizer's own results take far more memory than the ids.
 FIRST = b'"prepend_scheme":"first"'  # The setting of a pre-tokenizer that puts a space before the beginning of a text.
@@ -56,9 +55,7 @@ class Example:
 def load_examples(
     names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = (), quiet: bool = False
 ) -> list[Example]:
-    """Reads files, directories and data sets of the hub in order. records.py and layouts.py say what they may hold.
-
-    Prints which files were read, what was taken from them and what was left out, unless `quiet`.
+    """Reads files, directories and data sets of the hub in order. Prints what was read and left out, unless `quiet`.
 
     Args:
         layout: "responses"; "pairs" if a record must also hold the worse response, as "generated" or "rejected", and
@@ -94,8 +91,6 @@ def _refuse_leaks(examples: list[Example]) -> None:
     """Refuses prompts that end with their own response, as whole rendered texts do.
 
     For some responses this may happen by chance ("Yes or no?" "no"), so most of the distinct ones are asked for.
-
-    Raises: ValueError naming the first record.
     """
     leaks = [e for e in examples if e.response and e.prompt.rstrip().endswith(e.response.strip())]
     if 2 * len({e.response for e in leaks}) > len({e.response for e in examples}):
@@ -126,11 +121,7 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
 
 
 def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
-    """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt, without a check against the model.
-
-    Returns: (tokenizer, its file).
-    Raises: FileNotFoundError; ValueError naming the file, if it is damaged.
-    """
+    """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt. Returns: (tokenizer, its file). Raises: as above."""
     path = Path(directory)
     source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
     if source.is_file():
@@ -144,31 +135,12 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
         tokenizer.decoder = decoders.ByteLevel()
     else:
         raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
-    _add_tokens(tokenizer, path)
-    return tokenizer, source
-
-
-def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
-    """Adds the tokens that only other files of the model define, in the order of their ids, as transformers does.
-
-    Tokens of the vocabulary become special if those files name them as special. Raises: ValueError naming the file.
-    """
-    config = read_object(path / "special_tokens_map.json") | read_object(path / "tokenizer_config.json")
-    added = read_object(path / "added_tokens.json")
     with _named(f"{path}: the added tokens of its tokenizer are not readable"):
-        names = [config.get(name) for name in SPECIAL_TOKENS]
-        names += [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
-        special = [token_text(token) for token in names if token]
-        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        tokens = {
-            int(number): {"content": text, "special": text in special, "normalized": text not in special}
-            for text, number in added.items()
-            if text not in known
-        } | {int(number): token for number, token in (config.get("added_tokens_decoder") or {}).items()}
-        tokenizer.add_tokens([AddedToken(**tokens[number]) for number in sorted(tokens)])
-        known |= {token["content"] for token in tokens.values()}
-        new = [text for text in special if text not in known and tokenizer.token_to_id(text) is not None]
-        tokenizer.add_special_tokens(new)
+        decoder = read_object(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        listed = [*read_object(path / "added_tokens.json"), *(token["content"] for token in decoder.values())]
+        if missing := [text for text in listed if tokenizer.token_to_id(text) is None]:
+            raise ValueError(f"{source.name} lacks {missing[0]}; load and save it by transformers' AutoTokenizer")
+    return tokenizer, source
 
 
 @contextmanager
@@ -184,11 +156,10 @@ def _named(message: str) -> Iterator[None]:
 
 
 def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Template, eos_token_id: int) -> None:
-    """Fills in prompt_ids, real_ids and, for given pairs, generated_ids.
+    """Fills in prompt_ids, real_ids and, for given pairs, generated_ids. `template` may be a text with {prompt}.
 
     Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
-    response ends with exactly one end-of-sequence token, whether or not its text has one. `template` may be a text
-    that contains {prompt}.
+    response ends with exactly one end-of-sequence token, whether or not its text has one.
 
     Raises: ValueError naming the file and, unless the tokenizer itself fails, the line.
     """
@@ -302,10 +273,7 @@ def split(examples: list[Example], share: float) -> tuple[list[Example], list[Ex
 
 
 def draw(examples: list[Example], count: int) -> list[Example]:
-    """Returns `count` examples in their order, those whose prompts have the smallest hashes; 0 stands for all.
-
-    The hashes are independent of those of `held_out`.
-    """
+    """Returns `count` examples in their order, 0 for all: those with the smallest hashes, which are not those above."""
     ranks = [(hashlib.sha256(f"draw {e.prompt}".encode()).digest(), e.response) for e in examples]
     chosen = sorted(range(len(examples)), key=ranks.__getitem__)[: count or None]
     return [examples[i] for i in sorted(chosen)]

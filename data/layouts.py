@@ -90,10 +90,7 @@ class Reader:
         return record.pop(name, default)
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Returns the record under our names, without what is missing: null in JSON, NaN in some tables.
-
-        A record that has none of the fields in --fields keeps its names.
-        """
+        """Returns the record under our names, without what is missing: null in JSON, NaN in some tables."""
         record = {name: value for name, value in record.items() if value is not None and value == value}
         fields = self.fields if any(theirs in record for theirs in self.fields.values()) else {}
         for ours, theirs in fields.items():
@@ -188,10 +185,7 @@ class Reader:
         return NO_TARGET if no_target else role, text_of(content, key, blank=role == "system")
 
     def _split(self, turns: list[Turn], name: str) -> tuple[list[Turn], str | None]:
-        """Returns (turns before the last assistant turn, its text), the text None if no turn may be trained on.
-
-        In the layout "prompts" the last turn may be a user's.
-        """
+        """Returns (turns before the last assistant turn, its text), the text None if no turn may be trained on."""
         roles = [role for role, _ in turns]
         targets = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         if self.layout == "prompts" and roles[-1:] == ["user"]:

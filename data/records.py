@@ -1,10 +1,8 @@
 """Reads records from JSON Lines, a JSON array, CSV or TSV (each plain or gzipped), Parquet and data sets of the hub.
 
-A record is a dictionary of the fields that the data has; layouts.py says what they mean. A JSON object may wrap the
-array, as {"data": [...]} does.
+A record is a dictionary of the fields that the data has; layouts.py says what they mean.
 """
 
-import contextlib
 import csv
 import gzip
 import io
@@ -25,16 +23,11 @@ HUB_ID = re.compile(
 )
 HINT = "; expected a JSON object per line or a JSON array, or a name that ends in .csv, .tsv or .parquet"
 
-WRAPPERS = ("data", "train", "examples", "records", "rows")  # Names of the list in a JSON object that wraps it.
-
 Record = tuple[int, Any]  # (number, content); the number is that of a line, or counts records if there are no lines.
 
 
 def files_of(name: str) -> list[str]:
-    """Returns the files that --data names: a directory stands for the data files in it, sorted by name.
-
-    Raises: FileNotFoundError; ValueError if a directory holds no data.
-    """
+    """Returns the files that --data names: a directory stands for the data files in it, sorted by name."""
     if os.path.isdir(name):
         inside = sorted(str(file) for file in Path(name).iterdir() if kind_of(file) in SUFFIXES and file.is_file())
         if not inside:
@@ -58,10 +51,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Record]:
-    """Yields the records of one file or data set.
-
-    Raises: ValueError naming the file and, if it is known, the line; OSError.
-    """
+    """Yields the records of one file or data set. Raises: ValueError naming file and, if known, line; OSError."""
     if not os.path.exists(name):
         yield from _hub(name)
         return
@@ -96,16 +86,7 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[str]:
 
 
 def _objects(lines: Iterable[str], path: Path) -> Iterator[Record]:
-    """Reads a JSON object per line, or the only one of a .json file, which may wrap a list of records."""
-    if kind_of(path) == ".json":
-        lines = list(lines)
-        with contextlib.suppress(ValueError):
-            value = parse_json("".join(lines), path)
-            wrapped = [
-                value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)
-            ]
-            yield from enumerate(wrapped[0] if wrapped else [value], 1)
-            return
+    """Reads a JSON object per line."""
     for number, line in enumerate(lines, 1):
         if line := line.strip():
             yield number, parse_json(line, f"{path}:{number}", HINT)

@@ -48,7 +48,7 @@ class Template:
     def pieces(self, where: str, turns: Sequence[Turn]) -> list[Piece]:
         """Returns the prompt in pieces that are to be encoded one by one: special tokens, and the text between them.
 
-        Raises: ValueError naming the record by `where` if a chat template refuses the turns.
+        `where` names the record in messages.
         """
         hidden: list[str] = []  # Special tokens in the text of turns, by the numbers of their placeholders.
 
@@ -82,10 +82,7 @@ class Template:
         return tokens[max(ends, key=len)] if ends else None
 
     def _written(self, where: str, turns: Sequence[Turn], ask: bool = True) -> str:
-        """Returns the text of turns, which `ask` for an answer.
-
-        A text template writes every user turn, and a blank line follows each other turn.
-        """
+        """Returns the text of turns, which `ask` for an answer. A text template sets a blank line after other turns."""
         if self.chat is None:
             return "".join(self.source.replace("{prompt}", t) if role == "user" else f"{t}\n\n" for role, t in turns)
         messages = [{"role": role, "content": text} for role, text in turns]
@@ -110,14 +107,9 @@ def jinja_of(text: str) -> str:
 def choose(
     option: str, directory: Path, tokenizer: Tokenizer, messages: bool, special_tokens: bool = False
 ) -> Template:
-    """Returns the template that --template asks for.
+    """Returns the template that --template asks for: "chat", a text, or "auto".
 
-    Args:
-        option: "chat", a text, or "auto", which uses the chat template if there is one and the data has messages.
-        directory: the model's directory.
-        messages: whether the data has messages.
-
-    Raises: ValueError if there is no chat template to choose, or if it is not valid.
+    "auto" is the chat template in the model's directory if there is one and the data has messages.
     """
     if option == "chat" or (option == "auto" and messages):
         source, variables, file = read_chat(directory)
@@ -134,10 +126,7 @@ def choose(
 
 
 def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
-    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none.
-
-    Raises: ValueError naming the file.
-    """
+    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none."""
     config, file = read_object(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
     if file.is_file():
         source: Any = read_text(file)

@@ -63,7 +63,7 @@ def changes(row: Row) -> list[str]:
 def examples(answers: Mapping[str, Sequence[Row]]) -> str:
     """Some held-out prompts with their references and the greedy responses of several iterates below each other.
 
-    Texts are cut to the terminal's width. `answers` are rows of `evaluate.answers` by the iterate's name.
+    `answers` are rows of `evaluate.answers` by the iterate's name. Texts are cut to the terminal's width.
     """
     width = shutil.get_terminal_size((WIDTH, 24)).columns
     first = next(iter(answers.values()))

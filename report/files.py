@@ -7,12 +7,7 @@ from evaluate import Row
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of JSON Lines; [] if there is none.
-
-    An unfinished last line, which a run at work is writing, is left out.
-
-    Raises: ValueError naming a line that is not valid JSON.
-    """
+    """The rows of a file of JSON Lines, [] if there is none, without a last line that a run is just writing."""
     if not path.exists():
         return []
     rows = []

@@ -71,12 +71,11 @@ def headline(run: RunFiles) -> list[str]:
     sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []
     beyond, within = [], []
     for name in [name for name in telling(run.rows) if column(name).better]:
-        judged = {1: "better", -1: "worse"}.get(verdict(last, name))
+        text, judged = title_of(name), {1: "better", -1: "worse"}.get(verdict(last, name))
         if judged:
-            values = f"from {number(name, first[name])} to {number(name, last[name])}"
-            beyond.append(f"{title_of(name)} {values} ({number(name, *last['since_start'][name])}, {judged})")
-        else:
-            within.append(title_of(name))
+            text += f" from {number(name, first[name])} to {number(name, last[name])}"
+            text += f" ({number(name, *last['since_start'][name])}, {judged})"
+        (beyond if judged else within).append(text)
     sentences += [f"Changed beyond the noise: {'; '.join(beyond)}."] if beyond else []
     sentences += [f"Not changed beyond the noise: {', '.join(within)}."] if within else []
     if equal := dict(last.get("at_equal_entropy", {})):
@@ -98,10 +97,7 @@ def visible(text: str) -> str:
 
 
 def encoded(pieces: Sequence[tuple[str, float]], text: str) -> str:
-    """Each token's length in characters and its -log p in quarters of a nat, as numbers with spaces between them.
-
-    It is "" if the tokens do not make up the text on the page.
-    """
+    """Each token's length in characters and its -log p in quarters of a nat; "" if they do not make up the text."""
     whole = "".join(piece for piece, _ in pieces)
     if whole.strip() != text or len(text) > TEXT:
         return ""
@@ -114,7 +110,7 @@ def encoded(pieces: Sequence[tuple[str, float]], text: str) -> str:
 
 
 def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
-    """A prompt with its reference and the responses. Equal responses one after the other share a line.
+    """A prompt with its reference and the responses, of which equal ones, one after the other, share a line.
 
     A line is (who, text, tokens, log p, whether the text is a reference), as page.html shows it.
     """
@@ -139,10 +135,7 @@ def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def blocks_of(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """A block for every prompt: of a run's iterates, or of the last iterates of several runs.
-
-    There are none if the runs were evaluated on different prompts.
-    """
+    """A block for every prompt: of a run's iterates, or of the last iterates of several runs on the same prompts."""
     said = {f"iterate {t}" if t else "start": rows for t, rows in enumerate(runs[0].heldout)}
     if len(runs) > 1:
         said = {run.name: run.heldout[-1] for run in runs if run.heldout}

@@ -1,7 +1,7 @@
 """--log: the rows of a run in TensorBoard or W&B, besides the run's own files. Both are optional packages.
 
-A row's number is its place on the axis: 0 for the start, then the steps of training, then iterate 1, and so on. A
-resumed run logs all rows again, so every row keeps its number.
+Rows are numbered on one axis: 0 for the start, then the steps of training, then iterate 1, and so on. A resumed run
+logs all rows again, so every row keeps its number.
 """
 
 import importlib

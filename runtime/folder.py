@@ -42,9 +42,8 @@ os.umask(UMASK)
 def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) -> None:
     """Calls fill(temporary path), which creates a file or a folder there, and renames that to `path`.
 
-    The directory that holds `path` must exist: a run whose folder was removed must not go on in an incomplete one.
-
-    Raises: OSError naming `path`. A file is then as it was before.
+    The directory must exist: a run that was removed must not go on. Raises: OSError naming `path`, which stays as it
+    was.
     """
     with _named(path), tempfile.TemporaryDirectory("", TEMPORARY, path.parent, ignore_cleanup_errors=True) as own:
         temporary = Path(own, path.name)
@@ -115,8 +114,7 @@ def digest_of_file(path: Path) -> str:
 def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None:
     """Replaces the lines for a file or folder by new ones at the end. With `keep_old`, the old line of a file stays.
 
-    A resumed run goes through an iteration again, and therefore ends with its lines in the same order as a run that was
-    never stopped.
+    So a resumed run, which repeats an iteration, has its lines in the order of one that was never stopped.
     """
     own = path.parent / CHECKSUMS
     old = own.read_text(errors="replace").splitlines(keepends=True) if own.exists() else []
@@ -134,7 +132,7 @@ def checksums(folder: Path) -> list[tuple[str, str]]:
 
 
 def damage_of(folder: Path, name: str) -> str:
-    """What is wrong with a file that was written with its checksum: "" if nothing is. Raises: OSError."""
+    """What is wrong with a file that was written with its checksum: "" if nothing is."""
     if not (folder / name).is_file():
         return "missing"
     intact = (digest_of_file(folder / name), name) in checksums(folder)
@@ -187,16 +185,13 @@ class Folder:
         return read_rows(self.path / name)
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """Raises Stopped naming the first file that is missing or damaged.
-
-        By default, checks the files of finished iterates, and all files of a finished run.
-        """
+        """Raises Stopped naming the first file that is missing or damaged: by default, of finished iterates."""
         for name in self._complete() if names is None else names:
             if damage := damage_of(self.path, name):
                 raise Stopped(f"{self.path / name}: {damage}; {RESTORE}")
 
     def _complete(self) -> list[str]:
-        """Names of the files that must be there, apart from metrics.jsonl, which has been checked then."""
+        """Names of the files that must be there, apart from metrics.jsonl, which is checked on the way."""
         lines = checksums(self.path) if self.finished() else []
         if lines and not self.record().get("finished"):  # Then files of an unfinished iterate may follow the metrics.
             lines = lines[: lines.index((digest_of_file(self.path / METRICS), METRICS))]
@@ -263,16 +258,16 @@ class Folder:
             shutil.rmtree(self.resume.with_name(f"iterate-{iterate - 1}"), ignore_errors=True)
 
     def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, log: Sequence[dict[str, Any]]) -> None:
-        """Writes a checkpoint: the trained weights, the optimizer's state, and the rows of the log of steps so far.
+        """Writes a checkpoint: what `tensors_of` names, and the rows of the log of steps so far.
 
-        All ranks must call it, since weights may be sharded. Rank 0 writes.
+        All ranks must call it, since weights may be sharded.
         """
         tensors, metadata = parallel.collected(tensors_of(model, optimizer)), {"log": json.dumps(log)}
         if parallel.is_writer():
             write(self.resume / CHECKPOINT, lambda temporary: save_file(tensors, temporary, metadata), checksum=True)
 
     def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-        """Restores model and optimizer of all ranks from the checkpoint, which rank 0 reads. Returns the log.
+        """Restores model and optimizer of all ranks from the checkpoint. Returns the log.
 
         Without a checkpoint, or with a line on stderr if it is damaged, the log is empty and nothing changes.
         """
@@ -308,8 +303,7 @@ def in_shards(
 ) -> list[Any]:
     """Computes work(items) for items 0 to count - 1, `size` items at a time, and returns all results in order.
 
-    The ranks take shards in turn, each shard is written as soon as all of a turn are finished, and every rank gets the
-    results of all. The content of a shard does not depend on the rank that computes it.
+    The ranks take shards in turn. All get the results of all, which do not depend on who computed them.
 
     Args:
         folder: Finished shards are written into its `resume` and found there again. Without a folder, or outside an

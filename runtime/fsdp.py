@@ -16,15 +16,12 @@ from runtime import parallel
 
 
 class Sharded:
-    """The two forms of a model.
+    """The two forms of a model, which is given in fp32 on rank 0's CPU, and on the meta device on the other ranks.
 
     master: sharded across ranks, fp32, for training. The linear layers of a block are gathered in `dtype`, in which
         autocast would use them anyway; embeddings, head and norms stay fp32. Results are those of a run without FSDP.
     whole: a plain model with the values and dtypes that a forward pass of `master` computes with, so the first step of
         an iteration finds the log-probabilities that were scored. It has no weights during training.
-
-    Args:
-        model: in fp32 on rank 0's CPU, and on the meta device on the other ranks. It becomes `whole`.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from runtime.stopping import Stopped
 def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The functions of --metric, keyed by the names of their columns: metric(prompt, response, references) -> float.
 
-    Each raises Stopped if it fails or does not return a finite number. Raises: FileNotFoundError, ValueError.
+    Each raises Stopped if it fails or does not return a finite number.
     """
     metrics = {}
     for name in names:
@@ -30,18 +30,12 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
 
 def load_scorer(name: str) -> Callable[[str, list[str]], list[float]]:
-    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins.
-
-    It raises Stopped if it fails or returns anything else. Raises: FileNotFoundError, ValueError.
-    """
+    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins."""
     return _checked(f"--scorer {name}", load("--scorer", name), _probabilities)
 
 
 def load(flag: str, name: str) -> Callable[..., Any]:
-    """The function that FILE.py:NAME names. It is the user's own code: code that comes with a model is never run.
-
-    Raises: FileNotFoundError, or ValueError that says what is wrong with the file.
-    """
+    """The function that FILE.py:NAME names, which is the user's own code: code that comes with a model is never run."""
     file, _, attribute = name.rpartition(":")
     if not Path(file).is_file():
         raise FileNotFoundError(f"{flag} {name}: no such file, expected FILE.py:NAME")

@@ -43,10 +43,7 @@ def option(default: Any, help: str, **facts: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options that every method has: model, data, files and hardware of a run.
-
-    Raises: ValueError naming the option whose value is not allowed; TypeError naming an option that does not exist.
-    """
+    """The options that every method has: model, data, files and hardware of a run."""
 
     # fmt: off
     model: str = option("", "Initial model: a directory or a hub id, owner/name[@revision].", changeable=True,
@@ -157,9 +154,7 @@ class RunOptions:
 def combined(method_options: type) -> type:
     """The options of a script: those of its method and of the machinery, in one frozen dataclass.
 
-    In Python they are given by name, combined(SpinOptions)(lr=1e-3). A single value stands for a tuple of one. An
-    option of the method that is a tuple of numbers has one value for all iterations or one for each; the instance has
-    one for each.
+    A single value stands for a tuple of one; a method's tuple of numbers gets a value for each iteration.
     """
     return dataclasses.make_dataclass(method_options.__name__, [], bases=(method_options, RunOptions), frozen=True)
 
@@ -241,15 +236,10 @@ def flag_of(name: str) -> str:
 
 
 def parse(options_class: type, argv: Sequence[str], prog: str, about: str = "", recipe: str = "") -> Any:
-    """The options on a command line, as an instance of `options_class`.
+    """The options on a command line, as an instance of `options_class`. Raises: ValueError; SystemExit after --help.
 
-    A later flag overrides an earlier one, and a flag of the command line those of all recipes.
-
-    Args:
-        prog, about: name of the script and description, for --help.
-        recipe: a file in recipes/, read if the command line has no @RECIPE, --model, --data or --pairs.
-
-    Raises: ValueError; SystemExit after --help.
+    `prog` and `about` are for --help. `recipe` is a file in recipes/, read if the command line has no @RECIPE, --model,
+    --data or --pairs. A later flag overrides an earlier one, and a flag of the command line those of all recipes.
     """
     if recipe and not any(re.match(r"@|--(model|data|pairs)(=|$)", word) for word in argv):
         argv = [f"@{ROOT / 'recipes' / recipe}", *argv]

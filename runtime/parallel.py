@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # This import must come before the ranks are connected: see `join`.
+
+# Optimizers import this module, whose functions hold the process group as a default argument. After `join` that would
+# keep the group's threads alive, and a thread that runs when the interpreter ends sometimes aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -48,11 +51,8 @@ def is_writer() -> bool:
 def join(on_gpu: bool, alone: bool = False) -> None:
     """Connects the ranks: NCCL sends tensors of a GPU if `on_gpu` and there is one, gloo sends everything else.
 
-    `alone` makes a process group even if there is one rank, as fully_shard requires. Optimizers would import
-    torch.distributed.nn.functional later, whose functions hold the process group as a default argument: `leave` could
-    not end the group's threads then, and a thread that runs when the interpreter ends sometimes aborts the process.
-
-    Raises: dist.DistError if a rank does not arrive.
+    `alone` makes a process group even if there is one rank, as fully_shard requires. Raises: dist.DistError if a rank
+    does not arrive.
     """
     if world_size() == 1 and (not alone or dist.is_initialized()):
         return
@@ -66,7 +66,7 @@ def join(on_gpu: bool, alone: bool = False) -> None:
 def leave() -> None:
     """Disconnects the ranks at the end of a successful run.
 
-    After an error it must not be called: other ranks may wait for this one, and notice its end only by its exit.
+    After an error the others may wait for this rank, and notice its end only by its exit.
     """
     if dist.is_initialized():
         barrier()  # Rank 0 may host the store that the others still use.
@@ -120,8 +120,8 @@ def on_writer(work: Callable[[], T]) -> T:
 def is_to_report(error: BaseException | None) -> bool:
     """Whether this rank should print the error that ends the run.
 
-    A rank reports what went wrong on that rank alone. The writer also reports errors that all ranks share, among them
-    all errors before the ranks are connected, and the end of another rank, which may have been killed silently.
+    A rank reports what went wrong on it alone; the writer also reports what all ranks share, among it all errors before
+    the ranks are connected, and the end of another rank, which may have been killed silently.
     """
     shared = not dist.is_initialized() or getattr(error, "of_all_ranks", False) or ended_elsewhere(error)
     return is_writer() or not shared
@@ -153,8 +153,8 @@ def micro_batches(
     """Yields (indices, weight) of the micro-batches that this rank works on in one step.
 
     `tokens` has the number of tokens of each item of the global batch; `cut` divides items into groups that fit into
-    memory. All ranks get the same number of micro-batches, as the collective operations of fully_shard require: a rank
-    that has too few repeats one of them with weight 0; the weight is 1 otherwise.
+    memory. All ranks get as many micro-batches, since fully_shard sends weights in each: a rank that has too few
+    repeats one of them with weight 0; the weight is 1 otherwise.
     """
     parts = shares(tokens, world_size())
     groups = [[[part[i] for i in group] for group in cut([tokens[i] for i in part])] for part in parts]

@@ -18,11 +18,7 @@ REDRAW = 0.1  # Seconds between two changes of the line in a terminal.
 
 
 class Progress:
-    """Measures the phases of an iterate, and estimates from them when the run will end.
-
-    Args:
-        clock: returns seconds that never decrease.
-    """
+    """Measures the phases of an iterate, and estimates from them when the run will end. `clock` never goes back."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock

@@ -17,8 +17,7 @@ MODEL_FILES = ("config.json", "tokenizer.json", *COPIED, *CHANGED)  # what is re
 def continued(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """Returns the record to resume with: `old`, or `new` if there is no old record.
 
-    If --iterations has changed, the old record is marked unfinished and gets the new values of --iterations and of the
-    options that have one value per iteration.
+    With another --iterations it is unfinished, and has the new values of options with one value per iteration.
     """
     if not old or old["args"]["iterations"] == new["args"]["iterations"]:
         return old or new
@@ -49,10 +48,7 @@ def check_same(args: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> None:
-    """Compares the sha256 of all inputs, by the name of the option. `whose` says whose contents were expected.
-
-    Raises: ValueError naming the first option whose contents differ.
-    """
+    """Compares the sha256 of all inputs, by the name of the option. `whose` says whose contents were expected."""
     for name in old | new:
         if old.get(name) != new.get(name):
             now, then = (digests.get(name, "none")[:12] for digests in (new, old))

@@ -40,11 +40,9 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
 
     Args:
         command: the script, "spin" say: a run is resumed by the script that began it.
-        class_of: takes a model's directory and returns its class: GPTNeo, or one with its `config_class`,
-            `from_pretrained` and constructor.
+        class_of: returns the class of the model in a directory, with `config_class`, `from_pretrained` and constructor.
 
-    Returns: the start, with adapters if it has any, or None if the run is finished; the training examples; the run,
-        with the held-out examples.
+    Returns: the start, with adapters if it has any, or None if the run is finished; the training examples; the run.
     Raises: ValueError and OSError. All ranks raise the same.
     """
     found = parallel.on_writer(Folder(Path(args.out)).record)
@@ -89,8 +87,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
         resume.check_same_inputs(f"that the run in {args.out} began with", found["digests"], digests)
     record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
     record |= {"gen_batch": args.gen_batch, "template": "chat" if template.chat else template.source}
-    record |= {"parameters": list(plan.count(outline))}
-    record = resume.continued(found, record) | {"settings": settings(args)}
+    record = resume.continued(found, record | {"parameters": list(plan.count(outline))}) | {"settings": settings(args)}
     folder, dtype = Folder(Path(args.out)), torch.bfloat16 if args.precision == "bf16" else torch.float32
     work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, record["gen_batch"], ends)
     weights = Weights(args, model_class, config, path, tokenizer, record, folder, dtype)
@@ -126,8 +123,7 @@ def choose_device(name: str) -> torch.device:
 def resolve_model(name: str, revision: str | None = None, flag: str = "--model ") -> tuple[Path, str | None]:
     """(directory, revision) of a model: `name` itself, or the snapshot of a hub id, owner/name or owner/name@revision.
 
-    The revision returned is the hub's commit: a resumed run asks for the very one that it began with. `flag` is what
-    messages call the name.
+    The revision is the hub's commit, for which a resumed run asks again. `flag` is what messages call the name.
     """
     path = Path(name)
     if path.is_dir():
@@ -180,11 +176,7 @@ def end_token(path: Path, eos_token_id: Any, wanted: str, template: Template | N
 def load_data(
     args: Any, tokenizer: Tokenizer, config: Any, path: Path
 ) -> tuple[list[Example], list[Example], Template, Any]:
-    """(training, held-out) examples, encoded and checked against the context, the template of their prompts, and the
-    config with the token that ends responses to it.
-
-    `path` is the model's directory, which may hold a chat template.
-    """
+    """Encoded (training, held-out) examples that fit the context, their template, and the config with the end token."""
     _, source, layout = args.source
     train_set = load_examples(source, layout, args.fields)
     if args.eval_data:
@@ -217,10 +209,7 @@ def load_data(
 
 
 def outline_of(model_class: Any, config: Any, args: Any) -> tuple[nn.Module, Any]:
-    """The model without storage, and the options with the settings of --adapter. It finds what does not fit.
-
-    Raises: ValueError if --lora-targets or --adapter do not fit the model.
-    """
+    """The model without storage, and the options with the settings of --adapter, which must fit the model."""
     if args.adapter and not Path(args.adapter).is_dir():
         raise FileNotFoundError(f"--adapter {args.adapter}: no such directory")
     with torch.device("meta"):
@@ -240,8 +229,8 @@ def load_model(run: Run) -> nn.Module:
     """The start, with adapters if --rank or --adapter ask for them.
 
     With LoRA a bf16 run holds the frozen base in bf16 and the adapters in fp32. When all parameters are trained they
-    stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates. With --fsdp, rank 0
-    holds the model on its CPU and the others an outline without storage.
+    stay fp32, and autocast makes the products bf16. With --fsdp rank 0 holds the model on its CPU, the others have no
+    storage.
     """
     args, model_class, path = run.args, run.weights.model_class, run.weights.start
     device = run.device if not args.fsdp else torch.device("cpu" if parallel.is_writer() else "meta")

@@ -64,10 +64,7 @@ class Training:
             yield from torch.randperm(len(self.items), generator=shuffle).split(self.args.batch)
 
     def micro_batches(self, batch: list[Any]) -> Iterator[tuple[list[Any], float]]:
-        """Yields the parts of the batch that this rank works on, each small enough for the memory, and their weights.
-
-        A weight is 1, or 0 if a rank repeats a part because others have more (see docs/scaling.md).
-        """
+        """Yields the parts of the batch that this rank works on, and their weights: see parallel.micro_batches."""
         for part, weight in parallel.micro_batches([item.tokens for item in batch], self.player.micro_batches):
             yield [batch[i] for i in part], weight
 

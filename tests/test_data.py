@@ -148,31 +148,19 @@ def test_gpt2_style_tokenizer_equals_that_of_transformers(tmp_path):
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
 
 
-MARK = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-NEW = {"<|im_start|>": 396, "<|im_end|>": 397, "<tool>": 398}
-
-
 @pytest.mark.parametrize(
-    "files",
+    "file, content",
     [
-        {"added_tokens.json": NEW, "special_tokens_map.json": {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {
-            str(number): {"content": text, "special": text != "<tool>"} | MARK for text, number in NEW.items()}}},
-        {"added_tokens.json": dict(reversed(NEW.items())), "special_tokens_map.json": {"pad_token": "HH"}},
+        ("added_tokens.json", {"<|endoftext|>": 393, "<|im_end|>": 397}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"396": {"content": "<|im_end|>", "special": True}}}),
     ],
-)  # fmt: skip
-def test_added_tokens_outside_the_tokenizers_file_count_as_in_transformers(files, start, tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
+)
+def test_added_tokens_that_the_tokenizers_file_lacks_are_refused(file, content, start, tmp_path):
+    """Otherwise they would be encoded as plain text, which transformers does not do."""
     changed_tokenizer(start, tmp_path)
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    ours, theirs = load_tokenizer(tmp_path, 393, 400), PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    for text in ("<|im_start|>user\nHH<|im_end|> <tool>", "HH", "<|im_", "HH AH0 <|endoftext|>"):
-        assert ours.encode(text).ids == theirs.encode(text, add_special_tokens=False), text
-    assert ours.encode("<|im_start|><tool>").ids == [396, 398]
-    special = {token.content for token in ours.get_added_tokens_decoder().values() if token.special}
-    assert special == {token.content for token in theirs.added_tokens_decoder.values() if token.special}
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer.json lacks <\|im_end\|>; load and save it by transformers"):
+        load_tokenizer(tmp_path, 393, 400)
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])

@@ -21,7 +21,6 @@ from evaluate import (
     changes,
     column,
     edit_distance,
-    evaluate,
     frontier,
     interpolation,
     metrics_with,
@@ -201,7 +200,7 @@ def test_the_entropy_is_that_of_the_whole_distribution():
         logps=lambda player, items, name, by_token=False: player.logps(items),
     )
     log_p = model.logits(model(torch.tensor([[3]])))[0, -1].detach().log_softmax(-1)
-    row = evaluate(player, StartSamples([([3], [5])] * 4000, [0.0] * 4000), run)
+    row = summary(answers(player, StartSamples([([3], [5])] * 4000, [0.0] * 4000), run))
     exact = -(log_p.exp() * log_p).sum().item()
     assert 1 < exact and abs(row["entropy"] - exact) <= 5 * row["entropy_se"] < 0.1
 

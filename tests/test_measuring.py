@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import set_temperature
 
-from evaluate import evaluate, sample_start
+from evaluate import answers, sample_start, summary
 
 
 def synthetic(rng: np.random.Generator, n: int, better=0.0, hotter=0.0, tie=0.0, steep=0.0):
@@ -58,7 +58,7 @@ def test_the_frontier_of_a_model(start, data):
     """At temperature 1 it is what a run reports. A model whose logits are divided has the same frontier elsewhere."""
     player, run = measuring.ruler(str(start), str(data))
     player.model.load_weights(start)
-    row = evaluate(player, sample_start(player, run), run)
+    row = summary(answers(player, sample_start(player, run), run))
     points = measuring.frontier(player, run, (0.8, 1.0))
     assert points.shape == (2, len(measuring.MEASURED), len(run.heldout))
     for name, values in zip(measuring.MEASURED, points[1]):

@@ -36,8 +36,6 @@ FILES = {
     "indented.json": b"\n " + json.dumps(RECORDS, indent=4, ensure_ascii=False).encode() + b"\n",
     "bom.json": BOM + json.dumps(RECORDS).encode(),
     "array.jsonl": json.dumps(RECORDS).encode(),
-    "wrapped.json": json.dumps({"version": "1", "data": RECORDS}).encode(),
-    "wrapped-and-indented.json": json.dumps({"train": RECORDS}, indent=1).encode(),
     "x.csv": as_csv(","),
     "semicolon.csv": as_csv(";"),
     "bom.csv": BOM + as_csv(","),

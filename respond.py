@@ -119,15 +119,10 @@ class Responder:
             raise ValueError(f"{longest.where}: the prompt has {size}")
         rows = range(self.answered, self.answered + len(examples))
         self.answered = rows.stop
-        responses = self.player.respond(
-            [example.prompt_ids for example in examples],
-            self.args.seed,
-            rows=rows,
-            temperature=self.args.temperature,
-            top_k=self.args.top_k,
-            top_p=self.args.top_p,
-            max_new_tokens=min(self.args.max_new_tokens, room),
-        )
+        options = {name: getattr(self.args, name) for name in ("seed", "temperature", "top_k", "top_p")}
+        length = min(self.args.max_new_tokens, room)
+        prompts = [example.prompt_ids for example in examples]
+        responses = self.player.respond(prompts, rows=rows, max_new_tokens=length, **options)
         return [(decode(ids, self.tokenizer, *self.player.ends), finished) for ids, finished in responses]
 
 

@@ -135,11 +135,12 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
         tokenizer.decoder = decoders.ByteLevel()
     else:
         raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
+    config, added = read_object(path / "tokenizer_config.json"), read_object(path / "added_tokens.json")
     with _named(f"{path}: the added tokens of its tokenizer are not readable"):
-        decoder = read_object(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        listed = [*read_object(path / "added_tokens.json"), *(token["content"] for token in decoder.values())]
-        if missing := [text for text in listed if tokenizer.token_to_id(text) is None]:
-            raise ValueError(f"{source.name} lacks {missing[0]}; load and save it by transformers' AutoTokenizer")
+        listed = [*added, *(token["content"] for token in (config.get("added_tokens_decoder") or {}).values())]
+        missing = [text for text in listed if tokenizer.token_to_id(text) is None]
+    if missing:
+        raise ValueError(f"{source}: lacks {shown(missing[0])}; load and save it by transformers' AutoTokenizer")
     return tokenizer, source
 
 

@@ -90,7 +90,10 @@ class Reader:
         return record.pop(name, default)
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Returns the record under our names, without what is missing: null in JSON, NaN in some tables."""
+        """Returns the record under our names, without what is missing: null in JSON, NaN in some tables.
+
+        A record that has none of the fields in --fields, as in other data of the same run, keeps its names.
+        """
         record = {name: value for name, value in record.items() if value is not None and value == value}
         fields = self.fields if any(theirs in record for theirs in self.fields.values()) else {}
         for ours, theirs in fields.items():

@@ -20,10 +20,8 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
     Each raises Stopped if it fails or does not return a finite number.
     """
-    metrics = {}
-    for name in names:
-        function = SHIPPED.get(name) or load("--metric", name)
-        metrics[name_of(name)] = _checked(f"--metric {name_of(name)}", function, _number)
+    functions = {name_of(name): SHIPPED.get(name) or load("--metric", name) for name in names}
+    metrics = {name: _checked(f"--metric {name}", function, _number) for name, function in functions.items()}
     if len({*metrics, "error"}) <= len(names):  # Two columns would have one name, or one would be greedy_error.
         raise ValueError(f"--metric {', '.join(names)}: expected names that differ, and none that is 'error'")
     return metrics

@@ -189,11 +189,9 @@ def load_data(
     heldout = draw(heldout, args.eval_limit)
     if common := len({e.prompt for e in train_set} & {e.prompt for e in heldout}):
         print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
-    messages = any(e.turns for e in train_set + heldout)
-    template = choose(args.template, path, tokenizer, messages, args.special_tokens)
+    template = choose(args.template, path, tokenizer, any(e.turns for e in train_set + heldout), args.special_tokens)
     config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos, template))
-    for examples in (train_set, heldout):
-        encode(examples, tokenizer, template, config.eos_token_id)
+    encode(train_set + heldout, tokenizer, template, config.eos_token_id)
     as_decoded(heldout, tokenizer, config.eos_token_id)
 
     context, room = config.max_position_embeddings, args.max_new_tokens

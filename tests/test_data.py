@@ -159,7 +159,7 @@ def test_added_tokens_that_the_tokenizers_file_lacks_are_refused(file, content, 
     """Otherwise they would be encoded as plain text, which transformers does not do."""
     changed_tokenizer(start, tmp_path)
     (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"tokenizer.json lacks <\|im_end\|>; load and save it by transformers"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: lacks <\|im_end\|>; load and save it by transformers"):
         load_tokenizer(tmp_path, 393, 400)
 
 
@@ -208,7 +208,8 @@ def test_tokens_beyond_the_vocabulary_are_named(start, tmp_path):
     [
         ({"vocab.json": "{}"}, FileNotFoundError, ": no tokenizer, expected tokenizer.json, or vocab.json and merges"),
         ({"tokenizer.json": "{"}, ValueError, "/tokenizer.json: not a readable tokenizer (EOF while parsing"),
-        ({"tokenizer.json": EMPTY, "added_tokens.json": '{"a": "x", "b": 3}'}, ValueError, ": the added tokens of its"),
+        ({"tokenizer.json": EMPTY, "added_tokens.json": '{"a": "x", "b": 3}'}, ValueError, "/tokenizer.json: lacks a;"),
+        ({"tokenizer.json": EMPTY, "tokenizer_config.json": '{"added_tokens_decoder": 3}'}, ValueError, "the added t"),
         ({"vocab.json": "{}", "merges.txt": "a b"}, ValueError, "/vocab.json and merges.txt: not a readable tokenizer"),
     ],
 )  # fmt: skip

@@ -9,25 +9,6 @@ from report.tables import text_of
 
 SPIN = "SPIN (self-play fine-tuning, arXiv 2401.01335)"
 METHODS = {"spin": SPIN, "sft": "supervised fine-tuning"}
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]{base_model}
----
-# {model}, iterate {iterate} of {command}
-
-Iterate {iterate} of {last} of a run of {method}. Iterate 0 is the base model.
-
-{facts}
-
-```
-{tables}
-```
-
-![Held-out metrics and training signals](metrics.svg)
-
-The tokenizer's chat template writes a prompt as it was written in training.
-"""
 
 
 def card(iterate: int, rows: Sequence[Row], record: Row) -> str:
@@ -47,17 +28,28 @@ def card(iterate: int, rows: Sequence[Row], record: Row) -> str:
         "Prompt template": f"`{json.dumps(record['template'], ensure_ascii=False)}`",
         "torch": record["torch"],
     }
-    return CARD.format(
-        tags="sft" if command == "sft" else "spin, self-play",
-        base_model=f"\nbase_model: {hub}" if hub else "",
-        model=public(args["model"]),
-        iterate=iterate,
-        last=rows[-1]["iterate"],
-        command=command,
-        method=METHODS.get(command, f"a relative of {SPIN}"),
-        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
-        tables=text_of(rows),
-    )
+    method = METHODS.get(command, f"a relative of {SPIN}")
+    base = f"\nbase_model: {hub}" if hub else ""
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{"sft" if command == "sft" else "spin, self-play"}]{base}
+---
+# {public(args["model"])}, iterate {iterate} of {command}
+
+Iterate {iterate} of {rows[-1]["iterate"]} of a run of {method}. Iterate 0 is the base model.
+
+{listed}
+
+```
+{text_of(rows)}
+```
+
+![Held-out metrics and training signals](metrics.svg)
+
+The tokenizer's chat template writes a prompt as it was written in training.
+"""
 
 
 def public(*names: str) -> str:

@@ -45,7 +45,6 @@ class Panel:
     note: str = ""  # below the title
     least: float = 0.0  # The y axis spans at least this.
     curves: bool = False  # The marks are curves with bands, not points with bars.
-    lines: Sequence[tuple[float, str]] = ()  # vertical lines with labels
 
 
 def span(panel: Panel) -> tuple[float, float]:
@@ -91,9 +90,6 @@ def svg(panel: Panel) -> str:
         text = f"{100 * y:,.6g}%" if "%" in panel.format else f"{y:,.6g}"
         parts.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{RIGHT}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{py(y) + 4:.1f}" text-anchor="end">{text}</text>')
-    for x, text in panel.lines:
-        parts.append(f'<path class="grid" d="M{px(x):.1f} {TOP}V{BOTTOM}" stroke="#ddd"/>')
-        parts.append(f'<text x="{px(x) + 3:.1f}" y="{TOP - 3}" class="dim" font-size="9">{escape(text)}</text>')
     for x in ticks(0, last, 6):
         if x == int(x):
             parts.append(f'<text x="{px(x):.1f}" y="182" text-anchor="middle">{x:,.6g}</text>')

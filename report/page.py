@@ -62,10 +62,8 @@ class Page:
 
 def headline(run: RunFiles) -> list[str]:
     """Sentences: which metrics changed beyond the noise (`verdict`), which did not, and the best iterate."""
-    if not run.rows:
-        return ["No iterate has been evaluated yet."]
-    if len(run.rows) == 1:
-        return ["Only the start has been evaluated."]
+    if len(run.rows) < 2:
+        return ["Only the start has been evaluated." if run.rows else "No iterate has been evaluated yet."]
     first, last = run.rows[0], run.rows[-1]
     done, total, metric = last["iterate"], run.args["iterations"], run.args["best"]
     sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []

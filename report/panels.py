@@ -66,14 +66,11 @@ def step_panels(runs: Sequence[RunFiles]) -> list[Panel]:
     """Training signals by step, one iteration after the other."""
     every = [[row for rows in run.steps for row in rows] for run in runs]
     width = max(1.0, max(map(len, every)) * len(runs) / BINS)
-    begins: list[tuple[float, str]] = []  # the steps at which a single run's iterations begin
-    if len(runs) == 1:
-        begins = [(sum(map(len, runs[0].steps[:t])), str(t)) for t, rows in enumerate(runs[0].steps) if rows]
     panels = []
     for name in dict.fromkeys(name for rows in every if rows for name in rows[0]):
         if name not in ("iteration", "step", "skipped"):
             marks = [bins(rows, name, width) for rows in every]
-            panels.append(Panel(title_of(name), marks, column(name).format, curves=True, lines=begins))
+            panels.append(Panel(title_of(name), marks, column(name).format, curves=True))
     return panels
 
 

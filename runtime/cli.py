@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
+from data.files import shown
 from kernels import onednn
 from report import console, page, trackers
 from runtime import folder, parallel, plan
 from runtime.options import combined, parse
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Interrupted, Stopped
-
-BROKEN_PIPE = 128 + signal.SIGPIPE  # Shells report it of a program whose output nobody reads, as in `yes | head`.
 
 
 def main(
@@ -89,13 +88,12 @@ def reason(error: BaseException) -> str:
 def fail(script: str, error: BaseException, code: int, note: str = "") -> int:
     """Prints an error as one line, without control characters. Returns the exit code: `code`, or that of a signal."""
     if parallel.is_to_report(error):
-        text = f"{reason(error) or error}{note}".replace("\n", " ")
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = shown(f"{reason(error) or error}{note}".replace("\n", " "), 10**6)
         with contextlib.suppress(OSError):  # The terminal is gone.
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
     if isinstance(error, BrokenPipeError):  # Python flushes stdout again at its end, and would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return 128 + signal.SIGPIPE  # as shells report it of `yes | head`
     return getattr(error, "exit_code", code)
 
 

@@ -38,12 +38,9 @@ def load(flag: str, name: str) -> Callable[..., Any]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{flag} {name}: no such file, expected FILE.py:NAME")
     try:
-        function = getattr(_module(Path(file).resolve()), attribute)
+        return getattr(_module(Path(file).resolve()), attribute)
     except BaseException as error:  # The user's code may raise anything, including SystemExit.
         raise ValueError(f"{flag} {name}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"{flag} {name}: {type(function).__name__}, expected a function")
-    return function
 
 
 @functools.cache

@@ -83,26 +83,23 @@ class RunOptions:
     out: str = option("runs/spin", "Folder for all files of the run; a stopped run in it is resumed.", changeable=True,
                       check=lambda path: path and path.isprintable(), expected="a printable path", metavar="PATH",
                       group="run")
-    iterations: int = option(3, "Rounds of training and evaluation; 0 only evaluates --model.",
-                             within="[0, 1000000]")
+    iterations: int = option(3, "Rounds of training and evaluation; 0: only evaluate.", within="[0, 1000000]")
     prompts: int = option(0, "Examples per iteration, drawn afresh for each; 0: all.", within="[0, inf)")
     max_new_tokens: int = option(256, "Length limit of generated responses, in tokens.", within="[1, inf)")
     seed: int = option(0, "Seed of all random numbers.")
     best: str = option("nll", "Held-out metric that selects the best iterate; greedy_NAME or sampled_NAME for a "
                        "function NAME of --metric.", changeable=True)
     log: tuple[str, ...] = option((), "Log to these packages, too.", changeable=True, choices=("tensorboard", "wandb"))
-    save_minutes: float = option(10.0, "Minutes of training between two checkpoints; 0: one per step.",
-                                 changeable=True, within="[0, inf)")
-    dry_run: bool = option(False, "Check all inputs, measure two small batches, print the plan and write nothing.",
-                           changeable=True)
+    save_minutes: float = option(10.0, "Minutes of training between checkpoints; 0: one per step.", changeable=True,
+                                 within="[0, inf)")
+    dry_run: bool = option(False, "Check all inputs, measure two batches, and write nothing.", changeable=True)
 
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one.", changeable=True, group="machine",
                          check=lambda name: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", name, re.ASCII),
                          expected="auto, cpu, cuda or cuda:N")
     precision: str = option("auto", "Number format; auto: bf16 on a GPU, else fp32.", choices=("auto", "bf16", "fp32"))
     gen_batch: int = option(64, "Responses that are generated together.", changeable=True, within="[1, inf)")
-    gen_tokens: int = option(131072, "Size of the generation cache in tokens, which may lower --gen-batch.",
-                             changeable=True, within="[1, inf)")
+    gen_tokens: int = option(131072, "Size of the generation cache, in tokens.", changeable=True, within="[1, inf)")
     micro_tokens: int = option(0, "Tokens per forward pass, to limit memory; 0: 8192 on a GPU, else 2048.",
                                changeable=True, within="[0, inf)")
     checkpoint: bool = option(False, "Recompute activations in training: less memory, more time.", changeable=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +61,6 @@ def describe(examples: list[Example], run: Run) -> str:
     longer = sum(length > args.max_new_tokens for length in reals)
     ends = dict.fromkeys((run.work.eos_token_id, *run.work.ends))
     names = [run.work.tokenizer.id_to_token(token) for token in ends]
-    folder = next(path for path in (run.folder.path, *run.folder.path.absolute().parents) if path.exists())
     how = f"LoRA of rank {args.rank}" if args.rank else "all parameters"
     lines = {
         "model": f"{args.model}: {total:,} parameters, {trained:,} trained ({how}), {args.precision} on {run.device}",
@@ -72,7 +70,6 @@ def describe(examples: list[Example], run: Run) -> str:
         "ends": f"responses end at {', '.join(map(repr, names))}",
         "iterations": f"{args.iterations}, each of {min(args.prompts or len(examples), len(examples)):,} prompts",
         "memory": f"{gib(memory_of(run.device))} on {run.device}",
-        "disk": f"{gib(shutil.disk_usage(folder).free)} free for {args.out}",
     }
     if parallel.world_size() > 1:
         sharded = "weights, gradients and optimizer state are sharded across them"

@@ -118,7 +118,7 @@ class Run:
     def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Any] = ()) -> None:
         """Writes pairs, held-out responses, weights and, last, the row of metrics that makes the iterate finished."""
         self.rows.append(row)
-        model = self.weights.to_save(player)
+        model = self.weights.sharded.to_save() if self.weights.sharded else player.model
         times = {"iterate": self.iterate} | self.work.progress.finish_iterate()
         note = "".join(f", {phase} {seconds:.0f} s" for phase, seconds in times["seconds"].items())
 

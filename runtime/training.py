@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluate import Row, mean
+from evaluate import Row
 from runtime import parallel
 from runtime.folder import Folder, write_rows
 from runtime.progress import Bar
@@ -95,7 +95,7 @@ class Training:
         taken = [row for row in self.log if not row["skipped"]]
         last = taken[-max(1, len(taken) // 10) :]
         names = [name for name in last[0] if name not in ("iteration", "step")]
-        means = {name: mean([row[name] for row in last]) for name in names}
+        means = {name: sum(row[name] for row in last) / len(last) for name in names}
         return means | {"skipped": len(self.log) - len(taken)}
 
     # ------------------------------------------------------------ the log and checkpoints

@@ -50,8 +50,7 @@ class Weights:
     def of_start(self, player: Any) -> Iterator[None]:
         """Makes the player theta_0 for a while: with its adapters off, or, if those do not suffice, from disk.
 
-        The player's own weights wait on the CPU. All of this takes less memory than training, since no gradient and no
-        optimizer state is there.
+        The player's own weights wait on the CPU, which takes less memory than training does.
         """
         if self.args.rank and not self.args.adapter:
             with lora.lora_disabled(player.model):
@@ -64,10 +63,6 @@ class Weights:
         yield  # There is no `finally`: an error ends the run, and a resumed run reads its last iterate.
         for parameter, value in zip(trained, own):
             parameter.data.copy_(value)
-
-    def to_save(self, player: Any) -> nn.Module | None:
-        """The player's model in full precision; None on ranks that do not write. All ranks must call it."""
-        return player.model if self.sharded is None else self.sharded.to_save()
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Writes an iterate into a folder."""

@@ -10,7 +10,6 @@ import shutil
 import pytest
 from helpers import die_at, flags, refused, rows, tree
 
-import respond
 import spin
 from runtime import functions
 from runtime.functions import load_metrics
@@ -132,19 +131,6 @@ def test_shipped_metrics_on_values_computed_by_hand():
     for text in ("1235", "-1234", "1234 or 5", "many", ""):
         assert number("", text, ["1234"]) == 0, text
     assert number("", "none", ["none"]) == 0 and number("", "so -2", ["x - y = -2"]) == 1
-
-
-def test_respond_evaluates_with_a_metric(metric, start, data, tmp_path, capsys):
-    """The values are those of the run's start. Its held-out examples are all of the data here."""
-    argv = flags(start, data, tmp_path / "run", eval_data=data, eval_share=None, metric=metric)
-    assert spin.main(argv) == 0
-    expected = rows(tmp_path / "run/metrics.jsonl")[0]
-    words = [f"{tmp_path}/run/iterate-0", "--eval-data", str(data), "--metric", metric, "--out", f"{tmp_path}/m"]
-    capsys.readouterr()
-    assert respond.main(words) == 0
-    (row,) = rows(tmp_path / "m")
-    assert row["greedy_vowels"] == pytest.approx(expected["greedy_vowels"])
-    assert "greedy vowels" in capsys.readouterr().out
 
 
 def test_functions_of_one_file_share_its_module_and_what_lies_beside_it(tmp_path):

@@ -1,6 +1,5 @@
 """Small helpers for files and for messages about them."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,6 @@ def shown(value: object, most: int = 100) -> str:
     """Returns a value for a message: control characters are escaped, and the middle is left out beyond `most`."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
     return text if len(text) <= most else f"{text[: most // 2]}...{text[3 - most // 2 :]}"
-
-
-def near_files(path: Path, directories: bool = False) -> str:
-    """Returns "; did you mean ...?" with the file (or directory) beside `path` whose name is most like it, or ""."""
-    try:
-        siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir() or not directories]
-    except (OSError, ValueError):
-        return ""
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def parse_json(text: str, where: str | Path, hint: str = "") -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.files import lfs_hint, near_files, parse_json, shown
+from data.files import lfs_hint, parse_json, shown
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")  # The files that are read from a directory.
 GZIP, PARQUET, BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"  # The first bytes of files.
@@ -33,7 +33,7 @@ Record = tuple[int, Any]  # (number, content); the number is that of a line, or 
 def files_of(name: str) -> list[str]:
     """Returns the files that --data names: a directory stands for the data files in it, sorted by name.
 
-    Raises: FileNotFoundError, which suggests a file of a similar name; ValueError if a directory holds no data.
+    Raises: FileNotFoundError; ValueError if a directory holds no data.
     """
     path = Path(name)
     if os.path.isdir(name):
@@ -43,7 +43,7 @@ def files_of(name: str) -> list[str]:
         return inside
     if not os.path.isfile(name) and not is_hub_id(name):
         found = "not a regular file" if os.path.exists(name) else "no such file, directory or hub id (owner/name)"
-        raise FileNotFoundError(f"{shown(name)}: {found}{near_files(path)}")
+        raise FileNotFoundError(f"{shown(name)}: {found}")
     return [name]
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
+from data.files import shown
 from kernels import onednn
 from report import console, page, trackers
 from runtime import folder, parallel, plan
 from runtime.options import combined, parse
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Interrupted, Stopped
-
-BROKEN_PIPE = 128 + signal.SIGPIPE  # Shells report it of a program whose output nobody reads, as in `yes | head`.
 
 
 def main(
@@ -36,8 +35,8 @@ def main(
     """
     script, about = f"{command}.py", "\n\n".join((about or "").split("\n\n")[:2])  # python -OO has no docstrings
     began = ""  # the folder of the run, once it holds files
-    with streams(), SIGNALS.noted(), onednn.products(), contextlib.ExitStack() as stack:
-        try:
+    try:
+        with streams(), SIGNALS.noted(), onednn.products(), contextlib.ExitStack() as stack:
             args = parse(combined(options_class), sys.argv[1:] if argv is None else argv, script, about, recipe)
             trackers.check(args.log)
             parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
@@ -60,11 +59,11 @@ def main(
                 method(player, examples, run)
                 run.finish()
             parallel.leave()
-        except (ValueError, OSError, MemoryError, RuntimeError, FloatingPointError, Interrupted) as error:
-            if not reason(error) or (began and isinstance(error, ValueError)):  # Input was checked: it is a bug.
-                raise
-            note = f"; what is finished is kept in {began}; the same command resumes"
-            return fail(script, error, 1 if began else 2, note if began and not isinstance(error, Stopped) else "")
+    except (ValueError, OSError, MemoryError, RuntimeError, FloatingPointError, Interrupted) as error:
+        if not reason(error) or (began and isinstance(error, ValueError)):  # Input was checked: it is a bug.
+            raise
+        note = f"; what is finished is kept in {began}; the same command resumes"
+        return fail(script, error, 1 if began else 2, note if began and not isinstance(error, Stopped) else "")
     return 0
 
 
@@ -89,16 +88,18 @@ def reason(error: BaseException) -> str:
 def fail(script: str, error: BaseException, code: int, note: str = "") -> int:
     """Prints an error as one line, without control characters. Returns the exit code: `code`, or that of a signal."""
     if parallel.is_to_report(error):
-        text = f"{reason(error) or error}{note}".replace("\n", " ")
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = shown(f"{reason(error) or error}{note}".replace("\n", " "), 10**6)
         with contextlib.suppress(OSError):  # The terminal is gone.
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
-    return BROKEN_PIPE if isinstance(error, BrokenPipeError) else getattr(error, "exit_code", code)
+    if isinstance(error, BrokenPipeError):  # Python flushes stdout again at its end, and would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE  # as shells report it of `yes | head`
+    return getattr(error, "exit_code", code)
 
 
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """Makes printing safe if a stream is closed, loses its reader, or cannot encode a character. One rank prints."""
+    """Makes printing safe if a stream is closed or cannot encode a character. One rank prints."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # It was closed, as some daemons do.
@@ -107,15 +108,5 @@ def streams() -> Iterator[None]:
             stream.reconfigure(errors="replace")
     if not parallel.is_writer():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    gone = False
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError as error:  # Python would flush again at exit, and print a traceback.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                gone |= isinstance(error, BrokenPipeError)
-    if gone:
-        sys.exit(BROKEN_PIPE)
+    yield
+    sys.stdout.flush()

@@ -10,19 +10,17 @@ from data.files import read_object, read_text, token_text
 from data.templates import jinja_of, read_chat
 
 # Files of the start besides the weights: those that are copied, and those in which the end token may change.
-COPIED = ("added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
+COPIED = ("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
 CHANGED = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 # Fields that do not hold for an exported model, which is in fp32 and has no code of its own.
 STALE = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")
 
 
 def export(model: Any, config: Any, folder: Path, start: Path, tokenizer: Tokenizer, template: str = "") -> None:
-    """Writes `model` into `folder` as a plain model whose responses end with `config.eos_token_id`.
+    """Writes `model`, which has no adapters, into `folder` as a plain model with the end token of `config`.
 
-    Args:
-        model, config: without adapters, with `save_pretrained`; the config has `to_json`.
-        start: directory of the model that the run began with, whose files besides the weights are written, too.
-        template: of the prompts, "chat" or a text. A text becomes the chat template if the start has none.
+    The files of `start` besides the weights are written, too. `template` is that of the prompts, "chat" or a text,
+    which becomes the chat template if the start has none.
     """
     texts = side_files(start, config, tokenizer)
     if template not in ("", "chat") and not read_chat(start)[0]:
@@ -33,10 +31,7 @@ def export(model: Any, config: Any, folder: Path, start: Path, tokenizer: Tokeni
 
 
 def side_files(start: Path, config: Any, tokenizer: Tokenizer) -> dict[str, str]:
-    """The texts of all files besides the weights by name. `setup` calls it, too, to find damaged files early.
-
-    Raises: ValueError naming a file that is damaged or too large.
-    """
+    """The texts of all files besides the weights by name. `setup` calls it, too, to find damaged files early."""
     texts = {name: read_text(start / name) for name in COPIED if (start / name).is_file()}
     texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
     values = {name: read_object(start / name) for name in CHANGED}

@@ -42,9 +42,8 @@ os.umask(UMASK)
 def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) -> None:
     """Calls fill(temporary path), which creates a file or a folder there, and renames that to `path`.
 
-    The directory that holds `path` must exist: a run whose folder was removed must not go on in an incomplete one.
-
-    Raises: OSError naming `path`. A file is then as it was before.
+    The directory must exist: a run that was removed must not go on. Raises: OSError naming `path`, which stays as it
+    was.
     """
     with _named(path), tempfile.TemporaryDirectory("", TEMPORARY, path.parent, ignore_cleanup_errors=True) as own:
         temporary = Path(own, path.name)
@@ -115,10 +114,9 @@ def digest_of_file(path: Path) -> str:
 def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None:
     """Replaces the lines for a file or folder by new ones at the end. With `keep_old`, the old line of a file stays.
 
-    A resumed run goes through an iteration again, and therefore ends with its lines in the same order as a run that was
-    never stopped. Ranks may share a folder, even over a network, so each has a file of its own.
+    So a resumed run, which repeats an iteration, has its lines in the order of one that was never stopped.
     """
-    own = path.parent / (f"{CHECKSUMS}-{parallel.rank()}" if parallel.rank() else CHECKSUMS)
+    own = path.parent / CHECKSUMS
     old = own.read_text(errors="replace").splitlines(keepends=True) if own.exists() else []
     dropped = (f"{path.name}/",) if keep_old else (f"{path.name}/", f"{path.name}\n")
     changed = [line for line in old if line not in new and not line[66:].startswith(dropped)] + new
@@ -128,12 +126,13 @@ def change_checksums(path: Path, new: list[str], keep_old: bool = False) -> None
 
 def checksums(folder: Path) -> list[tuple[str, str]]:
     """(sha256, name) of everything that was written into `folder` with its checksum."""
-    texts = [file.read_text(errors="replace") for file in sorted(folder.glob(f"{CHECKSUMS}*"))]
-    return [(line[:64], line[66:]) for text in texts for line in text.splitlines()]
+    file = folder / CHECKSUMS
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return [(line[:64], line[66:]) for line in lines]
 
 
 def damage_of(folder: Path, name: str) -> str:
-    """What is wrong with a file that was written with its checksum: "" if nothing is. Raises: OSError."""
+    """What is wrong with a file that was written with its checksum: "" if nothing is."""
     if not (folder / name).is_file():
         return "missing"
     intact = (digest_of_file(folder / name), name) in checksums(folder)
@@ -186,16 +185,13 @@ class Folder:
         return read_rows(self.path / name)
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """Raises Stopped naming the first file that is missing or damaged.
-
-        By default, checks the files of finished iterates, and all files of a finished run.
-        """
+        """Raises Stopped naming the first file that is missing or damaged: by default, of finished iterates."""
         for name in self._complete() if names is None else names:
             if damage := damage_of(self.path, name):
                 raise Stopped(f"{self.path / name}: {damage}; {RESTORE}")
 
     def _complete(self) -> list[str]:
-        """Names of the files that must be there, apart from metrics.jsonl, which has been checked then."""
+        """Names of the files that must be there, apart from metrics.jsonl, which is checked on the way."""
         lines = checksums(self.path) if self.finished() else []
         if lines and not self.record().get("finished"):  # Then files of an unfinished iterate may follow the metrics.
             lines = lines[: lines.index((digest_of_file(self.path / METRICS), METRICS))]
@@ -219,7 +215,7 @@ class Folder:
             yield
 
     def begin(self) -> None:
-        """Creates the folder on this host and removes the temporary files of killed processes."""
+        """Creates the folder and removes the temporary files of killed processes."""
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.rglob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -254,27 +250,24 @@ class Folder:
     def enter(self, iterate: int) -> None:
         """Begins or resumes the work on an iterate: `resume` is now its folder. The one before is finished."""
         self.resume = self.path / "resume" / f"iterate-{iterate}"
+        if not parallel.is_writer():
+            return
         for folder in (self.resume.parent, self.resume):  # But not their parents: a removed run stays removed.
             folder.mkdir(exist_ok=True)
         if iterate > 1:  # A resumed run finds the start's samples again.
             shutil.rmtree(self.resume.with_name(f"iterate-{iterate - 1}"), ignore_errors=True)
 
     def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, log: Sequence[dict[str, Any]]) -> None:
-        """Writes a checkpoint: the trained weights, the optimizer's state, and the rows of the log of steps so far.
+        """Writes a checkpoint: what `tensors_of` names, and the rows of the log of steps so far.
 
-        All ranks must call it, since weights may be sharded. Rank 0 writes.
+        All ranks must call it, since weights may be sharded.
         """
-        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-        for i, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
-        tensors = parallel.collected(tensors)
-        metadata = {"log": json.dumps(log)}
+        tensors, metadata = parallel.collected(tensors_of(model, optimizer)), {"log": json.dumps(log)}
         if parallel.is_writer():
             write(self.resume / CHECKPOINT, lambda temporary: save_file(tensors, temporary, metadata), checksum=True)
 
-    @torch.no_grad()
     def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-        """Restores model and optimizer of all ranks from the checkpoint, which rank 0 reads. Returns the log.
+        """Restores model and optimizer of all ranks from the checkpoint. Returns the log.
 
         Without a checkpoint, or with a line on stderr if it is damaged, the log is empty and nothing changes.
         """
@@ -288,20 +281,21 @@ class Folder:
                 return json.loads(reader.metadata()["log"])
 
         log = parallel.on_writer(read)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        parameters = list(trained.values())
-        state = optimizer.state_dict()
-        for key, tensor in parallel.sent(tensors) if log else ():
-            kind, _, name = key.partition(".")
-            if kind == "model":
-                trained[name].copy_(parallel.placed(tensor, trained[name]))
-                continue
-            i, _, name = name.partition(".")
-            like = parameters[int(i)]  # A step counter has another shape than its parameter, and is not sharded.
-            tensor = parallel.placed(tensor, like) if tensor.shape == like.shape else tensor
-            state["state"].setdefault(int(i), {})[name] = tensor
-        optimizer.load_state_dict(state)
+        if not all(row["skipped"] for row in log):  # Until the first step there is no state.
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # This makes the state, which is then overwritten together with the weights.
+            optimizer.zero_grad()
+            parallel.overwrite(tensors_of(model, optimizer), tensors)
         return log
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds: the trained weights and the optimizer's state."""
+    tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    for i, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
+    return tensors
 
 
 def in_shards(
@@ -309,8 +303,7 @@ def in_shards(
 ) -> list[Any]:
     """Computes work(items) for items 0 to count - 1, `size` items at a time, and returns all results in order.
 
-    Ranks share the shards: each takes the next one when it has finished its last, writes it on its own host, and gets
-    the results of all. The content of a shard does not depend on the rank that computes it.
+    The ranks take shards in turn. All get the results of all, which do not depend on who computed them.
 
     Args:
         folder: Finished shards are written into its `resume` and found there again. Without a folder, or outside an
@@ -320,14 +313,18 @@ def in_shards(
     place = folder and folder.resume
     shards = [range(first, min(first + size, count)) for first in range(0, count, size)]
     names = [f"{name}-{items.start}-{items.stop}.jsonl" for items in shards]
-    done: dict[int, Sequence[Any]] = {}  # what this rank has, by the number of the shard
-    for n in parallel.dealt([n for n, shard in enumerate(names) if place and (place / shard).exists()]):
-        if is_usable(place, names[n], "computing it again"):
-            done[n] = read_rows(place / names[n])
-    found = parallel.gather(dict.fromkeys(done))
-    for n in parallel.claimed([n for n in range(len(shards)) if n not in found]):
-        done[n] = list(work(shards[n]))
-        if place:
-            write_rows(place / names[n], done[n], checksum=True)
-    everything = parallel.gather(done)
-    return [row for n in range(len(shards)) for row in everything[n]]
+
+    def read() -> dict[int, Sequence[Any]]:
+        usable = [n for n, shard in enumerate(names) if place and is_usable(place, shard, "computing it again")]
+        return {n: read_rows(place / names[n]) for n in usable}
+
+    done = parallel.on_writer(read)
+    missing = [n for n in range(len(shards)) if n not in done]
+    for first in range(0, len(missing), parallel.world_size()):
+        turn = missing[first : first + parallel.world_size()]
+        own = [list(work(shards[n])) for n in turn[parallel.rank() :][:1]]  # At the end a rank may have none.
+        for n, (rows,) in zip(turn, parallel.values_of_all(own)):
+            done[n] = rows
+            if place and parallel.is_writer():
+                write_rows(place / names[n], rows, checksum=True)
+    return [row for n in range(len(shards)) for row in done[n]]

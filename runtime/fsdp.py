@@ -16,15 +16,12 @@ from runtime import parallel
 
 
 class Sharded:
-    """The two forms of a model.
+    """The two forms of a model, which is given in fp32 on rank 0's CPU, and on the meta device on the other ranks.
 
     master: sharded across ranks, fp32, for training. The linear layers of a block are gathered in `dtype`, in which
         autocast would use them anyway; embeddings, head and norms stay fp32. Results are those of a run without FSDP.
     whole: a plain model with the values and dtypes that a forward pass of `master` computes with, so the first step of
         an iteration finds the log-probabilities that were scored. It has no weights during training.
-
-    Args:
-        model: in fp32 on rank 0's CPU, and on the meta device on the other ranks. It becomes `whole`.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -49,14 +46,14 @@ class Sharded:
                 part.set_gradient_divide_factor(1.0)  # Training.step expects the sum over the ranks, not the mean.
                 part.set_force_sum_reduction_for_comms(True)
         self.master.to_empty(device=device)
-        parallel.overwrite(self.master, model.state_dict())
+        parallel.overwrite(dict(self.master.named_parameters()), model.state_dict())
         self.whole = model.requires_grad_(False)
         self.gather()
 
     def load(self, folder: Path) -> None:
         """Sets both forms to the model in a folder on rank 0's disk."""
         weights = type(self.whole).from_pretrained(folder).state_dict() if parallel.is_writer() else None
-        parallel.overwrite(self.master, weights)
+        parallel.overwrite(dict(self.master.named_parameters()), weights)
         self.gather()
 
     @torch.no_grad()

@@ -18,40 +18,29 @@ from runtime.stopping import Stopped
 def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The functions of --metric, keyed by the names of their columns: metric(prompt, response, references) -> float.
 
-    Each raises Stopped if it fails or does not return a finite number. Raises: FileNotFoundError, ValueError.
+    Each raises Stopped if it fails or does not return a finite number.
     """
-    metrics = {}
-    for name in names:
-        function = SHIPPED.get(name) or load("--metric", name)
-        metrics[name_of(name)] = _checked(f"--metric {name_of(name)}", function, _number)
+    functions = {name_of(name): SHIPPED.get(name) or load("--metric", name) for name in names}
+    metrics = {name: _checked(f"--metric {name}", function, _number) for name, function in functions.items()}
     if len({*metrics, "error"}) <= len(names):  # Two columns would have one name, or one would be greedy_error.
         raise ValueError(f"--metric {', '.join(names)}: expected names that differ, and none that is 'error'")
     return metrics
 
 
 def load_scorer(name: str) -> Callable[[str, list[str]], list[float]]:
-    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins.
-
-    It raises Stopped if it fails or returns anything else. Raises: FileNotFoundError, ValueError.
-    """
+    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins."""
     return _checked(f"--scorer {name}", load("--scorer", name), _probabilities)
 
 
 def load(flag: str, name: str) -> Callable[..., Any]:
-    """The function that FILE.py:NAME names. It is the user's own code: code that comes with a model is never run.
-
-    Raises: FileNotFoundError, or ValueError that says what is wrong with the file.
-    """
+    """The function that FILE.py:NAME names, which is the user's own code: code that comes with a model is never run."""
     file, _, attribute = name.rpartition(":")
     if not Path(file).is_file():
         raise FileNotFoundError(f"{flag} {name}: no such file, expected FILE.py:NAME")
     try:
-        function = getattr(_module(Path(file).resolve()), attribute)
+        return getattr(_module(Path(file).resolve()), attribute)
     except BaseException as error:  # The user's code may raise anything, including SystemExit.
         raise ValueError(f"{flag} {name}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"{flag} {name}: {type(function).__name__}, expected a function")
-    return function
 
 
 @functools.cache

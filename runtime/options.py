@@ -43,10 +43,7 @@ def option(default: Any, help: str, **facts: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options that every method has: model, data, files and hardware of a run.
-
-    Raises: ValueError naming the option whose value is not allowed; TypeError naming an option that does not exist.
-    """
+    """The options that every method has: model, data, files and hardware of a run."""
 
     # fmt: off
     model: str = option("", "Initial model: a directory or a hub id, owner/name[@revision].", changeable=True,
@@ -93,18 +90,16 @@ class RunOptions:
     best: str = option("nll", "Held-out metric that selects the best iterate; greedy_NAME or sampled_NAME for a "
                        "function NAME of --metric.", changeable=True)
     log: tuple[str, ...] = option((), "Log to these packages, too.", changeable=True, choices=("tensorboard", "wandb"))
-    save_minutes: float = option(10.0, "Minutes of training between two checkpoints; 0: one per step.",
-                                 changeable=True, within="[0, inf)")
-    dry_run: bool = option(False, "Check all inputs, measure two small batches, print the plan and write nothing.",
-                           changeable=True)
+    save_minutes: float = option(10.0, "Minutes of training between checkpoints; 0: one per step.", changeable=True,
+                                 within="[0, inf)")
+    dry_run: bool = option(False, "Check all inputs, measure two batches, and write nothing.", changeable=True)
 
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one.", changeable=True, group="machine",
                          check=lambda name: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", name, re.ASCII),
                          expected="auto, cpu, cuda or cuda:N")
     precision: str = option("auto", "Number format; auto: bf16 on a GPU, else fp32.", choices=("auto", "bf16", "fp32"))
     gen_batch: int = option(64, "Responses that are generated together.", changeable=True, within="[1, inf)")
-    gen_tokens: int = option(131072, "Size of the generation cache in tokens, which may lower --gen-batch.",
-                             changeable=True, within="[1, inf)")
+    gen_tokens: int = option(131072, "Size of the generation cache, in tokens.", changeable=True, within="[1, inf)")
     micro_tokens: int = option(0, "Tokens per forward pass, to limit memory; 0: 8192 on a GPU, else 2048.",
                                changeable=True, within="[0, inf)")
     checkpoint: bool = option(False, "Recompute activations in training: less memory, more time.", changeable=True)
@@ -156,9 +151,7 @@ class RunOptions:
 def combined(method_options: type) -> type:
     """The options of a script: those of its method and of the machinery, in one frozen dataclass.
 
-    In Python they are given by name, combined(SpinOptions)(lr=1e-3). A single value stands for a tuple of one. An
-    option of the method that is a tuple of numbers has one value for all iterations or one for each; the instance has
-    one for each.
+    A single value stands for a tuple of one; a method's tuple of numbers gets a value for each iteration.
     """
     return dataclasses.make_dataclass(method_options.__name__, [], bases=(method_options, RunOptions), frozen=True)
 
@@ -202,8 +195,7 @@ def check_fields(options: Any) -> None:
 
 def kind_of(field: dataclasses.Field) -> tuple[type, bool]:
     """(type of one value, whether the option is a tuple of them)."""
-    several = field.type not in KINDS
-    return (field.type.__args__[0] if several else field.type), several
+    return (field.type, False) if field.type in KINDS else (field.type.__args__[0], True)
 
 
 def converted(kind: type, value: Any) -> Any:
@@ -223,10 +215,8 @@ def rule_of(field: dataclasses.Field) -> tuple[Callable[[Any], object], str]:
         return facts.get("check", lambda value: True), facts.get("expected", words)
     *alone, interval = facts["within"].split(" or ")
     low, high = map(float, interval[1:-1].split(","))
-    allowed = {float(one) for one in alone}  # Numbers between low and high are allowed, too.
-    allowed |= {low} if interval[0] == "[" else set()
-    allowed |= {high} if interval[-1] == "]" else set()
-    return lambda value: low < value < high or value in allowed, " or ".join([*alone, f"{words} in {interval}"])
+    ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]") + [float(one) for one in alone]
+    return lambda value: low < value < high or value in ends, " or ".join([*alone, f"{words} in {interval}"])
 
 
 def as_typed(name: str, value: Any) -> str:
@@ -243,15 +233,10 @@ def flag_of(name: str) -> str:
 
 
 def parse(options_class: type, argv: Sequence[str], prog: str, about: str = "", recipe: str = "") -> Any:
-    """The options on a command line, as an instance of `options_class`.
+    """The options on a command line, as an instance of `options_class`. Raises: ValueError; SystemExit after --help.
 
-    A later flag overrides an earlier one, and a flag of the command line those of all recipes.
-
-    Args:
-        prog, about: name of the script and description, for --help.
-        recipe: a file in recipes/, read if the command line has no @RECIPE, --model, --data or --pairs.
-
-    Raises: ValueError; SystemExit after --help.
+    `prog` and `about` are for --help. `recipe` is a file in recipes/, read if the command line has no @RECIPE, --model,
+    --data or --pairs. A later flag overrides an earlier one, and a flag of the command line those of all recipes.
     """
     if recipe and not any(re.match(r"@|--(model|data|pairs)(=|$)", word) for word in argv):
         argv = [f"@{ROOT / 'recipes' / recipe}", *argv]

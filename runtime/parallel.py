@@ -1,23 +1,23 @@
 """The ranks of a run: which rank does which work, how gradients are summed, and who writes.
 
 `torchrun` starts the ranks. Without it there is one rank, and nothing is sent. All ranks reach the same calls in the
-same order, as collective operations require. Rank 0 is the writer: it prints, and it writes the finished results.
-Hosts need not share a file system: what only rank 0's disk holds is sent.
+same order, as collective operations require. Rank 0 is the writer: it prints, and it alone reads and writes the run's
+folder. What the others need of it is sent, so hosts need not share a file system.
 """
 
-import itertools
 import os
 import signal
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # This import must come before the ranks are connected: see `join`.
-from torch import Tensor, nn
+
+# Optimizers import this module, whose functions hold the process group as a default argument. After `join` that would
+# keep the group's threads alive, and a thread that runs when the interpreter ends sometimes aborts the process.
+import torch.distributed.nn.functional
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from runtime.stopping import SIGNALS
@@ -26,9 +26,6 @@ from runtime.stopping import SIGNALS
 PATIENCE = timedelta(hours=12)
 CONNECTING = timedelta(minutes=10)
 T = TypeVar("T")
-
-_store: dist.Store | None = None  # Keys and values that all ranks see; None if there is one rank.
-_counters = itertools.count()  # Numbers the counters in the store, identically on all ranks.
 
 
 def rank() -> int:
@@ -47,62 +44,33 @@ def local_rank() -> int:
 
 
 def is_writer() -> bool:
-    """Whether this rank prints and writes the files of finished iterates."""
+    """Whether this rank prints, and reads and writes the files of the run."""
     return rank() == 0
 
 
 def join(on_gpu: bool, alone: bool = False) -> None:
     """Connects the ranks: NCCL sends tensors of a GPU if `on_gpu` and there is one, gloo sends everything else.
 
-    `alone` makes a process group even if there is one rank, as fully_shard requires. Optimizers would import
-    torch.distributed.nn.functional later, whose functions hold the process group as a default argument: `leave` could
-    not end the group's threads then, and a thread that runs when the interpreter ends sometimes aborts the process.
-
-    Raises: dist.DistError if a rank does not arrive.
+    `alone` makes a process group even if there is one rank, as fully_shard requires. Raises: dist.DistError if a rank
+    does not arrive.
     """
-    global _store
     if world_size() == 1 and (not alone or dist.is_initialized()):
         return
-    store: dist.Store = dist.HashStore()
-    if world_size() > 1:
-        store, _, _ = next(rendezvous("env://", timeout=CONNECTING))
-        store = dist.PrefixStore(_name_of_world(store, rank(), world_size()), store)
-        _store = dist.PrefixStore("run", store)
+    store = dist.HashStore() if world_size() == 1 else next(rendezvous("env://", timeout=CONNECTING))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # It has the keys of the ranks before a restart, too.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if on_gpu and torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE)
-
-
-def _name_of_world(store: dist.Store, rank: int, ranks: int) -> str:
-    """A name that the ranks agree on and that no earlier world had.
-
-    torchrun keeps its store when it restarts the ranks, with the keys of dead ones, and counts restarts differently on
-    each host. Therefore rank 0 publishes a new name and collects a signature from every rank; a rank trusts a name
-    only if its own signature was collected, since it may have read the name of an earlier world.
-    """
-    own = uuid.uuid4().hex
-    if rank == 0:
-        store.set("world", own)
-        signatures = [store.get(f"{own}/{r}").decode() for r in range(1, ranks)]  # `get` waits for the key.
-        store.set(f"{own}/all", " ".join(signatures))
-        return own
-    while True:  # If rank 0 does not arrive or gives up, torchrun ends this rank.
-        name = store.get("world").decode()
-        store.set(f"{name}/{rank}", own)
-        time.sleep(0.05)
-        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode():
-            return name
 
 
 def leave() -> None:
     """Disconnects the ranks at the end of a successful run.
 
-    After an error it must not be called: other ranks may wait for this one, and notice its end only by its exit.
+    After an error the others may wait for this rank, and notice its end only by its exit.
     """
-    global _store
     if dist.is_initialized():
         barrier()  # Rank 0 may host the store that the others still use.
         dist.destroy_process_group()
-        _store = None
 
 
 # ---------------------------------------------------------------- one writer, and errors on any rank
@@ -152,10 +120,10 @@ def on_writer(work: Callable[[], T]) -> T:
 def is_to_report(error: BaseException | None) -> bool:
     """Whether this rank should print the error that ends the run.
 
-    A rank reports what went wrong on that rank alone. The writer also reports errors that all ranks share, among them
-    all errors before the ranks are connected, and the end of another rank, which may have been killed silently.
+    A rank reports what went wrong on it alone; the writer also reports what all ranks share, among it all errors before
+    the ranks are connected, and the end of another rank, which may have been killed silently.
     """
-    shared = _store is None or getattr(error, "of_all_ranks", False) or ended_elsewhere(error)
+    shared = not dist.is_initialized() or getattr(error, "of_all_ranks", False) or ended_elsewhere(error)
     return is_writer() or not shared
 
 
@@ -167,51 +135,16 @@ def ended_elsewhere(error: BaseException | None) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in text or "connection closed by peer" in text
 
 
-# ---------------------------------------------------------------- shards of generation and scoring
-
-
-def dealt(items: Sequence[int]) -> list[int]:
-    """Those of `items` that this rank takes. If several ranks have an item, exactly one of them takes it."""
-    owners: dict[int, list[int]] = {}
-    for number, numbers in enumerate(values_of_all(list(items))):
-        for item in numbers:
-            owners.setdefault(item, []).append(number)
-    return [item for item in items if owners[item][item % len(owners[item])] == rank()]
-
-
-def claimed(items: Sequence[T]) -> Iterator[T]:
-    """Yields the items that this rank works on: each item goes to the rank that asks first.
-
-    A long item therefore occupies one rank while the others continue. `items` must be the same on all ranks.
-    """
-    if _store is None:
-        yield from items
-        return
-    key = f"shards-{next(_counters)}"
-    while (number := _store.add(key, 1) - 1) < len(items):
-        yield items[number]
-
-
-def gather(found: dict[Any, T]) -> dict[Any, T]:
-    """The entries of all ranks, on every rank."""
-    return {key: value for part in values_of_all(found) for key, value in part.items()}
-
-
 # ---------------------------------------------------------------- training
 
 
 def shares(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Divides items with these numbers of tokens among the ranks so that each has about as many tokens.
+    """Deals items with these numbers of tokens to the ranks, the longest first, so each has about as many tokens.
 
     Returns: the ascending indices of each rank's items; a rank gets none if there are fewer items than ranks.
     """
-    result: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):  # The longest goes first, to the lightest load.
-        to = min(range(ranks), key=lambda r: (loads[r], len(result[r]), r))
-        result[to].append(i)
-        loads[to] += tokens[i]
-    return [sorted(part) for part in result]
+    longest_first = sorted(range(len(tokens)), key=lambda i: -tokens[i])
+    return [sorted(longest_first[rank::ranks]) for rank in range(ranks)]
 
 
 def micro_batches(
@@ -220,8 +153,8 @@ def micro_batches(
     """Yields (indices, weight) of the micro-batches that this rank works on in one step.
 
     `tokens` has the number of tokens of each item of the global batch; `cut` divides items into groups that fit into
-    memory. All ranks get the same number of micro-batches, as the collective operations of fully_shard require: a rank
-    that has too few repeats one of them with weight 0; the weight is 1 otherwise.
+    memory. All ranks get as many micro-batches, since fully_shard sends weights in each: a rank that has too few
+    repeats one of them with weight 0; the weight is 1 otherwise.
     """
     parts = shares(tokens, world_size())
     groups = [[[part[i] for i in group] for group in cut([tokens[i] for i in part])] for part in parts]
@@ -268,16 +201,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A complete tensor, on the device of `like` and sharded as `like` is."""
-    tensor = tensor.to(like.device)
-    if not is_sharded(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # Importing it takes a second.
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 @torch.no_grad()
 def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The complete tensors on rank 0's CPU, gathered one at a time. The other ranks get {}."""
@@ -289,19 +212,20 @@ def collected(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def sent(tensors: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-    """Yields rank 0's (name, tensor) on all ranks, on the CPU, one at a time. Those of other ranks are ignored."""
-    layout = on_writer(lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()})
-    for name, (shape, dtype) in layout.items():
-        tensor = tensors[name].cpu().contiguous() if tensors and is_writer() else torch.empty(shape, dtype=dtype)
-        if world_size() > 1:
-            dist.broadcast(tensor, src=0)
-        yield name, tensor
-
-
 @torch.no_grad()
-def overwrite(model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Sets parameters of all ranks, sharded or not, to rank 0's `weights` by name. Those of other ranks are ignored."""
-    parameters = dict(model.named_parameters())
-    for name, weight in sent(weights):
-        parameters[name].copy_(placed(weight, parameters[name]))
+def overwrite(tensors: dict[str, Tensor], values: dict[str, Tensor] | None) -> None:
+    """Sets tensors of all ranks, sharded or not, to rank 0's `values` by name. Those of other ranks are ignored.
+
+    One value is in the memory of the other ranks at a time.
+    """
+    layout = on_writer(lambda: {name: (value.shape, value.dtype) for name, value in values.items()})
+    for name, (shape, dtype) in layout.items():
+        value = values[name].cpu().contiguous() if is_writer() else torch.empty(shape, dtype=dtype)
+        if world_size() > 1:
+            dist.broadcast(value, src=0)
+        like = tensors[name]
+        if is_sharded(like):
+            from torch.distributed.tensor import distribute_tensor  # Importing it takes a second.
+
+            value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        like.copy_(value)

@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from model import weight_files
+from runtime.export import CHANGED, COPIED
 from runtime.folder import digest_of_file
 from runtime.options import changeable, flag_of
 
 PER_ITERATION = ("beta", "lr", "epochs")  # The record has one value per iteration of these options.
-MODEL_FILES = (  # the files of a model's directory that are read, apart from the weights
-    "config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
-    "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
-)  # fmt: skip
+MODEL_FILES = ("config.json", "tokenizer.json", *COPIED, *CHANGED)  # what is read of a model besides its weights
 
 
 def continued(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """Returns the record to resume with: `old`, or `new` if there is no old record.
 
-    If --iterations has changed, the old record is marked unfinished and gets the new values of --iterations and of the
-    options that have one value per iteration.
+    With another --iterations it is unfinished, and has the new values of options with one value per iteration.
     """
     if not old or old["args"]["iterations"] == new["args"]["iterations"]:
         return old or new
@@ -51,10 +48,7 @@ def check_same(args: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> None:
-    """Compares the sha256 of all inputs, by the name of the option. `whose` says whose contents were expected.
-
-    Raises: ValueError naming the first option whose contents differ.
-    """
+    """Compares the sha256 of all inputs, by the name of the option. `whose` says whose contents were expected."""
     for name in old | new:
         if old.get(name) != new.get(name):
             now, then = (digests.get(name, "none")[:12] for digests in (new, old))

@@ -49,7 +49,7 @@ class Run:
     def iterations(self, player: Any) -> Iterator[int]:
         """Yields the number t of every iteration that is not finished yet, with the player as theta_t.
 
-        A new run evaluates theta_0 first. A resumed one loads the last finished iterate into the player.
+        A new run evaluates theta_0 first. A resumed one loads the last finished iterate.
         """
         self.rows = parallel.on_writer(self.folder.finished)
         self.enter(0)
@@ -65,9 +65,7 @@ class Run:
 
     def enter(self, iterate: int) -> None:
         """Begins or resumes work on an iterate."""
-        self.iterate = iterate
-        self.work.folder = self.folder
-        progress = self.work.progress
+        self.iterate, self.work.folder, progress = iterate, self.folder, self.work.progress
         progress.iterate, progress.left, progress.device = iterate, self.args.iterations - iterate, self.device
         self.folder.enter(iterate)
 
@@ -79,23 +77,17 @@ class Run:
 
     def previous_pairs(self, t: int) -> list[Row]:
         """The fields of the pairs of iteration t - 1 if --mix-previous asks for them, otherwise []."""
-        if not self.args.mix_previous or t == 0:
-            return []
-        return [
-            {name: value for name, value in row.items() if name not in ("response", "generated")}
-            for row in self.read_rows(f"pairs-{t - 1}.jsonl")
-        ]
+        rows = self.read_rows(f"pairs-{t - 1}.jsonl") if self.args.mix_previous and t else []
+        return [{name: row[name] for name in row if name not in ("response", "generated")} for row in rows]
 
     @contextlib.contextmanager
     def training(self, player: Any, items: list[Any], t: int) -> Iterator[Training]:
-        """The optimizer steps of iteration t over the items; with --fsdp the player's weights are sharded meanwhile.
-
-        Raises: Stopped if there are no items.
-        """
+        """The optimizer steps of iteration t over the items, during which --fsdp shards the player's weights."""
         if not items:
             reasons = "all responses were identical to the real ones, unfinished, or left out by an option"
             raise Stopped(f"iteration {t}: nothing is left to train on: {reasons}")
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if parallel.is_writer():
+            self.folder.path.mkdir(parents=True, exist_ok=True)
         with self.weights.to_train(player):
             player.model.train()
             yield Training(self.work, self.folder, player, items, t, self.tell)
@@ -126,7 +118,7 @@ class Run:
     def finish_iterate(self, player: Any, row: Row, pairs: Sequence[Any] = ()) -> None:
         """Writes pairs, held-out responses, weights and, last, the row of metrics that makes the iterate finished."""
         self.rows.append(row)
-        model = self.weights.to_save(player)
+        model = self.weights.sharded.to_save() if self.weights.sharded else player.model
         times = {"iterate": self.iterate} | self.work.progress.finish_iterate()
         note = "".join(f", {phase} {seconds:.0f} s" for phase, seconds in times["seconds"].items())
 
@@ -138,7 +130,7 @@ class Run:
             if self.iterate:
                 self.folder.write_folder(f"iterate-{self.iterate}", lambda path: self.weights.save(model, path))
             self.folder.write_rows("metrics.jsonl", self.rows)  # The row of this iterate makes it finished.
-            self.folder.append("times.jsonl", json.dumps(times) + "\n")  # The report page reads it, no run does.
+            self.folder.append("times.jsonl", json.dumps(times) + "\n")  # for people: no run reads it
             self.tell("iterate", self.rows, self.heldout_responses, note)
 
         parallel.on_writer(write)
@@ -152,12 +144,9 @@ class Run:
     # ------------------------------------------------------------ what a player is asked for
 
     def sample(self, player: Any, examples: list[Example], t: int, purpose: str) -> list[tuple[list[int], bool]]:
-        """A response to each prompt, (ids, whether it ended), at --temperature, --top-k and --top-p.
-
-        The random numbers are those of (seed, t, purpose).
-        """
-        filters = dict(top_k=self.args.top_k, top_p=self.args.top_p)
-        return self.work.respond(player, examples, purpose, self.seed(t, purpose), self.args.temperature, **filters)
+        """A response to each prompt, (ids, whether it ended), at --temperature, --top-k and --top-p."""
+        temperature, filters = self.args.temperature, dict(top_k=self.args.top_k, top_p=self.args.top_p)
+        return self.work.respond(player, examples, purpose, self.seed(t, purpose), temperature, **filters)
 
     def logps(self, player: Any, items: Sequence[tuple], purpose: str, temperature: float = 1.0) -> list[list[float]]:
         """log p(response | prompt), nats, of every response of every item, a tuple (prompt ids, response ids, ...)."""
@@ -193,16 +182,10 @@ class Run:
 
     def begin(self) -> None:
         """Under the lock: writes the record of a new run, or says how far the run has come."""
-        if parallel.local_rank() == 0:
-            self.folder.begin()
-        parallel.barrier()
         parallel.on_writer(self._begin)
-        if parallel.local_rank() == 0 and self.folder.record() != self.record:  # this host has a disk of its own
-            shutil.rmtree(self.folder.path / "resume", ignore_errors=True)  # It belongs to a run that is gone.
-            self.folder.write_record(self.record)
-        parallel.barrier()
 
     def _begin(self) -> None:
+        self.folder.begin()
         found = self.folder.record()
         if found != self.found:
             raise ValueError(f"--out {self.args.out}: another process was at work in it a moment ago; try again")
@@ -218,12 +201,13 @@ class Run:
         print(f"resuming {self.args.out}: {done} of {self.args.iterations} iterations are finished", flush=True)
 
     def finish(self) -> None:
-        """Writes final/ with the last iterate, best/ if another is the best, and the record of a finished run.
+        """Writes final/, best/ if an iterate before the last is the best, and the record of a finished run.
 
         If an earlier process has done so, checks all files instead. Raises: Stopped naming one that is damaged.
         """
         parallel.on_writer(self.folder.check if self.record["finished"] else self._finish)
-        shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
+        if parallel.is_writer():
+            shutil.rmtree(self.folder.path / "resume", ignore_errors=True)
 
     def _finish(self) -> None:
         last, best = self.rows[-1]["iterate"], evaluate.best_of(self.rows, self.args.best)

@@ -24,7 +24,7 @@ from data.examples import (
     read_tokenizer,
     split,
 )
-from data.files import near_files, read_object, shown, token_text
+from data.files import read_object, shown
 from data.templates import Template, choose
 from runtime import fsdp, functions, parallel, plan, resume
 from runtime.export import side_files
@@ -40,11 +40,9 @@ def setup(args: Any, command: str, class_of: Callable[[Path], type]) -> tuple[nn
 
     Args:
         command: the script, "spin" say: a run is resumed by the script that began it.
-        class_of: takes a model's directory and returns its class: GPTNeo, or one with its `config_class`,
-            `from_pretrained` and constructor.
+        class_of: returns the class of the model in a directory, with `config_class`, `from_pretrained` and constructor.
 
-    Returns: the start, with adapters if it has any, or None if the run is finished; the training examples; the run,
-        with the held-out examples.
+    Returns: the start, with adapters if it has any, or None if the run is finished; the training examples; the run.
     Raises: ValueError and OSError. All ranks raise the same.
     """
     found = parallel.on_writer(Folder(Path(args.out)).record)
@@ -89,8 +87,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
         resume.check_same_inputs(f"that the run in {args.out} began with", found["digests"], digests)
     record |= {"revision": revision, "digests": digests, "torch": torch.__version__, "finished": False}
     record |= {"gen_batch": args.gen_batch, "template": "chat" if template.chat else template.source}
-    record |= {"parameters": list(plan.count(outline))}
-    record = resume.continued(found, record) | {"settings": settings(args)}
+    record = resume.continued(found, record | {"parameters": list(plan.count(outline))}) | {"settings": settings(args)}
     folder, dtype = Folder(Path(args.out)), torch.bfloat16 if args.precision == "bf16" else torch.float32
     work = Work(args, tokenizer, config.eos_token_id, heldout, metrics, record["gen_batch"], ends)
     weights = Weights(args, model_class, config, path, tokenizer, record, folder, dtype)
@@ -126,19 +123,17 @@ def choose_device(name: str) -> torch.device:
 def resolve_model(name: str, revision: str | None = None, flag: str = "--model ") -> tuple[Path, str | None]:
     """(directory, revision) of a model: `name` itself, or the snapshot of a hub id, owner/name or owner/name@revision.
 
-    The revision returned is the hub's commit: a resumed run asks for the very one that it began with. `flag` is what
-    messages call the name.
+    The revision is the hub's commit, for which a resumed run asks again. `flag` is what messages call the name.
     """
     path = Path(name)
     if path.is_dir():
         if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
             raise ValueError(f"{flag}{name}: this is an adapter: give it as --adapter and its base as --model")
         return path, None
-    near = near_files(path, directories=True)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         gguf = "; smollm2/convert.py makes a directory of a Llama's GGUF file" if name.endswith(".gguf") else ""
         expected = "neither a directory nor a hub id of the form owner/name[@revision]"
-        raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{near}{gguf}")
+        raise FileNotFoundError(f"{flag}{shown(name)}: {expected}{gguf}")
     from huggingface_hub import snapshot_download
 
     repository, _, asked = name.partition("@")
@@ -151,15 +146,14 @@ def resolve_model(name: str, revision: str | None = None, flag: str = "--model "
             if any(path.glob("model*.safetensors")):
                 break
     except Exception as error:  # The hub and the network raise many kinds.
-        raise ValueError(f"{flag}{name}: no such directory{near}, and the hub says: {error}") from None
+        raise ValueError(f"{flag}{name}: no such directory, and the hub says: {error}") from None
     return path, revision
 
 
 def end_token(path: Path, eos_token_id: Any, wanted: str, template: Template | None = None) -> int:
     """Id of the token that ends responses: --eos, else the end of a turn of a chat template, else that of config.json.
 
-    Of several in config.json it is the first. A line says if it is not that of config.json, or if
-    tokenizer_config.json names another one; before the template is known, nothing is printed.
+    Of several in config.json it is the first. Raises: ValueError if there is none.
     """
     if re.fullmatch("[0-9]{1,9}", wanted):
         return int(wanted)
@@ -168,38 +162,25 @@ def end_token(path: Path, eos_token_id: Any, wanted: str, template: Template | N
         if tokenizer.token_to_id(wanted) is None:
             raise ValueError(f"--eos {shown(wanted)}: {source} has no such token")
         return tokenizer.token_to_id(wanted)
+    if template is not None and (end := template.turn_end()) is not None:
+        return end
     if eos_token_id is None:
         eos_token_id = read_object(path / "generation_config.json").get("eos_token_id")
     first = eos_token_id[0] if isinstance(eos_token_id, list) and eos_token_id else eos_token_id
     if type(first) is not int:
         missing = "eos_token_id is missing, and responses could not end"
         raise ValueError(f"{path / 'config.json'}: {missing}; --eos names the end token")
-    if template is None:
-        return first
-    end = template.turn_end()
-    used = template.tokenizer.id_to_token(first if end is None else end)
-    others = {"config.json": template.tokenizer.id_to_token(first)}
-    if end is None:
-        others["tokenizer_config.json"] = token_text(read_object(path / "tokenizer_config.json").get("eos_token"))
-    for name, text in others.items():
-        if text and text != used:
-            print(f"{path}: responses end with {shown(used)}, but {name} says {shown(text)}; --eos chooses", flush=True)
-    return first if end is None else end
+    return first
 
 
 def load_data(
     args: Any, tokenizer: Tokenizer, config: Any, path: Path
 ) -> tuple[list[Example], list[Example], Template, Any]:
-    """(training, held-out) examples, encoded and checked against the context, the template of their prompts, and the
-    config with the token that ends responses to it.
-
-    `path` is the model's directory, which may hold a chat template.
-    """
+    """Encoded (training, held-out) examples that fit the context, their template, and the config with the end token."""
     _, source, layout = args.source
-    resumed = Path(args.out, "run.json").is_file()
-    train_set = load_examples(source, layout, args.fields, quiet=resumed)
+    train_set = load_examples(source, layout, args.fields)
     if args.eval_data:
-        heldout = load_examples(args.eval_data, fields=args.fields, quiet=resumed)
+        heldout = load_examples(args.eval_data, fields=args.fields)
     else:
         train_set, heldout = split(train_set, args.eval_share)
         if not train_set or not heldout:
@@ -208,37 +189,27 @@ def load_data(
     heldout = draw(heldout, args.eval_limit)
     if common := len({e.prompt for e in train_set} & {e.prompt for e in heldout}):
         print(f"held-out data: {common} of its prompts are training prompts, too; metrics may flatter", flush=True)
-    messages = any(e.turns for e in train_set + heldout)
-    template = choose(args.template, path, tokenizer, messages, args.special_tokens)
-    if not args.eos:
-        config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, "", template))
-    for examples in (train_set, heldout):
-        encode(examples, tokenizer, template, config.eos_token_id)
+    template = choose(args.template, path, tokenizer, any(e.turns for e in train_set + heldout), args.special_tokens)
+    config = dataclasses.replace(config, eos_token_id=end_token(path, config.eos_token_id, args.eos, template))
+    encode(train_set + heldout, tokenizer, template, config.eos_token_id)
     as_decoded(heldout, tokenizer, config.eos_token_id)
 
-    def fitting(examples: list[Example], room: int) -> list[Example]:
-        kept, skipped = fit_context(examples, config.max_position_embeddings, room, args.overlong)
-        if skipped:
-            print(f"left out {skipped} of {len(examples)} examples that do not fit the context", flush=True)
-        return kept
-
+    context, room = config.max_position_embeddings, args.max_new_tokens
+    heldout, skipped = fit_context(heldout, context, room, args.overlong)
     # No response is generated to the prompt of a given pair, so it needs no room for one.
-    room = 0 if layout == "pairs" else args.max_new_tokens
-    train_set, heldout = fitting(train_set, room), fitting(heldout, args.max_new_tokens)
+    train_set, more = fit_context(train_set, context, 0 if layout == "pairs" else room, args.overlong)
+    if skipped + more:
+        print(f"left out {skipped + more} examples that do not fit the context", flush=True)
     first = train_set[0]
-    for name, ids in () if resumed else (("prompt", first.prompt_ids), ("response", first.real_ids)):
+    for name, ids in (("prompt", first.prompt_ids), ("response", first.real_ids)):
         print(f'first {name}: "{shown(tokenizer.decode(ids, skip_special_tokens=False), 300)}"', flush=True)
     return train_set, heldout, template, config
 
 
 def outline_of(model_class: Any, config: Any, args: Any) -> tuple[nn.Module, Any]:
-    """The model without storage, and the options with the settings of --adapter. It finds what does not fit.
-
-    Raises: ValueError if --lora-targets or --adapter do not fit the model.
-    """
+    """The model without storage, and the options with the settings of --adapter, which must fit the model."""
     if args.adapter and not Path(args.adapter).is_dir():
-        near = near_files(Path(args.adapter), directories=True)
-        raise FileNotFoundError(f"--adapter {args.adapter}: no such directory{near}")
+        raise FileNotFoundError(f"--adapter {args.adapter}: no such directory")
     with torch.device("meta"):
         try:
             outline = model_class(config)
@@ -256,8 +227,8 @@ def load_model(run: Run) -> nn.Module:
     """The start, with adapters if --rank or --adapter ask for them.
 
     With LoRA a bf16 run holds the frozen base in bf16 and the adapters in fp32. When all parameters are trained they
-    stay fp32 and autocast makes the products bf16, since bf16's 8 bits would lose small updates. With --fsdp, rank 0
-    holds the model on its CPU and the others an outline without storage.
+    stay fp32, and autocast makes the products bf16. With --fsdp rank 0 holds the model on its CPU, the others have no
+    storage.
     """
     args, model_class, path = run.args, run.weights.model_class, run.weights.start
     device = run.device if not args.fsdp else torch.device("cpu" if parallel.is_writer() else "meta")

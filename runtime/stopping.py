@@ -26,10 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The handler only notes the signal; `check`, called between steps, raises Interrupted.
-
-    A second signal ends the process at once.
-    """
+    """The handler only notes the signal; `check`, called between steps, raises Interrupted. A second one ends all."""
 
     pending = 0  # The number of the signal that has arrived, or 0.
     agreed = 0  # The same, once all ranks know of it, which is after the same training step on each of them.

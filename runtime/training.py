@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluate import Row, mean
+from evaluate import Row
 from runtime import parallel
 from runtime.folder import Folder, write_rows
 from runtime.progress import Bar
@@ -65,10 +65,7 @@ class Training:
             yield from torch.randperm(len(self.items), generator=shuffle).split(self.args.batch)
 
     def micro_batches(self, batch: list[Any]) -> Iterator[tuple[list[Any], float]]:
-        """Yields the parts of the batch that this rank works on, each small enough for the memory, and their weights.
-
-        A weight is 1, or 0 if a rank repeats a part because others have more (see docs/scaling.md).
-        """
+        """Yields the parts of the batch that this rank works on, and their weights: see parallel.micro_batches."""
         for part, weight in parallel.micro_batches([item.tokens for item in batch], self.player.micro_batches):
             yield [batch[i] for i in part], weight
 
@@ -99,7 +96,7 @@ class Training:
         taken = [row for row in self.log if not row["skipped"]]
         last = taken[-max(1, len(taken) // 10) :]
         names = [name for name in last[0] if name not in ("iteration", "step")]
-        means = {name: mean([row[name] for row in last]) for name in names}
+        means = {name: sum(row[name] for row in last) / len(last) for name in names}
         return means | {"skipped": len(self.log) - len(taken)}
 
     # ------------------------------------------------------------ the log and checkpoints

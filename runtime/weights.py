@@ -50,24 +50,19 @@ class Weights:
     def of_start(self, player: Any) -> Iterator[None]:
         """Makes the player theta_0 for a while: with its adapters off, or, if those do not suffice, from disk.
 
-        One model is in memory at a time: the player's own weights wait on disk.
+        The player's own weights wait on the CPU, which takes less memory than training does.
         """
         if self.args.rank and not self.args.adapter:
             with lora.lora_disabled(player.model):
                 yield
             return
-        own = self.folder.path / "resume" / f"player-{parallel.rank()}"
-        own.mkdir(parents=True, exist_ok=True)
         self._check_start("adapter" if self.args.adapter else "model")
-        self.save(player.model, own)
+        trained = [p for p in player.model.parameters() if p.requires_grad or not self.args.rank]
+        own = [p.detach().to("cpu", copy=True) for p in trained]
         self._read(player.model, Path(self.args.adapter or self.start))
         yield  # There is no `finally`: an error ends the run, and a resumed run reads its last iterate.
-        self._read(player.model, own)
-        shutil.rmtree(own)
-
-    def to_save(self, player: Any) -> nn.Module | None:
-        """The player's model in full precision; None on ranks that do not write. All ranks must call it."""
-        return player.model if self.sharded is None else self.sharded.to_save()
+        for parameter, value in zip(trained, own):
+            parameter.data.copy_(value)
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Writes an iterate into a folder."""
@@ -84,7 +79,7 @@ class Weights:
         elif iterate:
             parallel.on_writer(lambda: self._read(player.model, path))
             trained = {name: p for name, p in player.model.named_parameters() if p.requires_grad}
-            parallel.overwrite(player.model, trained)
+            parallel.overwrite(trained, trained)
 
     def _read(self, model: nn.Module, path: Path) -> None:
         if self.args.rank:

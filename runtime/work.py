@@ -26,10 +26,7 @@ def seed_of(seed: int, t: int, purpose: str) -> int:
 
 @dataclass
 class Work:
-    """Asks a player, in shards that ranks share and that a resumed run finds again; evaluate.py asks through it.
-
-    Random numbers depend on (seed, iteration, purpose) alone. Without a folder nothing is written.
-    """
+    """Asks a player, in shards that ranks share and that a resumed run finds again; evaluate.py asks through it."""
 
     args: Any  # the options
     tokenizer: Tokenizer
@@ -47,8 +44,6 @@ class Work:
         """The player's response to each example's prompt: (ids, whether it ended). `name` says what they are for.
 
         `options` are those of Player.respond: top_k, top_p and with_logps, which adds log p of every token, in nats.
-
-        Raises: Stopped if logits are not finite.
         """
         options |= {"temperature": temperature}
 
@@ -77,10 +72,7 @@ class Work:
     def measure(
         self, name: str, rows: Sequence[Row], decodings: Iterable[str] = DECODINGS, where: str = ""
     ) -> list[list[float]]:
-        """What a function of --metric gives each row of `evaluate.answers`: one number for each of `decodings`.
-
-        `where` tells one set of responses from others.
-        """
+        """What a function of --metric gives each row of `evaluate.answers`: one number for each of `decodings`."""
 
         def values(row: Row) -> list[float]:
             return [self.metrics[name](row["prompt"], row[decoding], row["references"]) for decoding in decodings]
@@ -100,11 +92,10 @@ class Work:
         return self._work(name, len(items), VALUE_SHARD, work)
 
     def _work(self, name: str, count: int, limits: Sequence[int], work: Callable[..., Sequence[Any]]) -> list[Any]:
-        """work(part, advance) for items 0 to count - 1, in shards that ranks share and a resumed run finds again.
+        """work(part, advance) for items 0 to count - 1, in shards of --shard items, or of a number within `limits`.
 
-        The size of a shard is --shard, or a multiple of the first limit up to the second. It does not depend on the
-        number of ranks, so neither do the results. `work` calls advance(n) for every n items: it moves the progress
-        bar and ends the run if a signal has arrived.
+        The size does not depend on the number of ranks, so neither do the results. `work` calls advance(n) for every n
+        items: it moves the progress bar and ends the run if a signal has arrived.
         """
         least, most = limits
         size = self.args.shard or min(most, -(-max(count, 1) // (SHARDS * least)) * least)

@@ -40,7 +40,8 @@ from runtime.training import Training
 onednn.available = lambda: False  # as in conftest.py
 MOMENTS = (
     (folder, "write"), (folder.os, "replace"), (Folder, "save_training"), (Player, "response_logps"),
-    (Training, "step"), (sampling.Batch, "_step"), (parallel, "gather"), (parallel, "sum_gradients"), (Run, "finish"),
+    (Training, "step"), (sampling.Batch, "_step"), (parallel, "values_of_all"), (parallel, "sum_gradients"),
+    (Run, "finish"),
 )  # fmt: skip
 
 

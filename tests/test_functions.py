@@ -98,7 +98,7 @@ def test_a_metric_that_fails_is_refused_before_the_run(body, says, start, data, 
     [
         (["--metric", "rouge"], "expected FILE.py:NAME or one of exact, edit_distance, last_number"),
         (["--metric", "none.py:f"], "--metric none.py:f: no such file"),
-        (["--metric", "mine.py:f"], "AttributeError"), (["--metric", "mine.py:number"], "int, expected a function"),
+        (["--metric", "mine.py:f"], "AttributeError"), (["--metric", "mine.py:number"], "'int' object is not callable"),
         (["--metric", "mine.py:vowels", "mine.py:vowels"], "expected names that differ"),
         (["--metric", "mine.py:error"], "none that is 'error'"), (["--metric", "broken.py:f"], "SyntaxError"),
         (["--best", "greedy_exact"], "--best greedy_exact: expected one of greedy, sampled, greedy_error, "),

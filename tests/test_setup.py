@@ -116,7 +116,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(start, data, tmp_path,
     assert "held-out data" not in capsys.readouterr().out, "records of one prompt are on one side"
 
 
-def test_what_was_read_is_shown_before_the_run_and_not_again(start, data, tmp_path, capsys):
+def test_what_was_read_is_shown_before_the_run(start, data, tmp_path, capsys):
     """One line says what was taken and left out, and the first example is shown as the model sees it."""
     path = tmp_path / "x.jsonl"
     records = [json.loads(line) | {"id": 3} for line in data.read_text().splitlines()]
@@ -126,10 +126,6 @@ def test_what_was_read_is_shown_before_the_run_and_not_again(start, data, tmp_pa
     prompt = rf"### Instruction: {example.prompt}\n\n### Response: "
     shown = f'first prompt: "{prompt}"\nfirst response: "{example.response}<|endoftext|>"\n'
     assert capsys.readouterr().out == f"{path}: {taken}\n{shown}"
-    assert spin.main(flags(start, path, tmp_path / "run")) == 0
-    assert taken in capsys.readouterr().out
-    assert spin.main(flags(start, path, tmp_path / "run")) == 0
-    assert taken not in (said := capsys.readouterr().out) and "this run is finished" in said
 
 
 def test_special_tokens_in_prompts_count_where_the_option_says_so(start, data, tmp_path):
@@ -151,19 +147,13 @@ def chat(start, tmp_path):
     return path
 
 
-def test_the_end_token_is_chosen_and_a_contradiction_is_said(chat, data, tmp_path, capsys):
+def test_the_end_token_is_chosen(chat, data, tmp_path):
+    """Without --eos it is that of config.json, whatever tokenizer_config.json says."""
     _, examples, run = begin(chat, data, tmp_path / "run")
     assert (run.work.eos_token_id, examples[0].real_ids[-1]) == (393, 393)
-    line = "responses end with <|endoftext|>, but tokenizer_config.json says ### Instruction: ; --eos chooses\n"
-    assert f"{chat}: {line}" in capsys.readouterr().out
     for eos in ("### Instruction: ", "394"):
         player, examples, run = begin(chat, data, tmp_path / "run", eos=eos, template="{prompt}")
         assert (run.work.eos_token_id, player.eos_token_id, examples[0].real_ids[-1]) == (394, 394, 394)
-    (chat / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    begin(chat, data, tmp_path / "run")
-    (chat / "tokenizer_config.json").write_text("{}")
-    begin(chat, data, tmp_path / "run")
-    assert "--eos" not in capsys.readouterr().out, "no contradiction, or one that --eos has settled"
 
 
 def test_the_first_of_several_end_tokens_is_used(chat):
@@ -199,21 +189,6 @@ def test_an_adapter_given_as_the_model(start, data, tmp_path, capsys):
     begin(adapter, data, tmp_path / "run")
 
 
-def test_a_model_that_is_missing_names_the_nearest_directory(start, data, here, monkeypatch, capsys):
-    def offline(name, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    (here / "models/start").mkdir(parents=True)
-    (here / "models/strat_").write_text("a file")
-    out = here / "run"
-    assert "; did you mean models/start?" in refused(flags("models/strat", data, out), out, capsys)
-    assert "did you mean" not in refused(flags("models/other", data, out), out, capsys)
-    assert f"; did you mean {here}/models?" in refused(flags(here / "model", data, out), out, capsys)
-    assert "did you mean" not in refused(flags("x" * 5000, data, out), out, capsys)
-    assert "did you mean" not in refused(flags("none/x", data, out), out, capsys)
-
-
 def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
     (chat / "tokenizer_config.json").unlink()
     os.mkfifo(chat / "merges.txt")  # read by nothing
@@ -225,9 +200,7 @@ def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
     assert len(digests) == len(names) + 1
 
 
-def test_an_adapter_brings_its_settings_and_one_that_is_missing_is_answered_with_the_nearest(
-    start, data, tmp_path, capsys
-):
+def test_an_adapter_brings_its_settings_and_one_that_is_missing_is_named(start, data, tmp_path, capsys):
     model = GPTNeo.from_pretrained(start)
     lora.add_lora(model, 3, 7, 0.25)
     lora.save_adapter(model, tmp_path / "adapter")
@@ -235,7 +208,7 @@ def test_an_adapter_brings_its_settings_and_one_that_is_missing_is_answered_with
     assert (run.args.rank, run.args.lora_alpha, run.args.lora_dropout) == (3, 7, 0.25)
     argv = flags(start, data, tmp_path / "out", adapter=tmp_path / "adaptor", rank=None)
     error = refused(argv, tmp_path / "out", capsys)
-    assert f"--adapter {tmp_path}/adaptor: no such directory; did you mean {tmp_path}/adapter?" in error
+    assert f"--adapter {tmp_path}/adaptor: no such directory" in error
 
 
 def test_given_pairs_need_no_room_for_a_generated_response(start, tmp_path):

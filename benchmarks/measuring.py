@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many processes as cores, each on one thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one thread per process
 
 import numpy as np
 

@@ -108,7 +108,7 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsy
 
 def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(whole, start, data, tmp_path):
     """Of the start's greedy responses and of the real ones, token by token; the pieces of these make up the text."""
-    player, _, run = begin(start, data, tmp_path / "again")
+    player, _, run = begin(start, data, tmp_path / "again", eval_limit=6)
     responses = player.respond([e.prompt_ids for e in run.work.heldout], 0, temperature=0.0)
     for row, example, (greedy, _) in zip(rows(whole / "heldout-0.jsonl"), run.work.heldout, responses, strict=True):
         for name, ids in (("greedy", greedy), ("real", example.real_ids)):

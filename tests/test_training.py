@@ -1,4 +1,4 @@
-"""runtime/training.py: checkpoints of training, and steps whose loss or gradient is not finite."""
+"""runtime/training.py: checkpoints of training, steps whose loss or gradient is not finite; the loss of sft.py."""
 
 import math
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import begin, die_at, flags, rows, small, spy
 
+import sft
 import spin
 from runtime.folder import Folder
 from runtime.run import Run
@@ -96,3 +97,15 @@ def test_a_tie_counts_as_wrong(start, data, tmp_path):
     player, examples, _ = begin(start, data, tmp_path / "run")
     pair = Pair(examples[0].prompt_ids, examples[0].real_ids, [examples[0].real_ids], True, "", -1.0, [-1.0])
     assert spin.pair_loss(player, [pair], 1.0)["accuracy"].tolist() == [0.0]
+
+
+def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):
+    """The logged loss of the first step is the NLL of its batch over the mean length; training lowers held-out NLL."""
+    out = tmp_path / "run"
+    assert sft.main(flags(start, data, out, rank=0, epochs=5, lr=1e-2, batch=500, beta=None)) == 0
+    player, examples, _ = begin(start, data, tmp_path / "again", command="sft", rank=0, beta=None)
+    logps = [logp for (logp,) in player.logps([(e.prompt_ids, e.real_ids) for e in examples])]
+    tokens = sum(len(e.real_ids) for e in examples)
+    assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(-sum(logps) / tokens, rel=1e-5)
+    before, after = rows(out / "metrics.jsonl")
+    assert after["nll"] < before["nll"] - 0.1

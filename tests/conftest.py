@@ -98,6 +98,38 @@ def launch():
     server.wait()
 
 
+# Importing torch takes seconds, and a fork of a process that has imported it takes none.
+ALONE = """
+import os, runpy, sys, torch, torch._dynamo
+for folder in sys.stdin:
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    os.chdir(folder.strip())
+    sys.stdout, sys.stderr = (open(name, "w") for name in ("stdout", "stderr"))
+    torch.manual_seed(0)
+    runpy.run_path("example.py", run_name="__main__")
+    sys.exit()
+"""
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """alone(folder) runs the example.py in it, in the folder and with nothing of this project in the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen([sys.executable, "-c", ALONE], cwd=tmp_path_factory.mktemp("alone"), **options)
+
+    def run(folder) -> None:
+        server.stdin.write(f"{folder}\n")
+        server.stdin.flush()
+        assert int(server.stdout.readline()) == 0, (folder / "stderr").read_text()
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working directory, for runs in ./run."""

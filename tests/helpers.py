@@ -1,9 +1,11 @@
 """What several test files need: the project's root, tiny runs, and looks at what they left."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 
@@ -24,6 +26,8 @@ OPTIONS = {
     "spin": combined(spin.SpinOptions), "sft": combined(sft.SftOptions), "family": combined(family.FamilyOptions),
     "seft": combined(seft.SeftOptions), "sdft": combined(sdft.SdftOptions),
 }  # fmt: skip
+# A run writes its page several times: to compile its template each time would take a sixth of a small run's time.
+jinja2.Environment = partial(jinja2.Environment, bytecode_cache=jinja2.FileSystemBytecodeCache())
 # A world of five responses: their probabilities in the data and under the opponent.
 TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)
 
@@ -44,8 +48,12 @@ def flags(start, data, out, **options) -> list[str]:
 
 
 def small(start, data, **options) -> list[str]:
-    """A command line for a run in ./run, of two iterations, with dropout, previous pairs and many checkpoints."""
-    defaults = dict(iterations=2, lora_dropout=0.1, mix_previous=True, save_minutes=0, gen_batch=32, shard=32)
+    """A command line for a run in ./run, of two iterations, with dropout, previous pairs and many checkpoints.
+
+    They have 24 pairs in three shards and three steps, and then three more steps on the same pairs.
+    """
+    defaults = dict(iterations=2, lora_dropout=0.1, mix_previous=True, save_minutes=0)
+    defaults |= dict(prompts=24, eval_limit=6, batch=8, gen_batch=8, shard=8)
     return flags(start, data, options.pop("out", "run"), **(defaults | options))
 
 
@@ -80,6 +88,16 @@ def assert_same_logits_and_gradients(ours, theirs, ids: torch.Tensor, least: flo
         gradient = reference[key].grad
         scale = gradient.abs().max().clamp(min=least)
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
+
+
+def write_gpt2_tokenizer(folder) -> dict[str, int]:
+    """Writes the shipped tokenizer as vocab.json and merges.txt, GPT-2's kind of files. Returns the vocabulary."""
+    model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
+    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+    merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
+    return vocab
 
 
 class Died(Exception):

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from helpers import ROOT
+from helpers import write_gpt2_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data.examples import Example, digest, draw, encode, held_out, load_examples, load_tokenizer
@@ -137,11 +137,7 @@ def test_gpt2_style_tokenizer_equals_that_of_transformers(tmp_path):
     """vocab.json and merges.txt give the ids of transformers' GPT-2 tokenizer."""
     from transformers import GPT2TokenizerFast
 
-    model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
-    vocab = model["vocab"] | {EOS_TEXT: len(model["vocab"])}
-    merges = ["#version: 0.2"] + [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n")
+    vocab = write_gpt2_tokenizer(tmp_path)
     ours = load_tokenizer(tmp_path, vocab[EOS_TEXT], len(vocab))
     theirs = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     for text in ("HH AH0 L OW1", "### Instruction: x\n\n### Response: ", "caf\u00e9 \u4f60 12", f" {EOS_TEXT}"):
@@ -195,12 +191,12 @@ def test_pieces_get_the_space_at_the_beginning_that_the_whole_text_gets(scheme, 
 
 
 def test_a_tokenizer_encodes_in_one_way(start, tokenizer, tmp_path, capsys):
-    """Dropout of merges, an option for training, is switched off with a line that says so."""
+    """Dropout of merges, an option for training, is switched off, in exports too, with a line that says so."""
     changed_tokenizer(start, tmp_path, dropout=0.5)
     steady = load_tokenizer(tmp_path, 393, 396)
-    assert capsys.readouterr().out.endswith(
-        "tokenizer.json: its dropout of 0.5 is switched off: it encodes at random\n"
-    )
+    said = "tokenizer.json: its dropout of 0.5 is switched off: it encodes at random\n"
+    assert capsys.readouterr().out.endswith(said)
+    assert json.loads(steady.to_str())["model"]["dropout"] is None, "as `side_files` writes it"
     text = "HH AH0 L OW1 " * 9
     assert {tuple(steady.encode(text).ids) for _ in range(20)} == {tuple(tokenizer.encode(text).ids)}
 

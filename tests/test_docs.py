@@ -1,12 +1,9 @@
 """docs/: the code in them runs as it stands."""
 
 import ast
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,41 +19,21 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-# Runs example.py in each of the folders, in forks: importing torch takes seconds, and a fork takes none.
-PROGRAM = """
-import os, runpy, sys, torch
-for folder in sys.argv[1:]:
-    if os.fork():
-        assert os.wait()[1] == 0, folder
-        continue
-    os.chdir(folder)
-    torch.manual_seed(0)
-    runpy.run_path("example.py")
-    sys.exit()
-"""
-
-
-def test_every_file_works_alone_as_its_example_says(tmp_path):
-    """In an empty folder, with nothing of this project in the path.
-
-    docs/vendoring.md has them: the file of a section's heading, and for later examples model.py, which a sentence adds.
-    """
-    shown, folders = set(), []
-    for section in (ROOT / "docs/vendoring.md").read_text().split("\n## ")[1:]:
+def test_every_file_works_alone_as_its_example_says(alone, tmp_path):
+    """docs/vendoring.md has them: the file of a section's heading, and for later examples model.py, too."""
+    shown = set()
+    for number, section in enumerate((ROOT / "docs/vendoring.md").read_text().split("\n## ")[1:]):
         for i, code in enumerate(blocks(section)):
             names = section.partition("\n")[0].split(" with ") + ["model.py"] * (i > 0)
-            folders.append(tmp_path / str(len(folders)))
-            folders[-1].mkdir()
+            folder = tmp_path / f"{number}-{i}"
+            folder.mkdir()
             shown |= {*names}
             for name in names:
                 copy = shutil.copytree if name.endswith("/") else shutil.copyfile
-                copy(ROOT / name, folders[-1] / Path(name).name)
-            (folders[-1] / "example.py").write_text(code)
+                copy(ROOT / name, folder / Path(name).name)
+            (folder / "example.py").write_text(code)
+            alone(folder)
     assert shown == {"kernels/", "kernels/onednn.py", "llama.py", "lora.py", "model.py", "sampling.py"}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", PROGRAM, *map(str, folders)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_the_iteration_from_python_runs(start, data, here):
@@ -64,7 +41,7 @@ def test_the_iteration_from_python_runs(start, data, here):
     code, *_ = blocks((ROOT / "docs/python.md").read_text())
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     code = code.replace("runs/sft/final", str(start)).replace("train.jsonl", str(data)).replace("runs/spin", "run")
-    code = code.replace("beta=2", "beta=2, max_new_tokens=8, rank=4, batch=16, eval_share=0.2, device='cpu'")
+    code = code.replace("beta=2", "beta=2, max_new_tokens=8, rank=4, prompts=8, eval_share=0.2, device='cpu'")
     exec(code, {})
     assert len(rows(here / "run/metrics.jsonl")) == 2 and (here / "run/final/model.safetensors").is_file()
 

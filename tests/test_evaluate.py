@@ -10,38 +10,20 @@ import pytest
 import torch
 from helpers import begin, flags, known_model, player_of, script_responses, spy
 
+import evaluate
 import spin
 from data.examples import Example
-from evaluate import (
-    StartSamples,
-    add_temperatures,
-    answers,
-    at_equal_entropy,
-    best_of,
-    changes,
-    column,
-    edit_distance,
-    evaluate,
-    frontier,
-    interpolation,
-    metrics_with,
-    ratio_of,
-    sample_start,
-    significant_errors,
-    summary,
-    verdict,
-)
 from runtime.work import Work
 
 
 def test_columns_of_functions_and_of_other_methods_have_formats_and_directions():
-    names = metrics_with(["judge.py:brief", "edit_distance"])
+    names = evaluate.metrics_with(["judge.py:brief", "edit_distance"])
     assert names == [
         "greedy", "sampled", "greedy_error", "sampled_error", "nll",
         "greedy_brief", "sampled_brief", "greedy_edit_distance", "sampled_edit_distance",
     ]  # fmt: skip
-    assert [column(name).better for name in names] == [1, 1, -1, -1, -1, 1, 1, -1, -1]
-    assert [column(name).format for name in ("greedy_brief", "sampled_exact", "nll", "other")] == [
+    assert [evaluate.column(name).better for name in names] == [1, 1, -1, -1, -1, 1, 1, -1, -1]
+    assert [evaluate.column(name).format for name in ("greedy_brief", "sampled_exact", "nll", "other")] == [
         ".3f", ".1%", ".4f", ".3f"
     ]  # fmt: skip
 
@@ -56,29 +38,26 @@ def test_edit_distance_is_that_of_the_whole_table():
             diagonal, row[0] = row[0], i
             for j, y in enumerate(b, 1):
                 diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-        assert edit_distance(a, b) == row[-1]
+        assert evaluate.edit_distance(a, b) == row[-1]
 
 
 def test_standard_errors_are_the_spread_over_resampled_data():
-    """Of a mean in closed form; of a ratio, and of a paired change, against 2000 resampled data sets."""
-    mean, error, _ = ratio_of((value, 1.0) for value in (1.0, 0.0, 0.0, 0.0))
+    """Of a mean and its paired change in closed form; of those of a ratio against 2000 resampled data sets."""
+    mean, error, _ = evaluate.ratio_of((value, 1.0) for value in (1.0, 0.0, 0.0, 0.0))
     assert mean == 0.25 and error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    before, now = ([{"values": {"x": (v, 1.0)}} for v in values] for values in ([0, 1, 0, 1], [1, 1, 0, 1]))
+    assert evaluate.changes(before, now)["x"] == (0.25, pytest.approx(math.sqrt(0.75**2 + 3 * 0.25**2) / 4))
+    assert evaluate.changes(now, now)["x"] == (0.0, 0.0)
     rng = torch.Generator().manual_seed(0)
     weights = torch.randint(1, 9, (2, 300), generator=rng).double()
     noise = torch.randn(300, generator=rng)  # shared by both iterates
     values = [weights[0] * 2 + 3 * noise, weights[1] * 1.5 + 3 * noise + torch.randn(300, generator=rng)]
     index = torch.randint(300, (2000, 300), generator=rng)
     before, now = (v[index].sum(1) / w[index].sum(1) for v, w in zip(values, weights))
-    _, error, _ = ratio_of(zip(values[0].tolist(), weights[0].tolist()))
+    _, error, _ = evaluate.ratio_of(zip(values[0].tolist(), weights[0].tolist()))
     assert error == pytest.approx(before.std().item(), rel=0.1)
     rows = [[{"values": {"x": pair}} for pair in zip(v.tolist(), w.tolist())] for v, w in zip(values, weights)]
-    assert changes(*rows)["x"][1] == pytest.approx((now - before).std().item(), rel=0.1)
-
-
-def test_the_paired_standard_error_of_a_mean_is_the_spread_of_the_differences():
-    before, now = ([{"values": {"x": (v, 1.0)}} for v in values] for values in ([0, 1, 0, 1], [1, 1, 0, 1]))
-    assert changes(before, now)["x"] == (0.25, pytest.approx(math.sqrt(0.75**2 + 3 * 0.25**2) / 4))
-    assert changes(now, now)["x"] == (0.0, 0.0)
+    assert evaluate.changes(*rows)["x"][1] == pytest.approx((now - before).std().item(), rel=0.1)
 
 
 def test_an_iterate_is_better_or_worse_than_the_start_by_more_than_two_standard_errors():
@@ -88,23 +67,24 @@ def test_an_iterate_is_better_or_worse_than_the_start_by_more_than_two_standard_
         ("entropy", 1, 0.1, 1000, 0), ("greedy", 0.5, 0.1, 3, 0), ("greedy", 0.6, 0.1, 3, 1),
         ("greedy", 1, 0, 1000, 0), ("nll", 1, 1e-17, 4, 0), ("nll", 1, 0.01, 1, 0),
     ):  # fmt: skip
-        assert verdict({"examples": examples, "since_start": {name: (change, error)}}, name) == expected
+        assert evaluate.verdict({"examples": examples, "since_start": {name: (change, error)}}, name) == expected
     rows = [{"iterate": 0, "nll": 1.0}]
-    assert verdict(rows[0], "nll") == best_of(rows, "nll") == 0
+    assert evaluate.verdict(rows[0], "nll") == evaluate.best_of(rows, "nll") == 0
     rows += [{"iterate": t, "nll": nll, "since_start": {"nll": (nll - 1, 0.1)}} for t, nll in ((1, 0.5), (2, 0.6))]
-    assert best_of(rows, "nll") == 1
+    assert evaluate.best_of(rows, "nll") == 1
 
 
 def test_chance_alone_is_called_a_change_in_4_55_percent_whatever_the_number_of_examples():
     """Quantiles are those of the GUM's table G.2; then the share of changes called significant, of pure noise."""
     for freedom, expected in {1: 13.97, 2: 4.53, 3: 3.31, 4: 2.87, 5: 2.65, 10: 2.28, 20: 2.13, 50: 2.05}.items():
-        quantile = significant_errors(freedom + 1) / math.sqrt(1 + 1 / freedom)
+        quantile = evaluate.significant_errors(freedom + 1) / math.sqrt(1 + 1 / freedom)
         assert quantile == pytest.approx(expected, rel=0.004)
-    assert significant_errors(1) == math.inf and significant_errors(10_000) == pytest.approx(2, abs=1e-3)
+    assert evaluate.significant_errors(1) == math.inf
+    assert evaluate.significant_errors(10_000) == pytest.approx(2, abs=1e-3)
     for n in (2, 3, 10):
         noise = torch.randn(100_000, n, generator=torch.Generator().manual_seed(n))
         errors = noise.std(1, correction=0) / math.sqrt(n)  # as `changes` estimates them
-        share = (noise.mean(1).abs() > significant_errors(n) * errors).float().mean()
+        share = (noise.mean(1).abs() > evaluate.significant_errors(n) * errors).float().mean()
         assert share == pytest.approx(0.0455, abs=0.003)
 
 
@@ -112,14 +92,14 @@ def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeyp
     """At every temperature. The KL is a difference, which is negative where the player is likelier than the start."""
     player, _, run = begin(start, data, tmp_path / "run")
     run = run.work
-    samples = StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [-1000.0, -1000.0])
+    samples = evaluate.StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [-1000.0, -1000.0])
     run.heldout = [dataclasses.replace(run.heldout[0], references=["A B", "HH AH0"]), run.heldout[1]]
     right = [*run.tokenizer.encode("HH AH0").ids, run.eos_token_id]
     script_responses(monkeypatch, [right, [1, 2]], [True, False])
-    found = answers(player, samples, run)
-    add_temperatures(player, found, run)
+    found = evaluate.answers(player, samples, run)
+    evaluate.add_temperatures(player, found, run)
     assert [row["by_temperature"]["0.8"]["sampled"] for row in found] == [(1.0, 1.0), (0.0, 1.0)]
-    row = summary(found)
+    row = evaluate.summary(found)
     assert row["greedy"] == row["sampled"] == 0.5
     logps = [logp for (logp,) in player.logps([(e.prompt_ids, e.real_ids) for e in run.heldout])]
     assert row["nll"] == pytest.approx(-sum(logps) / sum(len(e.real_ids) for e in run.heldout))
@@ -165,45 +145,30 @@ def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path
     assert all(prompt not in heldout for prompt in generated + pairs)
 
 
-def test_kl_to_the_start_is_that_of_the_whole_distribution():
-    """One-token responses, where KL(theta_0 || theta) is a sum over 11 tokens: the estimate agrees within 5 se."""
+def test_kl_and_entropy_are_those_of_the_whole_distribution():
+    """One-token responses, where KL(theta_0 || theta) and entropy are sums over 11 tokens: both agree within 5 se."""
     model = known_model()
-    player = player_of(model, micro_tokens=20)
-    prompt = [3]
-    before = model.logits(model(torch.tensor([prompt])))[0, -1].detach().log_softmax(-1)
-    draws = torch.multinomial(before.exp(), 4000, replacement=True, generator=torch.Generator().manual_seed(0))
-    sequences = [(prompt, [token]) for token in draws.tolist()]
-    start_logps = player.logps(sequences)
+    player = player_of(model, max_new_tokens=1, micro_tokens=20)
+    examples = [Example("", 1, "3", "5", ["5"], prompt_ids=[3], real_ids=[5, 10])] * 3000
+
+    def log_p():
+        return model.logits(model(torch.tensor([[3]])))[0, -1].detach().log_softmax(-1)
+
+    before, rng = log_p(), torch.Generator().manual_seed(0)
+    draws = torch.multinomial(before.exp(), len(examples), replacement=True, generator=rng)
+    sequences = [([3], [token]) for token in draws.tolist()]
+    samples = evaluate.StartSamples(sequences, [logp for (logp,) in player.logps(sequences)])
     with torch.no_grad():
-        model.transformer["ln_f"].weight.mul_(3.0)
-    after = model.logits(model(torch.tensor([prompt])))[0, -1].detach().log_softmax(-1)
-    exact = (before.exp() * (before - after)).sum().item()
-    now = player.logps(sequences)
-    estimate, error, _ = ratio_of((a - b, 1.0) for (a,), (b,) in zip(start_logps, now))
-    assert exact > 1e-3
-    assert abs(estimate - exact) <= 5 * error
-
-
-def test_the_entropy_is_that_of_the_whole_distribution():
-    """One-token responses, where the entropy is a sum over 11 tokens: the estimate agrees within 5 se."""
-    model = known_model()
-    player = player_of(model, max_new_tokens=1)
-    examples = [Example("", 1, "3", "5", ["5"], prompt_ids=[3], real_ids=[5, 10])] * 4000
-    run = SimpleNamespace(
-        heldout=examples,
-        metrics={},
-        seed=lambda t, purpose: 0,
-        text=str,
-        pieces=lambda ids, logps: [],
-        respond=lambda player, examples, name, seed, temperature, with_logps: player.respond(
-            [e.prompt_ids for e in examples], seed, temperature=temperature, with_logps=with_logps
-        ),
-        logps=lambda player, items, name, by_token=False: player.logps(items),
+        model.transformer["ln_f"].weight.mul_(2.0)
+    run = SimpleNamespace(heldout=examples, metrics={}, seed=lambda *_: 0, text=str, pieces=lambda *_: [])
+    run.logps = lambda player, items, name, by_token=False: player.logps(items)
+    run.respond = lambda player, some, name, seed, temperature, with_logps: player.respond(
+        [e.prompt_ids for e in some], seed, temperature=temperature, with_logps=with_logps
     )
-    log_p = model.logits(model(torch.tensor([[3]])))[0, -1].detach().log_softmax(-1)
-    row = evaluate(player, StartSamples([([3], [5])] * 4000, [0.0] * 4000), run)
-    exact = -(log_p.exp() * log_p).sum().item()
-    assert 1 < exact and abs(row["entropy"] - exact) <= 5 * row["entropy_se"] < 0.1
+    row, after = evaluate.evaluate(player, samples, run), log_p()
+    kl, entropy = (before.exp() * (before - after)).sum().item(), -(after.exp() * after).sum().item()
+    assert 1e-3 < kl and abs(row["kl"] - kl) <= 5 * row["kl_se"]
+    assert 1 < entropy and abs(row["entropy"] - entropy) <= 5 * row["entropy_se"] < 0.1
 
 
 def at_temperatures(sets, n, temperatures, metric, noise, seed):
@@ -230,12 +195,12 @@ def test_a_gain_at_equal_entropy_is_what_a_lower_temperature_does_not_give(gain)
     temperatures = (1.0, 0.6, 0.8, 1.2)
     (start,) = at_temperatures(1, 4000, temperatures, lambda entropy: 0.9 - 0.005 * entropy**2, 0.1, 0)
     (now,) = at_temperatures(1, 4000, (0.9,), lambda entropy: 0.9 - 0.005 * entropy**2 + gain, 0.1, 1)
-    found = at_equal_entropy(start, now)
+    found = evaluate.at_equal_entropy(start, now)
     assert found["temperature"] == pytest.approx(0.9, abs=0.01)
     assert abs(found["sampled"][0] - gain) <= 3 * found["sampled"][1] < 0.01
     assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-9), "the same at every entropy"
-    assert at_equal_entropy(now, start) == {}, "beyond the only temperature"
-    unchanged = at_equal_entropy([{"values": row["values"]} for row in start], start)
+    assert evaluate.at_equal_entropy(now, start) == {}, "beyond the only temperature"
+    unchanged = evaluate.at_equal_entropy([{"values": row["values"]} for row in start], start)
     assert unchanged == {"temperature": 1.0, "sampled": (0.0, 0.0), "sampled_error": (0.0, 0.0)}
 
 
@@ -247,36 +212,36 @@ def test_the_standard_error_at_equal_entropy_is_the_spread():
 
     start = at_temperatures(200, 40, (1.0, 0.6, 0.8, 1.2), metric, 0.01, 0)
     now = at_temperatures(200, 40, (0.9,), metric, 0.01, 1)
-    changes, errors = zip(*(at_equal_entropy(*rows)["sampled"] for rows in zip(start, now)))
+    changes, errors = zip(*(evaluate.at_equal_entropy(*rows)["sampled"] for rows in zip(start, now)))
     assert sum(errors) / 200 == pytest.approx(torch.tensor(changes).std().item(), rel=0.15)
 
 
 def test_a_polynomial_is_reproduced_by_interpolation():
     xs = [0.5, 1.0, 2.0, 2.5]
-    weights = interpolation(1.7, xs)
+    weights = evaluate.interpolation(1.7, xs)
     assert sum(w * (x**3 - 2 * x) for w, x in zip(weights, xs)) == pytest.approx(1.7**3 - 2 * 1.7)
-    assert interpolation(2.0, xs) == pytest.approx([0, 0, 1, 0])
+    assert evaluate.interpolation(2.0, xs) == pytest.approx([0, 0, 1, 0])
 
 
 def test_a_model_that_is_only_sharper_gains_nothing_at_equal_entropy(start, data, tmp_path):
     """Logits divided by 0.7 are sampled like the start at temperature 0.7, example by example."""
     player, _, run = begin(start, data, tmp_path / "run", eval_temperatures=[0.6, 0.7, 1, 1.3], metric="edit_distance")
-    samples = sample_start(player, run.work)
-    before = answers(player, samples, run.work)
-    add_temperatures(player, before, run.work)
-    assert [point["temperature"] for point in frontier(before)] == [0.6, 0.7, 1.0, 1.3]
-    entropies = [point["entropy"] for point in frontier(before)]
+    samples = evaluate.sample_start(player, run.work)
+    before = evaluate.answers(player, samples, run.work)
+    evaluate.add_temperatures(player, before, run.work)
+    assert [point["temperature"] for point in evaluate.frontier(before)] == [0.6, 0.7, 1.0, 1.3]
+    entropies = [point["entropy"] for point in evaluate.frontier(before)]
     assert entropies == sorted(entropies)
     with torch.no_grad():
         for parameter in player.model.transformer["ln_f"].parameters():
             parameter /= 0.7
-    now = answers(player, samples, run.work)
+    now = evaluate.answers(player, samples, run.work)
     for row, sharper in zip(before, now):
         at = row["by_temperature"]["0.7"]
         assert at["sampled_error"] == sharper["values"]["sampled_error"]
         assert at["sampled_edit_distance"] == sharper["values"]["sampled_edit_distance"]
         assert at["entropy"][0] == pytest.approx(sharper["values"]["entropy"][0], rel=1e-4)
-    found = at_equal_entropy(before, now)
+    found = evaluate.at_equal_entropy(before, now)
     assert found["temperature"] == pytest.approx(0.7, abs=1e-3)
     assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-3)
     assert set(found) == {"temperature", "sampled", "sampled_error", "sampled_edit_distance"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from helpers import ROOT, flags, player_of
+from helpers import ROOT, flags, player_of, write_gpt2_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import respond
@@ -23,18 +23,13 @@ CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_en
 
 def gpt2_start(path):
     """A start with GPT-2's kind of tokenizer files, of the shipped vocabulary, and random weights."""
-    model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
-    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
-    merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
-    eos = vocab["<|endoftext|>"]
+    vocab = write_gpt2_tokenizer(path)
     config = GPTNeoConfig(
         vocab_size=len(vocab), max_position_embeddings=128, hidden_size=16, num_layers=2, num_heads=2,
         attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
-        bos_token_id=eos, eos_token_id=eos,
+        bos_token_id=vocab["<|endoftext|>"], eos_token_id=vocab["<|endoftext|>"],
     )  # fmt: skip
     GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(path)
-    (path / "vocab.json").write_text(json.dumps(vocab))
-    (path / "merges.txt").write_text("\n".join(merges) + "\n")
     return path
 
 
@@ -147,7 +142,7 @@ def test_a_chosen_end_token_is_in_every_file(chat, tmp_path):
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_final_of_a_run_has_what_came_with_the_start_and_the_chosen_end(rank, chat, data, tmp_path):
-    options = dict(rank=rank, eos="<|im_end|>", template="{prompt}", prompts=8)
+    options = dict(rank=rank, eos="<|im_end|>", template="{prompt}", prompts=8, eval_limit=2)
     assert spin.main(flags(chat, data, tmp_path / "run", **options)) == 0
     for folder in ("final",) if rank else ("final", "iterate-1"):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
@@ -178,20 +173,6 @@ def test_damaged_side_files_are_named(name, content, says, chat):
         side_files(chat, model.config, load_tokenizer(chat, 393, 396))
 
 
-def test_the_exported_tokenizer_is_the_one_of_the_run(start, tmp_path):
-    """Its dropout is off, so that it encodes in one way."""
-    path = shutil.copytree(start, tmp_path / "start")
-    tokens = read(path / "tokenizer.json")
-    tokens["model"]["dropout"] = 0.5
-    (path / "tokenizer.json").write_text(json.dumps(tokens))
-    final = exported(path, tmp_path / "final", 393)
-    assert read(final / "tokenizer.json")["model"]["dropout"] is None
-    example = Example("x", 1, "HELLO", "HH AH0 L OW1", [])
-    encode([example], load_tokenizer(start, 393, 396), "{prompt}", 393)
-    theirs = AutoTokenizer.from_pretrained(final)
-    assert [*theirs("HH AH0 L OW1")["input_ids"], 393] == example.real_ids
-
-
 # ---------------------------------------------------------------- chat templates, the model card, adapters
 
 
@@ -211,39 +192,32 @@ def test_a_text_template_becomes_the_chat_template_of_a_start_without_one(templa
         assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == example.prompt_ids
 
 
-@pytest.fixture(scope="module")
-def finished(start, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("card") / "run"
-    assert spin.main(flags(start, data, out, template=r"Say {prompt}:\n", lr=1e-1, prompts=32)) == 0
-    return out
-
-
-def test_the_code_in_the_model_card_answers_as_respond_does(finished, capsys, monkeypatch):
-    card = (finished / "final/README.md").read_text()
+def test_the_code_in_the_model_card_answers_as_respond_does(whole, capsys, monkeypatch):
+    card = (whole / "final/README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
     code = code.replace("model.generate(**inputs)", "model.generate(**inputs, do_sample=False, max_new_tokens=8)")
-    monkeypatch.chdir(finished / "final")
+    monkeypatch.chdir(whole / "final")
     exec(code.replace('"..."', '"dog"'), {})
     theirs = capsys.readouterr().out
-    assert respond.main([str(finished), "--prompt", "dog", "--max-new-tokens", "8"]) == 0
+    assert respond.main([str(whole), "--prompt", "dog", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out.removesuffix(" [...]\n").strip() == theirs.strip()
 
 
-def test_the_model_card_says_where_the_model_comes_from_and_tells_no_folders(finished, start, data):
-    card, run = (finished / "final/README.md").read_text(), read(finished / "run.json")
+def test_the_model_card_says_where_the_model_comes_from_and_tells_no_folders(whole, start, data):
+    card, run = (whole / "final/README.md").read_text(), read(whole / "run.json")
     for text in (
         f"- Base model: `{start.name}`", f"- Training data: `{data.name}`", run["digests"]["data"],
-        run["digests"]["model"], "--lr 0.1", "--rank 4", json.dumps("Say {prompt}:\n"), "Held-out metrics \u00b1 one",
+        run["digests"]["model"], "--lr 0.01", "--rank 4", json.dumps(TEMPLATE), "Held-out metrics \u00b1 one",
         "tags: [spin, self-play]", "(metrics.svg)",
     ):  # fmt: skip
         assert text in card, text
     assert str(start.parent) not in card and "base_model:" not in card, "a path is no name on the hub"
-    assert (finished / "final/metrics.svg").read_text().startswith("<svg")
+    assert (whole / "final/metrics.svg").read_text().startswith("<svg")
 
 
-def test_pefts_auto_class_loads_an_iterate(finished):
+def test_pefts_auto_class_loads_an_iterate(whole):
     ids = torch.tensor([[5, 6, 7]])
-    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(finished / "iterate-1")
-    final = AutoModelForCausalLM.from_pretrained(finished / "final")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(whole / "iterate-2")
+    final = AutoModelForCausalLM.from_pretrained(whole / "final")
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, final(ids).logits, atol=1e-4, rtol=0)

@@ -10,7 +10,6 @@ import shutil
 import pytest
 from helpers import die_at, flags, refused, rows, tree
 
-import respond
 import spin
 from runtime import functions
 from runtime.functions import load_metrics
@@ -33,7 +32,7 @@ def metric(tmp_path):
 
 def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(metric, start, data, tmp_path, capsys):
     """In the rows, the table, the plot and the changes. --best may name it, and a shipped metric joins it."""
-    argv = [*flags(start, data, tmp_path / "run", best="sampled_vowels"), "--metric", metric, "exact"]
+    argv = [*flags(start, data, tmp_path / "run", best="sampled_vowels", prompts=8), "--metric", metric, "exact"]
     assert spin.main(argv) == 0
     printed = capsys.readouterr().out
     metrics = rows(tmp_path / "run/metrics.jsonl")
@@ -54,7 +53,7 @@ def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(met
 
 def test_a_resumed_run_finds_the_metrics_that_were_computed(metric, start, data, tmp_path, monkeypatch):
     """They may be slow. The run ends like one that did not die, although the function's file was moved in between."""
-    argv = [*flags(start, data, tmp_path / "run", shard=4, prompts=20, eval_limit=6), "--metric"]
+    argv = [*flags(start, data, tmp_path / "run", shard=2, prompts=8, eval_limit=4), "--metric"]
     asked = []
     die_at(Run, "finish_iterate", [*argv, metric], lambda run, *rest: run.iterate == 1)
     (tmp_path / "moved").mkdir()
@@ -75,7 +74,7 @@ def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path,
     for other in ([], ["--metric", f"{tmp_path}/changed.py:vowels"], ["--metric", "exact"]):
         assert spin.main([*argv, *other]) == 2
         assert "--metric: not the contents that the run in" in capsys.readouterr().err
-    assert spin.main([*argv, "--metric", metric]) == 0
+    die_at(Training, "step", [*argv, "--metric", metric])
 
 
 @pytest.mark.parametrize(
@@ -132,19 +131,6 @@ def test_shipped_metrics_on_values_computed_by_hand():
     for text in ("1235", "-1234", "1234 or 5", "many", ""):
         assert number("", text, ["1234"]) == 0, text
     assert number("", "none", ["none"]) == 0 and number("", "so -2", ["x - y = -2"]) == 1
-
-
-def test_respond_evaluates_with_a_metric(metric, start, data, tmp_path, capsys):
-    """The values are those of the run's start. Its held-out examples are all of the data here."""
-    argv = flags(start, data, tmp_path / "run", eval_data=data, eval_share=None, metric=metric)
-    assert spin.main(argv) == 0
-    expected = rows(tmp_path / "run/metrics.jsonl")[0]
-    words = [f"{tmp_path}/run/iterate-0", "--eval-data", str(data), "--metric", metric, "--out", f"{tmp_path}/m"]
-    capsys.readouterr()
-    assert respond.main(words) == 0
-    (row,) = rows(tmp_path / "m")
-    assert row["greedy_vowels"] == pytest.approx(expected["greedy_vowels"])
-    assert "greedy vowels" in capsys.readouterr().out
 
 
 def test_functions_of_one_file_share_its_module_and_what_lies_beside_it(tmp_path):

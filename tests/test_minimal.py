@@ -3,30 +3,28 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
+
+from helpers import ROOT, rows
 
 import spin
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = ("model.py", "llama.py", "lora.py", "sampling.py", "player.py", "spin.py", "kernels", "examples", "pronounce")
 PROGRAM = """
-import json, sys
-sys.argv = ["minimal.py"]
+import sys
 sys.path.insert(0, "examples")
 import minimal
-print(json.dumps([name for name in sys.modules if name.split(".")[0] in ("runtime", "data", "report", "evaluate")]))
+assert not {name.split(".")[0] for name in sys.modules} & {"runtime", "data", "report", "evaluate"}
 """
 
 
-def test_the_method_needs_nothing_of_the_machinery(tmp_path):
+def test_the_method_needs_nothing_of_the_machinery(alone, tmp_path):
     """The files that minimal.py names, alone in a folder: it imports, and no module of the machinery is loaded."""
     for name in FILES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr == "" and json.loads(done.stdout) == []
+    (tmp_path / "example.py").write_text(PROGRAM)
+    alone(tmp_path)
 
 
 def test_pairs_and_losses_are_those_of_spin(tmp_path, capsys):
@@ -44,18 +42,16 @@ def test_pairs_and_losses_are_those_of_spin(tmp_path, capsys):
     heldout.write_text(json.dumps({"prompt": "hello", "response": "HH AH0 L OW1"}) + "\n")
     start = ROOT / "pronounce" / "start"
     words = f"--model {start} --data {data} --eval-data {heldout} --out {out} --iterations 2 --max-new-tokens 32"
-    assert (
-        spin.main([*words.split(), *["--lr", "1e-3", "5e-4", "--beta", "0.5", "--epochs", "2", "--batch", "16"]]) == 0
-    )
+    words += " --lr 1e-3 5e-4 --beta 0.5 --epochs 2 --batch 16"
+    assert spin.main(words.split()) == 0
     args = minimal.Options(lr=(1e-3, 5e-4), beta=(0.5, 0.5), epochs=(2, 2), batch=16)
     run = minimal.play(texts, start, args)
     assert len(run.pairs) == 2
     steps = []
     for t, pairs in enumerate(run.pairs):
-        rows = [json.loads(line) for line in (out / f"pairs-{t}.jsonl").read_text().splitlines()]
         for name in ("prompt_ids", "real_ids", "generated_ids", "opponent_real_logp", "opponent_generated_logps"):
-            assert [row[name] for row in rows] == [getattr(pair, name) for pair in pairs]
-        steps += [json.loads(line) for line in (out / f"steps-{t}.jsonl").read_text().splitlines()]
+            assert [row[name] for row in rows(out / f"pairs-{t}.jsonl")] == [getattr(pair, name) for pair in pairs]
+        steps += rows(out / f"steps-{t}.jsonl")
     assert len(steps) == len(run.log) > 8
     for name in ("loss", "margin", "real_logp", "generated_logp"):
         assert [row[name] for row in steps] == [row[name] for row in run.log]

@@ -1,15 +1,12 @@
 """runtime/parallel.py and runtime/fsdp.py: worlds of one, two and three ranks give the same results."""
 
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, flags, rows, tree
+from helpers import flags, rows, tree
 
 from runtime import parallel
 
@@ -18,8 +15,8 @@ from runtime import parallel
 
 def run_in(start, data, **options) -> list[str]:
     """The command line of a run in ./run that has several shards, and micro-batches of a few items."""
-    small = dict(prompts=16, eval_limit=4, gen_batch=8, shard=4, micro_tokens=200, lr=1e-3)
-    return flags(start, data, "run", **(small | options))
+    small = dict(prompts=12, eval_limit=2, eval_temperatures=1, max_new_tokens=4, gen_batch=8, shard=4)
+    return flags(start, data, "run", **(small | dict(micro_tokens=200, lr=1e-3) | options))
 
 
 def check(world) -> None:
@@ -38,18 +35,17 @@ def folders(tmp_path, *names) -> list[Path]:
     return [tmp_path / name for name in names]
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_path, rank):
-    """With LoRA and with all parameters. Responses and their log-probabilities are equal, since the shards are.
+def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_path):
+    """Responses and their log-probabilities are equal, since the shards are. Losses differ by the order of sums.
 
-    Losses differ by the order of sums. The three ranks share no folder: each of them has a host of its own.
+    The three ranks share no folder: each of them has a host of its own.
     """
-    argv = run_in(start, data, rank=rank, epochs=2, batch=7, metric="edit_distance")
+    argv = run_in(start, data, epochs=2, batch=7, metric="edit_distance")
     one, two, a, b, c = folders(tmp_path, "one", "two", "a", "b", "c")
     for world in (launch(argv, [one]), launch(argv, [two, two]), launch(argv, [a, b, c])):
         check(world)
     expected = tree(one / "run")
-    assert len(losses(one)) == 6
+    assert len(losses(one)) == 4
     for folder in (two, a):
         found = tree(folder / "run")
         assert found.keys() == expected.keys() and found["pairs-0.jsonl"] == expected["pairs-0.jsonl"]
@@ -59,11 +55,10 @@ def test_worlds_of_one_two_and_three_write_the_same(launch, start, data, tmp_pat
     assert not any(b.iterdir()) and not any(c.iterdir()), "rank 0 alone writes"
 
 
-@pytest.mark.parametrize("options", [dict(prompts=2, shard=1, batch=1, eval_limit=1), dict(prompts=1, shard=64)])
-def test_some_ranks_may_have_no_work(launch, start, data, tmp_path, options):
-    """There are fewer prompts, shards or items of a batch than ranks."""
+def test_some_ranks_may_have_no_work(launch, start, data, tmp_path):
+    """There are fewer prompts, shards and items of a batch than ranks."""
     one, three = folders(tmp_path, "one", "three")
-    argv = run_in(start, data, **options)
+    argv = run_in(start, data, prompts=2, shard=1, batch=1, eval_limit=1)
     check(launch(argv, [one]))
     check(launch(argv, [three] * 3))
     assert losses(three) == pytest.approx(losses(one), rel=1e-4)
@@ -92,23 +87,24 @@ def test_other_methods_on_two_ranks(launch, start, data, tmp_path, options):
 def test_fsdp_computes_what_a_whole_model_does(launch, start, data, tmp_path, precision):
     """The whole copy scores with the numbers that training computes with, so the first margin is 0 but for rounding.
 
-    In fp32 it samples the same responses, too; in bf16 rounding may turn a token into another one.
+    In fp32 it samples the same responses, too; in bf16 rounding may turn a token into another one. The widths of
+    the layers, 16 and 64, are no multiples of three.
     """
     argv = run_in(start, data, rank=0, precision=precision)
-    one, two, three = folders(tmp_path, "one", "two", "three")
+    one, sharded = folders(tmp_path, "one", "sharded")
     check(launch(argv, [one]))
-    check(launch([*argv, "--fsdp"], [two, two]))
     if precision == "fp32":
-        check(launch([*argv, "--fsdp", "--checkpoint"], [three] * 3))
+        check(launch([*argv, "--fsdp", "--checkpoint"], [sharded] * 3))
+    else:
+        check(launch([*argv, "--fsdp"], [sharded] * 2))
     eps = torch.finfo(torch.float32 if precision == "fp32" else torch.bfloat16).eps
-    for folder in (two, three) if precision == "fp32" else (two,):
-        # The margin compares log-probabilities of about -20, which other micro-batches may round in another way.
-        assert abs(rows(folder / "run/steps-0.jsonl")[0]["margin"]) < 50 * eps
-        assert losses(folder) == pytest.approx(losses(one), rel=1000 * eps if precision == "fp32" else 20 * eps)
-        if precision == "fp32":
-            for here, there in zip(*(rows(path / "run/pairs-0.jsonl") for path in (one, folder)), strict=True):
-                assert here["generated_ids"] == there["generated_ids"]
-                assert here["opponent_real_logp"] == pytest.approx(there["opponent_real_logp"], rel=50 * eps)
+    # The margin compares log-probabilities of about -20, which other micro-batches may round in another way.
+    assert abs(rows(sharded / "run/steps-0.jsonl")[0]["margin"]) < 50 * eps
+    assert losses(sharded) == pytest.approx(losses(one), rel=1000 * eps if precision == "fp32" else 20 * eps)
+    if precision == "fp32":
+        for here, there in zip(*(rows(path / "run/pairs-0.jsonl") for path in (one, sharded)), strict=True):
+            assert here["generated_ids"] == there["generated_ids"]
+            assert here["opponent_real_logp"] == pytest.approx(there["opponent_real_logp"], rel=50 * eps)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU, on which it uses NCCL")
@@ -125,7 +121,7 @@ def test_fsdp_resumes_with_another_number_of_ranks(launch, start, data, tmp_path
 
     Two ranks write what a run writes that was not killed, byte for byte. One agrees within rounding.
     """
-    argv = run_in(start, data, rank=0, fsdp=True, save_minutes=0, iterations=2, eval_limit=2, batch=8)
+    argv = run_in(start, data, rank=0, fsdp=True, save_minutes=0, iterations=2, batch=8)
     undisturbed, two = folders(tmp_path, "undisturbed", "two")
     check(launch(argv, [undisturbed] * 2))
     killed = launch(argv, [two] * 2, die_in=["step", 1, 4])
@@ -157,6 +153,7 @@ def test_killed_ranks_end_the_world_and_the_run_resumes(launch, start, data, tmp
     """SIGKILL hits each of two ranks at a random moment, and the other rank ends, too.
 
     The run ends like one that was not disturbed, byte for byte, with dropout and the pairs of earlier iterations.
+    Which numbers dropout draws depends on the number of ranks, so another number is refused.
     """
     argv = run_in(start, data, save_minutes=0, lora_dropout=0.1, mix_previous=True, iterations=2)
     undisturbed, killed = folders(tmp_path, "undisturbed", "killed")
@@ -168,6 +165,8 @@ def test_killed_ranks_end_the_world_and_the_run_resumes(launch, start, data, tmp
         assert died.codes[rank] == -9 and died.codes[1 - rank] == 1, died.err
         lines = [line for line in "".join(died.err).splitlines() if line.startswith("spin.py")]  # torch logs more.
         assert ["another rank has ended" in line for line in lines] == [True] * rank, "only the writer reports it"
+    alone = launch(argv, [killed])
+    assert alone.codes == [2] and "ranks 1: the run in run began with 2" in alone.err[0]
     assert set(launch(argv, [killed] * 2).codes) == {0}
     assert tree(killed) == tree(undisturbed)
 
@@ -191,48 +190,21 @@ def test_bad_input_is_one_line_of_one_rank(launch, start, data, tmp_path):
     assert "rank 1: --data: not the contents on rank 0" in error_of(argv)
 
 
-def test_dropout_requires_the_number_of_ranks_that_the_run_began_with(launch, start, data, tmp_path):
-    argv = run_in(start, data, lora_dropout=0.1)
-    (folder,) = folders(tmp_path, "a")
-    launch(argv, [folder] * 2, die_in=["step", 1, 1])
-    world = launch(argv, [folder])
-    assert world.codes == [2] and "ranks 1: the run in run began with 2" in world.err[0]
-
-
 def test_a_dry_run_says_what_each_rank_needs(launch, start, data, tmp_path):
     (folder,) = folders(tmp_path, "a")
-    world = launch(run_in(start, data, rank=0, fsdp=True, dry_run=True), [folder] * 2)
+    world = launch(run_in(start, data, rank=0, fsdp=True, dry_run=True, batch=4), [folder] * 2)
     check(world)
     assert "2, which share the prompts" in world.out[0] and "sharded across them" in world.out[0]
     assert not tree(folder)
 
 
-def test_torchrun_restarts_a_world_in_which_a_rank_died(start, data, tmp_path):
-    """With torchrun --max-restarts 1 the second world resumes what the first one has finished."""
-    program = tmp_path / "dies_once.py"
-    program.write_text(
-        f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import spin
-from runtime.training import Training
-take_step = Training.step
-def step(*args):
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return take_step(*args)
-Training.step = step
-sys.exit(spin.main())
-"""
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "--max-restarts", "1", str(program), *run_in(start, data, prompts=8, eval_limit=2)],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "resuming run: 0 of 1 iterations are finished" in done.stdout
-    assert len(rows(tmp_path / "run/metrics.jsonl")) == 2
+def test_torchrun_restarts_a_world_in_which_a_rank_died(launch, start, data, tmp_path):
+    """As with torchrun --max-restarts 1: the second world resumes what the first one has finished."""
+    (folder,) = folders(tmp_path, "a")
+    world = launch(run_in(start, data), [folder] * 2, restarts=1, die_in=["step", 1, 1])
+    assert world.codes == [0], world.err
+    assert "resuming run: 0 of 1 iterations are finished" in world.out[0]
+    assert len(rows(folder / "run/metrics.jsonl")) == 2
 
 
 # ---------------------------------------------------------------- how work is divided

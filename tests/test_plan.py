@@ -62,6 +62,6 @@ def test_a_dry_run_tells_the_plan_and_what_two_batches_took(command, start, data
     assert SCRIPTS[command].main(argv) == 0
     text = capsys.readouterr().out
     phases = {"sft": ("train ", "evaluate ")}.get(command, ("generate ", "score ", "train ", "evaluate "))
-    plan = ("LoRA of rank 4", "68 examples, 12 held out", "2, each of 68 prompts", "per iteration (", "memory 5.0 GiB")
+    plan = ("LoRA of rank 4", "68 examples, 6 held out", "2, each of 24 prompts", "per iteration (", "memory 5.0 GiB")
     assert all(part in text for part in plan + phases), text
     assert not any(here.iterdir())

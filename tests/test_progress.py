@@ -89,7 +89,7 @@ def test_the_end_of_the_run_is_estimated_from_the_phases_so_far(clock):
 
 def test_a_run_without_a_terminal_prints_lines_of_every_phase(start, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
-    assert spin.main(flags(start, data, tmp_path / "run")) == 0
+    assert spin.main(flags(start, data, tmp_path / "run", prompts=8, eval_limit=2)) == 0
     printed = capsys.readouterr().out
     for name in ("start", "greedy", "sampled", "nll", "kl", "generate", "score", "train 0"):
         assert f", {name}: " in printed

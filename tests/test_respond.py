@@ -24,8 +24,8 @@ WORDS = ["abc", "dog", "cat", "tree"]
 def run(start, data, tmp_path_factory):
     """A run with adapters and a template of its own."""
     folder = tmp_path_factory.mktemp("respond") / "run"
-    argv = flags(start, data, folder, iterations=2, template=TEMPLATE, lr=1e-1, eval_data=data, eval_limit=20)
-    assert spin.main(argv) == 0
+    options = dict(template=TEMPLATE, lr=1e-1, eval_data=data, eval_limit=20, metric="edit_distance")
+    assert spin.main(flags(start, data, folder, iterations=2, prompts=32, **options)) == 0
     return folder
 
 
@@ -61,16 +61,12 @@ def test_every_iterate_answers_with_the_template_of_its_run(name, t, run, answer
     assert [row["prompt"] for row in written] == WORDS and {row["model"] for row in written} == {str(run / name)}
 
 
-def test_a_final_that_was_moved_keeps_its_template(run, answers, tmp_path, capsys):
-    shutil.copytree(run / "final", tmp_path / "moved")
-    said = asked([tmp_path / "moved", "--prompt", WORDS[0], "--max-new-tokens", 8], capsys)
-    assert said.removesuffix(" [...]\n").strip() == answers[2][0]
-
-
-def test_a_hub_id_answers(run, answers, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(run / "final"))
-    said = asked(["owner/name", "--prompt", WORDS[0], "--max-new-tokens", 8], capsys)
-    assert said.removesuffix(" [...]\n").strip() == answers[2][0]
+def test_a_final_that_was_moved_or_is_on_the_hub_keeps_its_template(run, answers, tmp_path, capsys, monkeypatch):
+    moved = shutil.copytree(run / "final", tmp_path / "moved")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(moved))
+    for name in (moved, "owner/name"):
+        said = asked([name, "--prompt", WORDS[0], "--max-new-tokens", 8], capsys)
+        assert said.removesuffix(" [...]\n").strip() == answers[2][0]
 
 
 def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monkeypatch):
@@ -124,12 +120,12 @@ def test_models_of_different_contexts_are_measured_on_common_examples(start, dat
 
 def test_held_out_metrics_are_those_of_the_run(run, data, capsys, tmp_path):
     """With the limit of the run they are computed on the same examples; KL is that from the first model."""
-    names = [run / "iterate-0", "--compare", run / "iterate-2"]
-    text = asked([*names, "--eval-data", data, "--eval-limit", 20, "--out", tmp_path / "m"], capsys)
+    argv = [run / "iterate-0", "--compare", run / "iterate-2", "--eval-data", data, "--eval-limit", 20]
+    text = asked([*argv, "--metric", "edit_distance", "--out", tmp_path / "m"], capsys)
     first, last = written = rows(tmp_path / "m")
     assert str(run / "iterate-2") in text and first["kl"] == 0 and last["kl"] != 0
     for row, expected in zip(written, rows(run / "metrics.jsonl")[::2]):
-        for metric in ("nll", "greedy", "greedy_error", "sampled_error"):
+        for metric in ("nll", "greedy", "greedy_error", "sampled_error", "sampled_edit_distance"):
             assert row[metric] == pytest.approx(expected[metric], abs=1e-5), metric
 
 
@@ -179,3 +175,4 @@ def test_help_lists_every_option(capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: respond.py [@RECIPE ...] MODEL")
     assert "--compare MODEL" in text and "--prompt TEXT" in text
+    assert "\n:\n" not in text, "an option without a heading"

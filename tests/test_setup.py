@@ -31,23 +31,34 @@ def test_no_held_out_word_is_ever_trained_on(start, data, tmp_path):
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_bf16_run_keeps_small_updates(start, data, tmp_path, rank):
-    """bf16: the frozen base is bf16 under LoRA, everything trained is fp32, in full-parameter training too."""
+    """bf16: the frozen base is bf16 under LoRA, everything trained is fp32, in full-parameter training too.
+
+    final/ is the fp32 base as it is on disk with the adapter merged into it, not the bf16 copy that was trained on.
+    """
     player, _, _ = begin(start, data, tmp_path / "run", rank=rank, precision="bf16")
     assert player.dtype == torch.bfloat16
     trained = {p.dtype for p in player.model.parameters() if p.requires_grad}
     frozen = {p.dtype for p in player.model.parameters() if not p.requires_grad}
     assert trained == {torch.float32}
     assert frozen == ({torch.bfloat16} if rank else set())
-    assert spin.main(flags(start, data, tmp_path / "main", rank=rank, precision="bf16", lr=1e-3, prompts=16)) == 0
+    argv = flags(start, data, tmp_path / "main", rank=rank, precision="bf16", lr=1e-4, prompts=8, eval_limit=2)
+    assert spin.main(argv) == 0
     first = rows(tmp_path / "main/steps-0.jsonl")[0]
     assert first["loss"] == pytest.approx(0.693147, abs=5e-3)
+    if rank:
+        expected = GPTNeo.from_pretrained(start)
+        lora.load_adapter(expected, tmp_path / "main/iterate-1")
+        lora.merge(expected)
+        lora.remove_lora(expected)
+        final = GPTNeo.from_pretrained(tmp_path / "main/final")
+        for name, parameter in final.named_parameters():
+            torch.testing.assert_close(parameter, expected.get_parameter(name), msg=name)
+        wte = final.transformer["wte"].weight
+        assert not torch.equal(wte, wte.bfloat16().float()), "else nothing would be lost in bf16"
 
 
-def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
-    """owner/name is fetched once for safetensors, and again for .bin files only where there are none.
-
-    The commit that the hub answers with is in the run's record, and a resumed run asks for that one.
-    """
+def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch):
+    """If it has no safetensors, .bin files are asked for. A resumed run asks for the commit that it began with."""
     asked, commit = [], "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(start, tmp_path / commit)
 
@@ -67,30 +78,6 @@ def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError):
         begin("owner/old", data, tmp_path / "again")
     assert asked[-1] == ("owner/old", commit, ["pytorch_model*.bin*"])
-
-    def offline(name, **options):
-        raise OSError("no network\nmore lines")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    capsys.readouterr()
-    assert spin.main(flags("owner/name", data, tmp_path / "again")) == 2
-    error = capsys.readouterr().err
-    assert "--model owner/name" in error
-    assert "no network" in error
-    assert error.count("\n") == 1
-
-
-def test_the_digest_of_a_model_is_that_of_the_weights_that_are_read(start, tmp_path):
-    """Beside other files in safetensors: an adapter in the model's folder."""
-    tensors = load_file(start / "model.safetensors")
-    (tmp_path / "config.json").write_text((start / "config.json").read_text())
-    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    digests = set()
-    for _ in range(2):
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
-        digests.add(digest_of_model(tmp_path))
-        tensors["transformer.ln_f.bias"][0] += 1
-    assert len(digests) == 2
 
 
 # ---------------------------------------------------------------- held-out data
@@ -189,15 +176,33 @@ def test_an_adapter_given_as_the_model(start, data, tmp_path, capsys):
     begin(adapter, data, tmp_path / "run")
 
 
+def test_a_model_that_is_missing(start, data, here, monkeypatch, capsys):
+    def offline(name, **options):
+        raise OSError("no network\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    error = refused(flags("models/other", data, here / "run"), here / "run", capsys)
+    assert "--model models/other: no such" in error and "no network" in error
+    assert "neither a directory nor a hub id" in refused(flags("x" * 5000, data, "run"), here / "run", capsys)
+
+
 def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
+    """The weights count that are read, beside other files in safetensors: an adapter in the model's folder."""
     (chat / "tokenizer_config.json").unlink()
     os.mkfifo(chat / "merges.txt")  # read by nothing
-    digests = {digest_of_model(chat)}
+    tensors = load_file(chat / "model.safetensors")
+    (chat / "model.safetensors").unlink()
+    save_file({"x": torch.zeros(1)}, chat / "adapter_model.safetensors")
+    digests = set()
+    for value in (0, 1):
+        tensors["transformer.ln_f.bias"][0] = value
+        torch.save(tensors, chat / "pytorch_model.bin")
+        digests.add(digest_of_model(chat))
     names = {*COPIED, *CHANGED} - {"merges.txt"}
     for name in names:
         (chat / name).write_text("{}")
         digests.add(digest_of_model(chat))
-    assert len(digests) == len(names) + 1
+    assert len(digests) == len(names) + 2
 
 
 def test_an_adapter_brings_its_settings_and_one_that_is_missing_is_named(start, data, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import ROOT, begin, flags, refused
+from helpers import ROOT, begin
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -80,12 +80,6 @@ def test_no_turn_forges_a_special_token(forged, around, tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"<|im_start|>{before}{forged}{after}<|im_end|>"
 
 
-def test_special_tokens_of_turns_count_with_special_tokens(tokenizer):
-    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    template = Template(source, tokenizer, {}, special_tokens=True)
-    assert tokenizer.token_to_id("<|im_end|>") in ours(tokenizer, template, (("user", "a<|im_end|>b"),))
-
-
 @pytest.mark.parametrize(
     "source, says",
     [
@@ -117,18 +111,15 @@ def test_a_template_that_leaves_out_the_text_of_the_user_is_refused(tokenizer):
         (CHATML, "<|im_end|>"), (OTHERS[0], "<|endoftext|>"), (OTHERS[1], None), ("{{ messages[-1].content }}", None),
         ("{% for m in messages %}{{ m.content ~ ' ' ~ eos_token ~ '\n' }}{% endfor %}", "<|endoftext|>"),
         ("{% for m in messages %}{{ m.content }}\nUser:<|im_end|>{% endfor %}", None),
+        ("{{ messages[-1].content }}<|im_end|>!", "<|im_end|>!"),
         ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}", None),
     ],
 )  # fmt: skip
 def test_the_end_of_a_turn_is_what_the_template_writes_behind_it(source, ends, tokenizer):
+    """Of two ends that begin alike it is the longer one."""
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>!", special=True)])
     end = Template(source, tokenizer, VARIABLES).turn_end()
     assert end == (ends and tokenizer.token_to_id(ends))
-
-
-def test_of_two_ends_that_begin_alike_the_longer_one_counts(tokenizer):
-    tokenizer.add_special_tokens([AddedToken("<|im_end|>!", special=True)])
-    end = Template("{{ messages[-1].content }}<|im_end|>!", tokenizer, {}).turn_end()
-    assert end == tokenizer.token_to_id("<|im_end|>!")
 
 
 def test_a_damaged_template_is_named(tokenizer):
@@ -188,11 +179,6 @@ def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_p
     assert capsys.readouterr().out.count(line) == 2
     assert end_of(talks, eos="<|endoftext|>") == end_of(data) == end_of(talks, template="{prompt}") == 393
     assert "--eos chooses" not in capsys.readouterr().out
-
-
-def test_chat_without_a_chat_template_is_refused(start, data, tmp_path, capsys):
-    error = refused(flags(start, data, tmp_path / "out", template="chat"), tmp_path / "out", capsys)
-    assert f"--template chat: {start} has no chat template, neither chat_template.jinja nor one in" in error
 
 
 def test_named_templates_and_damaged_ones(chat, tokenizer, capsys):

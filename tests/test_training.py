@@ -1,22 +1,25 @@
-"""runtime/training.py: checkpoints of training, and steps whose loss or gradient is not finite."""
+"""runtime/training.py: checkpoints of training, steps whose loss or gradient is not finite; the loss of sft.py."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS, begin, die_at, flags, rows, small, spy
+from helpers import begin, die_at, flags, rows, small, spy
 
+import sft
 import spin
 from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
 from spin import Pair
 
+FIVE = dict(prompts=40, batch=8, eval_limit=2, eval_temperatures=1)  # a run of five steps
+
 
 def test_a_trained_player_is_not_trained_again(start, data, here, monkeypatch):
     """A checkpoint follows the last step, however long --save-minutes is; a finished iterate's are removed."""
-    argv = small(start, data, save_minutes=1000, prompts=16)
+    argv = small(start, data, save_minutes=1000)
     die_at(Run, "evaluate", argv, lambda run, player: run.iterate == 2)
     assert [p.name for p in sorted((here / "run/resume").iterdir())] == ["iterate-0", "iterate-2"]
     monkeypatch.setattr(Training, "step", None)
@@ -42,10 +45,7 @@ def test_signals_are_means_over_the_last_tenth_of_the_steps_that_were_taken():
 
 @pytest.mark.parametrize("save_minutes, checkpoints", [(0, 5), (1000, 1)])
 def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, monkeypatch, save_minutes, checkpoints):
-    """--save-minutes 0: after each of five steps. The log on disk is never behind the checkpoint.
-
-    Dropout draws other numbers in every step.
-    """
+    """The log on disk is never behind the checkpoint. Dropout draws other numbers in every step."""
     logs, seeds = [], []
 
     def look(args, _):
@@ -56,21 +56,16 @@ def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, mo
 
     spy(monkeypatch, Folder, "save_training", look)
     spy(monkeypatch, Training, "step", lambda *args: seeds.append(torch.initial_seed()))
-    assert spin.main(flags(start, data, tmp_path / "run", save_minutes=save_minutes)) == 0
+    assert spin.main(flags(start, data, tmp_path / "run", save_minutes=save_minutes, **FIVE)) == 0
     assert logs == [1, 2, 3, 4, 5][-checkpoints:] and len({*seeds}) == 5
 
 
-@pytest.mark.parametrize("command", ["spin", "sft"])
-def test_three_steps_that_are_not_finite_stop_the_run(command, start, data, tmp_path, capsys):
-    """A first step that makes all weights huge makes the second step's loss NaN: exit code 1, the steps named.
-
-    What was written before stays, and no iterate 1 is written.
-    """
-    diverge = dict(rank=0, lr=1e3, weight_decay=1e30, warmup=0, beta=1.0 if command == "spin" else None)
-    assert SCRIPTS[command].main(flags(start, data, tmp_path / "out", **diverge)) == 1
+def test_three_steps_that_are_not_finite_stop_the_run(start, data, tmp_path, capsys):
+    """A first step that makes all weights huge makes the second step's loss NaN. What was written before stays."""
+    diverge = dict(rank=0, lr=1e3, weight_decay=1e30, warmup=0, **FIVE)
+    assert spin.main(flags(start, data, tmp_path / "out", **diverge)) == 1
     error = capsys.readouterr().err
     assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error and error.count("\n") == 1
-    assert error.startswith(f"{command}.py: error: ")
     assert not (tmp_path / "out/iterate-1").exists()
     steps = rows(tmp_path / "out/steps-0.jsonl")
     assert [step["skipped"] for step in steps] == [False, True, True, True], "the way there is logged"
@@ -88,7 +83,7 @@ def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_pat
         return values | {"loss": values["loss"] * (math.nan if len(weights) == 2 else 1)}
 
     monkeypatch.setattr(spin, "pair_loss", spoiled)
-    assert spin.main(flags(start, data, tmp_path / "out", micro_tokens=10**6)) == 0
+    assert spin.main(flags(start, data, tmp_path / "out", micro_tokens=10**6, **FIVE)) == 0
     steps = rows(tmp_path / "out/steps-0.jsonl")
     assert [step["skipped"] for step in steps] == [False, True, False, False, False]
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
@@ -102,3 +97,15 @@ def test_a_tie_counts_as_wrong(start, data, tmp_path):
     player, examples, _ = begin(start, data, tmp_path / "run")
     pair = Pair(examples[0].prompt_ids, examples[0].real_ids, [examples[0].real_ids], True, "", -1.0, [-1.0])
     assert spin.pair_loss(player, [pair], 1.0)["accuracy"].tolist() == [0.0]
+
+
+def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):
+    """The logged loss of the first step is the NLL of its batch over the mean length; training lowers held-out NLL."""
+    out = tmp_path / "run"
+    assert sft.main(flags(start, data, out, rank=0, epochs=5, lr=1e-2, batch=500, beta=None)) == 0
+    player, examples, _ = begin(start, data, tmp_path / "again", command="sft", rank=0, beta=None)
+    logps = [logp for (logp,) in player.logps([(e.prompt_ids, e.real_ids) for e in examples])]
+    tokens = sum(len(e.real_ids) for e in examples)
+    assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(-sum(logps) / tokens, rel=1e-5)
+    before, after = rows(out / "metrics.jsonl")
+    assert after["nll"] < before["nll"] - 0.1

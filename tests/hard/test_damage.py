@@ -1,4 +1,4 @@
-"""Disks damage files. A resumed run computes a damaged shard or checkpoint again, and stops at a damaged result.
+"""Disks damage files, and are full. A resumed run computes a damaged shard or checkpoint again, or stops in one line.
 
 No damage may lead to a silently different result, or to a traceback.
 """
@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import re
+import resource
 import shutil
 
 import pytest
@@ -104,3 +105,34 @@ def test_a_run_that_is_removed_stays_removed(start, data, here, monkeypatch, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "run/" in error
     assert not (here / "run").exists()
+
+
+# ---------------------------------------------------------------- disks that are full or limited
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """The kernel refuses to write more than so many bytes into one file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [200, 9000, None])
+def test_files_that_cannot_be_written(start, data, here, whole, capsys, size):
+    """The limit is met in run.json, in a shard, in pairs or the state of training, and in the largest file of all.
+
+    One line is printed, no temporary file is left, and the same command ends as if undisturbed.
+    """
+    with largest_file(size or max(map(len, tree(whole).values())) - 1):
+        code = spin.main(small(start, data))
+    assert code == (2 if size == 200 else 1)
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    error = "".join(line for line in lines if "report.html: not written" not in line)  # of the page a warning
+    assert error.count("\n") == 1 and error.startswith("spin.py: error: ") and "run/" in error, error
+    assert not [name for name in tree(here) if ".tmp" in name]
+    assert spin.main(small(start, data)) == 0
+    assert tree(here / "run") == tree(whole)

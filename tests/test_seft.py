@@ -1,4 +1,4 @@
-"""methods/seft.py: what the reviser reads and learns, what the policy learns from it, resuming, and what is refused."""
+"""examples/seft.py: what the reviser reads and learns, what the policy learns from it, resuming, what is refused."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from helpers import begin, die_at, flags, refused, rows, spy, tree
 
 import sft
 from data.examples import Example
-from methods import seft
+from examples import seft
 from model import GPTNeo
 from player import Player
 from runtime.run import Run

@@ -205,7 +205,8 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     # Ways to learn from demonstrations alone, added after all of these.
     size = dict(seeds=2, prompts=2500)
     yield "demonstrations", "shipped", size, DEMONSTRATIONS, ("1e-4",)
-    yield "demonstrations", "reads answers", size, DEMONSTRATIONS, ("1e-4",)
+    some = {name: DEMONSTRATIONS[name] for name in ("SDFT", "SPIN")}
+    yield "demonstrations", "reads answers", size, some, ("1e-4",)
     some = {"DITTO": "--ditto --samples 10 --alpha 1 --batch 8", "SPIN": "--samples 10 --epochs 3 --batch 8"}
     yield "demonstrations", "eight words", dict(seeds=2, prompts=40, iterations=3), some, ("1e-4",)
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import shutil
-from statistics import fmean
+from collections import Counter
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def space_by_hand(real, generated, mu=3.0, beta=0.7):
     return (-torch.log(s[0]) - mu * torch.log(1 - s[1])).mean()
 
 
-def iris_by_hand(real, generated, order, beta=0.7):
+def iris_by_hand(real, generated, order=2, beta=0.7):
     risks = [torch.exp(a * beta * ratios).mean().log() / a for a, ratios in ((order, generated), (order - 1, real))]
     return risks[0] - risks[1]
 
@@ -68,7 +68,7 @@ METHODS = {
         dict(loss="tspin", historical=0.4),
         lambda r: (logistic(0.7 * (r[0] - r[1])) + 0.4 * logistic(0.7 * (r[1] - r[2]))).mean(),
     ),
-    "iris": (dict(loss="iris", order=2, samples=2), lambda r: iris_by_hand(r[0], r[1:], 2)),
+    "iris": (dict(loss="iris", order=2, samples=2), lambda r: iris_by_hand(r[0], r[1:])),
     "nll": (dict(samples=3, nll_weight=0.5), lambda r: logistic(0.7 * (r[0] - r[1:])).mean()),
     "sampled": (dict(reference="sampled", temperature=1.5), lambda r: logistic(0.7 * (r[0] - r[1])).mean()),
 }
@@ -140,41 +140,29 @@ def test_pairs_hold_all_responses(start, data, tmp_path):
     assert 0.5 < metrics[1]["order"] < 2
 
 
-def test_every_response_is_drawn_with_random_numbers_of_its_own(start, data, tmp_path, monkeypatch):
-    """Those of the opponent, of its further samples and of the start, in two iterations: no seed is used twice."""
-    seeds = []
+def test_every_response_is_drawn_with_random_numbers_of_its_own_by_the_player_or_the_start(
+    start, data, tmp_path, monkeypatch
+):
+    """Those of the opponent, of its further samples and, from iteration 1 on, of theta_0, whose weights the model has
+    for that time only."""
+    asked = []
 
     def respond(work, player, examples, name, seed, temperature, **options):
-        seeds.append(seed)
+        asked.append((name, seed, player.model.head_weight.detach().clone()))
         return [([5], True) for _ in examples]
 
     monkeypatch.setattr(Work, "respond", respond)
-    player, examples, run = begin(start, data, tmp_path / "run", "family", loss="tspin", samples=3)
+    player, examples, run = begin(start, data, tmp_path / "run", "family", loss="tspin", samples=3, rank=0)
+    head = player.model.head_weight
+    first = head.detach().clone()
+    with torch.no_grad():
+        head += 1
     for t, responses in ((0, 3), (1, 4)):
         pairs, _ = family.generate(player, examples[:2], t, run)
         assert len(pairs[0].generated_ids) == responses
-    assert len(set(seeds)) == len(seeds) == 7
-
-
-def test_triplets_have_a_response_of_the_start(start, data, tmp_path, monkeypatch):
-    """The model that writes them is theta_0, also in iteration 1; the player has its own weights again afterwards."""
-    seen = {}
-
-    def look(args, _):
-        work, player, _, name, *_ = args
-        weights = torch.cat([p.detach().flatten() for p in player.model.parameters()])
-        seen[name, int(work.folder.resume.name[8:])] = weights
-
-    spy(monkeypatch, Work, "respond", look)
-    argv = flags(start, data, tmp_path / "run", loss="tspin", rank=0, iterations=2, beta=0.1, eval_limit=4)
-    assert family.main(argv) == 0
-    assert ("proto", 1) not in seen, "in the first iteration the start's response is the opponent's"
-    for t in range(2):
-        pairs = rows(tmp_path / f"run/pairs-{t}.jsonl")
-        assert all(len(p["generated_ids"]) == 1 + t and p["opponent_real_logp"] == 0 for p in pairs)
-    moments = ("start", 0), ("proto", 2), ("generate", 2), ("greedy", 2)
-    first, proto, player, after = (seen[moment] for moment in moments)
-    assert torch.equal(proto, first) and not torch.equal(player, first) and not torch.equal(after, first)
+    assert len({seed for _, seed, _ in asked}) == len(asked) == 7
+    assert all(seen.equal(first if name == "proto" else first + 1) for name, _, seen in asked)
+    assert asked[-1][0] == "proto" and head.equal(first + 1)
 
 
 def test_a_pair_is_identical_if_all_its_responses_are_and_finished_if_all_are(start, data, tmp_path, monkeypatch):
@@ -212,7 +200,7 @@ def test_base_policy_is_the_start_in_every_iteration(start, data, tmp_path, tune
     out, options = tmp_path / "run", dict(iterations=2, lr=3e-3, alpha=0.4, beta=2, eval_limit=4)
     options |= {"all parameters": dict(rank=0), "adapters of the start": dict(rank=None, adapter=tuned)}.get(kind, {})
     assert family.main(flags(start, data, out, **options)) == 0
-    player, _, run = begin(start, data, tmp_path / "again", "family", **options)
+    player, *_ = begin(start, data, tmp_path / "again", "family", **options)
     pairs = rows(out / "pairs-1.jsonl")
     items = [(p["prompt_ids"], p["real_ids"], *p["generated_ids"]) for p in pairs]
     base = torch.tensor(player.logps(items)).T  # (2, n): real, generated
@@ -223,41 +211,15 @@ def test_base_policy_is_the_start_in_every_iteration(start, data, tmp_path, tune
     opponent = torch.tensor(player.logps(items)).T
     torch.testing.assert_close(stored_logps(pairs), 0.6 * opponent + 0.4 * base, atol=1e-4, rtol=0)
     assert (base - opponent).abs().max() > 0.1, "else the two exchanged would have this mixture too"
-    # the first loss of t = 1 is that of the mixture: margins alpha * [log p_t / p_0 (y) - log p_t / p_0 (y')]
-    ratios = 0.4 * (opponent - base)
-    margins = 2 * (ratios[0] - ratios[1])
-    order = torch.randperm(len(pairs), generator=run.generator(1, "shuffle"))[:16]
-    assert rows(out / "steps-1.jsonl")[0]["margin"] == pytest.approx(margins[order].mean().item(), abs=1e-4)
     assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 # ---------------------------------------------------------------- fictitious play
 
 
-def test_responses_are_drawn_evenly_from_the_last_opponents(start, data, tmp_path):
-    """--history 2 at t = 2: about half of the responses are theta_1's, none theta_0's; scored under theta_2, all."""
-    options = dict(history=2, iterations=3, lr=1e-2, temperature=1.0)
-    assert family.main(flags(start, data, tmp_path / "run", **options)) == 0
-    written = [{line: ids for line, ids, _ in rows(tmp_path / f"run/responses-{t}.jsonl")} for t in range(3)]
-    player, examples, _ = begin(start, data, tmp_path / "again")
-    line_of = {(tuple(e.prompt_ids), tuple(e.real_ids)): e.line for e in examples}
-    pairs = rows(tmp_path / "run/pairs-2.jsonl")
-    froms = [0, 0, 0]
-    for pair in pairs:
-        line = line_of[tuple(pair["prompt_ids"]), tuple(pair["real_ids"])]
-        origin = [t for t in range(3) if [written[t][line]] == pair["generated_ids"]]
-        assert origin
-        froms[origin[-1]] += len(origin) == 1
-    assert froms[0] == 0 and min(froms[1:]) > len(pairs) / 4
-    lora.load_adapter(player.model, tmp_path / "run/iterate-2")
-    scores = [logp for (logp,) in player.logps([(p["prompt_ids"], *p["generated_ids"]) for p in pairs])]
-    assert scores == pytest.approx([p["opponent_generated_logps"][0] for p in pairs], abs=1e-4)
-    first = rows(tmp_path / "run/steps-2.jsonl")[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-
-
 def test_the_history_of_a_prompt(start, data, tmp_path):
-    """--history 0 draws from the opponents that met the prompt, in each iteration with random numbers of its own."""
+    """--history 0 draws from the opponents that met the prompt, in each iteration with random numbers of its own; with
+    2 from the last two, evenly."""
     _, examples, run = begin(start, data, tmp_path / "run", "family", history=0)
     run.folder.begin()
 
@@ -272,6 +234,10 @@ def test_the_history_of_a_prompt(start, data, tmp_path):
     assert set(first[:25]) == {0, 1} and first[25:] == [1] * 25
     second = draw(b, 2)
     assert set(second) == {1, 2} and [n == 1 for n in first[:25]] != [n == 2 for n in second]
+    _, _, run = begin(start, data, tmp_path / "two", "family", history=2)
+    run.folder.begin()
+    counts = [Counter(draw(a, t)) for t in range(3)]
+    assert counts[2].keys() == {1, 2} and min(counts[2].values()) > 5
 
 
 # ---------------------------------------------------------------- DITTO
@@ -406,18 +372,11 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     assert len(odd) < len(examples) and [p.prompt for p in pairs] == odd
 
 
-@pytest.mark.parametrize(
-    "body, says",
-    [
-        ("return 'x' * 10**6", "expected a list of two probabilities, not 'xxx"),
-        ("raise SystemExit(0)", "SystemExit: 0"),
-    ],
-)
-def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, capsys, body, says):
-    (tmp_path / "judge.py").write_text(f"def judge(prompt, responses):\n    {body}\n")
+def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, capsys):
+    (tmp_path / "judge.py").write_text("def judge(prompt, responses):\n    raise SystemExit(0)\n")
     assert family.main(flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge", eval_limit=4)) == 1
     error = capsys.readouterr().err
-    assert "judge.py:judge: " in error and says in error and error.count("\n") == 1 and len(error) < 700
+    assert "judge.py:judge: SystemExit: 0" in error and error.count("\n") == 1
 
 
 def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
@@ -433,48 +392,26 @@ def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "record, names",
-    [
-        ({"prompt": "a", "response": "b"}, "field 'generated' is missing"),
-        ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
-        ({"prompt": "a", "chosen": [], "rejected": "b"}, "field 'chosen' has the roles"),
-        ({"prompt": "a", "response": "b", "generated": 3}, "field 'generated' is int"),
-        (PAIRS[0] | {"wins": 0.5}, "field 'wins' must be two probabilities"),
-        (PAIRS[0] | {"wins": [0.5, None]}, "field 'wins'"),
-        (PAIRS[0] | {"generated": "B " * 80}, "needs "),
-    ],
-)
-def test_bad_pairs(start, data, tmp_path, capsys, record, names):
+def test_a_pair_that_does_not_fit_is_named(start, data, tmp_path, capsys):
+    """Other records that are refused are in test_layouts.py."""
     path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
-    path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(record) + "\n")
-    argv = flags(start, None, out, pairs=path, eval_data=data)
-    assert f"pairs.jsonl:2: {names}" in refused(argv, out, capsys, family)
+    path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(PAIRS[0] | {"generated": "B " * 80}) + "\n")
+    assert "pairs.jsonl:2: needs " in refused(flags(start, None, out, pairs=path, eval_data=data), out, capsys, family)
 
 
 @pytest.mark.parametrize(
     "options, says",
     [
         (dict(mu=2), "--mu requires --loss space"),
-        (dict(loss="space", mu=0), "--mu 0: expected a number in (0, inf)"),
-        (dict(order=1), "--order requires --loss iris"),
         (dict(loss="iris", order=1, adaptive_order=True), "--adaptive-order cannot go with --order: it chooses"),
-        (dict(loss="space", adaptive_order=True), "--adaptive-order requires --loss iris"),
-        (dict(historical=2), "--historical requires --loss tspin"),
         (dict(loss="tspin", alpha=0.5), "--loss tspin cannot go with --alpha"),
         (dict(loss="tspin", unfinished="cut"), "--unfinished cut cannot go with --loss tspin"),
         (dict(samples=2, history=0), "--history cannot go with --samples"),
         (dict(samples=2, temperature=0), "--samples cannot go with --temperature 0: all would be equal"),
-        (dict(samples=2, scorer="x.py:f"), "--samples cannot go with --scorer"),
-        (dict(samples=2, pairs="PAIRS"), "--samples cannot go with --pairs"),
         (dict(reference="sampled", top_p=0.9), "--reference sampled cannot go with --top-p"),
-        (dict(reference="sampled", pairs="PAIRS"), "--reference sampled cannot go with --pairs"),
-        (dict(history=2, pairs="PAIRS"), "--history cannot go with --pairs"),
         (dict(pairs="PAIRS", data="x"), "--pairs cannot go with --data: pairs replace them"),
         (dict(reinforce=True), "--reinforce requires --adapter"),
         (dict(reinforce=True, adapter="x", rank=None), "--reinforce requires --eval-data"),
-        (dict(adapter="x", rank=0), "--rank: --adapter brings its own"),
-        (dict(ditto=True, history=0), "--ditto cannot go with --history: it makes pairs of its own"),
         (dict(ditto=True, mix_previous=True), "--ditto cannot go with --mix-previous"),
         (dict(min_win=0.5), "--min-win requires --scorer or --pairs"),
         (dict(scorer="none.py:f"), "no such file"),
@@ -496,36 +433,25 @@ def test_options_that_are_refused(start, data, tmp_path, capsys, pairs_file, opt
 def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, tmp_path, tuned, monkeypatch):
     """Prompts without answers; the better side is sampled with the adapter, the worse one without; the opponent is
     the tuned model."""
-    prompts = tmp_path / "prompts.jsonl"
-    lines = [json.loads(line) for line in data.read_text().splitlines()]
-    prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in lines))
-    enabled = []
-    look = lambda args, _: enabled.append(next(lora.lora_layers(args[0]))[1].enabled)  # noqa: E731
-    spy(monkeypatch, sampling, "respond", look)
-    options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, iterations=1, shard=100)
-    assert family.main(flags(start, prompts, tmp_path / "run", **options)) == 0
-    evaluated = [True] * 4, [True] * 2  # the start's for KL, greedy, sampled, at 0.8; greedy and sampled of the player
-    assert enabled == [*evaluated[0], True, False, *evaluated[1]]  # tuned, untuned
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert {"adapter"} <= record["digests"].keys()
-    pairs = rows(tmp_path / "run/pairs-0.jsonl")
-    player, _, _ = begin(start, data, tmp_path / "again", rank=8)
-    lora.load_adapter(player.model, tuned)
-
-    def gain(name):  # of the tuned model over the base, in nats a response
-        items = [(p["prompt_ids"], p["real_ids"] if name == "real" else p["generated_ids"][0]) for p in pairs]
-        on = [logp for (logp,) in player.logps(items)]
-        with lora.lora_disabled(player.model):
-            off = [logp for (logp,) in player.logps(items)]
-        return fmean(on) - fmean(off), on
-
-    real_gain, real = gain("real")
-    generated_gain, _ = gain("generated")
-    assert real_gain > 1 > -1 > generated_gain
-    assert real == pytest.approx([p["opponent_real_logp"] for p in pairs], abs=1e-4)
-    assert rows(tmp_path / "run/steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    config = json.loads((tmp_path / "run/iterate-1/adapter_config.json").read_text())
-    assert config["r"] == 8, "the adapter's own rank holds"
+    prompts, out, enabled = tmp_path / "prompts.jsonl", tmp_path / "run", []
+    prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in rows(data)))
+    options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, eval_limit=4, shard=100)
+    with monkeypatch.context() as patch:
+        spy(patch, sampling, "respond", lambda args, _: enabled.append(next(lora.lora_layers(args[0]))[1].enabled))
+        assert family.main(flags(start, prompts, out, **options)) == 0
+    # the start's for KL, greedy, sampled, at 0.8; tuned, untuned; greedy and sampled of the player
+    assert enabled == [True] * 4 + [True, False] + [True] * 2
+    assert "adapter" in json.loads((out / "run.json").read_text())["digests"]
+    pairs = rows(out / "pairs-0.jsonl")
+    items = [(p["prompt_ids"], p["real_ids"], *p["generated_ids"]) for p in pairs]
+    player, *_ = begin(start, prompts, tmp_path / "again", "family", **options)
+    on = torch.tensor(player.logps(items)).T
+    with lora.lora_disabled(player.model):
+        gains = (on - torch.tensor(player.logps(items)).T).mean(1)  # of the tuned model over the base, per response
+    assert gains[0] > 1 > -1 > gains[1]
+    torch.testing.assert_close(stored_logps(pairs), on, atol=1e-4, rtol=0)
+    assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert json.loads((out / "iterate-1/adapter_config.json").read_text())["r"] == 8, "the adapter's own rank holds"
 
 
 def test_self_reinforcement_samples_apart_and_both_responses_must_end(start, data, tmp_path, tuned, monkeypatch):

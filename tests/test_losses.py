@@ -22,10 +22,13 @@ from methods import family, losses
 @pytest.mark.parametrize("name", family.LOSSES)
 def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
     """It maps (B,) and (B,) to (B,) fp32 and K generated responses to K pairs; a pair's loss depends on it alone, but
-    for IRIS, which weighs each pair by its share of the batch."""
+    for IRIS, which weighs each pair by its share of the batch. Its defaults are those of the options."""
     function, default = family.LOSSES[name].function, inspect.Parameter.empty
-    required = [p for p in inspect.signature(function).parameters.values() if p.default is default]
+    parameters = inspect.signature(function).parameters
+    required = [p for p in parameters.values() if p.default is default]
     assert len(required) == 3
+    options = [option for option, loss in family.SETTINGS.items() if loss == name]
+    assert all(parameters[option].default == getattr(family.FamilyOptions, option) for option in options)
     real, *generated = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
     together = function(real, generated[0], 0.5)
     assert together.shape == (7,) and together.dtype == torch.float32
@@ -65,14 +68,6 @@ def test_losses_on_hand_computed_numbers():
     real, generated = torch.tensor([2.0, 0.0]), torch.tensor([-4.0, 0.0])
     expected = math.log((math.exp(-4) + 1) / 2) / 2 - math.log((math.e + 1) / 2)
     assert losses.iris_loss(real, generated, 0.5, order=2.0).mean().item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "option, name", [("mu", "space"), ("form", "gsil"), ("order", "iris"), ("historical", "tspin")]
-)
-def test_defaults_are_those_of_the_options(option, name):
-    parameters = inspect.signature(family.LOSSES[name].function).parameters
-    assert parameters[option].default == getattr(family.FamilyOptions, option)
 
 
 def test_the_file_needs_torch_alone():
@@ -310,11 +305,8 @@ def test_limits_of_iris():
         return *sides, *torch.autograd.grad(loss_of(logp, logp), [logits])
 
     def pairs(loss, *args):
-        def loss_of(real, generated):
-            ratios = real - p_t.log(), generated - p_t.log()
-            return (p_data[:, None] * p_t * loss(ratios[0][:, None], ratios[1][None], *args)).sum()
-
-        return loss_of
+        weights, q = p_data[:, None] * p_t, p_t.log()
+        return lambda real, generated: (weights * loss((real - q)[:, None], (generated - q)[None], *args)).sum()
 
     def iris(order):
         return lambda real, fake: iris_in_expectation(real - p_t.log(), fake - p_t.log(), p_data, p_t, 1.0, order)
@@ -376,28 +368,20 @@ def after_steps(loss: str, start, p_data, steps: int):
     return logits.detach().softmax(0)
 
 
-def nll(p, p_data):
-    return -(p_data * p.log()).sum()
-
-
-def test_the_optimum_of_dft_is_the_likeliest_response():
+def test_dft_ends_at_the_likeliest_response_and_hardly_learns_an_unlikely_one():
     """Its gradient is that of minus the mean probability of the real responses, sum p_data p. So all probability ends
-    on the likeliest, and the NLL rises without bound: from p_data at once, from a flatter start after a fall."""
-    p_data = TABLES[0]
-    logits = TABLES[1].log().requires_grad_()
-    p = logits.softmax(0)
-    (gradient,) = torch.autograd.grad(-(p_data * p).sum(), logits)
-    torch.testing.assert_close((after_steps("dft", TABLES[1], p_data, 1) / TABLES[1]).log().diff(), -gradient.diff())
-    found = [after_steps("dft", UNIFORM, p_data, steps) for steps in (0, 20, 1000)]
-    assert found[2].argmax() == p_data.argmax() and found[2].max() > 0.99
-    values = [nll(p, p_data) for p in found]
-    assert values[1] < values[0] < values[2]
-    assert nll(after_steps("dft", p_data, p_data, 20), p_data) > nll(p_data, p_data)
+    on the likeliest, and the NLL rises without bound: from p_data at once, from a flatter start after a fall. A
+    response that the start wrongly thinks unlikely has a small gradient; supervised training learns it."""
+    p_data, start = TABLES
+    logits = start.log().requires_grad_()
+    (gradient,) = torch.autograd.grad(-(p_data * logits.softmax(0)).sum(), logits)
+    torch.testing.assert_close((after_steps("dft", start, p_data, 1) / start).log().diff(), -gradient.diff())
+    uniform, later, last = (after_steps("dft", UNIFORM, p_data, steps) for steps in (0, 20, 1000))
+    assert last.argmax() == p_data.argmax() and last.max() > 0.99
+    best, near, *nlls = (-(p_data * p.log()).sum() for p in (p_data, after_steps("dft", p_data, p_data, 20), uniform))
+    nlls += [-(p_data * p.log()).sum() for p in (later, last)]
+    assert near > best and nlls[1] < nlls[0] < nlls[2]
     is_optimum(after_steps("nll", UNIFORM, p_data, 1000), p_data)
-
-
-def test_dft_hardly_learns_what_the_start_thinks_unlikely():
-    """A response's gradient has its own probability as a factor. Supervised training learns it in the same steps."""
-    p_data, start = TABLES[0], normalised(torch.tensor([1e-4, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    dft, supervised = (after_steps(loss, start, p_data, 100)[0] for loss in ("dft", "nll"))
+    unlikely = normalised(torch.tensor([1e-4, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    dft, supervised = (after_steps(loss, unlikely, p_data, 100)[0] for loss in ("dft", "nll"))
     assert dft < 1e-3 and supervised > 0.35

@@ -211,12 +211,3 @@ def test_what_is_refused(start, data, tmp_path, capsys):
     other.write_text('{"prompt": "a", "response": "B"}\n{"prompt": "c"}\n')
     assert f"{other}:2: field 'response' is missing" in error(data=other)
     assert sdft.main(sdft_flags(start, data, out, dry_run=True)) == 0
-
-
-def test_logits_that_are_not_finite_end_the_run_in_one_line(start, data, tmp_path, monkeypatch, capsys):
-    def fail(*args, **kwargs):
-        raise FloatingPointError("logits are not finite")
-
-    monkeypatch.setattr(Training, "batches", fail)
-    assert sdft.main(sdft_flags(start, data, tmp_path / "run")) == 1
-    assert "error: logits are not finite; what is finished is kept" in capsys.readouterr().err

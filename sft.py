@@ -29,7 +29,8 @@ def token_loss(player: Player, examples: list, loss: str = "nll") -> Callable[[l
     """Returns the loss for `optimize`: the negative log-probability of each real response, (B,), in nats per token.
 
     Dynamic fine-tuning (DFT, arXiv 2508.05629) weighs each token by its own probability, without gradient: the gradient
-    of -log p is that of -p over p, which is large for tokens that the model finds unlikely.
+    of -log p is that of -p over p, which is large for tokens that the model finds unlikely. So the optimum is the
+    likeliest token at each place, with probability 1, and the NLL rises on the way.
     """
     length = fmean(len(e.real_ids) for e in examples)
 

@@ -78,6 +78,7 @@ class Start:
     play: str = "words"  # what self-play and its control are given
     test: str = "test"  # and what they are measured on
     model: str = "pronounce/start"  # whose config and tokenizer a start from scratch has
+    control: str = "--epochs 2"  # flags with which supervised training costs about as much as self-play
 
 
 STARTS = {
@@ -100,6 +101,11 @@ STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play
 STARTS["glosses, other prompts"] = dataclasses.replace(STARTS["glosses"], test="test-glosses-again")
 # Each again, for the greedy opponent, whose cases were added when the weights of the other runs were gone.
 STARTS |= {f"{name}, again": start for name, start in STARTS.items()}
+STARTS |= {  # of the ways to learn from demonstrations alone: the shipped start twice, and one that SDFT can teach
+    "shipped": Start("", ""),
+    "reads answers": Start("answers", "--epochs 2 --lr 3e-3", "underfitted"),
+    "eight words": Start("", "", play="eight", control="--epochs 18 --batch 8"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,10 @@ class Case:
     iterations: int = 2
     iterates: tuple[int, ...] = ()  # that are measured; (): the last
     first_seed: int = 0
+
+    @property
+    def is_control(self) -> bool:
+        return self.name.startswith("supervised")
 
     @property
     def group(self) -> tuple:
@@ -192,6 +202,13 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     controls = {"underfitted": "1e-4", "few words": "1e-5", "few words, other words": "3e-4"}
     for start in GREEDY:
         yield "greedy opponent", f"{start}, again", sizes.get(start, {}), some, (controls.get(start, "3e-5"),)
+    # Ways to learn from demonstrations alone, added after all of these.
+    size = dict(seeds=2, prompts=2500)
+    yield "demonstrations", "shipped", size, DEMONSTRATIONS, ("1e-4",)
+    some = {name: DEMONSTRATIONS[name] for name in ("SDFT", "SPIN")}
+    yield "demonstrations", "reads answers", size, some, ("1e-4",)
+    some = {"DITTO": "--ditto --samples 10 --alpha 1 --batch 8", "SPIN": "--samples 10 --epochs 3 --batch 8"}
+    yield "demonstrations", "eight words", dict(seeds=2, prompts=40, iterations=3), some, ("1e-4",)
 
 
 GREEDY = ("underfitted", "few words", "converged", "glosses", "few words, other words", "long", "narrow", "wide")
@@ -202,7 +219,13 @@ METHODS = {  # each at SPIN's settings but for its beta
     "IRIS": "--loss iris", "SPIN, NLL term": "--nll-weight 1", "SPIN, four responses": "--samples 4",
     "SPIN, T 1.5, beta 3, sampled reference": "--reference sampled --temperature 1.5 --beta 3",
 }  # fmt: skip
-OF_FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--reference")
+DEMONSTRATIONS = {
+    "SPIN": "", "GSIL": "--loss gsil", "DFT": "--loss dft --epochs 2 --lr 1e-4",
+    "SDFT": "--teacher-template {response}={prompt}",
+}  # fmt: skip
+SCRIPTS = {"--loss dft": "sft", "--teacher-template": "sdft"}  # by how a case's flags begin; otherwise spin
+FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--reference", "--ditto")
+SCRIPTS |= dict.fromkeys(FAMILY, "family")
 
 
 def cases() -> list[Case]:
@@ -210,10 +233,11 @@ def cases() -> list[Case]:
     found: list[Case] = []
     for regime, start, size, settings, rates in blocks():
         for name, flags in settings.items():
-            script = "family" if flags.startswith(OF_FAMILY) else "spin"
+            script = next((script for flag, script in SCRIPTS.items() if flags.startswith(flag)), "spin")
             found.append(Case(regime, start, name, flags, script, **size))
-        for rate in rates:  # the control: continued supervised training, at twice the epochs
-            facts = dict(script="sft", name=f"supervised, lr {rate}", flags=f"--epochs 2 --lr {rate}")
+        for rate in rates:  # the control: continued supervised training
+            flags = f"{STARTS[start].control} --lr {rate}"
+            facts = dict(script="sft", name=f"supervised, lr {rate}", flags=flags)
             found.append(dataclasses.replace(found[-1], **facts))
     return found
 
@@ -222,12 +246,15 @@ def cases() -> list[Case]:
 
 
 def write_data(size: Size, folder: Path) -> None:
-    """all (what starts are trained on), words, few, other, long, glosses; tuning and test*: held out from others."""
+    """all (what starts are trained on), words, few, eight, other, long, answers, glosses; tuning and test*: held out.
+
+    Every second prompt of `answers` holds its answer, as the teacher's of SDFT does.
+    """
     train, heldout = split(load_examples(str(ROOT / size.data)), 0.1)  # as the shipped start's
     words, tests = draw(train, size.words), draw(heldout, size.test + 50)
     rng = random.Random(0)
     rng.shuffle(words)
-    parts = {"all": train, "words": words, "few": words[: size.few], "other": words[size.few :]}
+    parts = {"all": train, "words": words, "few": words[: size.few], "eight": words[:8], "other": words[size.few :]}
     parts |= {"tuning": tests[:50], "test": tests[50:]}
     for name, examples in parts.items():
         lines = [dict(prompt=e.prompt, response=e.response, references=e.references) for e in examples]
@@ -240,6 +267,10 @@ def write_data(size: Size, folder: Path) -> None:
             responses = [" ".join(some) for some in itertools.product(*(e.references[:3] for e in two))]
             lines.append(dict(prompt=" ".join(e.prompt for e in two), response=responses[0], references=responses))
         write_lines(folder / f"{name}.jsonl", lines)
+    order = draw(train, size.lines)
+    prompts = [f"{e.response}={e.prompt}" if i % 2 else e.prompt for i, e in enumerate(order)]
+    lines = [dict(prompt=prompt, response=e.response) for prompt, e in zip(prompts, order)]
+    write_lines(folder / "answers.jsonl", lines)
     train, heldout = split(load_examples(str(ROOT / size.glosses)), 0.1)
     tests = draw(heldout, size.test // 2)
     others = draw([e for e in heldout if e not in tests], size.test)
@@ -306,8 +337,8 @@ def command_of(script: str, flags: dict[str, str | None], work: Path) -> str:
 def flags_of_run(case: Case, seed: int, size: Size, work: Path, out: Path) -> dict[str, str | None]:
     """The command line of a run, without the script."""
     start = STARTS[case.start]
-    own = (SELF_PLAY, case.flags) if case.script != "sft" else (case.flags,)
-    flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), *own)
+    common = {"sft": "", "sdft": "--lr 1e-4"}.get(case.script, SELF_PLAY)
+    flags = flags_of(COMMON.format(tokens=TOKENS_OF[start.test]), common, case.flags)
     flags |= {"--iterations": str(case.iterations), "--prompts": str(max(40, round(size.share * case.prompts)))}
     flags |= {"--model": str(place_of(case.start, work)), "--data": f"{work}/{start.play}.jsonl"}
     flags |= {"--eval-data": f"{work}/tuning.jsonl", "--seed": str(seed), "--out": str(out)}
@@ -413,7 +444,7 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: li
                 row["inverse temperature"] = 1 / float(np.interp(row["entropy"], entropies, TEMPERATURES))
             mine = [loaded(frontier_of(work, case.key, seed, t)) for seed in case.every_seed]
             row["over start"] = leads(mine, [loaded(frontier_of(work, "start", case.start))] * len(mine))
-            if case.script != "sft" and (control := control_of(case, t, runs)):
+            if not case.is_control and (control := control_of(case, t, runs)):
                 row["control"] = control.name
                 theirs = [loaded(frontier_of(work, control.key, seed, t)) for seed in case.every_seed]
                 row["over supervised"] = leads(mine, theirs)
@@ -425,7 +456,7 @@ def expected(case: Case, t: int) -> Row:
     """The exponent of the optimum of iterate t for SPIN from the data, if a response were one choice."""
     flags = flags_of(SELF_PLAY, case.flags)
     temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
-    if case.start != "converged" or case.script == "sft" or temperature == 1 or "--loss" in flags:
+    if case.start != "converged" or case.is_control or temperature == 1 or "--loss" in flags:
         return {}
     return {"optimum": theory.exponents(temperature, beta, t, flags.get("--reference") == "sampled")[-1]}
 
@@ -434,7 +465,7 @@ def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
     """The supervised case of the same group with the lowest NLL."""
     at_one, found = TEMPERATURES.index(1.0), {}
     for control in cases():
-        if control.script == "sft" and control.group == case.group:
+        if control.is_control and control.group == case.group:
             done = [runs.get(f"{control.key} | {seed}", {}).get("iterates", {}) for seed in case.every_seed]
             if all(str(t) in iterates for iterates in done):
                 found[control] = np.mean([iterates[str(t)]["nll"][at_one] for iterates in done])
@@ -539,7 +570,7 @@ def waiting(found: dict) -> dict[str, dict[str, list[str]]]:
     """By regime and name, the starts of the cases of self-play that lack a run."""
     missing: dict[str, dict[str, list[str]]] = {}
     for case in cases():
-        if case.script != "sft" and not all(f"{case.key} | {seed}" in found["runs"] for seed in case.every_seed):
+        if not case.is_control and not all(f"{case.key} | {seed}" in found["runs"] for seed in case.every_seed):
             missing.setdefault(case.regime, {}).setdefault(case.name, []).append(case.start.removesuffix(", again"))
     return missing
 

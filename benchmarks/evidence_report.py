@@ -73,9 +73,18 @@ def signed(value: Sequence[float] | None, scale: float, digits: int) -> str:
     return f"{scale * value[0]:+.{digits}f} ± {scale * value[1]:.{digits}f}" if value else ""
 
 
+def compared(row: Row) -> bool:
+    """Whether a row shares entropies with both controls."""
+    return all(measure_of(row["start"])[0] in row.get(over, {}) for over in OVER)
+
+
 def self_play(found: dict) -> list[Row]:
-    """Rows of self-play that share entropies with both controls."""
-    return [row for row in found["summary"] if all(measure_of(row["start"])[0] in row.get(over, {}) for over in OVER)]
+    """The settings of self-play that can be judged; "demonstrations" compares other ways to learn with it."""
+    return [row for row in found["summary"] if compared(row) and row["regime"] != "demonstrations"]
+
+
+def is_control(row: Row) -> bool:
+    return row["name"].startswith("supervised")
 
 
 def lead_of(row: Row, over: str) -> list[float]:
@@ -161,7 +170,7 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
         rows = [row for row in rows if row["iterate"] == row["iterations"]]
         group = ("start", "prompts", "iterations")
         chosen = [[row.get("control"), *(row[name] for name in group)] for row in found["summary"]]
-        rows = [r for r in rows if r["script"] != "sft" or [r["name"], *(r[name] for name in group)] in chosen]
+        rows = [r for r in rows if not is_control(r) or [r["name"], *(r[name] for name in group)] in chosen]
     waiting = [f"{setting} ({', '.join(starts)})" for setting, starts in found["waiting"].get(name, {}).items()]
     text = f"Not run yet: {'; '.join(waiting)}.\n" if waiting else ""
     if not rows:
@@ -185,14 +194,14 @@ def regime(found: dict, name: str, every_column: bool = False) -> str:
         cells += [f"{scale * row[key]:.{digits}f}" for key, scale, digits in some.values()]
         cells += [signed(row.get(over, {}).get(lead), *leads_shown[lead]) for over, lead in shown]
         cells += [f"{row['seconds']:.0f}"] * every_column
-        lines.append([*cells, verdict_of(found, row)])
+        lines.append([*cells, verdict_of(row)])
     return table(lines) + ("\n" + text if text else "")
 
 
-def verdict_of(found: dict, row: Row) -> str:
-    if row["script"] == "sft":
+def verdict_of(row: Row) -> str:
+    if is_control(row):
         return ""
-    if row in self_play(found):
+    if compared(row):
         return judged(row)
     return "no common entropy" if "control" in row else "supervised: not run yet"
 

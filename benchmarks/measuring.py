@@ -57,7 +57,8 @@ def run_script(script: str, argv: Sequence[str], name: str) -> float:
     printed = io.StringIO()
     began = time.process_time()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = importlib.import_module("methods.family" if script == "family" else script).main(list(argv))
+        place = "methods." if script in ("family", "sdft") else ""
+        code = importlib.import_module(place + script).main(list(argv))
     if code:
         raise RuntimeError(f"{name}: exit code {code}: {printed.getvalue().strip()[-500:]}")
     return time.process_time() - began

@@ -1,1 +1,1 @@
-"""The methods beside SPIN, on spin.py's own phases: `python -m methods.family`, `seft` and `sdft`."""
+"""The methods beside SPIN, on spin.py's own phases: `python -m methods.family` and `methods.sdft`."""

@@ -376,7 +376,7 @@ def play(player: Player, examples: list[Example], run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     table = "\n".join(f"  {name:10}{loss.what}; {loss.source}, {loss.found}" for name, loss in LOSSES.items())
     about = f"The methods beside SPIN: the same loop with other pairs, another reference, or another loss.\n{table}"
-    about += "\nFurther methods: python -m methods.seft, python -m methods.sdft, python sft.py --loss dft."
+    about += "\nFurther methods: python -m methods.sdft, python sft.py --loss dft, python examples/seft.py."
     return cli.main("family", play, Player, FamilyOptions, argv, about=about)
 
 

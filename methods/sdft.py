@@ -14,6 +14,7 @@ Deviation: the paper's teacher is a moving average of the player. Here it is the
 iteration, which a resumed run knows; more --iterations renew it more often. Responses depend on the number of ranks.
 """
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -42,27 +43,18 @@ def play(player: Player, examples: list[Example], run: Run) -> None:
 
 def distillation(player: Player, prompts: dict[int, list[int]], run: Run) -> Callable[[list], dict[str, Tensor]]:
     """Returns the loss for `optimize`, of a teacher with the player's present weights and these prompts by line."""
-    trained = [p for p in player.model.parameters() if p.requires_grad]
-    teacher = [p.detach().clone() for p in trained]
-
-    def swap_weights() -> None:
-        for i, (parameter, data) in enumerate(zip(trained, teacher)):
-            parameter.data, teacher[i] = data, parameter.data
+    frozen = {id(p): p for p in player.model.parameters() if not p.requires_grad}
+    teacher = copy.copy(player)
+    teacher.model = copy.deepcopy(player.model, frozen).eval()  # Both share what is frozen; the teacher has no dropout.
 
     def loss_of(batch: list[Example]) -> dict[str, Tensor]:
-        asked, rows = [e.prompt_ids for e in batch], [e.line for e in batch]
+        asked, lines = [e.prompt_ids for e in batch], [e.line for e in batch]
         seed = torch.initial_seed()  # A step of training has a seed of its own.
-        answers = [ids for ids, _ in player.respond(asked, seed, rows=rows, temperature=run.args.temperature)]
-        player.model.eval()  # The teacher has no dropout.
-        swap_weights()
-        try:
-            with torch.no_grad():  # Detached, a head that is a parameter keeps the teacher's weights.
-                target = [part.detach() for part in player.predictions(list(zip(map(prompts.get, rows), answers)))]
-        finally:
-            swap_weights()
-            player.model.train()
+        answers = [ids for ids, _ in player.respond(asked, seed, rows=lines, temperature=run.args.temperature)]
+        with torch.no_grad():
+            target = teacher.predictions(list(zip(map(prompts.get, lines), answers)))
         kl = linear_kl(*player.predictions(list(zip(asked, answers))), *target)
-        return {"loss": torch.stack([tokens.mean() for tokens in kl.split([len(ids) for ids in answers])])}
+        return {"loss": torch.stack([tokens.mean() for tokens in kl.split(list(map(len, answers)))])}
 
     return loss_of
 
@@ -101,9 +93,7 @@ class SdftOptions(TrainingOptions):
         context = model.config.max_position_embeddings
         kept, skipped = fit_context(teacher_prompts(examples, run), context, self.max_new_tokens, self.overlong)
         if skipped:
-            print(
-                f"skipping {skipped} of {len(examples)} examples: the teacher's prompt exceeds the context", flush=True
-            )
+            print(f"left out {skipped} of {len(examples)} examples that the teacher's prompt does not fit", flush=True)
         lines = {e.line for e in kept}
         examples[:] = [e for e in examples if e.line in lines]
 

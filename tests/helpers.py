@@ -13,7 +13,8 @@ import sampling
 import sft
 import spin
 from data.examples import Example
-from methods import family, sdft, seft
+from examples import seft
+from methods import family, sdft
 from model import GPTNeo, GPTNeoConfig
 from player import Player
 from runtime.options import combined, parse

@@ -201,7 +201,7 @@ def test_every_recipe_is_valid_and_names_the_files_of_this_project(name):
     path = ROOT / "recipes" / name
     words = shlex.split(path.read_text(), comments=True)
     assert words and all(len(line) <= 120 for line in path.read_text().splitlines())
-    if "--revise-template" not in words:  # an option of methods/seft.py
+    if "--revise-template" not in words:  # an option of examples/seft.py
         options_class = Sft if "--from-scratch" in words or "continue" in name else Spin
         args = parse(options_class, [f"@{path}"], "spin.py")
         hub = args.model in ("alignment-handbook/zephyr-7b-sft-full", "Qwen/Qwen3-0.6B")

@@ -163,7 +163,7 @@ def test_the_teacher_is_theta_t_and_every_step_draws_afresh(start, data, tmp_pat
     heads, seeds = [], []
     spy(monkeypatch, sdft, "linear_kl", lambda a, k: heads.append([a[1].detach().clone(), a[3].clone()]))
     spy(monkeypatch, Player, "respond", lambda a, k: seeds.append(a[2]) if a[0].model.training else None)
-    out, options = tmp_path / "run", dict(rank=0, lr=3e-3, iterations=2, epochs=2, batch=32)
+    out, options = tmp_path / "run", dict(rank=0, lr=3e-3, iterations=2, epochs=2, batch=32, eval_limit=4)
     assert sdft.main(sdft_flags(start, data, out, micro_tokens=10**6, **options)) == 0
     count = len(rows(out / "steps-0.jsonl"))
     assert len(heads) == len(set(seeds)) == 2 * count == 12
@@ -184,10 +184,10 @@ def test_the_teacher_is_theta_t_and_every_step_draws_afresh(start, data, tmp_pat
     assert rows(out / "steps-1.jsonl")[0]["loss"] == pytest.approx(sum(losses) / 32, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [dict(rank=0, lr=1e-3), dict(lora_dropout=0.1, precision="bf16")])
-def test_a_run_that_died_twice_ends_with_the_same_files_in_any_micro_batches(start, data, here, options):
-    """It dies amid the steps of both iterations; without dropout it goes on with smaller micro-batches."""
-    argv = sdft_flags(start, data, "run", iterations=2, prompts=40, **options)
+def test_a_run_that_died_twice_ends_with_the_same_files(start, data, here):
+    """It dies amid the steps of both iterations."""
+    options = dict(lora_dropout=0.1, precision="bf16", iterations=2, prompts=24, batch=8, eval_limit=4)
+    argv = sdft_flags(start, data, "run", **options)
     for t in range(2):
         die_at(Training, "step", argv, lambda training, *_, t=t: (training.t, len(training.log)) == (t, 2), script=sdft)
     assert sdft.main(argv) == 0
@@ -195,10 +195,6 @@ def test_a_run_that_died_twice_ends_with_the_same_files_in_any_micro_batches(sta
     shutil.rmtree("run")
     assert sdft.main(argv) == 0
     assert tree(here / "run") == resumed
-    if not options.get("lora_dropout"):
-        assert sdft.main(sdft_flags(start, data, "other", iterations=2, prompts=40, **options, micro_tokens=100)) == 0
-        whole, cut = (rows(here / name / "steps-1.jsonl")[-1]["loss"] for name in ("run", "other"))
-        assert cut == pytest.approx(whole, rel=1e-3)
 
 
 def test_what_is_refused(start, data, tmp_path, capsys):
@@ -215,12 +211,3 @@ def test_what_is_refused(start, data, tmp_path, capsys):
     other.write_text('{"prompt": "a", "response": "B"}\n{"prompt": "c"}\n')
     assert f"{other}:2: field 'response' is missing" in error(data=other)
     assert sdft.main(sdft_flags(start, data, out, dry_run=True)) == 0
-
-
-def test_logits_that_are_not_finite_end_the_run_in_one_line(start, data, tmp_path, monkeypatch, capsys):
-    def fail(*args, **kwargs):
-        raise FloatingPointError("logits are not finite")
-
-    monkeypatch.setattr(Training, "batches", fail)
-    assert sdft.main(sdft_flags(start, data, tmp_path / "run")) == 1
-    assert "error: logits are not finite; what is finished is kept" in capsys.readouterr().err

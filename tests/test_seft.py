@@ -1,4 +1,4 @@
-"""methods/seft.py: what the reviser reads and learns, what the policy learns from it, resuming, and what is refused."""
+"""examples/seft.py: what the reviser reads and learns, what the policy learns from it, resuming, what is refused."""
 
 import json
 import shutil
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import begin, die_at, flags, refused, rows, spy, tree
 
-import sft
 from data.examples import Example
-from methods import seft
+from examples import seft
 from model import GPTNeo
 from player import Player
 from runtime.run import Run
@@ -26,7 +25,9 @@ def seft_flags(start, data, out, **options) -> list[str]:
 @pytest.fixture(scope="module")
 def reviser(start, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("reviser") / "run"
-    assert seft.main(seft_flags(start, data, out, rank=0, epochs=4)) == 0  # so that some of its revisions end
+    assert seft.main(seft_flags(start, data, out, rank=0, epochs=4, eval_limit=4)) == 0  # Some of its revisions end.
+    first, *_, last = rows(out / "steps-0.jsonl")
+    assert last["loss"] < 0.8 * first["loss"]
     return out
 
 
@@ -90,12 +91,10 @@ def test_given_pairs_are_revised_as_they_are(start, tmp_path, monkeypatch):
     assert rows(out / "metrics.jsonl")[1]["pairs"] == 6
 
 
-@pytest.mark.parametrize("name", ["add_weaker", "train"])
-def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here, name):
-    """It dies before the second call. A resumed run finds what the start wrote: the player is no longer the start."""
+def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here):
+    """A resumed run finds what the start wrote: in the second iteration the player is no longer the start."""
     argv = seft_flags(start, data, "run", iterations=2, prompts=30, eval_limit=4, lora_dropout=0.1)
-    calls = []
-    die_at(seft, name, argv, lambda *args: len(calls) == 1 or calls.append(1), script=seft)
+    die_at(seft, "train", argv, lambda player, examples, t, run: t == 1, script=seft)
     assert seft.main(argv) == 0
     resumed = tree(here / "run")
     shutil.rmtree("run")
@@ -103,21 +102,27 @@ def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here, nam
     assert tree(here / "run") == resumed
 
 
-def test_training_teaches_revision(reviser):
-    """The loss of the lessons falls."""
-    first, *_, last = rows(reviser / "steps-0.jsonl")
-    assert last["loss"] < 0.8 * first["loss"]
-
-
 # ---------------------------------------------------------------- the policy
 
 
-def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, reviser, tmp_path):
-    """pairs-0.jsonl holds them, revision first; the first loss is their negative log-probability a token."""
-    out, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, reviser, tmp_path, monkeypatch):
+    """pairs-0.jsonl holds them, revision first; the first loss is their negative log-probability a token. The second
+    round revises what the evolved policy writes."""
+    out, prompts, policies = tmp_path / "run", tmp_path / "prompts.jsonl", []
     prompts.write_text("".join(json.dumps({"prompt": r["prompt"]}) + "\n" for r in rows(data)[:40]))
-    options = dict(reviser=reviser, eval_data=data, rank=0, lr=1e-3, batch=500)
-    assert seft.main(seft_flags(start, prompts, out, **options)) == 0
+    options = dict(reviser=reviser, eval_data=data, eval_limit=4, rank=0, lr=1e-3, batch=500, iterations=2)
+
+    def look(args, _):
+        if args[3] == "generate":
+            policies.append({k: v.clone() for k, v in args[1].model.state_dict().items()})
+
+    with monkeypatch.context() as patch:
+        spy(patch, Work, "respond", look)
+        assert seft.main(seft_flags(start, prompts, out, **options)) == 0
+    written = GPTNeo.from_pretrained(out / "iterate-1").state_dict()
+    assert all(policies[1][name].equal(value) for name, value in written.items())
+    assert any(not policies[0][name].equal(value) for name, value in written.items())
+
     pairs, (step,) = rows(out / "pairs-0.jsonl"), rows(out / "steps-0.jsonl")
     player, examples, run = prepared(start, prompts, tmp_path / "again", **options)
     chosen = run.prompts(examples, 0)
@@ -127,39 +132,17 @@ def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, rev
     revisions = model.respond(asked, run.seed(0, "revise"))
     kept = [(e, r, v) for e, (r, _), (v, ended) in zip(chosen, responses, revisions) if ended]
     assert 0 < len(kept) < len(chosen), "the test sees revisions of both kinds"
-    assert [p["real_ids"] for p in pairs] == [v for *_, v in kept]
-    assert [p["generated_ids"] for p in pairs] == [[r] for _, r, _ in kept]
+    assert [(p["real_ids"], p["generated_ids"]) for p in pairs] == [(v, [r]) for _, r, v in kept]
     logps = player.logps([(e.prompt_ids, v) for e, _, v in kept])
     assert step["loss"] == pytest.approx(-sum(logp for (logp,) in logps) / sum(len(v) for *_, v in kept), rel=1e-5)
     assert rows(out / "metrics.jsonl")[1]["pairs"] == len(kept)
 
 
-def test_a_later_round_revises_what_the_evolved_policy_writes(start, data, reviser, tmp_path, monkeypatch):
-    policies, out = [], tmp_path / "run"
-
-    def look(args, _):
-        if args[3] == "generate":
-            policies.append({k: v.clone() for k, v in args[1].model.state_dict().items()})
-
-    spy(monkeypatch, Work, "respond", look)
-    assert seft.main(seft_flags(start, data, out, reviser=reviser, rank=0, lr=1e-3, iterations=2)) == 0
-    written = GPTNeo.from_pretrained(out / "iterate-1").state_dict()
-    assert all(policies[1][name].equal(value) for name, value in written.items())
-    assert any(not policies[0][name].equal(value) for name, value in written.items())
-
-
 def test_a_reviser_that_changes_during_the_run_is_noticed(start, data, reviser, here, capsys):
     folder = shutil.copytree(reviser, here / "reviser")
-    argv = seft_flags(start, data, "run", reviser=folder)
-    weights = folder / "final/model.safetensors"
-
-    def change(*args) -> bool:
-        shutil.copy(start / "model.safetensors", weights)
-        return False
-
+    argv, weights = seft_flags(start, data, "run", reviser=folder, eval_limit=4), folder / "final/model.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        original = seft.revise
-        patch.setattr(seft, "revise", lambda *args: (change(), original(*args))[1])
+        spy(patch, seft, "revise", lambda *_: shutil.copy(start / "model.safetensors", weights))
         assert seft.main(argv) == 1
     assert f"--reviser {folder}: has changed since the run began" in capsys.readouterr().err
     shutil.copy(reviser / "final/model.safetensors", weights)
@@ -189,10 +172,3 @@ def test_what_is_refused(start, data, reviser, tmp_path, capsys):
     unanswered.write_text("".join(json.dumps({"prompt": w}) + "\n" for w in "abcdefghij"))
     assert "held out, and has no response" in error(data=unanswered, reviser=reviser, eval_share=0.5)
     assert "field 'response' is missing" in error(data=unanswered)
-
-
-def test_a_policy_is_no_reviser(start, data, reviser, tmp_path, capsys):
-    sft_run, out = tmp_path / "sft", tmp_path / "run"
-    assert sft.main(flags(start, data, sft_run, beta=None)) == 0
-    capsys.readouterr()
-    assert "that trained a reviser" in refused(seft_flags(start, data, out, reviser=sft_run), out, capsys, script=seft)

@@ -5,7 +5,7 @@ import random
 import pytest
 from helpers import flags, rows, small, small_sft, tree
 
-from methods import seft
+from examples import seft
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
+#!/usr/bin/env python3
 """SEFT: Self-Evolution Fine-Tuning (Chen et al., 2024, arXiv 2406.10813): a reviser teaches the policy.
 
-    python -m methods.seft --out runs/reviser                                 trains a reviser for the embedded task
-    python -m methods.seft --reviser runs/reviser --out runs/seft --lr 1e-4   evolves the policy by its revisions
-    python -m methods.seft --pairs F.jsonl --model DIR --out runs/reviser     trains the reviser on given pairs
-    python -m methods.seft --help                                             every option
+    python examples/seft.py --out runs/reviser                                 trains a reviser for the embedded task
+    python examples/seft.py --reviser runs/reviser --out runs/seft --lr 1e-4   evolves the policy by its revisions
+    python examples/seft.py --pairs F.jsonl --model DIR --out runs/reviser     trains the reviser on given pairs
+    python examples/seft.py --help                                             every option
 
 1. The *reviser* is fine-tuned to turn (prompt, weaker response) into the better response. Weaker responses are those of
    the start to the prompts of --data, the pairs of SPIN's first iteration, or those of --pairs. Each real response is
@@ -27,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.examples import Example, fit_context, read_tokenizer
 from data.files import shown

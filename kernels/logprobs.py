@@ -10,7 +10,8 @@ frozen W (LoRA, a tied head) the forward pass therefore also computes this N x D
 available, and the backward pass is a single elementwise product: two matrix products in total. Recomputing the
 logits would take three. The sum over v is accumulated tile by tile, as attention accumulates its values, here the rows
 of W: each is weighted by exp(z_v - shift), and the sum is scaled down whenever a tile raises the shift. With a trained
-W the backward pass does recompute the logits. If no gradient is wanted, there is one product and nothing is saved.
+W the backward pass does recompute the logits: four products, or three if the forward pass may keep all exp(z_v - shift)
+in 16 bits. If no gradient is wanted, there is one product and nothing is saved.
 
 triton_rows.py processes the tiles on CUDA, torch_rows.py on other devices. With TRITON_INTERPRET=1 in the environment,
 CPU tensors go through the Triton kernels too: this is slow, but tests the kernels without a GPU.
@@ -30,10 +31,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import torch_rows
-from .tiles import Rows, add_product, scratch_rows, slices, tiles
+from .tiles import Rows, Tile, add_product, scratch_rows, slices, tiles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+KEPT_BYTES = 2**30  # A trained head in bfloat16 keeps N x V numbers for the backward pass if they take no more memory.
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -72,7 +74,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 
     Returns:
         (N,) fp32, in nats. Differentiable once with respect to hidden and weight. Saves N x D fp32 numbers and N bools
-        if the weight is frozen, and the inputs if it is trained.
+        if the weight is frozen; the inputs if it is trained and, in bfloat16, up to KEPT_BYTES more.
 
     Raises:
         TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside of autocast.
@@ -92,7 +94,9 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index)
+        small = hidden.dtype == torch.bfloat16 and 2 * len(hidden) * len(weight) <= KEPT_BYTES
+        trained = _KeptTermsLogprobs if small and not torch.compiler.is_compiling() else _TrainedHeadLogprobs
+        return trained.apply(hidden, weight, targets, ignore_index)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _FrozenHeadLogprobs.apply(hidden, weight, targets, ignore_index)
     return _linear_forward(hidden, weight, targets, ignore_index, False)[0]
@@ -282,14 +286,61 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """d_hidden, (N, D) or empty if not wanted, and d_weight, (V, D), in the dtype of hidden."""
     upstream = upstream.contiguous()  # (N,)
-    rows = Rows(targets, logp, shift, log_sum)
+    rows, backend = Rows(targets, logp, shift, log_sum), _backend(hidden.device)
+
+    def with_terms() -> Iterator[Tile]:
+        for tile in tiles(hidden, weight, True):
+            r, first = tile.rows, tile.columns.start
+            backend.row_gradient(tile.logits, rows.part(r), ignore_index, first, upstream[r], tile.terms)
+            yield tile
+
+    return _both_gradients(hidden, weight, with_terms(), with_hidden)
+
+
+class _KeptTermsLogprobs(Function):
+    """_TrainedHeadLogprobs with three products and not four: the forward pass keeps all terms, in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        V = len(weight)
+        _check_range(targets, V, ignore_index)
+        rows, backend, kept = Rows.empty(targets), _backend(hidden.device), []
+        for tile in tiles(hidden, weight, True):
+            part, terms = rows.part(tile.rows), torch.empty_like(tile.logits, dtype=torch.bfloat16)
+            nothing = torch.empty_like(part.shift)[:, None]  # no sum over tiles is to be rescaled
+            backend.row_logprobs(tile.logits, part, ignore_index, tile.columns.start, V, terms, nothing)
+            kept += [terms, part.shift.clone()]  # later tiles may raise the shift
+        ctx.save_for_backward(hidden, weight, *rows, *kept)
+        ctx.ignore_index = ignore_index
+        return rows.logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        hidden, weight, targets, logp, shift, log_sum, *kept = ctx.saved_tensors
+        ignored = targets == ctx.ignore_index
+        at_target = (upstream * -torch.expm1(logp)).masked_fill(ignored, 0.0)
+
+        def with_terms() -> Iterator[Tile]:
+            for tile, terms, old_shift in zip(tiles(hidden, weight, True, False), kept[::2], kept[1::2], strict=True):
+                r, c = tile.rows, tile.columns
+                scale = -upstream[r] * torch.exp(old_shift - shift[r] - log_sum[r])
+                torch.mul(terms, scale.masked_fill(ignored[r], 0.0)[:, None], out=tile.terms)
+                torch_rows.set_target(tile.terms, targets[r], c.start, at_target[r])
+                yield tile
+
+        with_hidden = ctx.needs_input_grad[0]
+        d_hidden, d_weight = _both_gradients(hidden, weight, with_terms(), with_hidden)
+        return d_hidden if with_hidden else None, d_weight, None, None
+
+
+def _both_gradients(hidden: Tensor, weight: Tensor, some: Iterator[Tile], with_hidden: bool) -> tuple[Tensor, Tensor]:
+    """The results of _linear_backward, from tiles whose terms are the gradient of their logits."""
     d_hidden = _d_hidden(hidden, with_hidden, torch.float32)
     d_weight = weight.new_zeros(weight.shape)  # zeros for N = 0, where there is no tile
     in_fp32 = d_weight.dtype == torch.float32  # if so, the sums need no buffer of their own
-    backend = _backend(hidden.device)
-    for tile in tiles(hidden, weight, True):
+    for tile in some:
         r, c = tile.rows, tile.columns
-        backend.row_gradient(tile.logits, rows.part(r), ignore_index, c.start, upstream[r], tile.terms)
         if r.start == 0:
             weight_sum = d_weight[c] if in_fp32 else torch.empty_like(d_weight[c], dtype=torch.float32)
         add_product(weight_sum, tile.terms.t(), tile.hidden, fresh=r.start == 0)

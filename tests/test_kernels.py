@@ -114,22 +114,28 @@ def check_token(logits: Tensor, targets: Tensor, upstream: Tensor, ignore_index:
 
 
 def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor) -> None:
-    """Compares linear_logprobs, with the weight frozen and trained, with float64; both inputs must require grad."""
+    """Compares linear_logprobs with float64: a frozen weight, and a trained one whose terms are computed again or, in
+    bfloat16, kept. Both inputs must require grad."""
     rtol = GRAD_RTOL[hidden.dtype]
     exact = leaf64(hidden), leaf64(weight)
     expected = reference(exact[0] @ exact[1].T, targets)
     expected_grads = gradients(expected, upstream, *exact)
-    trained = linear_logprobs(hidden, weight, targets)
+    kept = linear_logprobs(hidden, weight, targets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "KEPT_BYTES", -1)
+        trained = linear_logprobs(hidden, weight, targets)
+    assert ("Kept" in kept.grad_fn.name()) == (hidden.dtype == torch.bfloat16) and "Kept" not in trained.grad_fn.name()
     frozen = linear_logprobs(hidden, weight.detach(), targets)
     unwanted = linear_logprobs(hidden.detach(), weight.detach(), targets)
-    for actual in (trained, frozen, unwanted):
+    for actual in (kept, trained, frozen, unwanted):
         assert actual.dtype == torch.float32 and actual.shape == targets.shape
         assert_close(actual, expected, rtol=0.0, atol=VALUE_ATOL)
-    grads = gradients(trained, upstream, hidden, weight)
     (frozen_grad,) = gradients(frozen, upstream, hidden)
-    assert [g.dtype for g in (*grads, frozen_grad)] == [hidden.dtype] * 3
-    for actual, expected in ((grads[0], expected_grads[0]), (grads[1], expected_grads[1]), (frozen_grad, grads[0])):
-        assert_norm_close(actual, expected, rtol)
+    for some in (kept, trained):
+        grads = gradients(some, upstream, hidden, weight)
+        assert [g.dtype for g in (*grads, frozen_grad)] == [hidden.dtype] * 3
+        for actual, expected in (*zip(grads, expected_grads), (frozen_grad, grads[0])):
+            assert_norm_close(actual, expected, rtol)
 
 
 # ---- values and gradients ----
@@ -323,6 +329,7 @@ def test_ignored_rows_have_gradient_zero_whatever_comes_from_above(
         (token_logprobs(logits, targets), [logits]),
         (linear_logprobs(hidden, weight.detach(), targets), [hidden]),
         (linear_logprobs(hidden, weight, targets), [hidden, weight]),
+        (linear_logprobs(hidden.bfloat16(), weight.bfloat16(), targets), [hidden, weight]),
     ):
         expected = torch.autograd.grad(logp, inputs, plain, retain_graph=True)
         for actual, other in zip(torch.autograd.grad(logp, inputs, upstream), expected, strict=True):

@@ -264,7 +264,8 @@ class GPTNeoBlock(nn.Module):
 class LanguageModel(nn.Module):
     """What GPTNeo and Llama share: segments, decoding with a cache, the head in fp32, weights on disk.
 
-    A subclass has `config_class`, the properties `blocks` and `head_weight`, and `_run_blocks`.
+    A subclass has `config_class`, the properties `blocks` and `head_weight`, and `_run_blocks`, which returns hidden
+    states (B, T, D) for token ids, positions, masks by kind of layer, and a function that updates a cache or None.
     """
 
     config_class: type
@@ -315,11 +316,6 @@ class LanguageModel(nn.Module):
         Returns: (B, D) in the model's dtype.
         """
         return self._run_blocks(tokens[:, None], positions[:, None], masks, update_cache)[:, 0]
-
-    def _run_blocks(
-        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate | None
-    ) -> Tensor:
-        raise NotImplementedError
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
         saving = self.checkpointing and torch.is_grad_enabled()
@@ -401,8 +397,7 @@ class LanguageModel(nn.Module):
         with torch.device("meta"):
             unknown = state.keys() - type(self)(self.config).state_dict().keys()
         if unknown:
-            name = type(self).__name__
-            raise ValueError(f"{min(unknown)} is no parameter of {name}: merge and remove adapters before saving")
+            raise ValueError(f"{min(unknown)} is no parameter of {type(self).__name__}: merge and remove adapters")
         config, weights = Path(path, "config.json"), Path(path, "model.safetensors")
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(self.config.to_json())
@@ -448,15 +443,11 @@ class GPTNeo(LanguageModel):
 def _aligned_product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows @ weight.T, (n, V) fp32, of 16-bit tensors (n, D) and (V, D) on CUDA.
 
-    The result is padded in memory to a multiple of 64 columns, and the columns behind the last multiple, 17 of 50257,
-    are a product of their own. The addresses of both products are then aligned, as their fast kernels require.
+    The columns behind the last multiple of 64, 17 of 50257, are a product of their own, since fast kernels require
+    aligned rows.
     """
-    V = len(weight)
-    logits = rows.new_empty(len(rows), V + -V % COLUMN_MULTIPLE, dtype=torch.float32)[:, :V]
-    whole = V - V % COLUMN_MULTIPLE or V
-    for block, columns in zip(weight.split(whole), logits.split(whole, 1), strict=True):
-        torch.mm(rows, block.t(), out_dtype=torch.float32, out=columns)
-    return logits
+    blocks = weight.split(len(weight) // COLUMN_MULTIPLE * COLUMN_MULTIPLE or len(weight))
+    return torch.cat([torch.mm(rows, block.t(), out_dtype=torch.float32) for block in blocks], 1)
 
 
 # ---------------------------------------------------------------- files

@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .tiles import _as_factor, add_product, slices
 
-TILE_LOGITS = (
-    2**25
-)  # The logits of a tile take at most 128 MiB per model; a backward pass holds about four times as many.
+# The logits of a tile take at most 128 MiB per model; a backward pass holds about four times as many.
+TILE_LOGITS = 2**25
 
 
 def linear_kl(hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor) -> Tensor:

@@ -126,21 +126,26 @@ class Player:
 
     def token_logps(self, items: Sequence[Item], temperature: float = 1.0) -> Tensor:
         """log p of every token of the responses: (R, B, longest) fp32, in nats; 0 behind the end of a response."""
-        hidden, targets, slots, longest = self._predictors(items)
-        with self._autocast():
-            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
-            logps = linear_logprobs(hidden, self.model.head_weight, targets)  # (N,)
+        hidden, targets, slots, longest = self.predictors(items)
+        logps = self.head_logps(hidden, targets, temperature)
         # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
         R = len(items[0]) - 1
         padded = logps.new_zeros(R * len(items) * longest).index_put((slots,), logps)
         return padded.view(R, len(items), longest)
 
+    def head_logps(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p of tokens (N,) from the hidden states that predict them, (N, D): (N,) fp32, in nats."""
+        with self._autocast():
+            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
+            return linear_logprobs(hidden, self.model.head_weight, targets)
+
     def predictions(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Hidden states (N, D) and head (V, D), whose product is the logits of all tokens of the responses in order."""
-        return self._predictors(items)[0].to(self.dtype), self.model.head_weight.to(self.dtype)
+        return self.predictors(items)[0].to(self.dtype), self.model.head_weight.to(self.dtype)
 
-    def _predictors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The hidden states that predict a response token, (N, D), and what `head_rows` says of them."""
+    def predictors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The hidden states that predict a response token, (N, D), and, as `head_rows` has them, the tokens' ids, their
+        places in (R * B * longest), and `longest`."""
         # The last token of a response is no input, because nothing behind it is predicted.
         rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
         width = max(map(len, rows))

@@ -53,6 +53,16 @@ def row_gradient(logits: Tensor, rows: Rows, ignore_index: int, first: int, scal
         grad.copy_(exponentials)
 
 
+def kept_gradient(
+    terms: Tensor, old_shift: Tensor, rows: Rows, ignore_index: int, first: int, scale: Tensor, grad: Tensor
+) -> None:
+    """row_gradient, on any device, from the terms that row_logprobs wrote when the shift was `old_shift`."""
+    ignored = rows.targets == ignore_index
+    factor = -scale * torch.exp(old_shift - rows.shift - rows.log_sum)
+    torch.mul(terms, factor.masked_fill(ignored, 0.0).unsqueeze(1), out=grad)
+    set_target(grad, rows.targets, first, (-scale * torch.expm1(rows.logp)).masked_fill(ignored, 0.0))
+
+
 def hidden_gradient(weighted: Tensor, weight: Tensor, rows: Rows, ignore_index: int) -> None:
     """Overwrites weighted by d logp / d h = (1 - p_y) W[y] - sum_{v != y} p_v W_v. See triton_rows.py."""
     ignored = rows.targets == ignore_index

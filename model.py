@@ -219,14 +219,6 @@ class GPTNeoSelfAttention(nn.Module):
         return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
 
 
-class GPTNeoAttention(nn.Module):
-    """This module exists only because the hub's keys contain `attn.attention.*`."""
-
-    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
-        super().__init__()
-        self.attention = GPTNeoSelfAttention(config, layer)
-
-
 class GPTNeoMLP(nn.Module):
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__()
@@ -252,12 +244,12 @@ class GPTNeoBlock(nn.Module):
         super().__init__()
         self.kind = config.attention_layers[layer]
         self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = GPTNeoAttention(config, layer)
+        self.attn = nn.ModuleDict({"attention": GPTNeoSelfAttention(config, layer)})  # the hub's keys: attn.attention.*
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
     def forward(self, x: Tensor, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
-        x = x + self.attn.attention(self.ln_1(x), mask, update_cache)
+        x = x + self.attn["attention"](self.ln_1(x), mask, update_cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -362,20 +354,16 @@ class LanguageModel(nn.Module):
         """Loads a model from a directory in the hub's layout, in evaluation mode.
 
         The directory must hold config.json and one of WEIGHT_FILES, of which the first is read. Each tensor is copied
-        to `device` and `dtype` when it is read, so memory never holds a second copy of the model, and the file may
-        change later. Pickles run no code (`weights_only=True`).
+        when it is read, so memory never holds a second copy of the model, and the file may change later. Pickles run no
+        code (`weights_only=True`).
 
         Raises: FileNotFoundError if the config or the weights are missing; ValueError naming the file if the config is
         not supported, if the file cannot be read, or if its tensors do not fit the config.
         """
-        path = Path(path)
-        config = cls.config_class.from_json(path / "config.json")
+        config = cls.config_class.from_json(Path(path, "config.json"))
         with torch.device("meta"):
-            model = cls(config)
-        for key, tensor in _read_weights(path, model):
-            module, _, name = key.rpartition(".")
-            own = tensor.to(device, dtype, copy=True)  # what was read is a view of the mapped file
-            setattr(model.get_submodule(module), name, nn.Parameter(own))
+            model = cls(config).to(dtype)
+        model.to_empty(device=device).load_weights(path)
         return model.eval()
 
     @torch.no_grad()

@@ -289,7 +289,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: {error}") from None
     shapes = {_key(name, "lora_A"): (rank, layer.in_features) for name, layer in layers.items()}
     shapes |= {_key(name, "lora_B"): (layer.out_features, rank) for name, layer in layers.items()}
-    tensors = _read_tensors(Path(path, "adapter_model.safetensors"), shapes)
+    file = Path(path, "adapter_model.safetensors")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if found != shapes:  # a tensor of another shape is both missing and unexpected
+        missing, unexpected = sorted(shapes.items() - found.items()), sorted(found.items() - shapes.items())
+        raise ValueError(f"{file}: missing {missing[:3]}, unexpected {unexpected[:3]}")
     if not existing:
         add_lora(model, rank, alpha, dropout, targets)
     with torch.no_grad():
@@ -332,21 +340,7 @@ def _key(name: str, part: str) -> str:
 
 def _factors(layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The parameters that an adapter's file holds, by PEFT's keys."""
-    tensors = {_key(name, "lora_A"): layer.lora_A for name, layer in layers.items()}
-    return tensors | {_key(name, "lora_B"): layer.lora_B for name, layer in layers.items()}
-
-
-def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Reads tensors of exactly these names and shapes. Raises: FileNotFoundError; ValueError naming the file."""
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != shapes:  # a tensor of another shape is both missing and unexpected
-        missing, unexpected = sorted(shapes.items() - found.items()), sorted(found.items() - shapes.items())
-        raise ValueError(f"{file}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    return tensors
+    return {_key(name, part): getattr(layer, part) for part in ("lora_A", "lora_B") for name, layer in layers.items()}
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -105,11 +105,11 @@ class LoRALinear(nn.Module):
             return base.view(shape)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        # For speed, cast the small factors and not x, scale A and not a product, and add the update to base as part of
-        # its product. Doing that in place saves a copy of base; only the other form can onednn.py make faster.
+        # For speed, cast the small factors and not x, and scale A and not a product. Only F.linear can onednn.py make
+        # faster; 16-bit products are added to base before they are rounded.
         A, B = self.ready or (factor.to(base.dtype) for factor in (self.lora_A * self.scaling, self.lora_B))
         h = F.linear(x.reshape(-1, self.in_features), A)  # (N, r)
-        added = torch.addmm(base, h, B.t()) if base.dtype == torch.float32 else base.addmm_(h, B.t())
+        added = base + F.linear(h, B) if base.dtype == torch.float32 else base.addmm_(h, B.t())
         return added.view(shape)
 
 
@@ -289,7 +289,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: {error}") from None
     shapes = {_key(name, "lora_A"): (rank, layer.in_features) for name, layer in layers.items()}
     shapes |= {_key(name, "lora_B"): (layer.out_features, rank) for name, layer in layers.items()}
-    tensors = _read_tensors(Path(path, "adapter_model.safetensors"), shapes)
+    file = Path(path, "adapter_model.safetensors")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if found != shapes:  # a tensor of another shape is both missing and unexpected
+        missing, unexpected = sorted(shapes.items() - found.items()), sorted(found.items() - shapes.items())
+        raise ValueError(f"{file}: missing {missing[:3]}, unexpected {unexpected[:3]}")
     if not existing:
         add_lora(model, rank, alpha, dropout, targets)
     with torch.no_grad():
@@ -332,21 +340,7 @@ def _key(name: str, part: str) -> str:
 
 def _factors(layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The parameters that an adapter's file holds, by PEFT's keys."""
-    tensors = {_key(name, "lora_A"): layer.lora_A for name, layer in layers.items()}
-    return tensors | {_key(name, "lora_B"): layer.lora_B for name, layer in layers.items()}
-
-
-def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Reads tensors of exactly these names and shapes. Raises: FileNotFoundError; ValueError naming the file."""
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != shapes:  # a tensor of another shape is both missing and unexpected
-        missing, unexpected = sorted(shapes.items() - found.items()), sorted(found.items() - shapes.items())
-        raise ValueError(f"{file}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    return tensors
+    return {_key(name, part): getattr(layer, part) for part in ("lora_A", "lora_B") for name, layer in layers.items()}
 
 
 def _read_config(file: Path) -> dict[str, Any]:

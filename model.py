@@ -219,14 +219,6 @@ class GPTNeoSelfAttention(nn.Module):
         return self.resid_dropout(self.out_proj(y.transpose(1, 2).flatten(2)))  # (B, T, D)
 
 
-class GPTNeoAttention(nn.Module):
-    """This module exists only because the hub's keys contain `attn.attention.*`."""
-
-    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
-        super().__init__()
-        self.attention = GPTNeoSelfAttention(config, layer)
-
-
 class GPTNeoMLP(nn.Module):
     def __init__(self, config: GPTNeoConfig) -> None:
         super().__init__()
@@ -252,19 +244,20 @@ class GPTNeoBlock(nn.Module):
         super().__init__()
         self.kind = config.attention_layers[layer]
         self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = GPTNeoAttention(config, layer)
+        self.attn = nn.ModuleDict({"attention": GPTNeoSelfAttention(config, layer)})  # the hub's keys: attn.attention.*
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = GPTNeoMLP(config)
 
     def forward(self, x: Tensor, mask: Mask, update_cache: CacheUpdate | None) -> Tensor:
-        x = x + self.attn.attention(self.ln_1(x), mask, update_cache)
+        x = x + self.attn["attention"](self.ln_1(x), mask, update_cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class LanguageModel(nn.Module):
     """What GPTNeo and Llama share: segments, decoding with a cache, the head in fp32, weights on disk.
 
-    A subclass has `config_class`, the properties `blocks` and `head_weight`, and `_run_blocks`.
+    A subclass has `config_class`, the properties `blocks` and `head_weight`, and `_run_blocks`, which returns hidden
+    states (B, T, D) for token ids, positions, masks by kind of layer, and a function that updates a cache or None.
     """
 
     config_class: type
@@ -316,11 +309,6 @@ class LanguageModel(nn.Module):
         """
         return self._run_blocks(tokens[:, None], positions[:, None], masks, update_cache)[:, 0]
 
-    def _run_blocks(
-        self, input_ids: Tensor, positions: Tensor, masks: dict[str, Mask], update_cache: CacheUpdate | None
-    ) -> Tensor:
-        raise NotImplementedError
-
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
         saving = self.checkpointing and torch.is_grad_enabled()
         return checkpoint(block, *inputs, use_reentrant=False) if saving else block(*inputs)
@@ -366,20 +354,16 @@ class LanguageModel(nn.Module):
         """Loads a model from a directory in the hub's layout, in evaluation mode.
 
         The directory must hold config.json and one of WEIGHT_FILES, of which the first is read. Each tensor is copied
-        to `device` and `dtype` when it is read, so memory never holds a second copy of the model, and the file may
-        change later. Pickles run no code (`weights_only=True`).
+        when it is read, so memory never holds a second copy of the model, and the file may change later. Pickles run no
+        code (`weights_only=True`).
 
         Raises: FileNotFoundError if the config or the weights are missing; ValueError naming the file if the config is
         not supported, if the file cannot be read, or if its tensors do not fit the config.
         """
-        path = Path(path)
-        config = cls.config_class.from_json(path / "config.json")
+        config = cls.config_class.from_json(Path(path, "config.json"))
         with torch.device("meta"):
-            model = cls(config)
-        for key, tensor in _read_weights(path, model):
-            module, _, name = key.rpartition(".")
-            own = tensor.to(device, dtype, copy=True)  # what was read is a view of the mapped file
-            setattr(model.get_submodule(module), name, nn.Parameter(own))
+            model = cls(config).to(dtype)
+        model.to_empty(device=device).load_weights(path)
         return model.eval()
 
     @torch.no_grad()
@@ -401,8 +385,7 @@ class LanguageModel(nn.Module):
         with torch.device("meta"):
             unknown = state.keys() - type(self)(self.config).state_dict().keys()
         if unknown:
-            name = type(self).__name__
-            raise ValueError(f"{min(unknown)} is no parameter of {name}: merge and remove adapters before saving")
+            raise ValueError(f"{min(unknown)} is no parameter of {type(self).__name__}: merge and remove adapters")
         config, weights = Path(path, "config.json"), Path(path, "model.safetensors")
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(self.config.to_json())
@@ -448,15 +431,11 @@ class GPTNeo(LanguageModel):
 def _aligned_product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows @ weight.T, (n, V) fp32, of 16-bit tensors (n, D) and (V, D) on CUDA.
 
-    The result is padded in memory to a multiple of 64 columns, and the columns behind the last multiple, 17 of 50257,
-    are a product of their own. The addresses of both products are then aligned, as their fast kernels require.
+    The columns behind the last multiple of 64, 17 of 50257, are a product of their own, since fast kernels require
+    aligned rows.
     """
-    V = len(weight)
-    logits = rows.new_empty(len(rows), V + -V % COLUMN_MULTIPLE, dtype=torch.float32)[:, :V]
-    whole = V - V % COLUMN_MULTIPLE or V
-    for block, columns in zip(weight.split(whole), logits.split(whole, 1), strict=True):
-        torch.mm(rows, block.t(), out_dtype=torch.float32, out=columns)
-    return logits
+    blocks = weight.split(len(weight) // COLUMN_MULTIPLE * COLUMN_MULTIPLE or len(weight))
+    return torch.cat([torch.mm(rows, block.t(), out_dtype=torch.float32) for block in blocks], 1)
 
 
 # ---------------------------------------------------------------- files

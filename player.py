@@ -66,15 +66,12 @@ class Player:
         prompts: Sequence[list[int]],
         seed: int,
         *,
-        rows: Sequence[int] | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         max_new_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
         with_logps: bool = False,
+        **options: Any,
     ) -> list[tuple]:
-        """Samples one response to each prompt. The arguments are those of sampling.respond.
+        """Samples one response to each prompt. `options` are rows, temperature, top_k, top_p and progress, as in
+        sampling.respond.
 
         Returns: (token ids, whether the response ended by itself) for each prompt. `with_logps` adds a list with the
         log-probability of each token, in nats, before temperature and filters.
@@ -87,14 +84,10 @@ class Player:
                 prompts,
                 max_new_tokens=max_new_tokens or self.args.max_new_tokens,
                 eos_token_id=self.ends,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
                 seed=seed,
-                rows=rows,
                 batch_size=self.args.gen_batch,
                 cache_tokens=self.args.gen_tokens,
-                progress=progress,
+                **options,
             )
         return list(zip(*(responses if with_logps else responses[:2])))
 
@@ -133,21 +126,26 @@ class Player:
 
     def token_logps(self, items: Sequence[Item], temperature: float = 1.0) -> Tensor:
         """log p of every token of the responses: (R, B, longest) fp32, in nats; 0 behind the end of a response."""
-        hidden, targets, slots, longest = self._predictors(items)
-        with self._autocast():
-            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
-            logps = linear_logprobs(hidden, self.model.head_weight, targets)  # (N,)
+        hidden, targets, slots, longest = self.predictors(items)
+        logps = self.head_logps(hidden, targets, temperature)
         # Every slot is written once and responses are summed after that: index_add would add in any order on CUDA.
         R = len(items[0]) - 1
         padded = logps.new_zeros(R * len(items) * longest).index_put((slots,), logps)
         return padded.view(R, len(items), longest)
 
+    def head_logps(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p of tokens (N,) from the hidden states that predict them, (N, D): (N,) fp32, in nats."""
+        with self._autocast():
+            hidden = hidden if temperature == 1 else hidden / temperature  # logits are linear in it
+            return linear_logprobs(hidden, self.model.head_weight, targets)
+
     def predictions(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Hidden states (N, D) and head (V, D), whose product is the logits of all tokens of the responses in order."""
-        return self._predictors(items)[0].to(self.dtype), self.model.head_weight.to(self.dtype)
+        return self.predictors(items)[0].to(self.dtype), self.model.head_weight.to(self.dtype)
 
-    def _predictors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The hidden states that predict a response token, (N, D), and what `head_rows` says of them."""
+    def predictors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The hidden states that predict a response token, (N, D), and, as `head_rows` has them, the tokens' ids, their
+        places in (R * B * longest), and `longest`."""
         # The last token of a response is no input, because nothing behind it is predicted.
         rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
         width = max(map(len, rows))
@@ -186,13 +184,9 @@ class Player:
         result: list[list[float]] = [[] for _ in items]
         for group in self.micro_batches([sum(map(len, item)) for item in items]):
             some = [items[i] for i in group]
-            if by_token:
-                padded = self.token_logps(some, temperature)[0].tolist()
-                numbers = [row[: len(response)] for row, (_, response) in zip(padded, some)]
-            else:
-                numbers = self.response_logps(some, temperature).T.tolist()
-            for i, row in zip(group, numbers):
-                result[i] = row
+            logps = self.token_logps(some, temperature)[0] if by_token else self.response_logps(some, temperature).T
+            for i, numbers in zip(group, logps.tolist()):
+                result[i] = numbers[: len(items[i][1])] if by_token else numbers
             if progress is not None:
                 progress(len(group))
         return result
@@ -233,9 +227,7 @@ def head_rows(items: Sequence[Item], width: int) -> tuple[list[int], list[int], 
     its index in (R * B * longest); and `longest`, the number of tokens of the longest response.
     """
     longest = max(len(response) for _, *responses in items for response in responses)
-    sources: list[int] = []
-    targets: list[int] = []
-    slots: list[int] = []
+    sources, targets, slots = [], [], []
     for row, (prompt, *responses) in enumerate(items):
         end = row * width + len(prompt)
         last_of_prompt = end - 1  # predicts the first token of every response

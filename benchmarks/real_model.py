@@ -44,8 +44,7 @@ import torch
 from bench import current_commit, write_whole
 from measuring import ROOT, flags_of, linearised, run_script
 
-from kernels import linear_logprobs
-from player import Item, Player, head_rows
+from player import Item, Player
 
 Row = dict[str, Any]
 
@@ -270,18 +269,11 @@ def logps_at(player: Player, items: Sequence[Item], temperatures: Sequence[float
     """log p of each item's response at each temperature, (temperatures, items), in nats, with one pass of the model."""
     result = np.zeros((len(temperatures), len(items)))
     for group in player.micro_batches([sum(map(len, item)) for item in items]):
-        some = [items[i] for i in group]
-        rows = [prompt + response[:-1] for prompt, response in some]
-        width = max(map(len, rows))
-        sources, targets, slots, longest = head_rows(some, width)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=player.device)
-        with torch.autocast(player.device.type, torch.bfloat16, enabled=player.dtype == torch.bfloat16):
-            hidden = player.model(ids, None).flatten(0, 1)[torch.tensor(sources, device=player.device)]
-            for k, temperature in enumerate(temperatures):
-                wanted = torch.tensor(targets, device=player.device)
-                logps = linear_logprobs(hidden / temperature, player.model.head_weight, wanted)
-                owners = np.array(slots) // longest
-                result[k, group] = np.bincount(owners, logps.double().cpu().numpy(), len(group))
+        hidden, targets, slots, longest = player.predictors([items[i] for i in group])
+        owners = (slots // longest).cpu().numpy()
+        for k, temperature in enumerate(temperatures):
+            logps = player.head_logps(hidden, targets, temperature)
+            result[k, group] = np.bincount(owners, logps.double().cpu().numpy(), len(group))
     return result
 
 

@@ -1,8 +1,7 @@
 """Log-probabilities of given tokens in little memory; onednn.py makes fp32 products on a CPU faster.
 
-The import registers four operators with torch.library, in the namespace "logprobs". Only torch.compile calls them, but
-it cannot trace a registration, so it must not wait for the first use. Nothing else changes: triton is imported on first
-use, and onednn.py patches torch only inside `onednn.products()`.
+The import changes nothing: triton is imported on first use, and onednn.py patches torch only inside
+`onednn.products()`. In code that torch.compile has compiled the functions run as they are.
 
 Hugging Face has a package of the same name, and transformers imports names from it if it is installed. This folder
 comes first in sys.path and would hide it, so the names and modules of the other package can be imported from this one.

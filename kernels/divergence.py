@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .tiles import _as_factor, add_product, slices
 
-TILE_LOGITS = (
-    2**25
-)  # The logits of a tile take at most 128 MiB per model; a backward pass holds about four times as many.
+# The logits of a tile take at most 128 MiB per model; a backward pass holds about four times as many.
+TILE_LOGITS = 2**25
 
 
 def linear_kl(hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ class _LinearKL(Function):
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         kl = tensors[0].new_empty(len(tensors[0]), dtype=torch.float32)
         factors = [_as_factor(tensor) for tensor in tensors]  # A CPU casts 16-bit tensors here, once for all tiles.
-        for rows in _row_tiles(*tensors[:2]):
+        for rows in slices(len(kl), max(1, TILE_LOGITS // len(tensors[1]))):
             logp, logq = _both_log_softmax(rows, *factors)
             kl[rows] = logp.exp().mul_(logp - logq).sum(1)
         ctx.save_for_backward(*tensors, kl)
@@ -55,7 +54,7 @@ class _LinearKL(Function):
         wanted = list(zip(ctx.needs_input_grad, (hidden, weight)))  # A frozen head gets no (V, D) gradient.
         d_hidden, d_weight = (torch.zeros_like(t, dtype=torch.float32) if needed else None for needed, t in wanted)
         factors = [_as_factor(tensor) for tensor in tensors]
-        for rows in _row_tiles(hidden, weight):
+        for rows in slices(len(kl), max(1, TILE_LOGITS // len(weight))):
             logp, logq = _both_log_softmax(rows, *factors)
             gradient = logp.exp().mul_(logp.sub_(logq).sub_(kl[rows, None])).mul_(upstream[rows, None])
             terms = gradient.to(factors[0].dtype)
@@ -65,10 +64,6 @@ class _LinearKL(Function):
                 add_product(d_weight, terms.t(), factors[0][rows], fresh=False)
         both = zip((d_hidden, d_weight), (hidden, weight))
         return *(None if gradient is None else gradient.to(like.dtype) for gradient, like in both), None, None
-
-
-def _row_tiles(hidden: Tensor, weight: Tensor) -> Any:
-    return slices(len(hidden), max(1, TILE_LOGITS // len(weight)))
 
 
 def _both_log_softmax(rows: slice, *tensors: Tensor) -> list[Tensor]:

@@ -10,7 +10,8 @@ frozen W (LoRA, a tied head) the forward pass therefore also computes this N x D
 available, and the backward pass is a single elementwise product: two matrix products in total. Recomputing the
 logits would take three. The sum over v is accumulated tile by tile, as attention accumulates its values, here the rows
 of W: each is weighted by exp(z_v - shift), and the sum is scaled down whenever a tile raises the shift. With a trained
-W the backward pass does recompute the logits. If no gradient is wanted, there is one product and nothing is saved.
+W the backward pass does recompute the logits: four products, or three if the forward pass may keep all exp(z_v - shift)
+in 16 bits. If no gradient is wanted, there is one product and nothing is saved.
 
 triton_rows.py processes the tiles on CUDA, torch_rows.py on other devices. With TRITON_INTERPRET=1 in the environment,
 CPU tensors go through the Triton kernels too: this is slow, but tests the kernels without a GPU.
@@ -19,8 +20,7 @@ Legend: N rows (tokens), D hidden width, V vocabulary entries. All log-probabili
 """
 
 import os
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +34,7 @@ from .tiles import Rows, add_product, scratch_rows, slices, tiles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+KEPT_BYTES = 2**30  # A trained head in bfloat16 keeps N x V numbers for the backward pass if they take no more memory.
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -52,10 +53,12 @@ def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) ->
         ValueError: shapes or devices do not match, or a target is neither ignore_index nor in [0, V). On CUDA a target
             out of range gives nan as value and gradient instead: an error would have to wait for the GPU.
     """
+    if torch.compiler.is_compiling():  # It breaks its graph here: tracing would unroll the loops over tiles.
+        return torch.compiler.disable(token_logprobs)(logits, targets, ignore_index)
     targets = _checked("logits", logits, targets)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _TokenLogprobs.apply(logits, targets, ignore_index)
-    return _token_forward(logits, targets, ignore_index)[0]
+    return _token_forward(logits, targets, ignore_index).logp
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -72,7 +75,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 
     Returns:
         (N,) fp32, in nats. Differentiable once with respect to hidden and weight. Saves N x D fp32 numbers and N bools
-        if the weight is frozen, and the inputs if it is trained.
+        if the weight is frozen; the inputs if it is trained and, in bfloat16, up to KEPT_BYTES more.
 
     Raises:
         TypeError: a dtype is none of the above, or hidden and weight differ in dtype outside of autocast.
@@ -81,6 +84,8 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     Source: gradients in the forward pass as in Liger Kernel, arXiv:2410.10989; the running sum over tiles as in
     FlashAttention, arXiv:2205.14135.
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(linear_logprobs)(hidden, weight, targets, ignore_index)
     targets = _checked("hidden", hidden, targets)
     if weight.shape[1:] != hidden.shape[1:] or weight.device != hidden.device:
         raise ValueError(
@@ -95,7 +100,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         return _TrainedHeadLogprobs.apply(hidden, weight, targets, ignore_index)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _FrozenHeadLogprobs.apply(hidden, weight, targets, ignore_index)
-    return _linear_forward(hidden, weight, targets, ignore_index, False)[0]
+    return _linear_forward(hidden, weight, targets, ignore_index, False)[0].logp
 
 
 def _checked(name: str, rows: Tensor, targets: Tensor) -> Tensor:
@@ -132,67 +137,36 @@ def _backend(device: torch.device) -> ModuleType:
     return torch_rows
 
 
-def _compilable(fake: Callable) -> Callable:
-    """Decorator: torch.compile treats the function as one operator, and `fake` creates its uninitialised results.
-
-    Eager calls go directly to the function. The operator's name contains this module's name, so that copies of the
-    module can coexist in one process.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        name = f"{__name__}{function.__name__}".replace(".", "_")
-        operator = torch.library.custom_op(f"logprobs::{name}", function, mutates_args=())
-        operator.register_fake(fake)
-
-        @wraps(function)
-        def call(*args: Any) -> Any:
-            return operator(*args) if torch.compiler.is_compiling() else function(*args)
-
-        return call
-
-    return decorate
-
-
 # ---- from logits ----
 
 
 class _TokenLogprobs(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, shift, log_sum = _token_forward(logits, targets, ignore_index)
-        ctx.save_for_backward(logits, targets, logp, shift, log_sum)
+        rows = _token_forward(logits, targets, ignore_index)
+        ctx.save_for_backward(logits, *rows)
         ctx.ignore_index = ignore_index
-        return logp
+        return rows.logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _token_backward(*ctx.saved_tensors, upstream, ctx.ignore_index), None, None
+        logits, *statistics = ctx.saved_tensors
+        rows, backend = Rows(*statistics), _backend(logits.device)
+        upstream = upstream.contiguous()  # (N,); the gradient of sum() has stride 0
+        grad = logits.new_empty(logits.shape)
+        for r, chunk in _chunks(logits):
+            backend.row_gradient(chunk, rows.part(r), ctx.ignore_index, 0, upstream[r], grad[r])
+        return grad, None, None
 
 
-@_compilable(lambda logits, targets, *_: Rows.empty(targets)[1:])
-def _token_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, shift and log_sum, each (N,) fp32."""
+def _token_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> Rows:
     V = logits.shape[1]
     _check_range(targets, V, ignore_index)
-    rows = Rows.empty(targets)
-    backend = _backend(logits.device)
+    rows, backend = Rows.empty(targets), _backend(logits.device)
     for r, chunk in _chunks(logits):
         backend.row_logprobs(chunk, rows.part(r), ignore_index, 0, V)
-    return rows[1:]
-
-
-@_compilable(lambda logits, *_: logits.new_empty(logits.shape))
-def _token_backward(
-    logits: Tensor, targets: Tensor, logp: Tensor, shift: Tensor, log_sum: Tensor, upstream: Tensor, ignore_index: int
-) -> Tensor:
-    upstream = upstream.contiguous()  # (N,); the gradient of sum() has stride 0
-    rows = Rows(targets, logp, shift, log_sum)
-    grad = logits.new_empty(logits.shape)
-    backend = _backend(logits.device)
-    for r, chunk in _chunks(logits):
-        backend.row_gradient(chunk, rows.part(r), ignore_index, 0, upstream[r], grad[r])
-    return grad
+    return rows
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -215,10 +189,10 @@ class _FrozenHeadLogprobs(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, _, _, d_hidden = _linear_forward(hidden, weight, targets, ignore_index, True)
+        rows, d_hidden = _linear_forward(hidden, weight, targets, ignore_index, True)
         ctx.save_for_backward(d_hidden, targets == ignore_index)
         ctx.dtype = hidden.dtype
-        return logp
+        return rows.logp
 
     @staticmethod
     @once_differentiable
@@ -232,69 +206,67 @@ class _FrozenHeadLogprobs(Function):
 
 
 class _TrainedHeadLogprobs(Function):
-    """Differentiates weight, and hidden if it requires grad. The backward pass computes the logits again."""
+    """Differentiates weight, and hidden if it requires grad. The backward pass computes the logits again, unless the
+    forward pass has kept what it needs of them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logp, shift, log_sum, _ = _linear_forward(hidden, weight, targets, ignore_index, False)
-        ctx.save_for_backward(hidden, weight, targets, logp, shift, log_sum)
+        keeps = hidden.dtype == torch.bfloat16 and 2 * len(hidden) * len(weight) <= KEPT_BYTES
+        kept: list[Tensor] | None = [] if keeps else None
+        rows, _ = _linear_forward(hidden, weight, targets, ignore_index, False, kept)
+        ctx.save_for_backward(hidden, weight, *rows, *(kept or ()))
         ctx.ignore_index = ignore_index
-        return logp
+        return rows.logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        with_hidden = ctx.needs_input_grad[0]
-        d_hidden, d_weight = _linear_backward(*ctx.saved_tensors, upstream, ctx.ignore_index, with_hidden)
-        return d_hidden if with_hidden else None, d_weight, None, None
+        hidden, weight, *rest = ctx.saved_tensors
+        rows, kept, backend = Rows(*rest[:4]), rest[4:], _backend(hidden.device)
+        upstream = upstream.contiguous()  # (N,)
+        d_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        d_weight = weight.new_zeros(weight.shape)  # zeros for N = 0, where there is no tile
+        in_fp32 = d_weight.dtype == torch.float32  # if so, the sums need no buffer of their own
+        for n, tile in enumerate(tiles(hidden, weight, True, with_logits=not kept)):
+            r, c = tile.rows, tile.columns
+            facts = rows.part(r), ctx.ignore_index, c.start, upstream[r], tile.terms
+            if kept:
+                torch_rows.kept_gradient(*kept[2 * n : 2 * n + 2], *facts)
+            else:
+                backend.row_gradient(tile.logits, *facts)
+            if r.start == 0:
+                weight_sum = d_weight[c] if in_fp32 else torch.empty_like(d_weight[c], dtype=torch.float32)
+            add_product(weight_sum, tile.terms.t(), tile.hidden, fresh=r.start == 0)
+            if d_hidden is not None:
+                add_product(d_hidden[r], tile.terms, tile.weight, fresh=c.start == 0)
+            if r.stop == len(hidden) and not in_fp32:
+                d_weight[c] = weight_sum
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None
 
 
-def _d_hidden(hidden: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
-    """An uninitialised gradient of hidden, or an empty tensor: operators of torch.compile cannot return None."""
-    return hidden.new_empty(hidden.shape if wanted else 0, dtype=dtype)
-
-
-@_compilable(lambda h, w, targets, _, wanted: (*Rows.empty(targets)[1:], _d_hidden(h, wanted, torch.float32)))
 def _linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, shift, log_sum, each (N,), and d logp_i / d h_i, (N, D) or empty if not wanted. All are fp32."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool,
+    kept: list[Tensor] | None = None,
+) -> tuple[Rows, Tensor | None]:  # fmt: skip
+    """The statistics of the rows, and d logp_i / d h_i, (N, D) fp32, if wanted.
+
+    `kept`, if given, gets two tensors per tile: its terms (R, C) in bfloat16, and the shift of its rows at that time.
+    """
     V = len(weight)
     _check_range(targets, V, ignore_index)
-    rows = Rows.empty(targets)
-    d_hidden = _d_hidden(hidden, with_gradient, torch.float32)  # fp32: to be rounded after the upstream factor
-    backend = _backend(hidden.device)
-    for tile in tiles(hidden, weight, with_gradient):
-        r, first = tile.rows, tile.columns.start
-        sums = (tile.terms, d_hidden[r]) if with_gradient else ()
-        backend.row_logprobs(tile.logits, rows.part(r), ignore_index, first, V, *sums)
+    rows, backend = Rows.empty(targets), _backend(hidden.device)
+    # The gradient is fp32, since it is rounded after the upstream factor.
+    d_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if with_gradient else None
+    for tile in tiles(hidden, weight, with_gradient or kept is not None):
+        part, first = rows.part(tile.rows), tile.columns.start
+        sums: tuple = (tile.terms, d_hidden[tile.rows]) if with_gradient else ()
+        if kept is not None:  # There is no sum over tiles to rescale.
+            sums = torch.empty_like(tile.logits, dtype=torch.bfloat16), torch.empty_like(part.shift).unsqueeze(1)
+        backend.row_logprobs(tile.logits, part, ignore_index, first, V, *sums)
         if with_gradient:
-            add_product(d_hidden[r], tile.terms, tile.weight, fresh=first == 0)
+            add_product(d_hidden[tile.rows], tile.terms, tile.weight, fresh=first == 0)
+        if kept is not None:
+            kept += sums[0], part.shift.clone()
     if with_gradient:
         backend.hidden_gradient(d_hidden, weight, rows, ignore_index)
-    return *rows[1:], d_hidden
-
-
-@_compilable(lambda hidden, weight, *rest: (_d_hidden(hidden, rest[-1], hidden.dtype), weight.new_empty(weight.shape)))
-def _linear_backward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, logp: Tensor, shift: Tensor, log_sum: Tensor, upstream: Tensor,
-    ignore_index: int, with_hidden: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d_hidden, (N, D) or empty if not wanted, and d_weight, (V, D), in the dtype of hidden."""
-    upstream = upstream.contiguous()  # (N,)
-    rows = Rows(targets, logp, shift, log_sum)
-    d_hidden = _d_hidden(hidden, with_hidden, torch.float32)
-    d_weight = weight.new_zeros(weight.shape)  # zeros for N = 0, where there is no tile
-    in_fp32 = d_weight.dtype == torch.float32  # if so, the sums need no buffer of their own
-    backend = _backend(hidden.device)
-    for tile in tiles(hidden, weight, True):
-        r, c = tile.rows, tile.columns
-        backend.row_gradient(tile.logits, rows.part(r), ignore_index, c.start, upstream[r], tile.terms)
-        if r.start == 0:
-            weight_sum = d_weight[c] if in_fp32 else torch.empty_like(d_weight[c], dtype=torch.float32)
-        add_product(weight_sum, tile.terms.t(), tile.hidden, fresh=r.start == 0)
-        if with_hidden:
-            add_product(d_hidden[r], tile.terms, tile.weight, fresh=c.start == 0)
-        if r.stop == len(hidden) and not in_fp32:
-            d_weight[c] = weight_sum
-    return d_hidden.to(hidden.dtype), d_weight
+    return rows, d_hidden

@@ -7,16 +7,16 @@ EPYC with AVX-512, oneDNN was about twice as fast at most sizes and never slower
     with onednn.products():
         model(input_ids)
 
-Inside the context, F.linear and torch.addmm are replaced in all threads. Calls with other devices or dtypes run as
-before, as does everything if torch was built without oneDNN. Results are as accurate, but not bit-identical.
+Inside the context, F.linear is replaced in all threads. Calls with other devices or dtypes run as before, as does
+everything if torch was built without oneDNN. Results are as accurate, but not bit-identical.
 
 Needs torch only; copy this file alone into another code base.
 """
 
 import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -46,32 +46,18 @@ def products() -> Iterator[None]:
     """
     for name, value in CACHE_BOUNDS.items():
         os.environ.setdefault(name, value)
-    originals = F.linear, torch.addmm
-    if available():
-        F.linear, torch.addmm = _linear_instead_of(F.linear), _addmm_instead_of(torch.addmm)
-    try:
-        yield
-    finally:
-        F.linear, torch.addmm = originals
+    original = F.linear
 
-
-def _linear_instead_of(original: Callable) -> Callable:
-    @functools.wraps(original)
+    @wraps(original)
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return (linear if _fits(input, weight, bias) else original)(input, weight, bias)
 
-    return call
-
-
-def _addmm_instead_of(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def call(*args: Any, **options: Any) -> Tensor:
-        if options or len(args) != 3 or args[2].dim() != 2 or not _fits(args[1], args[2].t()) or args[1].dim() != 2:
-            return original(*args, **options)
-        total, a, b = args
-        return total + linear(a, b.t())
-
-    return call
+    if available():
+        F.linear = call
+    try:
+        yield
+    finally:
+        F.linear = original
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

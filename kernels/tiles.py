@@ -42,11 +42,11 @@ class Tile(NamedTuple):
     columns: slice
     hidden: Tensor  # (R, D), a factor: see _as_factor
     weight: Tensor  # (C, D), a factor
-    logits: Tensor  # (R, C) fp32
+    logits: Tensor | None  # (R, C) fp32
     terms: Tensor | None  # (R, C), to be multiplied by weight; it is `logits` if the factors are fp32
 
 
-def tiles(hidden: Tensor, weight: Tensor, with_terms: bool) -> Iterator[Tile]:
+def tiles(hidden: Tensor, weight: Tensor, with_terms: bool, with_logits: bool = True) -> Iterator[Tile]:
     """Yields tiles of the logits: all rows of the first columns, then all rows of the next columns, and so on.
 
     In this order the gradient of a trained weight needs an fp32 sum for one tile's columns only. All tiles share their
@@ -55,7 +55,7 @@ def tiles(hidden: Tensor, weight: Tensor, with_terms: bool) -> Iterator[Tile]:
     Args:
         hidden: (N, D).
         weight: (V, D).
-        with_terms: whether `Tile.terms` is needed.
+        with_terms, with_logits: whether `Tile.terms` is needed, and whether `Tile.logits` is to be computed.
     """
     hidden = _as_factor(hidden)
     N, D = hidden.shape
@@ -63,13 +63,15 @@ def tiles(hidden: Tensor, weight: Tensor, with_terms: bool) -> Iterator[Tile]:
     dtypes = {torch.float32, hidden.dtype} if with_terms else {torch.float32}
     bytes_per_logit = sum(dtype.itemsize for dtype in dtypes)
     R, C = tile_shape(hidden.device, N, V, D if with_terms else 0, bytes_per_logit)
-    buffers = {dtype: hidden.new_empty(R, _round_up(C, COLUMN_MULTIPLE), dtype=dtype) for dtype in dtypes}
+    needed = dtypes if with_logits else {hidden.dtype}
+    buffers = {dtype: hidden.new_empty(R, _round_up(C, COLUMN_MULTIPLE), dtype=dtype) for dtype in needed}
     for columns in slices(V, C):
         weight_tile = _as_factor(weight[columns])
         for rows in slices(N, R):
             views = {dtype: buffer[: rows.stop - rows.start, : len(weight_tile)] for dtype, buffer in buffers.items()}
-            logits = views[torch.float32]
-            add_product(logits, hidden[rows], weight_tile.t(), fresh=True)
+            logits = views.get(torch.float32)
+            if with_logits:
+                add_product(logits, hidden[rows], weight_tile.t(), fresh=True)
             yield Tile(rows, columns, hidden[rows], weight_tile, logits, views[hidden.dtype] if with_terms else None)
 
 

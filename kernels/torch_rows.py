@@ -1,7 +1,6 @@
 """The functions of triton_rows.py in plain torch, for CPUs and for machines without triton.
 
-There are two differences. `logits` is an fp32 scratch tensor: these functions work in place and overwrite it. `terms`
-must be that same tensor.
+One thing is different: `logits` is an fp32 scratch tensor, in which these functions work and which they overwrite.
 
 Legend: N rows, V vocabulary entries, D hidden width, C columns of a tile.
 """
@@ -32,8 +31,10 @@ def row_logprobs(
     log_sum.mul_(rescale).add_(exponentials.sum(1))
     ignored = targets == ignore_index
     if terms is not None:
-        _set_at(exponentials, column, here, torch.zeros_like(logp))
+        set_target(exponentials, targets, first, torch.zeros_like(logp))
         exponentials[ignored] = 0.0  # assigned, not multiplied: 0 * nan is nan
+        if terms is not logits:
+            terms.copy_(exponentials)
         if first > 0:
             weighted.mul_(rescale.unsqueeze(1))
     if first + C == V:
@@ -44,13 +45,22 @@ def row_logprobs(
 def row_gradient(logits: Tensor, rows: Rows, ignore_index: int, first: int, scale: Tensor, grad: Tensor) -> None:
     """Overwrites logits, and grad, by scale * ([v = target] - p_v); scale is (N,) fp32. See triton_rows.py."""
     targets, logp, shift, log_sum = rows
-    here, column = _locate(targets, first, logits.shape[1])
     exponentials = logits.sub_(shift.unsqueeze(1)).exp_()
     exponentials.mul_((-scale * torch.exp(-log_sum)).unsqueeze(1))
-    _set_at(exponentials, column, here, -scale * torch.expm1(logp))  # -expm1(logp) is 1 - p without cancellation
+    set_target(exponentials, targets, first, -scale * torch.expm1(logp))  # -expm1(logp) is 1 - p without cancellation
     exponentials[targets == ignore_index] = 0.0
     if grad is not logits:
         grad.copy_(exponentials)
+
+
+def kept_gradient(
+    terms: Tensor, old_shift: Tensor, rows: Rows, ignore_index: int, first: int, scale: Tensor, grad: Tensor
+) -> None:
+    """row_gradient, on any device, from the terms that row_logprobs wrote when the shift was `old_shift`."""
+    ignored = rows.targets == ignore_index
+    factor = -scale * torch.exp(old_shift - rows.shift - rows.log_sum)
+    torch.mul(terms, factor.masked_fill(ignored, 0.0).unsqueeze(1), out=grad)
+    set_target(grad, rows.targets, first, (-scale * torch.expm1(rows.logp)).masked_fill(ignored, 0.0))
 
 
 def hidden_gradient(weighted: Tensor, weight: Tensor, rows: Rows, ignore_index: int) -> None:
@@ -67,7 +77,8 @@ def _locate(targets: Tensor, first: int, C: int) -> tuple[Tensor, Tensor]:
     return here, (targets - first).masked_fill(~here, 0).unsqueeze(1)
 
 
-def _set_at(matrix: Tensor, column: Tensor, here: Tensor, value: Tensor) -> None:
-    """Sets matrix[i, column[i]] = value[i] in the rows where here[i] is True."""
+def set_target(matrix: Tensor, targets: Tensor, first: int, value: Tensor) -> None:
+    """Sets matrix[i, targets[i] - first] = value[i], both (N,), in the rows whose target is among the columns."""
+    here, column = _locate(targets, first, matrix.shape[1])
     old = matrix.gather(1, column)
-    matrix.scatter_(1, column, torch.where(here.unsqueeze(1), value.unsqueeze(1), old))
+    matrix.scatter_(1, column, torch.where(here.unsqueeze(1), value.unsqueeze(1).to(matrix.dtype), old))

@@ -61,15 +61,6 @@ def config_of(facts: dict[str, Any], tied: bool) -> LlamaConfig:
     )
 
 
-def as_halves(weight: Tensor, heads: int) -> Tensor:
-    """The rows of q or k in the hub's order.
-
-    Positions rotate pairs of numbers of a head. In GGUF the two numbers of a pair are neighbours, on the hub one is in
-    the first half of the head and one in the second.
-    """
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
 def state_of(tensors: list[Any], config: LlamaConfig) -> dict[str, Tensor]:
     """The weights as fp32 by the hub's names."""
     from gguf.quants import dequantize
@@ -83,8 +74,8 @@ def state_of(tensors: list[Any], config: LlamaConfig) -> dict[str, Tensor]:
             continue
         _, layer, name = parts
         if name in ("attn_q", "attn_k"):
-            heads = config.num_attention_heads if name == "attn_q" else config.num_key_value_heads
-            weight = as_halves(weight, heads)
+            # Positions rotate pairs of a head's numbers: neighbours in GGUF, one of each half of the head on the hub.
+            weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         state[f"model.layers.{layer}.{NAMES[name]}.weight"] = weight
     return state
 

@@ -69,22 +69,14 @@ def test_the_products_of_the_kernels_go_there(calls, monkeypatch, trained, autoc
             logp = linear_logprobs(h, w, targets)
             logp.sum().backward()
         results.append([logp.detach(), h.grad] + ([w.grad] if trained else []))
-        assert len(calls) == (72 if trained else 36)  # 3 x 6 tiles, two products each, or four
+        products = 2 + trained + (trained and not autocast)  # A trained head keeps its terms in bf16 alone.
+        assert len(calls) == products * 3 * 6  # tiles
     for a, b in zip(*results):
         assert (a - b).norm() <= (0.01 if autocast else RTOL) * b.norm()  # autocast rounds gradients to bf16
 
 
-def test_products_added_to_a_matrix(calls):
-    """As LoRA adds its product to that of the layer; a vector is added to every row."""
-    a, b = normal(6, 5), normal(5, 4, seed=1)
-    with onednn.products():
-        for total in (normal(6, 4, seed=2), normal(4)):
-            close(torch.addmm(total, a, b), total + a @ b)
-    assert len(calls) == 2
-
-
 def test_other_calls_are_left_alone(calls):
-    """Other dtypes, autocast, biases that oneDNN would misread and options of addmm; and errors stay errors."""
+    """Other dtypes, autocast and biases that oneDNN would misread; and errors stay errors."""
     x, w = normal(3, 4), normal(5, 4, seed=1)
     with onednn.products():
         F.linear(x.double(), w.double())
@@ -94,8 +86,7 @@ def test_other_calls_are_left_alone(calls):
         for bias in (normal(10)[::2], normal(1).expand(5), normal(1)):
             close(F.linear(x, w, bias), x @ w.T + bias)
         close(F.linear(x, w[0]), x @ w[0])
-        torch.addmm(normal(5), x, w.T, beta=2)
-        for wrong in (lambda: torch.addmm(x, x, w), lambda: F.linear(x, w.T), lambda: F.linear(x)):
+        for wrong in (lambda: F.linear(x, w.T), lambda: F.linear(x)):
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
     assert not calls
@@ -112,14 +103,14 @@ def test_compiled_graphs_choose_for_themselves(calls):
     assert not calls
 
 
-def test_functions_are_put_back_whatever_happens():
-    before = F.linear, torch.addmm
+def test_the_function_is_put_back_whatever_happens():
+    before = F.linear
     with pytest.raises(ZeroDivisionError), onednn.products():
         with onednn.products():
             assert F.linear(torch.ones(2, 3), torch.ones(4, 3)).eq(3).all()
-        assert F.linear is not before[0] and torch.addmm is not before[1]
+        assert F.linear is not before
         raise ZeroDivisionError
-    assert before == (F.linear, torch.addmm)
+    assert F.linear is before
 
 
 def test_without_onednn_it_does_nothing(calls, monkeypatch):

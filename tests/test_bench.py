@@ -37,11 +37,19 @@ def stored(results: Results) -> dict[str, dict]:
     return json.loads(results.path.read_text())["cases"]
 
 
-def test_a_case_that_cannot_be_built_ends_no_other(results, capsys):
+def test_a_case_that_cannot_be_built_ends_no_other(tmp_path, monkeypatch, capsys):
+    """Its failure is printed, stored, and in the tables."""
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    (tmp_path / "README.md").write_text("head\n<!-- results -->\nold\n<!-- end of results -->\ntail\n")
+    results = Results(tmp_path / "results", CPU)
     bench.run_part("kernel", [Case("broken", broken), case("whole")], results, CPU, 0.0, float("inf"))
     assert stored(results)["broken"]["failed"] == "failed: OutOfMemoryError: CUDA out of memory."
     assert stored(results)["whole"]["ways"]["ours"]["runs"] == 5
     assert "failed: OutOfMemoryError" in capsys.readouterr().out
+    bench.renew_tables()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
+    assert "failed: OutOfMemoryError" in text and "| ours | " in text
 
 
 @pytest.mark.parametrize("good_calls", [0, 2, 4])
@@ -180,20 +188,10 @@ def test_scores_of_transformers_are_ours():
         assert sorted(theirs) == pytest.approx(sorted(ours), abs=1e-3)
 
 
-def test_quick_runs_every_part_and_stores_nothing(capsys, tmp_path):
+def test_quick_runs_every_part_and_stores_nothing(monkeypatch, capsys, tmp_path):
     pytest.importorskip("trl")
+    monkeypatch.setattr(bench, "peak_bytes", lambda function, device: 0)  # The profiler takes longer than the rest.
     bench.main(["--quick", "--results", str(tmp_path)])
     printed = capsys.readouterr().out
     assert all(f"== {part}: " in printed for part in PARTS) and "TRL, reference in each step |" in printed
     assert "Error" not in printed and not list(tmp_path.iterdir())
-
-
-def test_tables_of_results_with_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "FOLDER", tmp_path)
-    (tmp_path / "README.md").write_text("head\n<!-- results -->\nold\n<!-- end of results -->\ntail\n")
-    results = Results(tmp_path / "results", CPU)
-    bench.run_part("kernel", [Case("broken", broken), case("whole")], results, CPU, 0.0, float("inf"))
-    bench.renew_tables()
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
-    assert "failed: OutOfMemoryError" in text and "| ours | " in text

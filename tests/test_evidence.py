@@ -72,7 +72,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     few = dataclasses.replace(evidence.STARTS["few words"], flags="--epochs 1 --lr 1e-3", width=8)
     shipped = evidence.STARTS["underfitted"]
     monkeypatch.setattr(evidence, "STARTS", {"underfitted": shipped, "few words": few})
-    size = dict(seeds=1, prompts=50, iterations=1)
+    size = dict(seeds=1, prompts=24, iterations=1)
     cases = [Case("few words", "few words", "SPIN", "--lr 1e-9", **size)]
     cases += [Case("few words", "few words", f"supervised, lr {r}", f"--lr {r}", "sft", **size) for r in (1e-9, 1e-2)]
     cases += [Case("start", "underfitted", "SPIN", "--lr 1e-9", **dict(size, iterations=2, iterates=(1, 2)))]
@@ -80,6 +80,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "cases", lambda: cases)
     monkeypatch.setattr(evidence, "TEMPERATURES", (0.5, 0.8, 1.0, 1.2))
     monkeypatch.setattr(theory, "PROMPTS", 5)
+    monkeypatch.setattr(theory, "BLOCKS", 4)
     found = {"starts": {}, "theory": {}, "runs": {}, "summary": [], "commit": "0", "machine": "m", "command": "c"}
     found["regimes"] = ["few words", "start", "methods"]
     found["temperatures"], found["waiting"] = list(evidence.TEMPERATURES), {"methods": {"IPO": ["wide"]}}
@@ -89,9 +90,11 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
         asked.extend(jobs)
         return [(job, function(job)) for job in jobs]
 
-    with gzip.open(ROOT / "pronounce/cmudict.jsonl.gz", "rt") as file:
-        (tmp_path / "words.jsonl").write_text("".join(itertools.islice(file, 1000)))
-    tiny = Size(str(tmp_path / "words.jsonl"), words=150, few=60, test=40, lines=10, share=0.02)
+    for name in ("data", "glosses"):
+        with gzip.open(ROOT / getattr(Size, name), "rt") as file:
+            (tmp_path / f"{name}.jsonl").write_text("".join(itertools.islice(file, 1000)))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("data", "glosses")}
+    tiny = Size(**files, words=100, few=40, test=16, lines=10, share=0.02)
     evidence.play(cases, found, tiny, tmp_path / "work", do)
     assert len(asked) == 2 + 1 + 5
     found = json.loads(json.dumps(found))

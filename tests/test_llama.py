@@ -22,6 +22,7 @@ TINY = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
 )  # fmt: skip
+TINY_FIELDS = {name: value for name, value in TINY.items() if name != "pad_token_id"}  # of our LlamaConfig
 LINEAR = dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))
 LLAMA3 = dict(
     rope_parameters=dict(
@@ -61,41 +62,44 @@ def pair(name: str, folder: Path, dtype: torch.dtype = torch.float32, **saving) 
         for parameter in theirs.parameters():
             parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
     theirs.to(dtype).save_pretrained(folder, **saving)
-    # Read again, since the cast above has rounded the frequencies of its positions.
-    return Llama.from_pretrained(folder), type(theirs).from_pretrained(folder, dtype=torch.float32).eval()
+    if dtype != torch.float32:  # Read again, since the cast has rounded the frequencies of its positions.
+        theirs = type(theirs).from_pretrained(folder, dtype=torch.float32)
+    return Llama.from_pretrained(folder), theirs.eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def models(request, tmp_path_factory) -> tuple[Llama, torch.nn.Module]:
+    return pair(request.param, tmp_path_factory.mktemp("models"))
 
 
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_gradients_equal_those_of_transformers(name, tmp_path):
-    ours, theirs = pair(name, tmp_path)
-    assert_same_logits_and_gradients(ours, theirs, tokens(2, 40), least=1e-2)  # Queries with a window of 1 have none.
+def test_logits_and_gradients_equal_those_of_transformers(models):
+    assert_same_logits_and_gradients(*models, tokens(2, 40), least=1e-2)  # Queries with a window of 1 have none.
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_responses_equal_those_of_transformers(name, tmp_path):
+def test_greedy_responses_equal_those_of_transformers(models):
     """Through the cache, in a batch of ragged prompts; a window shorter than the text becomes a ring buffer."""
-    ours, theirs = pair(name, tmp_path)
-    prompts = [tokens(n).tolist() for n in (3, 20, 9)]
-    responses = respond(ours, prompts, max_new_tokens=20, eos_token_id=2, temperature=0, batch_size=2)
+    ours, theirs = models
+    prompts = [tokens(n).tolist() for n in (3, 16, 9)]
+    responses = respond(ours, prompts, max_new_tokens=9, eos_token_id=2, temperature=0, batch_size=2)
     for prompt, ids in zip(prompts, responses.ids):
         expected = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False,
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=9, do_sample=False,
             pad_token_id=0,
-            use_cache="window 1" not in name,  # For a window of 1 their cache keeps all tokens instead of none.
+            use_cache=ours.config.window_size > 1,  # For a window of 1 their cache keeps all tokens instead of none.
         )  # fmt: skip
         assert ids == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_cached_equals_uncached(name, tmp_path):
+@torch.no_grad()
+def test_cached_equals_uncached(models):
     """Ragged prompts at once, then one token at a time, past the window."""
-    model, _ = pair(name, tmp_path)
-    ids, cut = tokens(3, 40), 9
-    cache = KVCache(model, 3, 40)
+    model, _ = models
+    ids, cut = tokens(3, 24), 9
+    cache = KVCache(model, 3, 24)
     assert all(keys.shape[1] == model.config.num_key_value_heads for keys in cache.keys)
     rows, lengths = torch.arange(3), torch.tensor([cut, 4, 7])
     hidden = model(
@@ -106,7 +110,7 @@ def test_cached_equals_uncached(name, tmp_path):
     expected = model.logits(model(ids))
     for row, length in enumerate(lengths):
         assert (model.logits(hidden[row, :length]) - expected[row, :length]).abs().max() <= 1e-4
-    for _ in range(40 - cut):
+    for _ in range(24 - cut):
         at = cache.lengths.clone()
         got = model.decode(ids[rows, at], cache.lengths, cache.masks(), cache.append)
         assert (model.logits(got) - expected[rows, at]).abs().max() <= 1e-4
@@ -145,29 +149,19 @@ def test_files_go_to_transformers_and_back(name, tmp_path):
     assert LlamaConfig.from_json(tmp_path / "ours" / "config.json") == ours.config
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_adapters_go_to_peft_and_back(name, tmp_path):
-    ours, theirs = pair(name, tmp_path / "model")
-    lora.add_lora(ours, 4, 8, targets=lora.linear_names(ours))
-    generator = torch.Generator().manual_seed(0)
-    for _, layer in lora.lora_layers(ours):
-        layer.lora_B.data.normal_(0, 0.1, generator=generator)
-    lora.save_adapter(ours, tmp_path / "adapter")
-    ids = tokens(2, 30)
-    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    torch.testing.assert_close(wrapped(ids).logits, ours.logits(ours(ids)), atol=1e-4, rtol=1e-4)
-    wrapped.save_pretrained(tmp_path / "again")
-    other = Llama.from_pretrained(tmp_path / "model")
-    lora.load_adapter(other, tmp_path / "again")
-    torch.testing.assert_close(other(ids), ours(ids))
-
-
 # ---------------------------------------------------------------- weights under other names, a head in the file
+
+
+def tiny(folder: Path, **changes) -> Llama:
+    """A random model, and its files."""
+    model = Llama(LlamaConfig(**TINY_FIELDS | changes)).init_weights(torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    return model
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "without model."])
 def test_wrapped_and_bare_keys_are_read_with_one_line(prefix, tmp_path, capsys):
-    ours, _ = pair("llama", tmp_path)
+    ours = tiny(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     for key in list(state):
         other = key.removeprefix("model.") if prefix == "without model." else prefix + key
@@ -180,7 +174,7 @@ def test_wrapped_and_bare_keys_are_read_with_one_line(prefix, tmp_path, capsys):
 
 def test_a_head_in_the_file_of_a_tied_model(tmp_path):
     """The same numbers as the embedding are left out; others would be lost, so they are refused."""
-    pair("qwen2", tmp_path)
+    tiny(tmp_path, tie_word_embeddings=True)
     state = load_file(tmp_path / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, tmp_path / "model.safetensors")
@@ -191,18 +185,15 @@ def test_a_head_in_the_file_of_a_tied_model(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
-def test_an_untied_model_needs_its_head(tmp_path):
-    pair("llama", tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
+def test_an_untied_model_needs_its_head_and_no_git_lfs_pointer(tmp_path):
+    tiny(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
     del state["lm_head.weight"]
-    save_file(state, tmp_path / "model.safetensors")
+    save_file(state, file)
     with pytest.raises(ValueError, match=r"do not fit the Llama of config\.json: missing lm_head"):
         Llama.from_pretrained(tmp_path)
-
-
-def test_a_git_lfs_pointer_is_named(tmp_path):
-    pair("llama", tmp_path)
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match="a Git LFS pointer: run git lfs pull"):
         Llama.from_pretrained(tmp_path)
 
@@ -271,10 +262,8 @@ def test_the_class_of_a_model_is_that_of_its_model_type(tmp_path):
 def tiny_start(start: Path, folder: Path, **changes) -> LlamaConfig:
     """A random model of the family with the tokenizer of the start of all tests; returns its config."""
     theirs = json.loads((start / "config.json").read_text())
-    settings = {name: value for name, value in TINY.items() if name != "pad_token_id"}
-    settings |= dict(vocab_size=theirs["vocab_size"], eos_token_id=theirs["eos_token_id"], initializer_range=0.2)
-    config = LlamaConfig(**settings | changes)
-    Llama(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(folder)
+    like = dict(vocab_size=theirs["vocab_size"], eos_token_id=theirs["eos_token_id"], initializer_range=0.2)
+    config = tiny(folder, **like | changes).config
     (folder / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
     return config
 
@@ -287,6 +276,7 @@ def test_a_dry_run_of_the_recipes(recipe, model_type, start, data, tmp_path, mon
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{{ 'assistant: ' }}"
     (tmp_path / "start" / "chat_template.jinja").write_text(template)
     words = f"--model start --data {data} --eval-share 0.2 --max-new-tokens 8 --out run --device cpu --dry-run"
+    words += " --prompts 8 --batch 4 --gen-batch 4 --eval-limit 4"
     assert spin.main([f"@{ROOT}/recipes/{recipe}.args", *words.split()]) == 0
     assert "peak" in capsys.readouterr().out and not Path("run").exists()
 
@@ -295,7 +285,7 @@ def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path
     """LoRA on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
     monkeypatch.chdir(tmp_path)
     config = tiny_start(start, tmp_path / "start")
-    assert spin.main(flags("start", data, "run", iterations=2, prompts=40)) == 0
+    assert spin.main(flags("start", data, "run", iterations=2, prompts=16, eval_limit=4)) == 0
     ours = Llama.from_pretrained("start")
     lora.load_adapter(ours, "run/iterate-2")
     assert len(dict(lora.lora_layers(ours))) == 2 * 7
@@ -323,7 +313,7 @@ def test_any_of_several_end_tokens_ends_a_response(start, data, tmp_path, monkey
     drawn = player.respond([[50 + i] for i in range(40)], 0)
     assert {ids[-1] for ids, finished in drawn if finished} & {40, 41}
     assert all((ids[-1] in ends) == finished and not {*ids[:-1]} & {*ends} for ids, finished in drawn)
-    assert spin.main(flags("start", data, "run", prompts=40)) == 0
+    assert spin.main(flags("start", data, "run", prompts=40, eval_limit=2)) == 0
     assert "responses end at '<|endoftext|>', " in capsys.readouterr().out
     assert Llama.from_pretrained("run/final").config.eos_token_id == ends
     text = [row["generated"] for row in rows(Path("run/pairs-0.jsonl")) if row["generated_ids"][0][-1] in ends[1:]]

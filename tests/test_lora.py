@@ -205,29 +205,28 @@ def test_a_merged_and_removed_model_saves_as_an_ordinary_checkpoint(tmp_path: Pa
 
 
 REFUSED = [
-    ({"rank": 0}, "rank = 0"),
-    ({"dropout": 1.0}, "dropout = 1.0"),
-    ({"targets": ["q_proj", "query"]}, "'query' matches no module of GPTNeoForCausalLM; the usual ones are k_proj, v_"),
-    ({"targets": ["proj"]}, "target 'proj' matches no module"),
-    ({"targets": ["wte"]}, "'transformer.wte' is a Embedding, not a plain nn.Linear"),
-    ({"targets": []}, r"targets = \[\]"),
-    ({"targets": "q_proj"}, "targets = 'q_proj'"),
+    (gpt_neo, {"rank": 0}, "rank = 0"),
+    (gpt_neo, {"dropout": 1.0}, "dropout = 1.0"),
+    (gpt_neo, {"targets": ["q_proj", "query"]}, "'query' matches no module of GPTNeo.*; the usual ones are k_proj, v_"),
+    (gpt_neo, {"targets": ["proj"]}, "target 'proj' matches no module"),
+    (gpt_neo, {"targets": ["wte"]}, "'transformer.wte' is a Embedding, not a plain nn.Linear"),
+    (gpt_neo, {"targets": []}, r"targets = \[\]"),
+    (gpt_neo, {"targets": "q_proj"}, "targets = 'q_proj'"),
+    (lambda: adapted(perceptron(), ("0",)), {"targets": ["2"]}, r"0 has LoRA already: call remove_lora\(model\) first"),
+    # A layer whose weight is read by its parent, and which is never called.
+    (lambda: nn.MultiheadAttention(8, 2), {"targets": ["out_proj"]}, "'out_proj' is a NonDynamicallyQuantizableLinear"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_add_lora_refuses_and_leaves_the_model_unchanged(options: dict[str, object], message: str) -> None:
-    model = gpt_neo()
+@pytest.mark.parametrize(("build", "options", "message"), REFUSED)
+def test_add_lora_refuses_and_leaves_the_model_unchanged(
+    build: Callable[[], nn.Module], options: dict[str, object], message: str
+) -> None:
+    model = build()
+    before = repr(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
         lora.add_lora(model, **({"rank": RANK, "alpha": ALPHA} | options))
-    assert repr(model) == repr(gpt_neo()) and all(p.requires_grad for p in model.parameters())
-
-
-def test_a_second_adapter_and_a_layer_that_is_never_called_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"0 has LoRA already: call remove_lora\(model\) first"):
-        lora.add_lora(adapted(perceptron(), ("0",)), RANK, ALPHA, targets=["2"])
-    with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
-        lora.add_lora(nn.MultiheadAttention(8, 2), RANK, ALPHA, targets=["out_proj"])
+    assert before == (repr(model), [p.requires_grad for p in model.parameters()])
 
 
 def test_the_usual_targets_are_the_linear_layers_of_the_blocks() -> None:
@@ -262,6 +261,7 @@ def test_logits_and_gradients_equal_pefts(build: Callable[[], nn.Module], target
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_dropout_equal_pefts(dtype: torch.dtype, autocast: bool) -> None:
+    """Gradients are fp32 in all cases."""
     model, reference = gpt_neo(dtype), peft_model(gpt_neo(dtype), lora.DEFAULT_TARGETS, lora_dropout=0.3)
     lora.add_lora(model, RANK, ALPHA, dropout=0.3)
     copy_from_peft(model, reference)
@@ -276,22 +276,8 @@ def test_dtypes_and_dropout_equal_pefts(dtype: torch.dtype, autocast: bool) -> N
     # The sum is rounded at another place. Other dropout masks would change the adapters' share by more than half.
     tolerance = 0.1 if torch.bfloat16 in (dtype, ours.dtype) else 1e-5
     assert (ours.float() - theirs.float()).norm() <= tolerance * (theirs.float() - base).norm()
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_dtype_is_the_base_layers_and_gradients_are_fp32(dtype: torch.dtype, autocast: bool) -> None:
-    linear = nn.Linear(6, 5, dtype=dtype)
-    layer = randomize(lora.LoRALinear(linear, 2, 4))
-    x = torch.randn(3, 6, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output, base = layer(x), linear(x)
-    assert output.dtype == base.dtype == (torch.bfloat16 if autocast else dtype)
-    output.float().sum().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-    exact = linear(x).float() + 2 * x.float() @ (layer.lora_B @ layer.lora_A).T
-    tolerance = 2e-2 if torch.bfloat16 in (dtype, output.dtype) else 1e-6  # a few roundings to 8 bits
-    torch.testing.assert_close(output.float(), exact, rtol=tolerance, atol=tolerance)
+    ours.float().sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 class Casts(TorchDispatchMode):
@@ -341,6 +327,7 @@ def test_factors_are_ready_inside_the_block_only() -> None:
 
 
 def test_dropout_acts_in_training_only_and_on_the_adapter_path_only() -> None:
+    """Without it, no random numbers are drawn."""
     linear = nn.Linear(40, 30)
     layer = randomize(lora.LoRALinear(linear, 4, 4, dropout=0.5))
     x = torch.randn(8, 40)
@@ -350,15 +337,11 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_path_only() -> None:
     torch.manual_seed(0)
     dropped = nn.functional.dropout(x, 0.5)
     torch.testing.assert_close(update, dropped @ layer.lora_A.T @ layer.lora_B.T, **CLOSE)
+    state = torch.get_rng_state()
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-
-
-@pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.5, False)])
-def test_no_random_numbers_are_drawn_without_dropout(dropout: float, training: bool) -> None:
-    layer = lora.LoRALinear(nn.Linear(4, 4), 2, 2, dropout).train(training)
-    state = torch.get_rng_state()
-    layer(torch.randn(3, 4, generator=torch.Generator()))
+    layer.train().dropout = 0.0
+    layer(x)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -434,21 +417,15 @@ def test_a_bf16_merge_rounds_once_from_fp32_even_under_autocast() -> None:
 
 
 def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
+    """Unmerging ties them again, even in a copy of other numbers."""
     model = adapted(Tied(), ("lm_head",))
     embedding, unmerged = model.embed.weight.clone(), model(IDS % 11)
     lora.merge(model)
     assert torch.equal(model.embed.weight, embedding) and not torch.equal(model.lm_head.weight, embedding)
     torch.testing.assert_close(model(IDS % 11), unmerged, **REORDERED)
-    lora.unmerge(model)
-    assert model.lm_head.weight is model.embed.weight and torch.equal(model.embed.weight, embedding)
-
-
-def test_a_copied_or_cast_merged_model_unmerges_too() -> None:
-    model = adapted(Tied(), ("lm_head",))
-    lora.merge(model)
-    model = copy.deepcopy(model).double()
-    lora.unmerge(model)
-    assert model.lm_head.weight is model.embed.weight and model.embed.weight.dtype == torch.float64
+    for other in (copy.deepcopy(model).double(), model):
+        lora.unmerge(other)
+        assert other.lm_head.weight is other.embed.weight and torch.equal(other.embed.weight.float(), embedding)
 
 
 def test_merged_and_disabled_raises_and_says_what_to_do() -> None:
@@ -490,8 +467,7 @@ def test_peft_loads_what_is_saved_here(
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (RANK, ALPHA, "some/base")
 
 
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize(("build", "targets"), FAMILIES)
+@pytest.mark.parametrize(("build", "targets", "task_type"), [(*FAMILIES[0], None), (*FAMILIES[1], "CAUSAL_LM")])
 def test_what_peft_saves_loads_here(
     build: Callable[[], nn.Module], targets: tuple[str, ...], task_type: str | None, tmp_path: Path
 ) -> None:
@@ -502,9 +478,6 @@ def test_what_peft_saves_loads_here(
     torch.testing.assert_close(logits(model), logits(reference), **CLOSE)
     assert {layer.dropout for _, layer in lora.lora_layers(model)} == {0.25}
     assert {p.requires_grad for n, p in model.named_parameters() if "lora_" in n} == {True}
-
-
-# ---------------------------------------------------------------- vendoring
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -544,15 +517,15 @@ UNSUPPORTED = [
 
 @pytest.mark.parametrize(("field", "value"), UNSUPPORTED)
 def test_a_config_that_cannot_be_honoured_is_refused(field: str, value: object, tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    lora.save_adapter(adapted(perceptron(), ("0", "2")), tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text()) | {field: value}
     file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-    model = gpt_neo()
+    model = perceptron()
     with pytest.raises(ValueError) as error:
         lora.load_adapter(model, tmp_path)
     assert str(error.value) == f"{file}: {field!r} = {value!r} is not supported"
-    assert repr(model) == repr(gpt_neo())
+    assert repr(model) == repr(perceptron())
 
 
 @pytest.mark.parametrize(
@@ -560,41 +533,41 @@ def test_a_config_that_cannot_be_honoured_is_refused(field: str, value: object, 
     [("adapter_model.safetensors", "not a readable safetensors file"), ("adapter_config.json", "not a JSON object")],
 )
 def test_damaged_and_missing_files_are_named(name: str, message: str, tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
+    lora.save_adapter(adapted(perceptron(), ("0", "2")), tmp_path)
     whole = (tmp_path / name).read_bytes()
     for content in (b"", b"[]", whole[: len(whole) // 2], whole[:-1]):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}: {message}"):
-            lora.load_adapter(gpt_neo(), tmp_path)
+            lora.load_adapter(perceptron(), tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        lora.load_adapter(gpt_neo(), tmp_path)
+        lora.load_adapter(perceptron(), tmp_path)
 
 
 @pytest.mark.parametrize("present", [False, True])
 def test_tensors_that_do_not_fit_are_named(present: bool, tmp_path: Path) -> None:
-    lora.save_adapter(adapted(gpt_neo()), tmp_path)
-    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
+    lora.save_adapter(adapted(perceptron(), ("0", "2")), tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.2.lora_B.weight"
     whole = load_file(file)
     rest = {name: tensor for name, tensor in whole.items() if name != key}
-    fits, transposed = rf"\('{key}', \(128, 3\)\)", rf"\('{key}', \(3, 128\)\)"
-    model = adapted(gpt_neo()) if present else gpt_neo()
-    text, before = repr(model), logits(model)
+    fits, transposed = rf"\('{key}', \(5, 3\)\)", rf"\('{key}', \(3, 5\)\)"
+    model = adapted(perceptron(), ("0", "2")) if present else perceptron()
+    text, before = repr(model), model(torch.ones(6))
     for tensors, message in (
         (rest, rf"missing \[{fits}\], unexpected \[\]"),
         (whole | {"extra": torch.ones(1)}, r"missing \[\], unexpected \[\('extra', \(1,\)\)\]"),
-        (whole | {key: torch.ones(3, 128)}, rf"missing \[{fits}\], unexpected \[{transposed}\]"),
+        (whole | {key: torch.ones(3, 5)}, rf"missing \[{fits}\], unexpected \[{transposed}\]"),
     ):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=f"adapter_model.safetensors: {message}"):
             lora.load_adapter(model, tmp_path)
-    assert repr(model) == text and torch.equal(logits(model), before)
+    assert repr(model) == text and torch.equal(model(torch.ones(6)), before)
 
 
 def test_an_adapter_for_another_model_or_other_layers_is_refused(tmp_path: Path) -> None:
     lora.save_adapter(adapted(gpt_neo(), ("q_proj",)), tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: target .* matches no module of LlamaForCausalLM"):
-        lora.load_adapter(llama(), tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: target .* matches no module of Sequential"):
+        lora.load_adapter(perceptron(), tmp_path)
     with pytest.raises(ValueError, match=r"missing .*v_proj.* unexpected .*q_proj"):
         lora.load_adapter(adapted(gpt_neo(), ("v_proj",)), tmp_path)
     for rank, alpha in ((RANK + 1, ALPHA), (RANK, ALPHA + 1)):

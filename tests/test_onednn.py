@@ -31,9 +31,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual.double() - expected.double()).norm() <= RTOL * expected.double().norm()
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (7, 5), (2, 3, 5), (0, 5), (2, 1, 300)])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("wanted", [(), (0,), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("shape", [(1, 300), (2, 3, 5), (0, 5)])
+@pytest.mark.parametrize("bias, wanted", [(False, ()), (False, (0,)), (True, (1,)), (True, (0, 1, 2)), (True, ())])
 def test_linear_and_its_gradients(calls, shape, bias, wanted):
     def leaves():
         tensors = [normal(*shape), normal(11, shape[-1], seed=1), normal(11, seed=2) if bias else None]
@@ -97,27 +96,23 @@ def test_compiled_graphs_choose_for_themselves(calls):
     layer, x = nn.Linear(4, 5), normal(3, 4)
     expected = layer(x).sum()
     with onednn.products():
-        actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum()
+        actual = torch.compile(layer, backend="eager", fullgraph=True)(x).sum()
         actual.backward()
     close(actual.detach(), expected.detach())
     assert not calls
 
 
-def test_the_function_is_put_back_whatever_happens():
+def test_the_function_is_put_back_whatever_happens(calls, monkeypatch):
     before = F.linear
     with pytest.raises(ZeroDivisionError), onednn.products():
         with onednn.products():
             assert F.linear(torch.ones(2, 3), torch.ones(4, 3)).eq(3).all()
         assert F.linear is not before
         raise ZeroDivisionError
-    assert F.linear is before
-
-
-def test_without_onednn_it_does_nothing(calls, monkeypatch):
+    assert F.linear is before and len(calls) == 1
     monkeypatch.setattr(onednn, "available", lambda: False)
     with onednn.products():
-        F.linear(normal(3, 5), normal(4, 5))
-    assert not calls
+        assert F.linear is before
 
 
 def test_bounds_of_the_caches_that_the_user_sets_are_kept(monkeypatch):

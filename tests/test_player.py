@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import begin, known_model, player_of, spy
+from helpers import known_model, player_of, spy
 
 import lora
 import player as player_module
@@ -65,26 +65,24 @@ def test_sums_and_log_ratios_are_fp32_under_bf16():
     assert total.item() == pytest.approx((first + 19 * one).item(), rel=1e-5)
 
 
-def test_an_end_token_equal_to_the_padding_id_is_still_scored(start, data, tmp_path, monkeypatch):
+def test_an_end_token_equal_to_the_padding_id_is_still_scored(monkeypatch):
     """Padding is known by length, never by id: a response that contains the filler, id 0, counts in full."""
-    player, _, run = begin(start, data, tmp_path / "run", rank=0)
     seen = []
     spy(monkeypatch, player_module, "linear_logprobs", lambda a, k: seen.append(a[2].tolist()))
-    player.response_logps([([5, 0, 0], [0, 0, run.work.eos_token_id]), ([7], [0])])
-    assert seen == [[0, 0, run.work.eos_token_id, 0]]
+    player_of(known_model()).response_logps([([5, 0, 0], [0, 0, 10]), ([7], [0])])
+    assert seen == [[0, 0, 10, 0]]
 
 
-def test_scoring_is_free_of_dropout_and_of_the_global_generator(start, data, tmp_path):
-    player, examples, _ = begin(start, data, tmp_path / "run", lora_dropout=0.5)
-    for parameter in player.model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
-    sequences = [(e.prompt_ids, e.real_ids) for e in examples[:4]]
+def test_scoring_is_free_of_dropout_and_of_the_global_generator():
+    player = player_of(known_model())
+    lora.add_lora(player.model, 2, 4.0, dropout=0.5)
+    for _, layer in lora.lora_layers(player.model):
+        torch.nn.init.normal_(layer.lora_B)
     state = torch.random.get_rng_state()
     scored = []
     for _ in range(2):
         player.model.train()
-        scored.append(player.logps(sequences))
+        scored.append(player.logps([([1, 2], [3, 4, 10])]))
     assert scored[0] == scored[1]
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -92,14 +90,11 @@ def test_scoring_is_free_of_dropout_and_of_the_global_generator(start, data, tmp
 def test_bf16_means_bf16_products_in_scoring(monkeypatch):
     """Under autocast the head multiplies bf16 factors although the weights are fp32; in fp32 it multiplies fp32."""
     dtypes = []
-    real = player_module.linear_logprobs
 
-    def spied(hidden, weight, targets, **options):
-        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        dtypes.append(autocast or hidden.dtype)
-        return real(hidden, weight, targets, **options)
+    def look(args, options):
+        dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else args[0].dtype)
 
-    monkeypatch.setattr(player_module, "linear_logprobs", spied)
+    spy(monkeypatch, player_module, "linear_logprobs", look)
     for dtype in (torch.bfloat16, torch.float32):
         player_of(known_model(), dtype).logps([([3], [1, 10])])
     assert dtypes == [torch.bfloat16, torch.float32]

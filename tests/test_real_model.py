@@ -9,7 +9,7 @@ import pytest
 import real_model
 import real_model_report
 import torch
-from helpers import ROOT, known_model, player_of
+from helpers import ROOT, known_model, player_of, rows
 from real_model import Size
 
 from model import GPTNeo, GPTNeoConfig
@@ -39,6 +39,7 @@ def base(tmp_path):
 def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     """Every arm is trained and asked; what is done is not done again; results of another commit are refused."""
     monkeypatch.setitem(real_model.SIZES, "tiny", Size(8, 4, 4, 12, 4, start_epochs=2, iterations=1, rates=1, seeds=1))
+    monkeypatch.setattr(real_model, "COMMON", real_model.COMMON.replace("--max-new-tokens 48", "--max-new-tokens 6"))
     monkeypatch.setattr(real_model_report, "write_all", lambda *args: None)
     monkeypatch.setattr(real_model, "current_commit", lambda: "abc")
     out = tmp_path / "results.json"
@@ -50,16 +51,10 @@ def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     assert found["left"] == []
     assert set(found["models"]) == {"start", "untouched"}
     values = real_model.unpacked(out.with_suffix(".npz"))
-    assert all(
-        len(values[row["key"]]["nll"]) == 8 and len(values[row["key"]]["summed"]) == 16 for row in found["summary"]
-    )
-    for block in (
-        real_model_report.about,
-        real_model_report.changes,
-        real_model_report.verdict,
-        real_model_report.answers,
-    ):
-        assert block(found).count("\n") > 0
+    asked = [values[row["key"]] for row in found["summary"]]
+    assert {(len(some["nll"]), len(some["summed"])) for some in asked} == {(8, 16)}
+    for block in ("about", "changes", "verdict", "answers"):
+        assert getattr(real_model_report, block)(found).count("\n") > 0
     assert real_model_report.figure(found).count("<circle") == 2 * len(real_model.ARMS)
     capsys.readouterr()
     real_model.main([*argv, "--threads", "1"])
@@ -72,9 +67,7 @@ def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
 def test_a_judge_is_not_asked_about_kinds_that_are_trained_on(tmp_path):
     size = Size(50, 10, 10, 60, 5)
     real_model.write_data(size, tmp_path)
-    lines = {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
-    }
+    lines = {path.stem: rows(path) for path in tmp_path.glob("*.jsonl")}
     kinds = {name: [line["prompt"].rpartition(" of ")[2] for line in some] for name, some in lines.items()}
     judged = kinds["heldout"][size.tuning + size.test :]
     assert len(judged) >= size.tuning + size.choice
@@ -107,16 +100,14 @@ def test_log_probabilities_at_several_temperatures():
 @pytest.mark.parametrize(
     ("over", "expected"),
     [
-        (
-            {"start": [[4, 1]], "A": [[4, 1]], "R": [[4, 1]]},
-            "SPIN is supported by 1 of 2 seeds, and so is the opponent",
-        ),
-        ({"start": [[4, 1]], "A": [[4, 1]], "R": [[2, 1]]}, "SPIN is supported by 1 of 2 seeds, its opponent is not"),
-        ({"start": [[4, 1]], "A": [[2, 1]], "R": [[4, 1]]}, "better than the start"),
-        ({"start": [[4, 1], [2, 1]], "A": [[4, 1]] * 2, "R": []}, ""),
+        ([[[4, 1]], [[4, 1]], [[4, 1]]], "SPIN is supported by 1 of 2 seeds, and so is the opponent"),
+        ([[[4, 1]], [[4, 1]], [[2, 1]]], "SPIN is supported by 1 of 2 seeds, its opponent is not"),
+        ([[[4, 1]], [[2, 1]], [[4, 1]]], "better than the start"),
+        ([[[4, 1], [2, 1]], [[4, 1]] * 2, []], ""),
     ],
 )
 def test_rules(over, expected):
+    over = dict(zip(("start", "A", "R"), over))
     row = {"arm": "B", "measure": "summed", "over": over}
     assert real_model_report.ruling(row, len(over["start"])) == expected
 

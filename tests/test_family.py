@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def exact_logps(model: GPTNeo, items: list[tuple[list[int], ...]], temperature: 
     spans = [range(len(prompt) - 1, len(prompt + response) - 1) for prompt, response in rows]
     sums = [logps[i, span, response].sum() for i, (span, (_, response)) in enumerate(zip(spans, rows))]
     return torch.stack(sums).view(len(items), -1).T
+
+
+def exact_losses(model: GPTNeo, batches: Sequence[Tensor], loss_of: Callable[[Tensor], Tensor]) -> list[float]:
+    """The losses before each step of AdamW, at a rate that falls from 3e-3 to 0."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), weight_decay=0.0), []
+    for step, batch in enumerate(batches):
+        loss = loss_of(batch)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / len(batches))
+        optimizer.step()
+    return losses
 
 
 def logistic(x: Tensor) -> Tensor:
@@ -96,19 +111,13 @@ def test_ten_steps_equal_an_implementation_in_float64(start, data, tmp_path, mon
     assert {len(item) for item in items} == {2 + options.get("samples", 1) + t}
     with torch.no_grad():
         reference = 0 * exact_logps(exact, items) if t else exact_logps(exact, items, run.args.temperature)
-    optimizer = torch.optim.AdamW(exact.parameters(), weight_decay=0.0)
-    expected = []
-    for step in range(10):
-        batch = slice(4 * step, 4 * step + 4)
-        logps = exact_logps(exact, items[batch])
-        lengths = torch.tensor([len(item[1]) for item in items[batch]])
-        loss = loss_of(logps - reference[:, batch]) - options.get("nll_weight", 0) * (logps[0] / lengths).mean()
-        expected.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 3e-3 * (10 - step) / 10
-        optimizer.step()
+
+    def loss_of_batch(batch: Tensor) -> Tensor:
+        logps = exact_logps(exact, [items[i] for i in batch])
+        lengths = torch.tensor([len(items[i][1]) for i in batch])
+        return loss_of(logps - reference[:, batch]) - options.get("nll_weight", 0) * (logps[0] / lengths).mean()
+
+    expected = exact_losses(exact, torch.arange(40).split(4), loss_of_batch)
     assert len(ours) == 10 and max(ours) - min(ours) > 0.01
     assert ours == pytest.approx(expected, rel=2e-4, abs=2e-4)
     assert signals.get("order") == (run.args.order if run.args.loss == "iris" else None)
@@ -277,17 +286,13 @@ def test_ditto_s_pairs_and_its_steps_equal_an_implementation_in_float64(start, d
         with torch.no_grad():
             start_logps = exact_logps(reference, items)
         torch.testing.assert_close(stored_logps(pairs).double(), start_logps, atol=1e-4, rtol=0)
-        optimizer, expected = torch.optim.AdamW(exact.parameters(), weight_decay=0.0), []
         batches = torch.randperm(len(pairs), generator=run.generator(t, "shuffle")).split(8)
-        for step, batch in enumerate(batches):
+
+        def loss_of_batch(batch: Tensor, items=items, start_logps=start_logps) -> Tensor:
             ratios = exact_logps(exact, [items[i] for i in batch]) - start_logps[:, batch]
-            loss = logistic(0.5 * (ratios[0] - ratios[1])).mean()
-            expected.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / len(batches))
-            optimizer.step()
+            return logistic(0.5 * (ratios[0] - ratios[1])).mean()
+
+        expected = exact_losses(exact, batches, loss_of_batch)
         assert [row["loss"] for row in rows(out / f"steps-{t}.jsonl")] == pytest.approx(expected, rel=2e-4, abs=2e-4)
         steps += len(expected)
         assert max(expected) > min(expected) + 0.1

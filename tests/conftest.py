@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -60,8 +61,7 @@ def data(tmp_path_factory) -> Path:
     """The first 80 words of the shipped dictionary that have letters only."""
     path = tmp_path_factory.mktemp("data") / "words.jsonl"
     with gzip.open(ROOT / "pronounce/cmudict.jsonl.gz", "rt") as file:
-        lines = [line for line in file if json.loads(line)["prompt"].isalpha()][:80]
-    path.write_text("".join(lines))
+        path.write_text("".join(itertools.islice((line for line in file if json.loads(line)["prompt"].isalpha()), 80)))
     return path
 
 

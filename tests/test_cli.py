@@ -23,6 +23,7 @@ from runtime import cli
 from runtime.stopping import Interrupted, Stopped
 
 GOOD = '{"prompt": "a", "response": "EY1"}\n'
+LONG = json.dumps({"prompt": "a" * 60, "response": "b"})
 ARGV = ["--model", "m", "--data", "d", "--out", "o"]
 RESUMES = "; what is finished is kept in o; the same command resumes"
 REMEDY = "out of memory; lower --micro-tokens or --gen-tokens, or give --checkpoint"
@@ -198,21 +199,14 @@ def test_pip_install_is_refused_in_words(tmp_path):
 # ---------------------------------------------------------------- bad input: one line, exit code 2, nothing written
 
 
-@pytest.mark.parametrize(
-    "content, names",
-    [
-        (b"", "holds no records"),
-        (GOOD.encode() + b"{oops\n", "data.jsonl:2: "),
-        (GOOD.encode() + b'{"prompt": "' + b"a" * 60 + b'", "response": "b"}\n', "data.jsonl:2: needs 70 tokens"),
-        (GOOD.encode(), "too few records to hold out"),
-    ],
-)
-def test_data_that_is_wrong_is_named_by_file_and_line(content, names, start, data, tmp_path, capsys):
+@pytest.mark.parametrize("line, says", [("{oops", ": not valid JSON"), (LONG, ": needs 70 tokens")])
+def test_data_that_is_wrong_is_named_by_file_and_line(line, says, start, data, tmp_path, capsys):
     path, out = tmp_path / "data.jsonl", tmp_path / "out"
-    path.write_bytes(content)
-    assert names in refused(flags(start, path, out), out, capsys)
-    if names != "too few records to hold out":
-        assert names in refused(flags(start, data, out, eval_data=path), out, capsys)
+    path.write_text(GOOD)
+    assert "too few records to hold out" in refused(flags(start, path, out), out, capsys)
+    path.write_text(f"{GOOD}{line}\n")
+    assert f"{path}:2{says}" in refused(flags(start, path, out), out, capsys)
+    assert f"{path}:2{says}" in refused(flags(start, data, out, eval_data=path), out, capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """runtime/export.py: transformers reads an exported model as the run did, and nothing of the start is lost."""
 
+import gzip
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -53,7 +55,9 @@ def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
     assert {path.name for path in (tmp_path / "final").iterdir()} == files
     tokens = read(tmp_path / "final/tokenizer_config.json")
     assert tokens["clean_up_tokenization_spaces"] is False, "older versions of transformers: True"
-    ours = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[5000:100_000:20_000]
+    with gzip.open(ROOT / "pronounce/cmudict.jsonl.gz", "rt") as file:
+        (tmp_path / "some.jsonl").write_text("".join(itertools.islice(file, 5000, 100_000, 20_000)))
+    ours = load_examples(tmp_path / "some.jsonl")
     encode(ours, tokenizer, TEMPLATE, eos)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "final")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()

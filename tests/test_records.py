@@ -35,6 +35,7 @@ FILES = {
     "blank.jsonl": b"\n\n" + LINES.replace(b"\n", b"\r\n\r\n"),
     "array.json": json.dumps(RECORDS).encode(),
     "indented.json": b"\n " + json.dumps(RECORDS, indent=4, ensure_ascii=False).encode() + b"\n",
+    "bom.json": BOM + json.dumps(RECORDS).encode(),
     "array.jsonl": json.dumps(RECORDS).encode(),
     "wrapped.json": json.dumps({"version": "1", "data": RECORDS}, indent=1).encode(),
     "x.csv": as_csv(","),

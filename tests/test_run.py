@@ -58,6 +58,14 @@ def test_random_numbers_are_private_to_seed_iteration_and_purpose(start, data, t
     assert run.seed(1, "x") == run.generator(1, "x").initial_seed() == seed_of(1, 1, "x")
 
 
+def test_responses_depend_on_the_number_of_the_prompt_and_not_on_its_shard(start, data, tmp_path):
+    found = []
+    for shard in (5, 12):
+        player, examples, run = begin(start, data, tmp_path / "run", shard=shard)
+        found.append(run.sample(player, examples[:1] * 12, 0, "generate"))
+    assert found[0] == found[1] and len({tuple(ids) for ids, _ in found[0]}) == 12
+
+
 # ---------------------------------------------------------------- a run that died
 
 

@@ -143,10 +143,13 @@ def test_the_end_token_is_chosen(chat, data, tmp_path):
         assert (run.work.eos_token_id, player.eos_token_id, examples[0].real_ids[-1]) == (394, 394, 394)
 
 
-def test_the_first_of_several_end_tokens_is_used(chat):
+def test_the_first_of_several_end_tokens_is_used_and_responses_may_end_with_each(chat, data, tmp_path):
     """config.json may list several, as that of Llama 3 does, or leave them to generation_config.json."""
     (chat / "generation_config.json").write_text('{"eos_token_id": [394, 393]}')
     assert [end_token(chat, ids, "") for ids in ([395, 393], None, 393)] == [395, 394, 393]
+    _, (example, *_), run = begin(chat, data, tmp_path / "run", template="{prompt}")
+    assert example.real_ids[-1] == 394
+    assert run.work.text([*example.real_ids[:-1], 393]) == run.work.text(example.real_ids) == example.response
 
 
 def test_a_model_without_an_end_token_needs_the_option(chat, data, tmp_path, capsys):

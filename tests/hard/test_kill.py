@@ -26,10 +26,10 @@ def test_killed_at_random_moments_ends_bit_identical(launch, start, data, tmp_pa
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    options = dict(batch=16, micro_tokens=200, shard=12) | options
+    options = dict(batch=16, gen_batch=32, micro_tokens=200, shard=12) | options
     if script == "seft":
         options["reviser"] = str(tmp_path / "reviser")
-        reviser = dict(beta=None, rank=0, prompts=16, eval_limit=2, revise_template=options["revise_template"])
+        reviser = dict(beta=None, rank=0, epochs=4, eval_limit=4, revise_template=options["revise_template"])
         assert seft.main(flags(start, data, options["reviser"], **reviser)) == 0
     argv = (small_sft if script == "seft" else small)(start, data, **options)
     world = launch(argv, [whole], script)

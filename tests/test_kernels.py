@@ -663,7 +663,7 @@ assert functions == (torch.addmm, torch.nn.functional.linear)
 operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("logprobs::")]
 assert len(operators) == 4 and "registers four operators" in " ".join(kernels.__doc__.split()), operators
 assert {name.split(".")[0] for name in set(sys.modules) - before} == {"kernels"}
-assert not hasattr(kernels, "answer") and not hasattr(kernels, "__version__") and len(kernels.__path__) == 1
+assert len(kernels.__path__) == 1 and not hasattr(kernels, "answer") and not hasattr(kernels, "__version__")
 x = torch.eye(3, requires_grad=True)
 kernels.linear_logprobs(x, x, torch.tensor([0, 1, -100])).sum().backward()
 kernels.token_logprobs(x, torch.tensor([0, 1, -100])).sum().backward()

@@ -72,9 +72,7 @@ def test_log_probabilities_are_those_of_the_model(start):
                 for value, response in zip(row, responses):
                     logps = player.model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
                     at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-                    assert value.item() == pytest.approx(
-                        sum(logps[i, t].item() for i, t in zip(at, response)), abs=1e-4
-                    )
+                    assert value.item() == pytest.approx(logps[at, response].sum().item(), abs=1e-4)
 
 
 def test_responses_are_those_of_each_prompt_alone(start):

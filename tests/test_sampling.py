@@ -54,7 +54,7 @@ def test_rows_do_not_depend_on_their_batch(model, settings):
     With 3 slots, rows wait and then take the slots of others; with cache_tokens = 80 there are 2 slots. Two processes
     that divide the rows between them get the same responses too.
     """
-    settings = dict(max_new_tokens=20, eos_token_id=EOS, seed=3) | settings
+    settings = dict(max_new_tokens=20, eos_token_id=[EOS, 1, 2, 3], seed=3) | settings
     first = respond(model, prompts(10), batch_size=1, **settings)
     others = [respond(model, prompts(10), batch_size=size, **settings) for size in (3, 10)]
     others.append(respond(model, prompts(10), cache_tokens=80, **settings))

@@ -41,13 +41,6 @@ def test_loss_on_hand_computed_numbers():
     assert spin.spin_loss(far, torch.zeros(2), 1.0).tolist() == [0.0, 1e4]
 
 
-def test_gradient_raises_the_real_and_lowers_the_generated_response():
-    args = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-2.0, -5.0, -3.0, -4.0)]
-    spin.spin_loss(*ratios(*args), beta=0.5).sum().backward()
-    weight = 0.5 / (1 + math.exp(0.5 * 2))  # beta * sigmoid(-beta * margin)
-    assert [x.grad.item() for x in args] == pytest.approx([-weight, weight, weight, -weight])
-
-
 def test_pair_loss_puts_the_four_log_probabilities_in_their_places(monkeypatch):
     """The hand-computed numbers above, from pairs and a player that is known.
 
@@ -131,19 +124,19 @@ def test_every_iteration_starts_at_ln_2_with_a_gradient(played):
 
 
 def test_opponent_of_iteration_1_is_the_player_after_iteration_0(played, start, data, tmp_path):
-    """The log-probabilities stored with the pairs of t = 1 are those of the saved iterate 1, not of the base."""
+    """The log-probabilities stored with every pair of t = 1 are those of the saved iterate 1, not of the base."""
     out, rank = played
     player, _, _ = begin(start, data, tmp_path / "again", rank=rank)
     pairs = rows(out / "pairs-1.jsonl")
-    sequences = [(p["prompt_ids"], *p["generated_ids"]) for p in pairs]
-    stored = torch.tensor([p["opponent_generated_logps"] for p in pairs])[:, 0]
-    base = torch.tensor(player.logps(sequences))[:, 0]
+    items = [(p["prompt_ids"], p["real_ids"], *p["generated_ids"]) for p in pairs]
+    stored = torch.tensor([(p["opponent_real_logp"], *p["opponent_generated_logps"]) for p in pairs])
+    base = torch.tensor(player.logps(items))
     if rank:
         lora.load_adapter(player.model, out / "iterate-1")
     else:
         player.model = GPTNeo.from_pretrained(out / "iterate-1")
-    torch.testing.assert_close(torch.tensor(player.logps(sequences))[:, 0], stored, atol=1e-4, rtol=0)
-    assert (base - stored).abs().max() > 0.1
+    torch.testing.assert_close(torch.tensor(player.logps(items)), stored, atol=1e-4, rtol=0)
+    assert (base - stored).abs().amax(0).min() > 0.1
 
 
 def test_scoring_happens_once_before_training_and_with_the_one_model(start, data, tmp_path, monkeypatch):
@@ -297,24 +290,6 @@ def test_training_raises_real_and_lowers_generated_responses(start, data, tmp_pa
     assert [p.opponent_real_logp for p in pairs] == pytest.approx([now for (now,) in real], abs=1e-4)
 
 
-def test_training_moves_only_what_is_trainable(start, data, tmp_path):
-    player, examples, run = begin(start, data, tmp_path / "run")
-    before = {name: p.clone() for name, p in player.model.named_parameters()}
-    pairs = scored(player, examples[:24], run)  # two steps: in the first lora_A has no gradient
-    spin.train(player, pairs, 0, run)
-    for name, parameter in player.model.named_parameters():
-        assert torch.equal(parameter, before[name]) != ("lora_" in name), name
-
-
-def test_margins_are_zero_for_every_pair_at_the_start_of_an_iteration(start, data, tmp_path):
-    """Not in the mean alone: each pair's, with adapters that have already moved (t = 1)."""
-    player, examples, run = begin(start, data, tmp_path / "run", lr=1e-2, iterations=2)
-    for t in range(2):
-        pairs = scored(player, examples[:24], run, t)
-        assert spin.pair_loss(player, pairs, 1.0)["margin"].abs().max() < 1e-4
-        spin.train(player, pairs, t, run)
-
-
 # ---------------------------------------------------------------- the optimizer
 
 
@@ -342,7 +317,7 @@ def test_micro_batches_change_nothing(start, data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_every_step_is_at_the_rate_of_the_schedule(start, data, tmp_path, monkeypatch, name):
-    """What the optimizer steps with is --lr times the schedule's factor, whatever rate it was made with."""
+    """The optimizer steps with --lr times the schedule's factor, over all parameters that are trained and no other."""
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
     used, kinds = [], []
     spy(monkeypatch, kind, "step", lambda a, k: (used.append(a[0].param_groups[0]["lr"]), kinds.append(a[0])))

@@ -168,7 +168,7 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     spy(monkeypatch, model_module, "checkpoint", lambda a, k: recomputed.append(a[0]))
     options = dict(temperature=1.5, top_k=7, top_p=0.9, beta=[0.5, 2], clip=0.25, prompts=10, checkpoint=True)
     assert spin.main(flags(start, data, tmp_path / "run", iterations=2, eval_limit=4, **options)) == 0
-    settings = [(k["temperature"], k["top_k"], k["top_p"]) for k in sampled]
+    settings = [(k["temperature"], k.get("top_k", 0), k.get("top_p", 1.0)) for k in sampled]
     evaluation = [(0.0, 0, 1.0), (1.0, 0, 1.0)]
     assert settings == [(1.0, 0, 1.0), *evaluation, (0.8, 0, 1.0)] + [(1.5, 7, 0.9), *evaluation] * 2
     assert sampled[4]["seed"] != sampled[7]["seed"], "the opponent's noise is the same in every iteration"

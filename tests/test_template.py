@@ -164,8 +164,8 @@ def test_messages_take_the_chat_template_and_texts_the_text(chat, start, data, t
     assert prompt_of(chat, talks) == (f"user{word}", "chat"), "the file goes before the field"
 
 
-def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_path, capsys):
-    """A line names both tokens. --eos goes before, and with a text template the end is that of config.json."""
+def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_path):
+    """--eos goes before, and with a text template the end is that of config.json."""
     file = chat / "chat_template.jinja"
     file.write_text("{% for m in messages %}{{ m.content + '### Instruction: ' }}{% endfor %}")
 
@@ -175,10 +175,7 @@ def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_p
         return run.work.eos_token_id
 
     assert end_of(talks) == end_of(data, template="chat") == 394
-    line = f"{chat}: responses end with ### Instruction: , but config.json says <|endoftext|>; --eos chooses\n"
-    assert capsys.readouterr().out.count(line) == 2
     assert end_of(talks, eos="<|endoftext|>") == end_of(data) == end_of(talks, template="{prompt}") == 393
-    assert "--eos chooses" not in capsys.readouterr().out
 
 
 def test_named_templates_and_damaged_ones(chat, tokenizer, capsys):

@@ -27,6 +27,10 @@ METRICS = "held-out metrics and training signals"  # the title of metrics.svg
 PROMPTS = 300  # the most prompts in the table of responses
 TEXT = 2000  # the most characters of a text on the page
 LEAST = -9.0  # log-probability of a token with the strongest shade
+ENVIRONMENT = jinja2.Environment(  # It compiles the template once, though a run writes its page after every iterate.
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 KINDS = {"better": "got better", "worse": "got worse", "changed": "changed", "same": "unchanged"}
 PICTURES = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {127: "\u2421"}
 
@@ -180,10 +184,6 @@ def settings_table(runs: Sequence[RunFiles]) -> Table:
 
 def page(runs: Sequence[RunFiles]) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     blocks, settings = blocks_of(runs), settings_table(runs)
     kinds = Counter(block["kind"] for block in blocks)
     warned = [[text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])] for run in runs]
@@ -202,5 +202,5 @@ def page(runs: Sequence[RunFiles]) -> str:
         "count": len(blocks),
         "blocks": sorted(blocks, key=lambda block: block["kind"] == "same")[:PROMPTS],
     }
-    text = environment.get_template("page.html").render(values)
+    text = ENVIRONMENT.get_template("page.html").render(values)
     return text.encode("utf-8", "replace").decode()  # A lone surrogate becomes a question mark.

@@ -1,11 +1,9 @@
 """What several test files need: the project's root, tiny runs, and looks at what they left."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import torch
 
@@ -27,8 +25,6 @@ OPTIONS = {
     "spin": combined(spin.SpinOptions), "sft": combined(sft.SftOptions), "family": combined(family.FamilyOptions),
     "seft": combined(seft.SeftOptions), "sdft": combined(sdft.SdftOptions),
 }  # fmt: skip
-# A run writes its page several times: to compile its template each time would take a sixth of a small run's time.
-jinja2.Environment = partial(jinja2.Environment, bytecode_cache=jinja2.FileSystemBytecodeCache())
 # A world of five responses: their probabilities in the data and under the opponent.
 TABLES = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05], [0.1, 0.2, 0.3, 0.15, 0.25]], dtype=torch.float64)
 

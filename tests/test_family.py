@@ -74,6 +74,11 @@ def iris_by_hand(real, generated, order=2, beta=0.7):
 METHODS = {
     "space": (dict(loss="space", mu=3), lambda r: space_by_hand(r[0], r[1])),
     "gsil": (dict(loss="gsil"), lambda r: (logistic(0.7 * r[0]) + logistic(-0.7 * r[1])).mean()),
+    "gsil, brier": (
+        dict(loss="gsil", form="brier"),
+        lambda r: (1 / (1 + torch.exp(0.7 * r[0])) ** 2 + 1 / (1 + torch.exp(-0.7 * r[1])) ** 2).mean(),
+    ),
+    "gsil, kliep": (dict(loss="gsil", form="kliep"), lambda r: (torch.exp(0.7 * r[1]) - 0.7 * r[0]).mean()),
     "gsil, lsif": (
         dict(loss="gsil", form="lsif"),
         lambda r: (torch.exp(1.4 * r[1]) / 2 - torch.exp(0.7 * r[0])).mean(),

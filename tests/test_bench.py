@@ -82,15 +82,6 @@ def test_results_are_written_after_each_case_and_keep_those_of_others(results):
     assert [path.name for path in results.path.parent.iterdir()] == [results.path.name]
 
 
-def test_a_run_that_is_killed_keeps_the_ways_measured_so_far(results):
-    def killed() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bench.run_part("kernel", [case("cut", ours=lambda: torch.ones(9), peer=killed)], results, CPU, 0.0, 1e9)
-    assert stored(results)["cut"]["ways"]["ours"]["peak_mib"] > 0
-
-
 def test_cases_beyond_the_limit_are_skipped_and_named(results, capsys):
     bench.run_part("kernel", [case("late", estimate=9)], results, CPU, 0.0, time.perf_counter() + 8)
     assert not results.path.exists()
@@ -113,21 +104,6 @@ def test_a_case_is_cut_off_at_the_deadline(monkeypatch):
     assert rows["ours"]["runs"] == 2 and rows["ours"]["median_ms"] == 10_000
 
 
-def test_a_dead_gpu_ends_the_process(monkeypatch, results):
-    monkeypatch.setattr(bench, "alive", lambda device: False)
-    with pytest.raises(SystemExit, match="unusable to this process"):
-        bench.run_part("kernel", [case("first"), case("second")], results, CPU, 0.0, float("inf"))
-    assert list(stored(results)) == ["first"]
-
-
-def test_without_git_the_commit_is_unknown(monkeypatch):
-    def missing(*args, **kwargs):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(bench.subprocess, "run", missing)
-    assert bench.current_commit() == "unknown"
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_part_has_cases_with_names_of_their_own(kind, monkeypatch, capsys):
     """Naming them allocates nothing; missing peers are told in one line. On a GPU all parts end within the limit."""
@@ -140,17 +116,6 @@ def test_every_part_has_cases_with_names_of_their_own(kind, monkeypatch, capsys)
     if kind == "cuda":
         assert all(case.estimate for cases in parts for case in cases)
         assert sum(case.estimate for cases in parts for case in cases if not case.extra) <= 60 * bench.GPU_MINUTES
-
-
-def test_more_sizes_run_only_where_they_are_named(monkeypatch, tmp_path):
-    """`make bench` leaves them out; --match finds them, and nothing else."""
-    ran = []
-    made = [Case("small", Ways), Case("large", Ways, extra=True)]
-    monkeypatch.setattr(bench, "run_part", lambda part, cases, *rest: ran.append([case.name for case in cases]))
-    monkeypatch.setattr(bench.importlib, "import_module", lambda name: SimpleNamespace(cases=lambda *args: made))
-    for more in ([], ["--match", "l"], ["--match", "large"]):
-        bench.main(["kernel", "--results", str(tmp_path), *more])
-    assert ran == [["small"], ["small", "large"], ["large"]]
 
 
 def test_responses_end_where_they_are_told_however_likely_the_end_is():

@@ -196,13 +196,18 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     some = {f"SPIN, LoRA {rank}, lr 3e-4": f"--rank {rank} --lr 3e-4" for rank in (4, 32)}
     yield "adapters", "converged", {}, some, ()
     yield "methods", "converged", dict(seeds=2), METHODS, ()
-    # The opponent of the official script, added after all of these: one response a prompt, the likeliest.
+    yield from later_blocks()
+
+
+def later_blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
+    """What was added after all others had been run, in the same form."""
+    # The opponent of the official script: one response per prompt, the likeliest.
     some = named("--temperature 0", "--temperature 0 --lr 1e-5")
     sizes = {"few words": dict(prompts=8000, iterations=1), "long": dict(prompts=2000), "glosses": dict(prompts=2500)}
     controls = {"underfitted": "1e-4", "few words": "1e-5", "few words, other words": "3e-4"}
     for start in GREEDY:
         yield "greedy opponent", f"{start}, again", sizes.get(start, {}), some, (controls.get(start, "3e-5"),)
-    # Ways to learn from demonstrations alone, added after all of these.
+    # Ways to learn from demonstrations alone.
     size = dict(seeds=2, prompts=2500)
     yield "demonstrations", "shipped", size, DEMONSTRATIONS, ("1e-4",)
     some = {name: DEMONSTRATIONS[name] for name in ("SDFT", "SPIN")}

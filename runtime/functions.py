@@ -18,7 +18,7 @@ from runtime.stopping import Stopped
 def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The functions of --metric, keyed by the names of their columns: metric(prompt, response, references) -> float.
 
-    Each raises Stopped if it fails or does not return a finite number.
+    Each raises Stopped if it fails or does not return a finite number. Raises: FileNotFoundError, ValueError.
     """
     functions = {name_of(name): SHIPPED.get(name) or load("--metric", name) for name in names}
     metrics = {name: _checked(f"--metric {name}", function, _number) for name, function in functions.items()}
@@ -28,7 +28,10 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
 
 def load_scorer(name: str) -> Callable[[str, list[str]], list[float]]:
-    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins."""
+    """The function of --scorer: scorer(prompt, two responses) -> the probability in [0, 1] that each of them wins.
+
+    It raises Stopped if it fails or returns anything else. Raises: FileNotFoundError, ValueError.
+    """
     return _checked(f"--scorer {name}", load("--scorer", name), _probabilities)
 
 

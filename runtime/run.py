@@ -82,7 +82,10 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, player: Any, items: list[Any], t: int) -> Iterator[Training]:
-        """The optimizer steps of iteration t over the items, during which --fsdp shards the player's weights."""
+        """The optimizer steps of iteration t over the items, during which --fsdp shards the player's weights.
+
+        Raises: Stopped if there are no items.
+        """
         if not items:
             reasons = "all responses were identical to the real ones, unfinished, or left out by an option"
             raise Stopped(f"iteration {t}: nothing is left to train on: {reasons}")

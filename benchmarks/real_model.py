@@ -66,7 +66,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "small": Size(400, 60, 250, 250, 40, start_epochs=1, iterations=1, rates=1, seeds=1),
+    "small": Size(400, 60, 250, 250, 40, start_epochs=1, iterations=1, rates=1, seeds=2),
     "tiny": Size(8, 4, 4, 8, 4, start_epochs=1, iterations=1, rates=1, seeds=1),  # for tests
 }
 

@@ -42,8 +42,8 @@ os.umask(UMASK)
 def write(path: Path, fill: Callable[[Path], object], checksum: bool = False) -> None:
     """Calls fill(temporary path), which creates a file or a folder there, and renames that to `path`.
 
-    The directory must exist: a run that was removed must not go on. Raises: OSError naming `path`, which stays as it
-    was.
+    The directory is not created: a run whose folder was removed must not go on. Raises: OSError naming `path`, which
+    stays as it was.
     """
     with _named(path), tempfile.TemporaryDirectory("", TEMPORARY, path.parent, ignore_cleanup_errors=True) as own:
         temporary = Path(own, path.name)
@@ -254,7 +254,7 @@ class Folder:
             return
         for folder in (self.resume.parent, self.resume):  # But not their parents: a removed run stays removed.
             folder.mkdir(exist_ok=True)
-        if iterate > 1:  # A resumed run finds the start's samples again.
+        if iterate > 1:  # iterate-0 stays: a resumed run reads the start's samples there.
             shutil.rmtree(self.resume.with_name(f"iterate-{iterate - 1}"), ignore_errors=True)
 
     def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, log: Sequence[dict[str, Any]]) -> None:
@@ -307,7 +307,7 @@ def in_shards(
 
     Args:
         folder: Finished shards are written into its `resume` and found there again. Without a folder, or outside an
-            iterate, all stays in memory. The cut is the same, since rounding may depend on what is computed together.
+            iterate, all stays in memory. Shards are the same: rounding may depend on what is computed together.
         work: Returns one JSON value for each item of the range that it is given.
     """
     place = folder and folder.resume

@@ -31,7 +31,7 @@ def option(default: Any, help: str, **facts: Any) -> Any:
     """A field of a dataclass of options, whose type is bool, int, float, str, or a tuple of one of them.
 
     A value is checked by one of: `within`, an interval as text, "(0, 1]" or "0 or [1, inf)"; `choices`, the allowed
-    texts; `check`, a function, with `expected`, what a message says it expects. `facts` may have further:
+    texts; `check`, a function, with `expected`, what a message says it expects. Further `facts`, all of them optional:
         changeable: a resumed run may have another value. Such an option changes where or how fast a run computes, and
             results by rounding at most. Input files may move: their contents are compared, not their paths.
         group: the heading in --help of this option and of those below it.
@@ -67,18 +67,20 @@ class RunOptions:
     eval_limit: int = option(1000, "Largest number of held-out examples to evaluate on; 0: all.", within="[0, inf)")
     eval_temperatures: tuple[float, ...] = option(
         (0.7, 0.85, 1.2), "Further temperatures at which the start is sampled, to compare iterates with it at equal "
-        "entropy; 1 adds none.", within="[0.001, inf)")
+        "entropy; give 1 to add none.", within="[0.001, inf)")
     metric: tuple[str, ...] = option(
         (), "Further held-out metrics: FILE.py:NAME of a function f(prompt, response, references) -> number, larger is "
-        f"better; or {', '.join(SHIPPED)}.", changeable=True, metavar="METRIC",
+        f"better; or one that ships: {', '.join(SHIPPED)}.", changeable=True, metavar="METRIC",
         check=lambda name: name in SHIPPED or re.fullmatch(r".+\.py:\w+", name),
         expected=f"FILE.py:NAME or one of {', '.join(SHIPPED)}")
     template: str = option(
         "auto", r"Prompt template: text with {prompt} in which \n is a line break, or chat, the tokenizer's own; auto: "
         r"chat for messages if the tokenizer has one, else '### Instruction: {prompt}\n\n### Response: '.",
         check=lambda text: text in ("auto", "chat") or "{prompt}" in text, expected="auto, chat, or text with {prompt}")
-    special_tokens: bool = option(False, "Let special tokens in the text of a prompt count, not be plain text.")
-    overlong: str = option("error", "Examples that exceed the context: stop, or skip them.", choices=("error", "skip"))
+    special_tokens: bool = option(False, "Read special tokens in the text of a prompt as such, not as plain text.")
+    overlong: str = option(
+        "error", "Examples that do not fit the context: error stops the run at once, skip leaves them out.",
+        choices=("error", "skip"))
 
     out: str = option("runs/spin", "Folder for all files of the run; a stopped run in it is resumed.", changeable=True,
                       check=lambda path: path and path.isprintable(), expected="a printable path", metavar="PATH",
@@ -90,7 +92,7 @@ class RunOptions:
     best: str = option("nll", "Held-out metric that selects the best iterate; greedy_NAME or sampled_NAME for a "
                        "function NAME of --metric.", changeable=True)
     log: tuple[str, ...] = option((), "Log to these packages, too.", changeable=True, choices=("tensorboard", "wandb"))
-    save_minutes: float = option(10.0, "Minutes of training between checkpoints; 0: one per step.", changeable=True,
+    save_minutes: float = option(10.0, "Minutes of training between checkpoints; 0: after every step.", changeable=True,
                                  within="[0, inf)")
     dry_run: bool = option(False, "Check all inputs, measure two batches, and write nothing.", changeable=True)
 
@@ -100,8 +102,8 @@ class RunOptions:
     precision: str = option("auto", "Number format; auto: bf16 on a GPU, else fp32.", choices=("auto", "bf16", "fp32"))
     gen_batch: int = option(64, "Responses that are generated together.", changeable=True, within="[1, inf)")
     gen_tokens: int = option(131072, "Size of the generation cache, in tokens.", changeable=True, within="[1, inf)")
-    micro_tokens: int = option(0, "Tokens per forward pass, to limit memory; 0: 8192 on a GPU, else 2048.",
-                               changeable=True, within="[0, inf)")
+    micro_tokens: int = option(0, "Tokens per forward pass of scoring and training, to limit their memory; 0: 8192 on "
+                               "a GPU, else 2048.", changeable=True, within="[0, inf)")
     checkpoint: bool = option(False, "Recompute activations in training: less memory, more time.", changeable=True)
     fsdp: bool = option(False, "Shard weights, gradients and optimizer state across the ranks of torchrun, for models "
                         "that outgrow a device; requires --rank 0.", changeable=True)

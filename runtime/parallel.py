@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from runtime.stopping import SIGNALS
 
-# How long a rank waits for another one. A dead rank is noticed at once, and a rank with a long shard is not dead.
+# How long a rank waits for another one, which may be at work on a long shard. A dead rank is noticed at once.
 PATIENCE = timedelta(hours=12)
 CONNECTING = timedelta(minutes=10)
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def leave() -> None:
 
 
 def values_of_all(value: T) -> list[T]:
-    """The values that the ranks call this with, in the order of the ranks."""
+    """Returns the `value` of every rank, in the order of the ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -153,8 +153,8 @@ def micro_batches(
     """Yields (indices, weight) of the micro-batches that this rank works on in one step.
 
     `tokens` has the number of tokens of each item of the global batch; `cut` divides items into groups that fit into
-    memory. All ranks get as many micro-batches, since fully_shard sends weights in each: a rank that has too few
-    repeats one of them with weight 0; the weight is 1 otherwise.
+    memory. All ranks get the same number of micro-batches, since fully_shard gathers weights in each: a rank with
+    too few repeats one with weight 0. All other weights are 1.
     """
     parts = shares(tokens, world_size())
     groups = [[[part[i] for i in group] for group in cut([tokens[i] for i in part])] for part in parts]

@@ -28,9 +28,9 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def check(model: nn.Module, args: Any, examples: list[Example], device: torch.device, path: Path) -> None:
-    """Compares what must be had, activations and the generation cache aside, with memory and disk.
+    """Compares the memory and disk that a run needs, without activations and generation cache, with what there is.
 
-    Raises: ValueError naming what does not suffice.
+    Raises: ValueError naming what is too small.
     """
     total, trained = count(model)
     frozen = (total - trained) * (2 if args.precision == "bf16" else FP32)
@@ -44,7 +44,7 @@ def check(model: nn.Module, args: Any, examples: list[Example], device: torch.de
         )
     longest = max(e.tokens for e in examples) + args.max_new_tokens
     pairs = min(args.prompts or len(examples), len(examples)) * longest * TOKEN
-    # Per iteration the iterate and its pairs; once final/ and best/, and two checkpoints while one replaces the other.
+    # An iterate and pairs per iteration; final/ and best/; two checkpoints, since one stays until the next replaces it.
     disk = args.iterations * (trained * FP32 + pairs) + 2 * total * FP32 + 2 * (trained * FP32 + state)
     free = disk_left_for(Path(args.out))
     if disk > free:

@@ -69,7 +69,7 @@ class Progress:
         """Seconds to the end of the run if the running phase takes `of_bar` more; None if that cannot be estimated.
 
         Later phases are assumed to take as long as in the last iterate. The start has no phase but the evaluation, so
-        in the first iteration there is no estimate before training, after which only the evaluation follows.
+        in the first iteration the estimate begins with training: then only the evaluation is left, whose time is known.
         """
         if not self.before or not (self.phase in self.before or self.phase == "train"):
             return None

@@ -8,7 +8,7 @@ from typing import Any
 from model import weight_files
 from runtime.export import CHANGED, COPIED
 from runtime.folder import digest_of_file
-from runtime.options import changeable, flag_of
+from runtime.options import as_typed, changeable
 
 PER_ITERATION = ("beta", "lr", "epochs")  # The record has one value per iteration of these options.
 MODEL_FILES = ("config.json", "tokenizer.json", *COPIED, *CHANGED)  # what is read of a model besides its weights
@@ -42,9 +42,9 @@ def check_same(args: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
         if name in PER_ITERATION:
             same = (given or [])[:both] == (before or [])[:both]
         if not same and name not in may_change:
-            flag = name if name in ("command", "ranks") else flag_of(name)
-            remedy = "give the old value or another --out"
-            raise ValueError(f"{flag} {given!r}: the run in {args.out} began with {before!r}; {remedy}")
+            is_flag = name not in ("command", "ranks")
+            given, before = (as_typed(name, value) if is_flag else f"{name} {value}" for value in (given, before))
+            raise ValueError(f"{given}: the run in {args.out} began with {before}; give the old value or another --out")
 
 
 def check_same_inputs(whose: str, old: dict[str, str], new: dict[str, str]) -> None:

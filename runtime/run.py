@@ -165,7 +165,7 @@ class Run:
     # ------------------------------------------------------------ files and observers
 
     def read_rows(self, name: str) -> list[Any]:
-        """The rows of a file of an earlier iteration, on all ranks. Raises: Stopped if it is damaged or missing."""
+        """The rows of a file in the run's folder, on all ranks. Raises: Stopped if it is damaged or missing."""
         return parallel.on_writer(lambda: self.folder.read_rows(name))
 
     def write_rows(self, name: str, rows: Iterable[Any]) -> None:
@@ -198,7 +198,7 @@ class Run:
             return
         if found["torch"] != torch.__version__:
             began, now = found["torch"], torch.__version__
-            print(f"the run began with torch {began}, this is {now}: results differ by rounding", flush=True)
+            print(f"the run began with torch {began}, this is {now}: results may differ by rounding", flush=True)
         self.folder.check()
         done = max(0, len(self.folder.finished()) - 1)
         print(f"resuming {self.args.out}: {done} of {self.args.iterations} iterations are finished", flush=True)

@@ -1,7 +1,8 @@
 """What ends a run early: errors that it cannot recover from, and signals.
 
 SIGTERM, SIGHUP and Ctrl-C are noted when they arrive and acted on between two steps, when the run is in a consistent
-state. A handler that raised at once, as Python's own does, could throw through C++ code that calls Python: that aborts.
+state. A handler that raised at once, as Python's own does, could throw through C++ code that calls Python, which aborts
+the process.
 """
 
 import contextlib

@@ -124,5 +124,5 @@ class Training:
             self.folder.save_training(self.player.model, optimizer, self.log)
             self.saved = time.monotonic()
         if SIGNALS.agreed:
-            parallel.barrier()  # A rank that ends makes torchrun end the others, which may still be writing.
+            parallel.barrier()  # When a rank ends, torchrun ends the others, which must have finished writing.
             raise Interrupted(SIGNALS.agreed)

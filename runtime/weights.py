@@ -48,7 +48,8 @@ class Weights:
 
     @contextlib.contextmanager
     def of_start(self, player: Any) -> Iterator[None]:
-        """Makes the player theta_0 for a while: with its adapters off, or, if those do not suffice, from disk.
+        """Makes the player theta_0 for a while: with its adapters off; or, if all parameters are trained or the run
+        began with --adapter, from disk.
 
         The player's own weights wait on the CPU, which takes less memory than training does.
         """

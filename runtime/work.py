@@ -41,7 +41,7 @@ class Work:
     def respond(
         self, player: Any, examples: list[Example], name: str, seed: int, temperature: float = 1.0, **options: Any
     ) -> list[tuple]:
-        """The player's response to each example's prompt: (ids, whether it ended). `name` says what they are for.
+        """The player's response to each example's prompt: (ids, whether it ended). `name` names the shards.
 
         `options` are those of Player.respond: top_k, top_p and with_logps, which adds log p of every token, in nats.
         """

@@ -166,7 +166,7 @@ def test_killed_ranks_end_the_world_and_the_run_resumes(launch, start, data, tmp
         lines = [line for line in "".join(died.err).splitlines() if line.startswith("spin.py")]  # torch logs more.
         assert ["another rank has ended" in line for line in lines] == [True] * rank, "only the writer reports it"
     alone = launch(argv, [killed])
-    assert alone.codes == [2] and "ranks 1: the run in run began with 2" in alone.err[0]
+    assert alone.codes == [2] and "ranks 1: the run in run began with ranks 2" in alone.err[0]
     assert set(launch(argv, [killed] * 2).codes) == {0}
     assert tree(killed) == tree(undisturbed)
 

@@ -197,7 +197,7 @@ def test_memory_speed_and_places_of_inputs_may_change(begun, start, data, capsys
 def test_micro_batches_may_change_unless_there_is_dropout(begun, start, data, capsys):
     """Which numbers dropout draws depends on how a batch is cut, so the outcome would change."""
     assert spin.main(small(start, data, micro_tokens=100)) == 2
-    assert "--micro-tokens 100: the run in run began with 800" in capsys.readouterr().err
+    assert "--micro-tokens 100: the run in run began with --micro-tokens 800" in capsys.readouterr().err
     argv = dict(lora_dropout=0, out="without", **FEW)
     die_at(Training, "step", small(start, data, **argv))
     die_at(Training, "step", small(start, data, micro_tokens=100, **argv))
@@ -237,9 +237,9 @@ def test_a_scorer_must_be_the_same_wherever_it_is(start, data, here, capsys):
 def test_a_run_of_one_script_is_not_resumed_by_another(begun, start, data, capsys):
     before = tree(begun)
     assert sft.main(small_sft(start, data, gen_batch=None)) == 2
-    assert "command 'sft': the run in run began with 'spin'" in capsys.readouterr().err
+    assert "command sft: the run in run began with command spin" in capsys.readouterr().err
     assert family.main(small(start, data)) == 2
-    assert "command 'family': the run in run began with 'spin'" in capsys.readouterr().err
+    assert "command family: the run in run began with command spin" in capsys.readouterr().err
     assert tree(begun) == before
 
 

@@ -1,1 +1,1 @@
-"""All that makes a run survive and be read: files, options, data, evaluation, reports. Never imports the method."""
+"""What makes a run survive: options, setup, folder, ranks, FSDP, progress. Nothing here imports the method."""

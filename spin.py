@@ -221,7 +221,7 @@ class TrainingOptions:
     lr: tuple[float, ...] = option((5e-5,), "Peak learning rate.", within="(0, 1000]")
     epochs: tuple[int, ...] = option((2,), "Passes over the pairs or examples of an iteration.", within="[1, 1000000]")
     batch: int = option(64, "Pairs or examples per step.", within="[1, inf)")
-    warmup: float = option(0.1, "Share of the steps with a rising learning rate.", within="[0, 1]")
+    warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", within="[0, 1]")
     weight_decay: float = option(0.0, "Weight decay of AdamW.", within="[0, inf)")
     clip: float = option(1.0, "Largest norm of the gradient; inf: no limit.", within="(0, inf]")
 
@@ -235,7 +235,7 @@ class SpinOptions(TrainingOptions):
     top_k: int = option(0, "Sample only from the k likeliest tokens; 0: from all.", within="[0, inf)")
     top_p: float = option(1.0, "Sample only from the likeliest tokens with this total probability.", within="(0, 1]")
     unfinished: str = option(
-        "keep", "Keep or drop responses at the length limit, or cut real ones, too.", choices=("keep", "drop", "cut")
+        "keep", "Pairs with a cut response: keep, drop, or cut the real one as well.", choices=("keep", "drop", "cut")
     )
     mix_previous: bool = option(False, "Train on the pairs of the previous iteration too.")
 

@@ -102,7 +102,7 @@ def generate(opponent: Player, examples: list, t: int, run: "Run") -> tuple[list
 
 def select(pairs: list[Pair], unfinished: str, drop_identical: bool = True) -> tuple[list[Pair], Row]:
     """Leaves out pairs without gradient, and does what --unfinished says. Returns the pairs to train on, and counts."""
-    if unfinished == "cut":  # Both sides are cut: otherwise the missing end alone would give y' away.
+    if unfinished == "cut":  # The real response is cut, too: otherwise the missing end alone would give y' away.
         for pair in pairs:
             if not pair.finished:
                 pair.real_ids = pair.real_ids[: len(pair.generated_ids[0])]
@@ -153,10 +153,10 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable = s
 
 
 def optimize(player: Player, items: list, loss_of: Callable, t: int, run: "Run") -> Row:
-    """Minimises the mean of loss_of(items)["loss"]. The optimizer starts afresh in every iteration."""
+    """Minimises the mean of loss_of(items)["loss"] over items with a length in `tokens`, by an optimizer made anew."""
     args = run.args
     with run.training(player, items, t) as training:
-        weights, rmsprop = training.parameters, args.optimizer == "rmsprop"  # RMSprop is the paper's: no weight decay.
+        weights, rmsprop = training.parameters, args.optimizer == "rmsprop"  # The paper's RMSProp has no weight decay.
         fused = weights[0].is_cuda  # A GPU then updates all weights by a few kernels.
         optimizer = RMSprop(weights) if rmsprop else AdamW(weights, weight_decay=args.weight_decay, fused=fused)
         for step, batch in training.batches(optimizer):

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Supervised fine-tuning, the phase before self-play: the same optimizer, evaluation and files as spin.py.
 
-python sft.py                              makes the start of the embedded task from scratch
-python sft.py --model DIR --data F.jsonl   fine-tunes a model on the responses of your data
-python sft.py --help                       every option
+    python sft.py                             recipes/pronounce-sft.args: trains pronounce/start from random weights
+    python sft.py --model DIR --data F.jsonl  fine-tunes a model on the responses of your data
+    python sft.py --help                      every option
+
+The loss is `token_loss`, the loop `fine_tune`; what is left is that of spin.py.
 """
 
 import sys
@@ -28,9 +30,9 @@ def fine_tune(player: Player, examples: list, run: Run) -> None:
 def token_loss(player: Player, examples: list, loss: str = "nll") -> Callable[[list], dict[str, Tensor]]:
     """Returns the loss for `optimize`: the negative log-probability of each real response, (B,), in nats per token.
 
-    Dynamic fine-tuning (DFT, arXiv 2508.05629) weighs each token by its own probability, without gradient: the gradient
-    of -log p is that of -p over p, which is large for tokens that the model finds unlikely. So the optimum is the
-    likeliest token at each place, with probability 1, and the NLL rises on the way.
+    `loss` is "nll" or "dft". Dynamic fine-tuning (DFT, arXiv 2508.05629) weighs each token by its own probability, a
+    constant: the gradient of -log p is that of -p over p, which is large for tokens that the model finds unlikely. At
+    the optimum the likeliest token of each place has probability 1, and the NLL rises on the way.
     """
     length = fmean(len(e.real_ids) for e in examples)
 
@@ -57,7 +59,7 @@ class SftOptions(TrainingOptions):
     from_scratch: bool = option(False, "Start from random weights; --model needs only config.json and a tokenizer.")
 
     def check_together(self) -> None:
-        super().check_together()  # type: ignore[misc] - that of RunOptions
+        super().check_together()  # type: ignore[misc] - RunOptions in runtime/options.py has it
         self.require(not (self.from_scratch and self.rank), "--from-scratch requires --rank 0: it trains all weights")
 
 

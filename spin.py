@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """SPIN: Self-Play Fine-Tuning (Chen et al., 2024, arXiv 2401.01335), from top to bottom.
 
-    python spin.py                             self-play on the embedded task (spelling to pronunciation), on a CPU
+    python spin.py                             recipes/pronounce.args: English spelling to pronunciation, on a CPU
     python spin.py --model DIR --data F.jsonl  self-play from your own fine-tuned model
     python spin.py --help                      every option
 
 A language model was fine-tuned on human responses. To get better without new data it plays a game against itself. The
-*opponent* p_t, a frozen copy of the model, writes a response to every prompt. The *player* p_theta learns to tell the
-human responses from those, by making the human ones likelier and the opponent's less likely. Then the player becomes
-the next opponent. The game ends when the two kinds of response cannot be told apart: the model writes like the data.
+*opponent* p_t, the model as it stands, writes a response y' to every prompt x. The *player* p_theta, at first the same
+model, learns to tell the human response y from y': it raises the probability of y against that of y'. Then it becomes
+the next opponent. The game ends when y and y' cannot be told apart: the model writes like the data.
 
-Words: an *iteration* is one round of the game, an *epoch* a pass over the pairs of an iteration, a *step* one update by
-the optimizer. The *iterate* theta_t is the player after t iterations. log p(y|x) is summed over the tokens of y,
-including its end-of-sequence token, in nats.
+`spin_loss` is Eq. 4.7 of the paper and `play` is Algorithm 1; the rest is what these two need. An *iteration* is one
+round of the game, an *epoch* a pass over its pairs, a *step* one update by the optimizer. The *iterate* theta_t is the
+player after t iterations. log p(y|x), in nats, is summed over the tokens of y, including its end-of-sequence token.
 
 Deviations from the paper and from the official code (uclaml/SPIN):
 - The opponent is not a second model: it is the player before training, whose log-probabilities are stored once.
@@ -42,13 +42,13 @@ Row = dict[str, Any]  # metrics or training signals by name
 
 
 def spin_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Tensor:
-    """Eq. 4.7 for each pair: l(beta * margin) with the logistic loss l(z) = log(1 + exp(-z)), as (K, B).
+    """Eq. 4.7 for each pair: l(beta * [log(p_theta(y|x) / p_t(y|x)) - log(p_theta(y'|x) / p_t(y'|x))]): (K, B).
 
-    margin = log [p_theta(y|x) / p_t(y|x)] - log [p_theta(y'|x) / p_t(y'|x)], 0 if player and opponent are the same.
+    l(z) = log(1 + exp(-z)) is the logistic loss. While player and opponent are the same, the bracket is 0.
 
     Args:
-        real_ratios: (B,) fp32, the first log-ratio of the margin, in nats. generated_ratios: (K, B), the second, for K
-            generated responses to each prompt. beta: the paper's lambda; a larger one asks for smaller steps.
+        real_ratios: (B,) fp32, the first log-ratio, in nats. generated_ratios: (K, B), the second, for K generated
+            responses to each prompt. beta: the paper's lambda; a larger one keeps the player nearer to the opponent.
     """
     return F.softplus(-beta * (real_ratios - generated_ratios))
 
@@ -56,14 +56,15 @@ def spin_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float) -> Ten
 def play(player: Player, examples: list, run: "Run", generate: Callable, score: Callable, train: Callable) -> None:
     """Algorithm 1, from its three phases: those of SPIN below, or those of another method (methods/).
 
-    An example has `prompt_ids` and `real_ids`, the prompt x and the human response y as lists of token ids.
+    An example has `prompt_ids` and `real_ids`, the token ids of prompt x and human response y, and `asked`, the prompt
+    for people to read. `run` hands out the work and keeps the results: the class `Run` below lists its calls.
     """
     for t in run.iterations(player):
-        opponent = player  # theta_t: its weights stay as they are until `train`
+        opponent = player  # theta_t; nothing is asked of it after `train` has changed the weights
         pairs, counts = generate(opponent, run.prompts(examples, t), t, run)
         pool = pairs + [Pair(**row) for row in run.previous_pairs(t)]  # none, unless --mix-previous asks for them
         score(opponent, pool, run)
-        signals = train(player, pool, t, run)
+        signals = train(player, pool, t, run)  # The player is theta_{t+1} from here on.
         run.finish_iterate(player, run.evaluate(player) | counts | signals, pairs)
 
 
@@ -74,11 +75,11 @@ class Pair:
     prompt_ids: list[int]
     real_ids: list[int]
     generated_ids: list[list[int]]  # one list of ids per generated response
-    finished: bool  # the opponent ended its responses itself, before the length limit
+    finished: bool  # whether the opponent ended its responses itself, within the length limit
     prompt: Any = ""  # the prompt as text or messages, for people who read the file of pairs
     opponent_real_logp: float | None = None  # log p_t(y|x), nats; `score` fills it in
     opponent_generated_logps: list[float] = field(default_factory=list)  # log p_t(y'|x) per generated response
-    wins: tuple[float, float] = (1.0, 0.0)  # probability that each response is preferred; see SPPO in methods/
+    wins: tuple[float, float] = (1.0, 0.0)  # probability that each response is preferred; for SPPO in methods/
 
     @property
     def responses(self) -> list[list[int]]:
@@ -100,12 +101,12 @@ def generate(opponent: Player, examples: list, t: int, run: "Run") -> tuple[list
 
 
 def select(pairs: list[Pair], unfinished: str, drop_identical: bool = True) -> tuple[list[Pair], Row]:
-    """Leaves out pairs that have no gradient or that --unfinished excludes. Returns the others, and counts."""
-    if unfinished == "cut":  # otherwise the missing end alone tells a response that was cut from a real one
+    """Leaves out pairs without gradient, and does what --unfinished says. Returns the pairs to train on, and counts."""
+    if unfinished == "cut":  # The real response is cut, too: otherwise the missing end alone would give y' away.
         for pair in pairs:
             if not pair.finished:
                 pair.real_ids = pair.real_ids[: len(pair.generated_ids[0])]
-    # Equal responses have margin 0 whatever the player does. Losses that see more than the margin keep them.
+    # For equal responses the bracket of Eq. 4.7 is always 0. Losses that see more than the bracket keep such pairs.
     different = [pair for pair in pairs if any(ids != pair.real_ids for ids in pair.generated_ids)]
     wanted = different if drop_identical else pairs
     wanted = [pair for pair in wanted if pair.finished or unfinished != "drop"]
@@ -120,10 +121,7 @@ def select(pairs: list[Pair], unfinished: str, drop_identical: bool = True) -> t
 
 
 def score(opponent: Player, pairs: list[Pair], run: "Run") -> None:
-    """Stores log p_t of all responses with every pair, computed once, by the code path that trains.
-
-    Pairs of the iteration before are scored again: their opponent is now theta_t, too.
-    """
+    """Stores log p_t of each response with its pair. Pairs of the previous iteration get it anew, under theta_t."""
     logps = run.logps(opponent, [(pair.prompt_ids, *pair.responses) for pair in pairs], "score")
     for pair, (real_logp, *generated_logps) in zip(pairs, logps):
         pair.opponent_real_logp, pair.opponent_generated_logps = real_logp, generated_logps
@@ -143,7 +141,7 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable = s
 
     logps = player.response_logps([(pair.prompt_ids, *pair.responses) for pair in batch])  # (1 + K, B), of p_theta
     ratios = logps - columns([[pair.opponent_real_logp, *pair.opponent_generated_logps] for pair in batch])
-    margins = beta * (ratios[0] - ratios[1:].mean(0)).detach()
+    margins = beta * (ratios[0] - ratios[1:].mean(0)).detach()  # l's argument; above 0 once the player tells y from y'
     per_token = logps / columns([[len(ids) for ids in pair.responses] for pair in batch])  # nats per token
     return {
         "loss": loss(ratios[0], ratios[1:], beta).mean(0),
@@ -155,17 +153,17 @@ def pair_loss(player: Player, batch: list[Pair], beta: float, loss: Callable = s
 
 
 def optimize(player: Player, items: list, loss_of: Callable, t: int, run: "Run") -> Row:
-    """Minimises the mean of loss_of(items)["loss"]. The optimizer starts afresh in every iteration."""
+    """Minimises the mean of loss_of(items)["loss"] over items with a length in `tokens`, by an optimizer made anew."""
     args = run.args
     with run.training(player, items, t) as training:
-        weights, rmsprop = training.parameters, args.optimizer == "rmsprop"  # RMSprop is the paper's: no weight decay.
+        weights, rmsprop = training.parameters, args.optimizer == "rmsprop"  # The paper's RMSProp has no weight decay.
         fused = weights[0].is_cuda  # A GPU then updates all weights by a few kernels.
         optimizer = RMSprop(weights) if rmsprop else AdamW(weights, weight_decay=args.weight_decay, fused=fused)
         for step, batch in training.batches(optimizer):
             optimizer.param_groups[0]["lr"] = args.lr[t] * schedule(step, training.steps, args.warmup)
             for micro_batch, weight in training.micro_batches(batch):
                 values = loss_of(micro_batch)
-                (weight * values["loss"].sum() / len(batch)).backward()
+                (weight * values["loss"].sum() / len(batch)).backward()  # gradients add up to those of the mean
                 training.add(values, weight)
             training.step(optimizer, args.clip)
         return training.signals()
@@ -187,7 +185,9 @@ class Run(Protocol):
 
     def iterations(self, player: Player) -> Iterator[int]: ...  # yields t with the player as theta_t
     def prompts(self, examples: list, t: int) -> list: ...  # the examples of iteration t, in random order
+    # Per example: (ids of a response, whether it ended by itself). Each `purpose` has random numbers of its own.
     def sample(self, player: Player, examples: list, t: int, purpose: str) -> list[tuple[list[int], bool]]: ...
+    # Per item (prompt ids, response ids, ...): log p of each of its responses, as in training but without gradient.
     def logps(self, player: Player, items: list[tuple], purpose: str) -> list[list[float]]: ...
     def previous_pairs(self, t: int) -> list[Row]: ...  # fields of the pairs of iteration t - 1, or []
     def training(self, player: Player, items: list, t: int) -> AbstractContextManager["Training"]: ...
@@ -196,16 +196,16 @@ class Run(Protocol):
 
 
 class Training(Protocol):
-    """The optimizer steps of one iteration: shuffled, sharded across GPUs if there are several, logged, resumable."""
+    """The optimizer steps of one iteration: shuffled, divided among GPUs if there are several, logged, resumable."""
 
-    parameters: list[Tensor]
+    parameters: list[Tensor]  # the trained ones
     steps: int
 
-    def batches(self, optimizer: Optimizer) -> Iterator[tuple[int, list]]: ...  # (step, its items)
-    def micro_batches(self, batch: list) -> Iterator[tuple[list, float]]: ...  # parts that fit the memory; weights
+    def batches(self, optimizer: Optimizer) -> Iterator[tuple[int, list]]: ...  # (step, items of its batch)
+    def micro_batches(self, batch: list) -> Iterator[tuple[list, float]]: ...  # (part, weight), 0 for a repeated part
     def add(self, values: dict[str, Tensor], weight: float) -> None: ...  # towards the step's row of the log
     def step(self, optimizer: Optimizer, clip: float) -> None: ...  # skipped if the loss is not finite
-    def signals(self) -> Row: ...
+    def signals(self) -> Row: ...  # what the values were at the end of training
 
 
 def option(default: Any, help: str, **facts: Any) -> Any:
@@ -221,21 +221,21 @@ class TrainingOptions:
     lr: tuple[float, ...] = option((5e-5,), "Peak learning rate.", within="(0, 1000]")
     epochs: tuple[int, ...] = option((2,), "Passes over the pairs or examples of an iteration.", within="[1, 1000000]")
     batch: int = option(64, "Pairs or examples per step.", within="[1, inf)")
-    warmup: float = option(0.1, "Share of the steps with a rising learning rate.", within="[0, 1]")
+    warmup: float = option(0.1, "Share of the steps in which the learning rate rises.", within="[0, 1]")
     weight_decay: float = option(0.0, "Weight decay of AdamW.", within="[0, inf)")
     clip: float = option(1.0, "Largest norm of the gradient; inf: no limit.", within="(0, inf]")
 
 
 @dataclass(frozen=True)
 class SpinOptions(TrainingOptions):
-    """Options of self-play."""
+    """Options of self-play. runtime/options.py adds those of every run, such as --iterations and --prompts."""
 
     beta: tuple[float, ...] = option((1.0,), "Beta in Eq. 4.7, the paper's lambda.", within="(0, inf)")
     temperature: float = option(1.0, "Temperature of generated responses; 0: greedy.", within="0 or [0.001, inf)")
     top_k: int = option(0, "Sample only from the k likeliest tokens; 0: from all.", within="[0, inf)")
     top_p: float = option(1.0, "Sample only from the likeliest tokens with this total probability.", within="(0, 1]")
     unfinished: str = option(
-        "keep", "Keep or drop responses at the length limit, or cut real ones, too.", choices=("keep", "drop", "cut")
+        "keep", "Pairs with a cut response: keep, drop, or cut the real one as well.", choices=("keep", "drop", "cut")
     )
     mix_previous: bool = option(False, "Train on the pairs of the previous iteration too.")
 

@@ -3,9 +3,8 @@
     python examples/minimal.py
 
 It needs model.py, llama.py, lora.py, sampling.py, kernels/, player.py and spin.py, and nothing else of this
-repository.
-`MemoryRun` is all that spin.py asks of its surroundings: put your own data, logging and checkpoints there. For the same
-texts and options, pairs and losses are those of spin.py bit for bit (tests/test_minimal.py).
+repository. `MemoryRun` has all calls that spin.py makes to its surroundings: put your own data, logging and checkpoints
+there. For the same texts and options, pairs and losses are those of spin.py bit for bit (tests/test_minimal.py).
 """
 
 import contextlib
@@ -25,20 +24,19 @@ sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402 - the path comes first
 import spin  # noqa: E402
 from kernels import onednn  # noqa: E402
-from model import GPTNeo  # noqa: E402
 from player import Player  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Options(spin.SpinOptions):
-    """SPIN's options, and those that this file and a player read."""
+    """SPIN's options, and those that this file and a player read. lr, epochs and beta have a value per iteration."""
 
     iterations: int = 2
     seed: int = 0
-    max_new_tokens: int = 32
+    max_new_tokens: int = 32  # length limit of responses
     gen_batch: int = 64  # responses to generate together
     gen_tokens: int = 2**17  # size of the generation cache in tokens
-    micro_tokens: int = 2048  # tokens per forward pass
+    micro_tokens: int = 2048  # tokens per forward pass in training and scoring
 
 
 @dataclass
@@ -49,13 +47,15 @@ class Example:
 
 
 class MemoryRun:
-    """What spin.Run and spin.Training ask for, kept in lists."""
+    """The calls of spin.Run and, from `training` on, of spin.Training; what they yield is kept in lists."""
 
     def __init__(self, args: Options) -> None:
-        self.args, self.pairs, self.log = args, [], []  # the pairs of each iteration, a row for every step
+        self.args = args
+        self.pairs = []  # the list of pairs of each iteration
+        self.log = []  # a row for every step of training
 
     def seed(self, t, purpose):
-        """Every purpose has random numbers of its own, so that no phase disturbs another."""
+        """Each purpose of each iteration has random numbers of its own, so that no phase disturbs another."""
         return int.from_bytes(hashlib.sha256(f"{self.args.seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
 
     def generator(self, t, purpose):
@@ -83,15 +83,14 @@ class MemoryRun:
 
     def finish_iterate(self, player, row, pairs):
         self.pairs.append(pairs)
-        print(
-            f"iteration {len(self.pairs) - 1}: {row['pairs']} pairs, loss {row['loss']:.4f}, margin {row['margin']:.4f}"
-        )
+        words = f"{row['pairs']} pairs, loss {row['loss']:.4f}, margin {row['margin']:.4f} at the last step"
+        print(f"iteration {len(self.pairs) - 1}: {words}")
 
     @contextlib.contextmanager
     def training(self, player, items, t):
         shuffle, args = self.generator(t, "shuffle"), self.args
         orders = [torch.randperm(len(items), generator=shuffle) for _ in range(args.epochs[t])]
-        self.parts = [part.tolist() for order in orders for part in order.split(args.batch)]
+        self.parts = [part.tolist() for order in orders for part in order.split(args.batch)]  # a batch per step
         self.items, self.steps, self.player = items, len(self.parts), player
         self.parameters = [p for p in player.model.parameters() if p.requires_grad]
         player.model.train()
@@ -105,7 +104,7 @@ class MemoryRun:
 
     def micro_batches(self, batch):
         for part in self.player.micro_batches([item.tokens for item in batch]):
-            yield [batch[i] for i in part], 1.0
+            yield [batch[i] for i in part], 1.0  # One GPU repeats no part.
 
     def add(self, values, weight):
         self.sums = {name: self.sums.get(name, 0) + value.detach().sum() for name, value in values.items()}
@@ -122,17 +121,19 @@ class MemoryRun:
 
 def encode(texts: list[tuple[str, str]], tokenizer: Tokenizer, eos: int) -> list[Example]:
     """Prompt and response are encoded apart, so that no token spans their boundary."""
-    asked = [f"### Instruction: {prompt}\n\n### Response: " for prompt, _ in texts]
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in asked]
-    real_ids = [tokenizer.encode(response, add_special_tokens=False).ids for _, response in texts]
-    return [Example(*both, text) for *both, (text, _) in zip(ids, [[*ids, eos] for ids in real_ids], texts)]
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    template = "### Instruction: {}\n\n### Response: "
+    return [Example(ids_of(template.format(prompt)), [*ids_of(real), eos], prompt) for prompt, real in texts]
 
 
 def play(texts: list[tuple[str, str]], start: Path, args: Options, rank: int = 16) -> MemoryRun:
-    """A game from the model in the folder `start` by LoRA adapters; prints three responses before and after."""
+    """A game with LoRA adapters on a GPT-Neo or Llama in folder `start`; prints greedy responses before and after."""
     tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
-    model, run = GPTNeo.from_pretrained(start), MemoryRun(args)
-    lora.add_lora(model, rank, alpha=32, generator=run.generator(0, "lora"))
+    model, run = Player.class_of(start).from_pretrained(start), MemoryRun(args)
+    lora.add_lora(model, rank, alpha=32, targets=lora.linear_names(model), generator=run.generator(0, "lora"))
     player = Player(model, model.config.eos_token_id, args)
     examples = encode(texts, tokenizer, player.eos_token_id)
 

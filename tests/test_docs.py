@@ -40,7 +40,7 @@ def test_the_iteration_from_python_runs(start, data, here):
     """It has at most 20 lines."""
     code, *_ = blocks((ROOT / "docs/python.md").read_text())
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    code = code.replace("runs/sft/final", str(start)).replace("train.jsonl", str(data)).replace("runs/spin", "run")
+    code = code.replace("runs/sft/final", str(start)).replace("train.jsonl", str(data)).replace("runs/mine", "run")
     code = code.replace("beta=2", "beta=2, max_new_tokens=8, rank=4, prompts=8, eval_share=0.2, device='cpu'")
     exec(code, {})
     assert len(rows(here / "run/metrics.jsonl")) == 2 and (here / "run/final/model.safetensors").is_file()

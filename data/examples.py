@@ -268,19 +268,22 @@ def _without(ends: Sequence[int], ids: list[int]) -> list[int]:
 # ---------------------------------------------------------------- choosing
 
 
-def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:
+def fit_context(
+    examples: list[Example], context: int, max_new_tokens: int, overlong: str, longer: Sequence[Example] = ()
+) -> tuple[list[Example], int]:
     """Returns the examples that fit the context, and how many do not.
 
     An example fits if the prompt leaves room for the real response, a given generated one, and `max_new_tokens`.
+    `longer` are the examples as somebody else reads them, whose lengths then count.
 
     Raises: ValueError if `overlong` is "error" and an example does not fit, or if none fits.
     """
     kept = []
-    for example in examples:
+    for original, example in zip(examples, longer or examples):
         given = max(len(example.real_ids), len(example.generated_ids))
         need = len(example.prompt_ids) + max(given, max_new_tokens)
         if need <= context:
-            kept.append(example)
+            kept.append(original)
         elif overlong == "error":
             sizes = f"prompt {len(example.prompt_ids)}, response {given}, --max-new-tokens {max_new_tokens}"
             hint = f"but the model's context is {context}; --overlong skip leaves such examples out"

@@ -1,9 +1,7 @@
 """examples/: SPIN on models of transformers. Log-probabilities and responses are those of the model itself."""
 
-import importlib.util
 import json
 import math
-import sys
 
 import peft
 import pytest
@@ -11,14 +9,10 @@ import torch
 import transformers as hub
 from helpers import ROOT, die_at, flags, rows, tree
 
+from examples import any_causal_lm as example
 from runtime.folder import Folder
 from runtime.options import combined, parse
 from runtime.setup import setup, switch_off_dropout
-
-spec = importlib.util.spec_from_file_location("any_causal_lm", ROOT / "examples/any_causal_lm.py")
-example = importlib.util.module_from_spec(spec)
-sys.modules["any_causal_lm"] = example
-spec.loader.exec_module(example)
 
 OPTIONS = combined(example.HubOptions)
 TOKENS = dict(vocab_size=396, bos_token_id=393, eos_token_id=393, pad_token_id=393, max_position_embeddings=64)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import begin, flags, refused, rows
+from helpers import begin, flags, refused, rows, write_rows
 
 import respond
 import spin
@@ -70,7 +70,7 @@ def test_a_final_that_was_moved_or_is_on_the_hub_keeps_its_template(run, answers
 
 
 def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monkeypatch):
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": w, "answer": "a"}) + "\n" for w in WORDS))
+    write_rows(tmp_path / "x.jsonl", ({"question": w, "answer": "a"} for w in WORDS))
     start = run / "iterate-0"
     text = asked([start, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"], capsys)
     assert text.startswith(f"> {WORDS[0]}\n{answers[0][0]}")

@@ -5,7 +5,6 @@ The optima of their losses are in test_losses.py, steps against TRL in test_trl.
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 from collections import Counter
@@ -21,7 +20,6 @@ import lora
 import sampling
 import sft
 import spin
-from data.examples import Example, digest
 from methods import family
 from model import GPTNeo
 from runtime.training import Training
@@ -342,13 +340,6 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
     assert steps[-1]["loss"] < steps[0]["loss"] / 2
     logps = [logp for (logp,) in player.logps([(p["prompt_ids"], p["real_ids"]) for p in stored])]
     assert logps == pytest.approx([p["opponent_real_logp"] for p in stored], abs=1e-4)
-
-
-def test_digest_of_given_pairs():
-    """It changes with either response and with the wins, and with the line, by which --history knows a record."""
-    example = Example("f", 1, "p", "r", ["r"], "g", (0.9, 0.1), [1], [2], [3])
-    changes = [{}, {"real_ids": [3]}, {"generated_ids": [2]}, {"wins": (0.9, 0.2)}, {"line": 2}]
-    assert len({digest([dataclasses.replace(example, **change)]) for change in changes}) == len(changes)
 
 
 def test_equal_responses_count_where_more_than_a_margin_does(start, data, tmp_path):

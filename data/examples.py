@@ -64,8 +64,6 @@ def load_examples(
         layout: "responses"; "pairs" if a record must also hold the worse response, as "generated" or "rejected", and
             may hold "wins": [P, P']; "prompts" if a record may lack the response.
         fields: the names of fields in the data, as in --fields: "prompt=question".
-
-    Raises: ValueError naming file and line; FileNotFoundError; other kinds of OSError.
     """
     examples: list[Example] = []
     names, reader = [str(names)] if isinstance(names, str | Path) else names, Reader(layout, fields)
@@ -94,8 +92,6 @@ def _refuse_leaks(examples: list[Example]) -> None:
     """Refuses prompts that end with their own response, as whole rendered texts do.
 
     For some responses this may happen by chance ("Yes or no?" "no"), so most of the distinct ones are asked for.
-
-    Raises: ValueError naming the first record.
     """
     leaks = [e for e in examples if e.response and e.prompt.rstrip().endswith(e.response.strip())]
     if 2 * len({e.response for e in leaks}) > len({e.response for e in examples}):
@@ -103,10 +99,7 @@ def _refuse_leaks(examples: list[Example]) -> None:
 
 
 def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
-    """Reads a model's tokenizer for a run: it encodes a text always in the same way, and neither cuts nor pads it.
-
-    Raises: FileNotFoundError; ValueError naming the file, if it is damaged or does not fit the model.
-    """
+    """Reads a model's tokenizer for a run: it encodes a text always in the same way, and neither cuts nor pads it."""
     tokenizer, source = read_tokenizer(directory)
     eos = tokenizer.id_to_token(eos_token_id) if 0 <= eos_token_id < vocab_size else None
     if source.name == "vocab.json" and eos:
@@ -126,11 +119,7 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
 
 
 def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
-    """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt, without a check against the model.
-
-    Returns: (tokenizer, its file).
-    Raises: FileNotFoundError; ValueError naming the file, if it is damaged.
-    """
+    """Reads (tokenizer, its file): tokenizer.json, or GPT-2's vocab.json and merges.txt. The model is not looked at."""
     path = Path(directory)
     source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
     if source.is_file():
@@ -151,7 +140,7 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
 def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
     """Adds the tokens that only other files of the model define, in the order of their ids, as transformers does.
 
-    Tokens of the vocabulary become special if those files name them as special. Raises: ValueError naming the file.
+    Tokens of the vocabulary become special if those files name them as special.
     """
     config = read_object(path / "special_tokens_map.json") | read_object(path / "tokenizer_config.json")
     added = read_object(path / "added_tokens.json")
@@ -189,8 +178,6 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Templa
     Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
     response ends with exactly one end-of-sequence token, whether or not its text has one. `template` may be a text
     that contains {prompt}.
-
-    Raises: ValueError naming the file and, unless the tokenizer itself fails, the line.
     """
     if isinstance(template, str):
         template = Template(template, tokenizer)
@@ -274,9 +261,8 @@ def fit_context(
     """Returns the examples that fit the context, and how many do not.
 
     An example fits if the prompt leaves room for the real response, a given generated one, and `max_new_tokens`.
-    `longer` are the examples as somebody else reads them, whose lengths then count.
-
-    Raises: ValueError if `overlong` is "error" and an example does not fit, or if none fits.
+    `longer` are the examples as somebody else reads them, whose lengths then count. With `overlong` "error" an example
+    that does not fit is an error, and it always is one if none fits.
     """
     kept = []
     for original, example in zip(examples, longer or examples):

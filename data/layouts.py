@@ -51,10 +51,7 @@ class Reader:
         return shown(f"{taken}; left out: {', '.join(left) or 'nothing'}", 500)
 
     def parts(self, record: Any) -> dict[str, Any] | None:
-        """Returns the fields of an Example that describe its texts, or None if the record must not be trained on.
-
-        Raises: ValueError naming the field and, if one is missing, the fields that the record has and those accepted.
-        """
+        """Returns the fields of an Example that describe its texts, or None if the record must not be trained on."""
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
         record = self._named(record)
@@ -78,10 +75,10 @@ class Reader:
         if system.strip() and turns[0][0] != "system":
             turns = [("system", system), *turns]
         prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-        references = self._take(record, "references", "references", [response] if response else None)
-        if references is not None and not (isinstance(references, list) and references):
+        references = self._take(record, "references", "references") or [response] * bool(response)
+        if not isinstance(references, list):
             raise ValueError("field 'references' must be a list of texts")
-        references = [text_of(text, "references") for text in references or []]
+        references = [text_of(text, "references") for text in references]
         self.left_out |= {self.names[ours]: None for ours, value in record.items() if value not in ("", [], {})}
         parts = {"prompt": prompt, "response": response, "references": references}
         return parts | given | {"turns": tuple(turns) if chat or len(turns) > 1 else ()}
@@ -117,7 +114,7 @@ class Reader:
         return {ours: record[theirs] for ours, theirs in self.names.items()}
 
     def _one_of(self, record: dict[str, Any], part: str, names: Sequence[str]) -> str | None:
-        """Returns the field that holds a part of the example. Raises: ValueError if several hold it and differ."""
+        """Returns the field that holds a part of the example. Several that hold it must agree."""
         there = [name for name in names if name in record]
         there = [name for name in there if record[name] not in ("", [])] or there
         for other in there[1:]:

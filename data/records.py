@@ -30,10 +30,7 @@ Record = tuple[int, Any]  # (number, content); the number is that of a line, or 
 
 
 def files_of(name: str) -> list[str]:
-    """Returns the files that --data names: a directory stands for the data files in it, sorted by name.
-
-    Raises: FileNotFoundError; ValueError if a directory holds no data.
-    """
+    """Returns the files that --data names: a directory stands for the data files in it, sorted by name."""
     path = Path(name)
     if path.is_dir():
         inside = sorted(str(file) for file in path.iterdir() if kind_of(file) in SUFFIXES and file.is_file())
@@ -58,10 +55,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Record]:
-    """Yields the records of one file or data set.
-
-    Raises: ValueError naming the file and, if it is known, the line; OSError.
-    """
+    """Yields the records of one file or data set."""
     if not os.path.exists(name):
         yield from _hub(name)
         return

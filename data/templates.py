@@ -29,7 +29,7 @@ Piece = tuple[str, bool]  # (text, whether special tokens in it count)
 
 @dataclass(eq=False)
 class Template:
-    """Writes prompts. Raises: ValueError if a chat template is not valid."""
+    """Writes prompts."""
 
     source: str  # A text that contains {prompt}, or, if `variables` are given, the Jinja source of a chat template.
     tokenizer: Tokenizer  # It defines the special tokens that a turn must not forge.
@@ -48,7 +48,7 @@ class Template:
     def pieces(self, where: str, turns: Sequence[Turn]) -> list[Piece]:
         """Returns the prompt in pieces that are to be encoded one by one: special tokens, and the text between them.
 
-        Raises: ValueError naming the record by `where` if a chat template refuses the turns.
+        `where` names the record in the message if a chat template refuses the turns.
         """
         hidden: list[str] = []  # Special tokens in the text of turns, by the numbers of their placeholders.
 
@@ -116,8 +116,6 @@ def choose(
         option: "chat", a text, or "auto", which uses the chat template if there is one and the data has messages.
         directory: the model's directory.
         messages: whether the data has messages.
-
-    Raises: ValueError if there is no chat template to choose, or if it is not valid.
     """
     if option == "chat" or (option == "auto" and messages):
         source, variables, file = read_chat(directory)
@@ -134,10 +132,7 @@ def choose(
 
 
 def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
-    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none.
-
-    Raises: ValueError naming the file.
-    """
+    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none."""
     config, file = read_object(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
     if file.is_file():
         source: Any = read_text(file)

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,8 @@ class RespondOptions:
 class Responder:
     """A model that answers, with its tokenizer and the template of its prompts.
 
-    Args:
-        name: a run, an iterate, a directory with a model, or a hub id.
-        fallback: the template of a model that brings none of its own.
-
-    Raises: ValueError, FileNotFoundError.
+    `name` is a run, an iterate, a directory with a model, or a hub id. `fallback` is the template of a model that
+    brings none of its own.
     """
 
     def __init__(self, name: str, args: RespondOptions, fallback: str = "") -> None:
@@ -140,8 +136,7 @@ class Responder:
 def find(name: str, base: str = "") -> tuple[Path, str, dict[str, Any]]:
     """(directory of the model, adapter on top of it or "", record of its run or {}) of what a name stands for.
 
-    A run stands for its last iterate. `base` replaces the model below an adapter. Raises: ValueError if the run has no
-    such iterate, or if it is not known what is below an adapter.
+    A run stands for its last iterate. `base` replaces the model below an adapter.
     """
     path = Path(name)
     run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
@@ -169,23 +164,6 @@ def find(name: str, base: str = "") -> tuple[Path, str, dict[str, Any]]:
 # ---------------------------------------------------------------- responses, or metrics
 
 
-def typed_prompts(chat: bool) -> Iterator[Example]:
-    """Prompts from a terminal or a pipe, one per line. With `chat` the caller fills in `response`, the next turn."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        print("Type a prompt; Ctrl-D ends." + (" An empty line begins a new conversation." if chat else ""))
-    turns: tuple[tuple[str, str], ...] = ()
-    for number in itertools.count(1):
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            return
-        example = Example(f"stdin:{number}", number, line, "", [], turns=(*turns, ("user", line)))
-        if line:
-            yield example
-        turns = (*example.turns, ("assistant", example.response or " ")) if line and chat else ()
-
-
 def answer(responders: list[Responder], examples: list[Example], with_prompt: bool) -> list[dict[str, Any]]:
     """Prints every model's response to each prompt. Returns them as rows of --out, which --data can read."""
     rows = []
@@ -199,19 +177,36 @@ def answer(responders: list[Responder], examples: list[Example], with_prompt: bo
             rows.append(row | ({"references": example.references} if example.references else {}))
         if with_prompt:
             print()
-        example.response = answers[0][0]
     return rows
+
+
+def talk(responders: list[Responder], chat: bool) -> list[dict[str, Any]]:
+    """Answers prompts from a terminal or a pipe, one per line. With `chat` they continue a conversation."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Type a prompt; Ctrl-D ends." + (" An empty line begins a new conversation." if chat else ""))
+    rows, turns = [], ()
+    for number in itertools.count(1):
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return rows
+        if line:
+            turns = (*(turns if chat else ()), ("user", line))
+            answers = answer(responders, [Example(f"stdin:{number}", number, line, "", [], turns=turns)], False)
+            turns, rows = (*turns, ("assistant", answers[0]["response"] or " ")), rows + answers
+        else:
+            turns = ()
 
 
 def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
     examples = [Example(f"--prompt:{i}", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
+    if not examples:
+        return talk(responders, args.chat)
     batches = [examples[first : first + args.gen_batch] for first in range(0, len(examples), args.gen_batch)]
-    rows = []
-    for batch in batches or ([example] for example in typed_prompts(args.chat)):
-        rows += answer(responders, batch, with_prompt=len(examples) > 1)
-    return rows
+    return [row for batch in batches for row in answer(responders, batch, with_prompt=len(examples) > 1)]
 
 
 def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:

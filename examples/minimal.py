@@ -2,8 +2,7 @@
 
     python examples/minimal.py
 
-It needs model.py, llama.py, lora.py, sampling.py, kernels/, player.py and spin.py, and nothing else of this
-repository.
+It needs model.py, llama.py, lora.py, sampling.py, kernels/, player.py and spin.py, and nothing else that is here.
 `MemoryRun` is all that spin.py asks of its surroundings: put your own data, logging and checkpoints there. For the same
 texts and options, pairs and losses are those of spin.py bit for bit (tests/test_minimal.py).
 """
@@ -82,10 +81,8 @@ class MemoryRun:
         return {}  # your own metrics
 
     def finish_iterate(self, player, row, pairs):
+        print(f"iteration {len(self.pairs)}: {row['pairs']} pairs, loss {row['loss']:.4f}, margin {row['margin']:.4f}")
         self.pairs.append(pairs)
-        print(
-            f"iteration {len(self.pairs) - 1}: {row['pairs']} pairs, loss {row['loss']:.4f}, margin {row['margin']:.4f}"
-        )
 
     @contextlib.contextmanager
     def training(self, player, items, t):

@@ -43,21 +43,16 @@ class Template:
         special.sort(key=lambda token: len(token.content), reverse=True)  # The tokenizer prefers the longest one too.
         patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
         self.cut = re.compile(f"({'|'.join(patterns) or '(?!)'})")
-        self.forged = re.compile("|".join(re.escape(text) for text in [*(t.content for t in special), OPEN, CLOSE]))
+        self.hidden = [*(token.content for token in special), OPEN, CLOSE]  # A placeholder holds a number of this list.
+        self.forged = re.compile("|".join(map(re.escape, self.hidden)))
 
     def pieces(self, where: str, turns: Sequence[Turn]) -> list[Piece]:
         """Returns the prompt in pieces that are to be encoded one by one: special tokens, and the text between them.
 
         `where` names the record in the message if a chat template refuses the turns.
         """
-        hidden: list[str] = []  # Special tokens in the text of turns, by the numbers of their placeholders.
-
-        def hide(found: re.Match) -> str:
-            hidden.append(found[0])
-            return f"{OPEN}{len(hidden) - 1}{CLOSE}"
-
         if not self.special_tokens:
-            turns = [(role, self.forged.sub(hide, text)) for role, text in turns]
+            turns = [(role, self.forged.sub(self._placeholder, text)) for role, text in turns]
         written = self._written(where, turns)
         asked = next((text.strip() for role, text in reversed(turns) if role == "user"), "")
         if asked not in written and json.dumps(asked, ensure_ascii=False)[1:-1] not in written:
@@ -65,8 +60,11 @@ class Template:
         if self.special_tokens:
             return [(written, True)]
         parts = self.cut.split(written)  # Every second part is a special token.
-        parts = [re.sub(f"{OPEN}([0-9]+){CLOSE}", lambda found: hidden[int(found[1])], part) for part in parts]
+        parts = [re.sub(f"{OPEN}([0-9]+){CLOSE}", lambda found: self.hidden[int(found[1])], part) for part in parts]
         return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+
+    def _placeholder(self, found: re.Match) -> str:
+        return f"{OPEN}{self.hidden.index(found[0])}{CLOSE}"
 
     def turn_end(self) -> int | None:
         """Returns the id of the token with which a chat template ends an assistant's turn, None if there is none."""
@@ -76,10 +74,9 @@ class Template:
             text = self._written("", (("user", "q"), ("assistant", OPEN)), ask=False)
         except ValueError:  # It expects more than that, such as a system turn.
             return None
-        _, _, rest = text.partition(OPEN)
+        rest = text.partition(OPEN)[2].lstrip()
         tokens = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
-        ends = [content for content in tokens if rest.lstrip().startswith(content)]
-        return tokens[max(ends, key=len)] if ends else None
+        return tokens.get(max(filter(rest.startswith, tokens), key=len, default=""))
 
     def _written(self, where: str, turns: Sequence[Turn], ask: bool = True) -> str:
         """Returns the text of turns, which `ask` for an answer.

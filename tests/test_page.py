@@ -2,18 +2,15 @@
 
 import html.parser
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from types import SimpleNamespace
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
-from helpers import ROOT, begin, rows, write_rows
+from helpers import begin, rows, write_rows
 
 from report import __main__ as script
 from report import page
@@ -264,17 +261,6 @@ def test_what_people_get_wrong_is_one_line(tmp_path, capsys):
         assert script.main([*map(str, argv)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("report: error: ") and error.count("\n") == 1 and said in error
-
-
-def test_a_pipe_whose_reader_has_gone(tmp_path):
-    """As under `| true`: a shell makes 141 of SIGPIPE. The page is there, and nothing is said."""
-    run = write_run(tmp_path / "run", 3, 1, 1)
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "report", str(run)]
-    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"") and (run / "report.html").is_file()
 
 
 # ---------------------------------------------------------------- in a browser

@@ -24,7 +24,7 @@ DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
 SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # They enclose the number of a placeholder; Unicode gives them no meaning.
 
-Piece = tuple[str, bool]  # (text, whether special tokens in it count)
+Piece = tuple[str, bool, bool]  # (text, whether special tokens in it count, whether other text is before it)
 
 
 @dataclass(eq=False)
@@ -58,10 +58,11 @@ class Template:
         if asked not in written and json.dumps(asked, ensure_ascii=False)[1:-1] not in written:
             raise ValueError(f"{where}: {self.name} leaves out the user's text: it writes '{shown(written)}'")
         if self.special_tokens:
-            return [(written, True)]
+            return [(written, True, False)]
         parts = self.cut.split(written)  # Every second part is a special token.
         parts = [re.sub(f"{OPEN}([0-9]+){CLOSE}", lambda found: self.hidden[int(found[1])], part) for part in parts]
-        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+        first = 0 if parts[0] else 1
+        return [(part, i % 2 == 1, i > first) for i, part in enumerate(parts) if part]
 
     def _placeholder(self, found: re.Match) -> str:
         return f"{OPEN}{self.hidden.index(found[0])}{CLOSE}"

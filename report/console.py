@@ -53,10 +53,9 @@ def changes(row: Row) -> list[str]:
     found = {"the start": row.get("since_start", {})}
     if last > 0:
         found[f"iterate {last}"] = row.get("since_last", {})
-    if equal := row.get("at_equal_entropy"):
-        found[f"the start at temperature {equal['temperature']:.2f}, of equal entropy"] = equal
-    names = {name: [metric for metric in ordered(some) if metric != "temperature"] for name, some in found.items()}
-    return [f"  against {name}: {line(some, names[name])}" for name, some in found.items() if some]
+    if equal := dict(row.get("at_equal_entropy", {})):
+        found[f"the start at temperature {equal.pop('temperature'):.2f}, of equal entropy"] = equal
+    return [f"  against {name}: {line(some, ordered(some))}" for name, some in found.items() if some]
 
 
 def examples(answers: Mapping[str, Sequence[Row]]) -> str:

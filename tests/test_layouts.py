@@ -99,7 +99,6 @@ def test_several_turns_and_a_system_turn():
         assert (parts.turns, parts.response) == (turns, "a2")
         assert parts.prompt == "system: s\n\nuser: q1\n\nassistant: a1\n\nuser: q2"
     assert read({"prompt": "q", "response": "a", "system": "s"}).turns == (("system", "s"), ("user", "q"))
-    assert read({"instruction": "Add.", "input": "1, 2", "output": "3"}).prompt == "Add.\n\n1, 2"
 
 
 def test_context_and_history_belong_to_the_prompt():

@@ -189,8 +189,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         "settings": settings,
         "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
         "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
-        "kinds": [(kind, name, kinds[kind]) for kind, name in KINDS.items()],
-        "kind_names": KINDS,
+        "kinds": {kind: (name, kinds[kind]) for kind, name in KINDS.items()},
         "count": len(blocks),
         "blocks": sorted(blocks, key=lambda block: block["kind"] == "same")[:PROMPTS],
     }

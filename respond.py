@@ -154,11 +154,11 @@ def find(name: str, base: str = "") -> tuple[Path, str, dict[str, Any]]:
         adapter = str(path)
     else:
         return resolve_model(str(path), flag="")[0], "", record
-    known = read_object(Path(adapter, "adapter_config.json")).get("base_model_name_or_path")
-    below = base or began.get("model") or known
+    config = Path(adapter, "adapter_config.json")
+    below = base or began.get("model") or read_object(config).get("base_model_name_or_path")
     if not below:
-        raise ValueError(f"{adapter}/adapter_config.json: names no base model; --base names it")
-    return resolve_model(below, None if base else record.get("revision"))[0], adapter, record
+        raise ValueError(f"{config}: names no base model; --base names it")
+    return resolve_model(str(below), None if base else record.get("revision"))[0], adapter, record
 
 
 # ---------------------------------------------------------------- responses, or metrics

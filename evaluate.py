@@ -303,10 +303,6 @@ def interpolation(place: float, xs: Sequence[float]) -> list[float]:
     return [math.prod((place - b) / (a - b) for j, b in enumerate(xs) if j != i) for i, a in enumerate(xs)]
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 # ---------------------------------------------------------------- edit distance, and the metrics that ship
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,45 +85,36 @@ class RespondOptions:
 class Responder:
     """A model that answers, with its tokenizer and the template of its prompts.
 
-    Args:
-        name: a run, an iterate, a directory with a model, or a hub id.
-        fallback: the template of a model that brings none of its own.
-
-    Raises: ValueError, FileNotFoundError.
+    `name` is a run, an iterate, a directory with a model, or a hub id. `fallback` is the template of a model that
+    brings none of its own.
     """
 
     def __init__(self, name: str, args: RespondOptions, fallback: str = "") -> None:
         self.name = name
         self.answered = 0  # The number of prompts so far: each has random numbers of its own.
-        folder, record = find(name)
-        settings = record.get("args", {})
-        adapter = settings.get("adapter") if folder is None else folder
-        if folder is None or Path(folder, "adapter_config.json").exists():
-            base = args.base or settings.get("model")
-            base = base or read_object(Path(adapter, "adapter_config.json")).get("base_model_name_or_path")
-            if not base:
-                raise ValueError(f"{adapter}/adapter_config.json: names no base model; --base names it")
-            path, _ = resolve_model(str(base), None if args.base else record.get("revision"))
-        else:
-            (path, _), adapter = resolve_model(folder, flag=""), None
+        path, adapter, record = find(name, args.base)
+        began = record.get("args", {})  # the options of the run
+        self.args = args = dataclasses.replace(
+            args,
+            out="",
+            eos=args.eos or began.get("eos", ""),
+            special_tokens=args.special_tokens or began.get("special_tokens", False),
+            max_new_tokens=args.max_new_tokens or began.get("max_new_tokens", 256),
+        )
         model_class = Player.class_of(path)
         config = model_class.config_class.from_json(path / "config.json")
-        wanted = args.eos or settings.get("eos", "")
         self.context = config.max_position_embeddings
-        self.tokenizer = load_tokenizer(path, end_token(path, config.eos_token_id, wanted), config.vocab_size)
+        self.tokenizer = load_tokenizer(path, end_token(path, config.eos_token_id, args.eos), config.vocab_size)
         self.own = record.get("template", "") or ("chat" if read_chat(path)[0] else fallback)
-        special = args.special_tokens or settings.get("special_tokens", False)
         asked = args.template if args.template != "auto" else self.own or "auto"
-        self.template = choose(asked, path, self.tokenizer, messages=False, special_tokens=special)
-        self.eos = end_token(path, config.eos_token_id, wanted, self.template)
+        self.template = choose(asked, path, self.tokenizer, messages=False, special_tokens=args.special_tokens)
+        self.eos = end_token(path, config.eos_token_id, args.eos, self.template)
         device = choose_device(args.device)
         model = model_class.from_pretrained(path, dtype=torch.float32, device=device).eval()
         if adapter:
             lora.load_adapter(model, adapter)
-        length = args.max_new_tokens or settings.get("max_new_tokens", 256)
-        self.args = dataclasses.replace(args, out="", max_new_tokens=length)
         bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-        self.player = Player(model, self.eos, self.args, torch.bfloat16 if bf16 else torch.float32)
+        self.player = Player(model, self.eos, args, torch.bfloat16 if bf16 else torch.float32)
 
     def respond(self, examples: list[Example]) -> list[tuple[str, bool]]:
         """(text, whether it ended by itself) for the prompt of each example."""
@@ -134,59 +124,44 @@ class Responder:
         if room < 1:
             size = f"{len(longest.prompt_ids)} tokens with the template, the context of {self.name} is {self.context}"
             raise ValueError(f"{longest.where}: the prompt has {size}")
-        rows = range(self.answered, self.answered + len(examples))
+        args, rows = self.args, range(self.answered, self.answered + len(examples))
         self.answered = rows.stop
-        responses = self.player.respond(
-            [example.prompt_ids for example in examples],
-            self.args.seed,
-            rows=rows,
-            temperature=self.args.temperature,
-            top_k=self.args.top_k,
-            top_p=self.args.top_p,
-            max_new_tokens=min(self.args.max_new_tokens, room),
-        )
+        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        limit = min(args.max_new_tokens, room)
+        prompts = [example.prompt_ids for example in examples]
+        responses = self.player.respond(prompts, args.seed, rows=rows, max_new_tokens=limit, **sampling)
         return [(decode(ids, self.tokenizer, *self.player.ends), finished) for ids, finished in responses]
 
 
-def find(name: str) -> tuple[str | None, dict[str, Any]]:
-    """(directory or hub id, record of its run or {}) of what a name stands for; None in place of a run's start.
+def find(name: str, base: str = "") -> tuple[Path, str, dict[str, Any]]:
+    """(directory of the model, adapter on top of it or "", record of its run or {}) of what a name stands for.
 
-    A run stands for its last iterate. Raises: ValueError if the run has no such iterate.
+    A run stands for its last iterate. `base` replaces the model below an adapter.
     """
     path = Path(name)
     run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
-    if run is None:
-        return name, {}
-    record = Folder(run).record()
-    iterates = ["final", *(f"iterate-{t}" for t in range(record["args"]["iterations"], 0, -1)), "best"]
-    made = [iterate for iterate in iterates if (run / iterate).is_dir()]
-    if run == path and made:
-        path = run / made[0]
-    if path.name == "iterate-0":
-        return None, record
-    if run == path or not path.is_dir():
-        raise ValueError(f"{name}: no such iterate; there are {', '.join(['iterate-0', *made])}")
-    return str(path), record
+    record: dict[str, Any] = (run and Folder(run).record()) or {}
+    if run:
+        iterates = ["final", *(f"iterate-{t}" for t in range(record["args"]["iterations"], 0, -1)), "best"]
+        made = [iterate for iterate in iterates if (run / iterate).is_dir()]
+        path = run / made[0] if run == path and made else path
+        if path.name != "iterate-0" and (run == path or not path.is_dir()):
+            raise ValueError(f"{name}: no such iterate; there are {', '.join(['iterate-0', *made])}")
+    began = record.get("args", {})
+    if run and path.name == "iterate-0":
+        adapter = began["adapter"]
+    elif (path / "adapter_config.json").exists():
+        adapter = str(path)
+    else:
+        return resolve_model(str(path), flag="")[0], "", record
+    config = Path(adapter, "adapter_config.json")
+    below = base or began.get("model") or read_object(config).get("base_model_name_or_path")
+    if not below:
+        raise ValueError(f"{config}: names no base model; --base names it")
+    return resolve_model(str(below), None if base else record.get("revision"))[0], adapter, record
 
 
 # ---------------------------------------------------------------- responses, or metrics
-
-
-def typed_prompts(chat: bool) -> Iterator[Example]:
-    """Prompts from a terminal or a pipe, one per line. With `chat` the caller fills in `response`, the next turn."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        print("Type a prompt; Ctrl-D ends." + (" An empty line begins a new conversation." if chat else ""))
-    turns: tuple[tuple[str, str], ...] = ()
-    for number in itertools.count(1):
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            return
-        example = Example(f"stdin:{number}", number, line, "", [], turns=(*turns, ("user", line)))
-        if line:
-            yield example
-        turns = (*example.turns, ("assistant", example.response or " ")) if line and chat else ()
 
 
 def answer(responders: list[Responder], examples: list[Example], with_prompt: bool) -> list[dict[str, Any]]:
@@ -202,19 +177,36 @@ def answer(responders: list[Responder], examples: list[Example], with_prompt: bo
             rows.append(row | ({"references": example.references} if example.references else {}))
         if with_prompt:
             print()
-        example.response = answers[0][0]
     return rows
+
+
+def talk(responders: list[Responder], chat: bool) -> list[dict[str, Any]]:
+    """Answers prompts from a terminal or a pipe, one per line. With `chat` they continue a conversation."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Type a prompt; Ctrl-D ends." + (" An empty line begins a new conversation." if chat else ""))
+    rows, turns = [], ()
+    for number in itertools.count(1):
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return rows
+        if line:
+            turns = (*(turns if chat else ()), ("user", line))
+            answers = answer(responders, [Example(f"stdin:{number}", number, line, "", [], turns=turns)], False)
+            turns, rows = (*turns, ("assistant", answers[0]["response"] or " ")), rows + answers
+        else:
+            turns = ()
 
 
 def respond(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:
     """Answers the prompts of the command line, of files or of the terminal, and prints the answers."""
     examples = [Example(f"--prompt:{i}", i, text, "", []) for i, text in enumerate(args.prompt, 1)]
     examples += load_examples(args.prompts, "prompts", args.fields, quiet=True) if args.prompts else []
+    if not examples:
+        return talk(responders, args.chat)
     batches = [examples[first : first + args.gen_batch] for first in range(0, len(examples), args.gen_batch)]
-    rows = []
-    for batch in batches or ([example] for example in typed_prompts(args.chat)):
-        rows += answer(responders, batch, with_prompt=len(examples) > 1)
-    return rows
+    return [row for batch in batches for row in answer(responders, batch, with_prompt=len(examples) > 1)]
 
 
 def metrics(responders: list[Responder], args: RespondOptions) -> list[dict[str, Any]]:

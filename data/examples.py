@@ -8,7 +8,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from data.templates import SPECIAL_TOKENS, Piece, Template
 
 ENCODED_TOGETHER = 4096  # Texts per call: the tokenizer's own results take far more memory than the ids.
 FIRST = b'"prepend_scheme":"first"'  # The setting of a pre-tokenizer that puts a space before the beginning of a text.
+NEVER = FIRST.replace(b"first", b"never")
 
 
 @dataclass(slots=True)
@@ -64,8 +65,6 @@ def load_examples(
         layout: "responses"; "pairs" if a record must also hold the worse response, as "generated" or "rejected", and
             may hold "wins": [P, P']; "prompts" if a record may lack the response.
         fields: the names of fields in the data, as in --fields: "prompt=question".
-
-    Raises: ValueError naming file and line; FileNotFoundError; other kinds of OSError.
     """
     examples: list[Example] = []
     names, reader = [str(names)] if isinstance(names, str | Path) else names, Reader(layout, fields)
@@ -94,8 +93,6 @@ def _refuse_leaks(examples: list[Example]) -> None:
     """Refuses prompts that end with their own response, as whole rendered texts do.
 
     For some responses this may happen by chance ("Yes or no?" "no"), so most of the distinct ones are asked for.
-
-    Raises: ValueError naming the first record.
     """
     leaks = [e for e in examples if e.response and e.prompt.rstrip().endswith(e.response.strip())]
     if 2 * len({e.response for e in leaks}) > len({e.response for e in examples}):
@@ -103,10 +100,7 @@ def _refuse_leaks(examples: list[Example]) -> None:
 
 
 def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
-    """Reads a model's tokenizer for a run: it encodes a text always in the same way, and neither cuts nor pads it.
-
-    Raises: FileNotFoundError; ValueError naming the file, if it is damaged or does not fit the model.
-    """
+    """Reads a model's tokenizer for a run: it encodes a text always in the same way, and neither cuts nor pads it."""
     tokenizer, source = read_tokenizer(directory)
     eos = tokenizer.id_to_token(eos_token_id) if 0 <= eos_token_id < vocab_size else None
     if source.name == "vocab.json" and eos:
@@ -126,11 +120,7 @@ def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) ->
 
 
 def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
-    """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt, without a check against the model.
-
-    Returns: (tokenizer, its file).
-    Raises: FileNotFoundError; ValueError naming the file, if it is damaged.
-    """
+    """Reads (tokenizer, its file): tokenizer.json, or GPT-2's vocab.json and merges.txt. The model is not looked at."""
     path = Path(directory)
     source, vocab, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
     if source.is_file():
@@ -151,7 +141,7 @@ def read_tokenizer(directory: str | Path) -> tuple[Tokenizer, Path]:
 def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
     """Adds the tokens that only other files of the model define, in the order of their ids, as transformers does.
 
-    Tokens of the vocabulary become special if those files name them as special. Raises: ValueError naming the file.
+    Tokens of the vocabulary become special if those files name them as special.
     """
     config = read_object(path / "special_tokens_map.json") | read_object(path / "tokenizer_config.json")
     added = read_object(path / "added_tokens.json")
@@ -189,26 +179,25 @@ def encode(examples: list[Example], tokenizer: Tokenizer, template: str | Templa
     Prompt and response are encoded separately and joined as ids, so no token spans their boundary (TRL #1679). A
     response ends with exactly one end-of-sequence token, whether or not its text has one. `template` may be a text
     that contains {prompt}.
-
-    Raises: ValueError naming the file and, unless the tokenizer itself fails, the line.
     """
     if isinstance(template, str):
         template = Template(template, tokenizer)
     for first in range(0, len(examples), ENCODED_TOGETHER):
         some = examples[first : first + ENCODED_TOGETHER]
-        pieces = [template.pieces(e.where, e.turns or (("user", e.prompt),)) for e in some]
+        prompts = [template.pieces(e.where, e.turns or (("user", e.prompt),)) for e in some]
+        answers = [text for e in some for text in (e.response, e.generated or "")]
         with _named(f"{some[0].where} or after it: the tokenizer cannot encode the data"):
-            prompts = _ids_of_pieces(pieces, tokenizer)
-            responses = _ids([e.response for e in some], tokenizer, inside=True)
-            others = _ids([e.generated or "" for e in some], tokenizer, inside=True)
-        for example, prompt_ids, ids, other in zip(some, prompts, responses, others):
-            if not prompt_ids:
-                raise ValueError(f"{example.where}: the tokenizer has no token for the prompt")
-            example.prompt_ids = prompt_ids
+            ids = _ids([*itertools.chain(*prompts), *map(_inside, answers)], tokenizer)
+        for example, pieces in zip(some, prompts):
+            where = example.where
+            example.prompt_ids = [number for piece in pieces for number in ids[piece]]
+            if not example.prompt_ids:
+                raise ValueError(f"{where}: the tokenizer has no token for the prompt")
             if example.response:
-                example.real_ids = _ended(ids, eos_token_id, f"{example.where}: the response")
+                example.real_ids = _ended(ids[_inside(example.response)], eos_token_id, f"{where}: the response")
             if example.generated is not None:
-                example.generated_ids = _ended(other, eos_token_id, f"{example.where}: the generated response", True)
+                other = ids[_inside(example.generated)]
+                example.generated_ids = _ended(other, eos_token_id, f"{where}: the generated response", True)
 
 
 def decode(ids: list[int], tokenizer: Tokenizer, *ends: int) -> str:
@@ -218,37 +207,32 @@ def decode(ids: list[int], tokenizer: Tokenizer, *ends: int) -> str:
 
 def as_decoded(examples: list[Example], tokenizer: Tokenizer, eos_token_id: int) -> None:
     """Rewrites references as `decode` would write them, so that a perfect response equals its reference."""
-    for example in examples:
-        with _named(f"{example.where}: the tokenizer cannot encode and decode the references"):
-            ids = _ids(example.references, tokenizer, inside=True)
-            example.references = [decode(some, tokenizer, eos_token_id) for some in ids]
+    with _named(f"{examples[0].where} or after it: the tokenizer cannot encode and decode the references"):
+        ids = _ids((_inside(text) for e in examples for text in e.references), tokenizer)
+        for e in examples:
+            e.references = [decode(ids[_inside(text)], tokenizer, eos_token_id) for text in e.references]
 
 
-def _ids_of_pieces(pieces: list[list[Piece]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Encodes texts that are given in pieces. Each distinct piece, such as the template's, is encoded once."""
-    ids: dict[tuple, list[int]] = {}
-    placed = [[(*piece, i > 0) for i, piece in enumerate(some)] for some in pieces]
-    for special, inside in itertools.product((True, False), repeat=2):
-        group = list({piece: None for some in placed for piece in some if piece[1:] == (special, inside)})
-        ids |= zip(group, _ids([text for text, *_ in group], tokenizer, special, inside))
-    return [[number for piece in some for number in ids[piece]] for some in placed]
+def _inside(response: str) -> Piece:
+    """A response as a piece behind a prompt. Special tokens in it count."""
+    return response, True, True
 
 
-def _ids(texts: list[str], tokenizer: Tokenizer, special: bool = True, inside: bool = False) -> list[list[int]]:
-    """Encodes texts. Unless `special`, special tokens in them are encoded like other text.
-
-    `inside`: other text is before them, so tokenizers that put a space before the beginning of a text put none.
-    """
-    tokenizer.encode_special_tokens = not special
-    original = tokenizer.pre_tokenizer
-    if inside and original and FIRST in original.__getstate__():
-        inner = copy.deepcopy(original)
-        inner.__setstate__(original.__getstate__().replace(FIRST, FIRST.replace(b"first", b"never")))
-        tokenizer.pre_tokenizer = inner
-    try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    finally:
+def _ids(pieces: Iterable[Piece], tokenizer: Tokenizer) -> dict[Piece, list[int]]:
+    """Encodes pieces of texts, each distinct one, such as the template's, once."""
+    ids: dict[Piece, list[int]] = {}
+    distinct, original = dict.fromkeys(pieces), tokenizer.pre_tokenizer
+    for special, inside in itertools.product((False, True), repeat=2):  # At the end special tokens count again.
+        group = [piece for piece in distinct if piece[1:] == (special, inside)]
+        tokenizer.encode_special_tokens = not special
+        if inside and original and FIRST in original.__getstate__():  # Inside a text no space is put before a piece.
+            inner = copy.deepcopy(original)
+            inner.__setstate__(original.__getstate__().replace(FIRST, NEVER))
+            tokenizer.pre_tokenizer = inner
+        encodings = tokenizer.encode_batch([text for text, *_ in group], add_special_tokens=False)
+        ids |= zip(group, (encoding.ids for encoding in encodings))
         tokenizer.pre_tokenizer = original
+    return ids
 
 
 def _ended(ids: list[int], eos_token_id: int, name: str, blank: bool = False) -> list[int]:
@@ -268,19 +252,21 @@ def _without(ends: Sequence[int], ids: list[int]) -> list[int]:
 # ---------------------------------------------------------------- choosing
 
 
-def fit_context(examples: list[Example], context: int, max_new_tokens: int, overlong: str) -> tuple[list[Example], int]:
+def fit_context(
+    examples: list[Example], context: int, max_new_tokens: int, overlong: str, longer: Sequence[Example] = ()
+) -> tuple[list[Example], int]:
     """Returns the examples that fit the context, and how many do not.
 
     An example fits if the prompt leaves room for the real response, a given generated one, and `max_new_tokens`.
-
-    Raises: ValueError if `overlong` is "error" and an example does not fit, or if none fits.
+    `longer` are the examples as somebody else reads them, whose lengths then count. With `overlong` "error" an example
+    that does not fit is an error, and it always is one if none fits.
     """
     kept = []
-    for example in examples:
+    for original, example in zip(examples, longer or examples):
         given = max(len(example.real_ids), len(example.generated_ids))
         need = len(example.prompt_ids) + max(given, max_new_tokens)
         if need <= context:
-            kept.append(example)
+            kept.append(original)
         elif overlong == "error":
             sizes = f"prompt {len(example.prompt_ids)}, response {given}, --max-new-tokens {max_new_tokens}"
             hint = f"but the model's context is {context}; --overlong skip leaves such examples out"

@@ -12,7 +12,7 @@ def shown(value: object, most: int = 100) -> str:
 
 
 def parse_json(text: str, where: str | Path, hint: str = "") -> Any:
-    """Parses a text. Raises: ValueError, whose message begins with `where`, the text's place, and ends with `hint`."""
+    """Parses a text. A message of an error begins with `where`, the text's place, and ends with `hint`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # A RecursionError means that values are nested too deep.
@@ -20,7 +20,7 @@ def parse_json(text: str, where: str | Path, hint: str = "") -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Reads a whole file and keeps its line ends. Raises: ValueError naming the file; OSError."""
+    """Reads a whole file and keeps its line ends."""
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError:
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file; a file that does not exist counts as {}. Raises: ValueError naming the file."""
+    """Reads the JSON object in a file; a file that does not exist counts as {}."""
     if not path.is_file():
         return {}
     value = parse_json(read_text(path), path)

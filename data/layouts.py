@@ -41,7 +41,6 @@ class Reader:
         self.left_out: dict[str, None] = {}  # Fields, and what was left out of conversations.
         self.unwanted = 0  # The number of records that are marked as not to be trained on.
         self.names: dict[str, str] = {}  # The names in the data, of the fields of one record, by ours.
-        self.chat = False  # Whether the record has messages.
 
     def summary(self) -> str:
         """Says what was taken and what was left out, in one line."""
@@ -52,22 +51,21 @@ class Reader:
         return shown(f"{taken}; left out: {', '.join(left) or 'nothing'}", 500)
 
     def parts(self, record: Any) -> dict[str, Any] | None:
-        """Returns the fields of an Example that describe its texts, or None if the record must not be trained on.
-
-        Raises: ValueError naming the field and, if one is missing, the fields that the record has and those accepted.
-        """
+        """Returns the fields of an Example that describe its texts, or None if the record must not be trained on."""
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-        record, self.chat = self._named(record), False
+        record = self._named(record)
         label = str(record.get("label")).lower()  # TRL's data for KTO has true or false.
         if label in ("true", "false"):
             del record["label"]
         name = self._one_of(record, "response", RESPONSES) or "response"
         turns = self._turns(record, name, "assistant") if name in record or self.layout != "prompts" else []
-        if name in CONVERSATIONS or "user" in dict(turns):
+        chat = name in CONVERSATIONS or "user" in dict(turns)
+        if chat:
             self.taken[self.names[name]] = "prompt and response"
         else:
-            turns = self._question(record) + turns
+            question, chat = self._question(record)
+            turns = question + turns
         turns, response = self._split(turns, name)
         if response is None or label == "false":
             self.unwanted += 1
@@ -75,15 +73,15 @@ class Reader:
         given = self._given(record, name, turns) if self.layout == "pairs" else {}
         system = text_of(self._take(record, "system", "prompt", ""), "system", blank=True)
         if system.strip() and turns[0][0] != "system":
-            turns, self.chat = [("system", system), *turns], True
+            turns = [("system", system), *turns]
         prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-        references = self._take(record, "references", "references", [response] if response else None)
-        if references is not None and not (isinstance(references, list) and references):
+        references = self._take(record, "references", "references") or [response] * bool(response)
+        if not isinstance(references, list):
             raise ValueError("field 'references' must be a list of texts")
-        references = [text_of(text, "references") for text in references or []]
+        references = [text_of(text, "references") for text in references]
         self.left_out |= {self.names[ours]: None for ours, value in record.items() if value not in ("", [], {})}
         parts = {"prompt": prompt, "response": response, "references": references}
-        return parts | given | {"turns": tuple(turns) if self.chat else ()}
+        return parts | given | {"turns": tuple(turns) if chat or len(turns) > 1 else ()}
 
     def _take(self, record: dict[str, Any], name: str, part: str, default: Any = None) -> Any:
         """Removes a field, which holds a part of the example, from the record, and returns its value."""
@@ -116,7 +114,7 @@ class Reader:
         return {ours: record[theirs] for ours, theirs in self.names.items()}
 
     def _one_of(self, record: dict[str, Any], part: str, names: Sequence[str]) -> str | None:
-        """Returns the field that holds a part of the example. Raises: ValueError if several hold it and differ."""
+        """Returns the field that holds a part of the example. Several that hold it must agree."""
         there = [name for name in names if name in record]
         there = [name for name in there if record[name] not in ("", [])] or there
         for other in there[1:]:
@@ -125,20 +123,22 @@ class Reader:
                 raise ValueError(f"{one!r} and {two!r} may both be the {part}; --fields {part}=NAME chooses one")
         return there[0] if there else None
 
-    def _question(self, record: dict[str, Any]) -> list[Turn]:
-        """Returns the prompt of a record whose response stands apart."""
+    def _question(self, record: dict[str, Any]) -> tuple[list[Turn], bool]:
+        """Returns the prompt of a record whose response stands apart, and whether it is a list of messages."""
         name = self._one_of(record, "prompt", PROMPTS) or "prompt"
         messages = isinstance(record.get(name), list)
         turns = self._turns(record, name, "user")
-        for more in () if messages else MORE:
+        if messages:
+            return turns, True
+        for more in MORE:
             if not isinstance(record.get(more, []), list | dict):
                 text = text_of(self._take(record, more, "prompt"), more, blank=True)
                 turns = [("user", f"{turns[0][1]}\n\n{text}")] if text.strip() else turns
-        history = [] if messages else record.get("history")
+        history = record.get("history")
         if history and isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             texts = [text_of(text, "history") for pair in self._take(record, "history", "prompt") for text in pair]
-            turns, self.chat = [*zip(("user", "assistant") * len(history), texts), *turns], True
-        return turns
+            turns = [*zip(("user", "assistant") * len(history), texts), *turns]
+        return turns, False
 
     def _given(self, record: dict[str, Any], name: str, turns: list[Turn]) -> dict[str, Any]:
         """Returns what only a given pair has: the worse response to the same prompt, and who wins."""
@@ -167,7 +167,6 @@ class Reader:
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise ValueError(f"field {name!r} must be a list of {{'role', 'content'}}")
         turns = [self._turn(message, name) for message in value]
-        self.chat |= any(role not in ("assistant", NO_TARGET) for role, _ in turns)
         return [(role, text) for role, text in turns if text.strip() or role != "system"]
 
     def _turn(self, message: dict[str, Any], name: str) -> Turn:

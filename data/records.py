@@ -7,7 +7,6 @@ array, as {"data": [...]} does.
 import contextlib
 import csv
 import gzip
-import io
 import itertools
 import os
 import re
@@ -31,18 +30,15 @@ Record = tuple[int, Any]  # (number, content); the number is that of a line, or 
 
 
 def files_of(name: str) -> list[str]:
-    """Returns the files that --data names: a directory stands for the data files in it, sorted by name.
-
-    Raises: FileNotFoundError; ValueError if a directory holds no data.
-    """
+    """Returns the files that --data names: a directory stands for the data files in it, sorted by name."""
     path = Path(name)
-    if os.path.isdir(name):
+    if path.is_dir():
         inside = sorted(str(file) for file in path.iterdir() if kind_of(file) in SUFFIXES and file.is_file())
         if not inside:
             raise ValueError(f"{name}: a directory without data, expected files that end in {', '.join(SUFFIXES)}")
         return inside
-    if not os.path.isfile(name) and not is_hub_id(name):
-        found = "not a regular file" if os.path.exists(name) else "no such file, directory or hub id (owner/name)"
+    if not path.is_file() and not is_hub_id(name):
+        found = "not a regular file" if path.exists() else "no such file, directory or hub id (owner/name)"
         raise FileNotFoundError(f"{shown(name)}: {found}")
     return [name]
 
@@ -59,24 +55,20 @@ def is_hub_id(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Record]:
-    """Yields the records of one file or data set.
-
-    Raises: ValueError naming the file and, if it is known, the line; OSError.
-    """
+    """Yields the records of one file or data set."""
     if not os.path.exists(name):
         yield from _hub(name)
         return
     path = Path(name)
     if hint := lfs_hint(path):
         raise ValueError(f"{path}: no data{hint}")
-    with open(path, "rb") as raw:
-        magic = raw.peek(4)[:4]
-        if magic == PARQUET:
-            yield from _parquet(path)
-            return
-        zipped = magic.startswith(GZIP) or path.suffix == ".gz"
-        file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
-        try:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == PARQUET:
+        yield from _parquet(path)
+        return
+    try:
+        with (gzip.open if magic.startswith(GZIP) or path.suffix == ".gz" else open)(path, "rb") as file:
             first = file.peek(4096)[:4096].removeprefix(BOM).lstrip()[:1]
             lines = _texts(file, path)
             if first == b"[":
@@ -85,8 +77,8 @@ def read(name: str) -> Iterator[Record]:
                 yield from _csv(lines, path)
             else:
                 yield from _objects(lines, path)
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{path}: not readable as gzip ({error})") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: not readable as gzip ({error})") from None
 
 
 def _texts(file: BinaryIO, path: Path) -> Iterator[str]:
@@ -104,10 +96,8 @@ def _objects(lines: Iterable[str], path: Path) -> Iterator[Record]:
         lines = list(lines)
         with contextlib.suppress(ValueError):
             value = parse_json("".join(lines), path)
-            wrapped = [
-                value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)
-            ]
-            yield from enumerate(wrapped[0] if wrapped else [value], 1)
+            names = [name for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)]
+            yield from enumerate(value[names[0]] if names else [value], 1)
             return
     for number, line in enumerate(lines, 1):
         if line := line.strip():

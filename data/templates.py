@@ -24,12 +24,12 @@ DEFAULT_TEMPLATE = r"### Instruction: {prompt}\n\n### Response: "
 SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # They enclose the number of a placeholder; Unicode gives them no meaning.
 
-Piece = tuple[str, bool]  # (text, whether special tokens in it count)
+Piece = tuple[str, bool, bool]  # (text, whether special tokens in it count, whether other text is before it)
 
 
 @dataclass(eq=False)
 class Template:
-    """Writes prompts. Raises: ValueError if a chat template is not valid."""
+    """Writes prompts."""
 
     source: str  # A text that contains {prompt}, or, if `variables` are given, the Jinja source of a chat template.
     tokenizer: Tokenizer  # It defines the special tokens that a turn must not forge.
@@ -43,30 +43,29 @@ class Template:
         special.sort(key=lambda token: len(token.content), reverse=True)  # The tokenizer prefers the longest one too.
         patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
         self.cut = re.compile(f"({'|'.join(patterns) or '(?!)'})")
-        self.forged = re.compile("|".join(re.escape(text) for text in [*(t.content for t in special), OPEN, CLOSE]))
+        self.hidden = [*(token.content for token in special), OPEN, CLOSE]  # A placeholder holds a number of this list.
+        self.forged = re.compile("|".join(map(re.escape, self.hidden)))
 
     def pieces(self, where: str, turns: Sequence[Turn]) -> list[Piece]:
         """Returns the prompt in pieces that are to be encoded one by one: special tokens, and the text between them.
 
-        Raises: ValueError naming the record by `where` if a chat template refuses the turns.
+        `where` names the record in the message if a chat template refuses the turns.
         """
-        hidden: list[str] = []  # Special tokens in the text of turns, by the numbers of their placeholders.
-
-        def hide(found: re.Match) -> str:
-            hidden.append(found[0])
-            return f"{OPEN}{len(hidden) - 1}{CLOSE}"
-
         if not self.special_tokens:
-            turns = [(role, self.forged.sub(hide, text)) for role, text in turns]
+            turns = [(role, self.forged.sub(self._placeholder, text)) for role, text in turns]
         written = self._written(where, turns)
         asked = next((text.strip() for role, text in reversed(turns) if role == "user"), "")
         if asked not in written and json.dumps(asked, ensure_ascii=False)[1:-1] not in written:
             raise ValueError(f"{where}: {self.name} leaves out the user's text: it writes '{shown(written)}'")
         if self.special_tokens:
-            return [(written, True)]
+            return [(written, True, False)]
         parts = self.cut.split(written)  # Every second part is a special token.
-        parts = [re.sub(f"{OPEN}([0-9]+){CLOSE}", lambda found: hidden[int(found[1])], part) for part in parts]
-        return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+        parts = [re.sub(f"{OPEN}([0-9]+){CLOSE}", lambda found: self.hidden[int(found[1])], part) for part in parts]
+        first = 0 if parts[0] else 1
+        return [(part, i % 2 == 1, i > first) for i, part in enumerate(parts) if part]
+
+    def _placeholder(self, found: re.Match) -> str:
+        return f"{OPEN}{self.hidden.index(found[0])}{CLOSE}"
 
     def turn_end(self) -> int | None:
         """Returns the id of the token with which a chat template ends an assistant's turn, None if there is none."""
@@ -76,10 +75,9 @@ class Template:
             text = self._written("", (("user", "q"), ("assistant", OPEN)), ask=False)
         except ValueError:  # It expects more than that, such as a system turn.
             return None
-        _, _, rest = text.partition(OPEN)
+        rest = text.partition(OPEN)[2].lstrip()
         tokens = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
-        ends = [content for content in tokens if rest.lstrip().startswith(content)]
-        return tokens[max(ends, key=len)] if ends else None
+        return tokens.get(max(filter(rest.startswith, tokens), key=len, default=""))
 
     def _written(self, where: str, turns: Sequence[Turn], ask: bool = True) -> str:
         """Returns the text of turns, which `ask` for an answer.
@@ -116,8 +114,6 @@ def choose(
         option: "chat", a text, or "auto", which uses the chat template if there is one and the data has messages.
         directory: the model's directory.
         messages: whether the data has messages.
-
-    Raises: ValueError if there is no chat template to choose, or if it is not valid.
     """
     if option == "chat" or (option == "auto" and messages):
         source, variables, file = read_chat(directory)
@@ -134,10 +130,7 @@ def choose(
 
 
 def read_chat(directory: Path) -> tuple[str, dict[str, str], Path]:
-    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none.
-
-    Raises: ValueError naming the file.
-    """
+    """Returns (source, variables, file) of a model's chat template; the source is "" if the model has none."""
     config, file = read_object(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
     if file.is_file():
         source: Any = read_text(file)

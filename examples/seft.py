@@ -44,6 +44,7 @@ from sft import token_loss
 from spin import Pair, Row, SpinOptions, TrainingOptions, optimize, select
 
 PLACEHOLDERS = ("{prompt}", "{response}")
+SPIN = SpinOptions.__dataclass_fields__
 
 
 def play(player: Player, examples: list[Example], run: Run) -> None:
@@ -66,8 +67,8 @@ def train_reviser(player: Player, examples: list[Example], run: Run) -> None:
         run.finish_iterate(player, run.evaluate(player) | {"pairs": len(lessons)} | signals)
 
 
-def train(player: Player, examples: list[Example], t: int, run: Run) -> Row:
-    """Supervised fine-tuning on the examples' real responses."""
+def train(player: Player, examples: list, t: int, run: Run) -> Row:
+    """Supervised fine-tuning on the real responses of examples or pairs."""
     return optimize(player, examples, token_loss(player, examples), t, run)
 
 
@@ -103,13 +104,13 @@ def evolve(policy: Player, examples: list[Example], run: Run) -> None:
     for t in run.iterations(policy):
         prompts = run.prompts(examples, t)
         responses = run.sample(policy, prompts, t, "generate")
-        targets, pairs, counts = revise(responses, prompts, t, run)
-        signals = train(policy, targets, t, run)
+        pairs, counts = revise(responses, prompts, t, run)
+        signals = train(policy, [replace(pair, generated_ids=[]) for pair in pairs], t, run)
         run.finish_iterate(policy, run.evaluate(policy) | counts | signals, pairs)
 
 
-def revise(responses: list[tuple], examples: list[Example], t: int, run: Run) -> tuple[list[Example], list[Pair], Row]:
-    """The reviser's revision of every response: as examples to train on, as pairs to keep, and counts.
+def revise(responses: list[tuple], examples: list[Example], t: int, run: Run) -> tuple[list[Pair], Row]:
+    """The reviser's revision of every response, as the real one of a pair, and counts.
 
     Revisions that reached the length limit are left out: the policy would learn from texts that do not end. Those that
     are equal to the response stay: the policy learns to repeat what the reviser finds good.
@@ -118,16 +119,12 @@ def revise(responses: list[tuple], examples: list[Example], t: int, run: Run) ->
     """
     to_revise = reviser_prompts(run)
     asked = [to_revise(e, ids) for e, (ids, _) in zip(examples, responses)]
-    targets, pairs = [], []
-    revisions = run.sample(load_reviser(run), asked, t, "revise")
-    for e, (ids, ended), (revised, revision_ended) in zip(examples, responses, revisions):
-        if revision_ended:
-            targets.append(replace(e, real_ids=revised, generated_ids=[]))
-            pairs.append(Pair(e.prompt_ids, revised, [ids], ended, e.asked))
+    found = zip(examples, responses, run.sample(load_reviser(run), asked, t, "revise"))
+    pairs = [Pair(e.prompt_ids, new, [ids], ended, e.asked) for e, (ids, ended), (new, new_ended) in found if new_ended]
     if not pairs:
         raise Stopped(f"iteration {t}: all {len(asked)} revisions reached --max-new-tokens {run.args.max_new_tokens}")
     counts = {"generated": len(responses), "truncated": fmean(not ended for _, ended in responses)}
-    return targets, pairs, select(pairs, "keep", drop_identical=False)[1] | counts
+    return pairs, select(pairs, "keep", drop_identical=False)[1] | counts
 
 
 def load_reviser(run: Run) -> Player:
@@ -146,9 +143,9 @@ def load_reviser(run: Run) -> Player:
 class SeftOptions(TrainingOptions):
     """The options of SEFT."""
 
-    temperature: float = SpinOptions.__dataclass_fields__["temperature"]
-    top_k: int = SpinOptions.__dataclass_fields__["top_k"]
-    top_p: float = SpinOptions.__dataclass_fields__["top_p"]
+    temperature: float = SPIN["temperature"]
+    top_k: int = SPIN["top_k"]
+    top_p: float = SPIN["top_p"]
     # fmt: off
     reviser: str = option("", "Folder of a finished run that trained a reviser; without it, this run trains one.",
                           changeable=True)
@@ -202,11 +199,9 @@ class SeftOptions(TrainingOptions):
         for group in [examples] if self.reviser else [examples, run.work.heldout]:
             longest = [[-1] * max(self.max_new_tokens, len(e.real_ids), len(e.generated_ids)) for e in group]
             revised = [replace(to_revise(e, ids), real_ids=ids) for e, ids in zip(group, longest)]
-            kept, left_out = fit_context(revised, context, self.max_new_tokens, self.overlong)
+            group[:], left_out = fit_context(group, context, self.max_new_tokens, self.overlong, revised)
             if left_out:
-                print(f"left out {left_out} of {len(group)} examples that no revision fits", flush=True)
-            lines = {e.line for e in kept}
-            group[:] = [e for e in group if e.line in lines]
+                print(f"left out {left_out} examples that no revision fits", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,12 +56,7 @@ LOSSES = {
 }
 MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
 DITTO_SHARES = 0.7, 0.2, 0.1  # Shares of (real, newest), (real, older) and (newer, older) pairs.
-SETTINGS = {
-    "mu": "space",
-    "form": "gsil",
-    "order": "iris",
-    "historical": "tspin",
-}  # options that are arguments of one loss
+SETTINGS = {"mu": "space", "form": "gsil", "order": "iris", "historical": "tspin"}  # options of one loss each
 
 
 def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:
@@ -161,12 +156,7 @@ def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tup
     elif args.ditto:
         pairs = ditto(opponent, examples, t, run)
     else:
-        pairs = fictitious_play(opponent, examples, t, run)
-        for k in range(1, args.samples):
-            add_response(opponent, examples, pairs, t, f"generate-{k}", run)
-        if args.loss == "tspin" and t > 0:
-            with run.weights.of_start(opponent):
-                add_response(opponent, examples, pairs, t, "proto", run)
+        pairs = self_play(opponent, examples, t, run)
     if args.scorer:
         ask_scorer(examples, pairs, run)
     better = [pair for pair in pairs if pair.wins[0] >= args.min_win]
@@ -177,22 +167,39 @@ def generate(opponent: Player, examples: list[Example], t: int, run: Run) -> tup
     return spin.select(better, args.unfinished, drop_identical=margin_only)
 
 
-def fictitious_play(opponent: Player, examples: list[Example], t: int, run: Run) -> list[Pair]:
-    """Each prompt's response is drawn evenly from those of the last --history opponents to it; with 1 this is SPIN.
+def pair_of(example: Example, real: tuple, *generated: tuple) -> Pair:
+    """A pair of responses (ids, whether it ended), of which the first is the better one."""
+    ended = all(response[1] for response in (real, *generated))
+    return Pair(example.prompt_ids, real[0], [ids for ids, _ in generated], ended, example.asked)
+
+
+def self_play(opponent: Player, examples: list[Example], t: int, run: Run) -> list[Pair]:
+    """SPIN's pairs, with further responses of the opponent or the start, each with random numbers of its own.
+
+    For --samples K they are the opponent's: the mean of K losses has the minimiser of one, and less noise in the
+    gradient. (One softmax over all K + 1 responses has it too, and with two seeds was as good.)
+    For T-SPIN the last is the start's. The paper draws these once; here each iteration draws them for its own prompts.
+    The logged margin and generated logp are means over the responses of opponent and start.
+    """
+    with run.work.progress.timed("generate"):
+        written = [run.sample(opponent, examples, t, "generate")]
+        if run.args.history != 1:
+            written = [draw_from_history(examples, written[0], t, run)]
+        written += [run.sample(opponent, examples, t, f"generate-{k}") for k in range(1, run.args.samples)]
+        if run.args.loss == "tspin" and t > 0:
+            with run.weights.of_start(opponent):
+                written.append(run.sample(opponent, examples, t, "proto"))
+    return [pair_of(e, (e.real_ids, True), *responses) for e, *responses in zip(examples, *written)]
+
+
+def draw_from_history(examples: list[Example], responses: list[tuple], t: int, run: Run) -> list[tuple]:
+    """Fictitious play: draws each prompt's response evenly from those of the last --history opponents to it.
 
     The opponent is then the average of theta_{t-K+1} ... theta_t (of those that met the prompt, with --prompts). Both
     log-probabilities in the loss are nevertheless those under theta_t: p_t stands in Eq. 4.7 as the policy that the KL
     term of Eq. 4.3 keeps the player near, which is its own last iterate whoever wrote y'.
     Source: arXiv 2404.04291.
     """
-    responses = run.sample(opponent, examples, t, "generate")
-    if run.args.history != 1:
-        responses = draw_from_history(examples, responses, t, run)
-    return [Pair(e.prompt_ids, e.real_ids, [ids], ended, e.asked) for e, (ids, ended) in zip(examples, responses)]
-
-
-def draw_from_history(examples: list[Example], responses: list[tuple], t: int, run: Run) -> list[tuple]:
-    """Draws one of the responses of the last --history opponents for each prompt."""
     written = keep_responses(examples, responses, t, run)[-run.args.history :]
     rng = run.generator(t, "history")
     drawn = []
@@ -229,28 +236,11 @@ def ditto(opponent: Player, examples: list[Example], t: int, run: Run) -> list[P
     for e in examples:
         authors = [*(by_line.get(e.line, []) for by_line in written), [(e.real_ids, True)]]  # from worst to best
         for worse, better in itertools.combinations(range(t + 2), 2):
-            kinds[2 if better <= t else int(worse < t)] += [
-                Pair(e.prompt_ids, ids, [others], ended and others_ended, e.asked)
-                for (ids, ended), (others, others_ended) in itertools.product(authors[better], authors[worse])
-            ]
+            both = itertools.product(authors[better], authors[worse])
+            kinds[2 if better <= t else int(worse < t)] += [pair_of(e, *responses) for responses in both]
     rng, total = run.generator(t, "ditto"), len(kinds[0]) / DITTO_SHARES[0]
     orders = [torch.randperm(len(kind), generator=rng)[: round(s * total)] for kind, s in zip(kinds, DITTO_SHARES)]
     return [kind[i] for kind, order in zip(kinds, orders) for i in order.tolist()]
-
-
-def add_response(player: Player, examples: list[Example], pairs: list[Pair], t: int, purpose: str, run: Run) -> None:
-    """Adds one more response to every pair, drawn with random numbers of its own, those of `purpose`.
-
-    For --samples K it is the opponent's: the mean of K losses has the minimiser of one, and less noise in the gradient.
-    (One softmax over all K + 1 responses has it too, and with two seeds was as good.)
-    For T-SPIN it is the start's. The paper draws these once; here each iteration draws them for its own prompts. The
-    logged margin and generated logp are means over the responses of opponent and start.
-    """
-    with run.work.progress.timed("generate"):
-        responses = run.sample(player, examples, t, purpose)
-    for pair, (ids, finished) in zip(pairs, responses):
-        pair.generated_ids.append(ids)
-        pair.finished = pair.finished and finished
 
 
 def reinforce(player: Player, examples: list[Example], t: int, run: Run) -> list[Pair]:
@@ -262,21 +252,14 @@ def reinforce(player: Player, examples: list[Example], t: int, run: Run) -> list
     tuned = run.sample(player, examples, t, "generate")
     with lora.lora_disabled(player.model):
         untuned = run.sample(player, examples, t, "untuned")
-    return [
-        Pair(e.prompt_ids, real_ids, [generated_ids], real_ended and generated_ended, e.asked)
-        for e, (real_ids, real_ended), (generated_ids, generated_ended) in zip(examples, tuned, untuned)
-    ]
+    return [pair_of(*one) for one in zip(examples, tuned, untuned)]
 
 
 def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
     """Stores with every pair the probabilities to win that --scorer gives. Raises: Stopped if it gives none."""
     scorer = functions.load_scorer(run.args.scorer)
-
-    def wins_of(both: tuple[Example, Pair]) -> list[float]:
-        example, pair = both
-        return scorer(example.prompt, [run.work.text(ids) for ids in pair.responses])
-
-    for pair, wins in zip(pairs, run.work.each("wins", list(zip(examples, pairs)), wins_of)):
+    asked = [(e.prompt, list(map(run.work.text, pair.responses))) for e, pair in zip(examples, pairs)]
+    for pair, wins in zip(pairs, run.work.each("wins", asked, lambda question: scorer(*question))):
         pair.wins = tuple(wins)
 
 
@@ -300,11 +283,7 @@ EXCLUDES = [  # (flag, those that cannot go with it, why)
     ("--ditto", ["--mix-previous", "--loss tspin", "--reference sampled"], "it makes pairs of its own"),
     ("--samples", ["--pairs", "--reinforce", "--scorer"], "these are of one response"),
     ("--samples", ["--temperature 0"], "all would be equal"),
-    (
-        "--unfinished cut",
-        ["--samples", "--loss tspin", "--reinforce", "--ditto"],
-        "it cuts to the length of one response",
-    ),
+    ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce", "--ditto"], "it cuts to one response's length"),
     ("--reference sampled", ["--pairs", "--reinforce"], "the responses have other authors"),
     ("--reference sampled", ["--temperature 0", "--top-k", "--top-p"], "real responses could have probability 0"),
 ]

@@ -90,12 +90,11 @@ class SdftOptions(TrainingOptions):
 
     def prepare(self, model: Any, examples: list[Example], run: Run) -> None:
         """Refuses or leaves out examples if the teacher's prompt and a response do not fit the context."""
+        room, longer = self.max_new_tokens, teacher_prompts(examples, run)
         context = model.config.max_position_embeddings
-        kept, skipped = fit_context(teacher_prompts(examples, run), context, self.max_new_tokens, self.overlong)
+        examples[:], skipped = fit_context(examples, context, room, self.overlong, longer)
         if skipped:
-            print(f"left out {skipped} of {len(examples)} examples that the teacher's prompt does not fit", flush=True)
-        lines = {e.line for e in kept}
-        examples[:] = [e for e in examples if e.line in lines]
+            print(f"left out {skipped} examples that the teacher's prompt does not fit", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

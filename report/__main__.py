@@ -8,6 +8,7 @@ A run writes its own page after every iterate. The page is one file that needs n
 """
 
 import argparse
+import itertools
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"The page is {out}.")
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
-            for panel in (panel for panels in figures(runs).values() for panel in panels):
+            for panel in itertools.chain(*figures(runs).values()):
                 name = "".join(c if c.isalnum() else "-" for c in panel.name)
                 (args.figures / f"{name}.svg").write_text(svg(panel), encoding="utf-8")
             print(f"The figures are in {args.figures}.")

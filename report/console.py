@@ -1,5 +1,6 @@
 """What a run prints for people: metrics, changes, examples, warnings and, at its end, tables."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ class Console:
         if row["iterate"] in answers:
             names = {f"iterate {t}" if t else "start": answers[t] for t in sorted(answers)}
             print(examples(names), flush=True)
-        for text in warnings(rows):
+        for text in warnings(rows[-2:]):
             print(f"{self.script}: warning: {text}", file=sys.stderr, flush=True)
 
     def finish(self, rows: list[Row], record: Row) -> None:
@@ -52,10 +53,9 @@ def changes(row: Row) -> list[str]:
     found = {"the start": row.get("since_start", {})}
     if last > 0:
         found[f"iterate {last}"] = row.get("since_last", {})
-    if equal := row.get("at_equal_entropy"):
-        found[f"the start at temperature {equal['temperature']:.2f}, of equal entropy"] = equal
-    names = {name: [metric for metric in ordered(some) if metric != "temperature"] for name, some in found.items()}
-    return [f"  against {name}: {line(some, names[name])}" for name, some in found.items() if some]
+    if equal := dict(row.get("at_equal_entropy", {})):
+        found[f"the start at temperature {equal.pop('temperature'):.2f}, of equal entropy"] = equal
+    return [f"  against {name}: {line(some, ordered(some))}" for name, some in found.items() if some]
 
 
 def examples(answers: Mapping[str, Sequence[Row]]) -> str:
@@ -81,23 +81,23 @@ def _cut(text: str, width: int) -> str:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """Signs of degeneration in the newest iterate's row, each with a remedy."""
-    if len(rows) < 2:
-        return []
-    before, now = rows[-2:]
-    name, texts = f"iterate {now['iterate']}", []
-    if now["nll"] - before["nll"] > FALL:
-        texts.append(
-            f"{name}: held-out real responses lost {now['nll'] - before['nll']:.2f} nats per token: the player "
-            "unlearns the data; try a lower --lr, fewer --epochs or a larger --beta"
-        )
-    if now.get("truncated", 0) - before.get("truncated", now.get("truncated", 0)) > CUT:
-        texts.append(
-            f"{name}: the share of responses cut at the length limit rose from {before['truncated']:.0%} to "
-            f"{now['truncated']:.0%}: the opponent no longer ends them; try --unfinished drop or cut, or a lower --lr"
-        )
-    if now["skipped"]:
-        texts.append(
-            f"{name}: steps skipped, since their loss or gradient was not finite: {now['skipped']}; try a lower --lr"
-        )
+    """Signs of degeneration from each row to the next, with a remedy."""
+    texts = []
+    for before, now in itertools.pairwise(rows):
+        name, lost = f"iterate {now['iterate']}", now["nll"] - before["nll"]
+        cut = [row.get("truncated") for row in (before, now)]  # None at the start
+        if lost > FALL:
+            texts.append(
+                f"{name}: held-out real responses lost {lost:.2f} nats per token: the player unlearns the data; try a "
+                "lower --lr, fewer --epochs or a larger --beta"
+            )
+        if None not in cut and cut[1] - cut[0] > CUT:
+            texts.append(
+                f"{name}: the share of responses cut at the length limit rose from {cut[0]:.0%} to {cut[1]:.0%}: the "
+                "opponent no longer ends them; try --unfinished drop or cut, or a lower --lr"
+            )
+        if skipped := now["skipped"]:
+            texts.append(
+                f"{name}: steps skipped, since their loss or gradient was not finite: {skipped}; try a lower --lr"
+            )
     return texts

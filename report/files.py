@@ -10,8 +10,6 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file of JSON Lines; [] if there is none.
 
     An unfinished last line, which a run at work is writing, is left out.
-
-    Raises: ValueError naming a line that is not valid JSON.
     """
     if not path.exists():
         return []

@@ -46,15 +46,12 @@ class Page:
         self.out, self.write_text = out, write_text
 
     def iterate(self, rows: list[Row], answers: Mapping[int, list[Row]], note: str) -> None:
-        for name, make in {
-            "metrics.svg": lambda: plot(rows, f"{self.out}: {METRICS}"),
-            "report.html": lambda: page([RunFiles(self.out)]),
-        }.items():
-            try:
-                self.write_text(self.out / name, make())
-            except Exception as error:
-                text = f"warning: {self.out / name}: not written ({type(error).__name__}: {error})"
-                print(text, file=sys.stderr, flush=True)
+        try:
+            self.write_text(self.out / "metrics.svg", plot(rows, f"{self.out}: {METRICS}"))
+            self.write_text(self.out / "report.html", page([RunFiles(self.out)]))
+        except Exception as error:
+            text = f"warning: {self.out}: metrics.svg or report.html: not written ({type(error).__name__}: {error})"
+            print(text, file=sys.stderr, flush=True)
 
     def exported(self, folder: Path, iterate: int, rows: list[Row], record: Row) -> None:
         self.write_text(folder / "README.md", card(iterate, rows, record))
@@ -67,21 +64,19 @@ class Page:
 
 def headline(run: RunFiles) -> list[str]:
     """Sentences: which metrics changed beyond the noise (`verdict`), which did not, and the best iterate."""
-    if not run.rows:
-        return ["No iterate has been evaluated yet."]
-    if len(run.rows) == 1:
-        return ["Only the start has been evaluated."]
+    if len(run.rows) < 2:
+        return ["Only the start has been evaluated." if run.rows else "No iterate has been evaluated yet."]
     first, last = run.rows[0], run.rows[-1]
     done, total, metric = last["iterate"], run.args["iterations"], run.args["best"]
     sentences = [f"The run is not finished: {done} of {total} iterations."] if done != total else []
-    beyond, within = [], []
-    for name in [name for name in telling(run.rows) if column(name).better]:
-        judged = {1: "better", -1: "worse"}.get(verdict(last, name))
-        if judged:
-            values = f"from {number(name, first[name])} to {number(name, last[name])}"
-            beyond.append(f"{title_of(name)} {values} ({number(name, *last['since_start'][name])}, {judged})")
-        else:
-            within.append(title_of(name))
+    judged = {name: verdict(last, name) for name in telling(run.rows) if column(name).better}
+    beyond = [
+        f"{title_of(name)} from {number(name, first[name])} to {number(name, last[name])} "
+        f"({number(name, *last['since_start'][name])}, {'better' if sign > 0 else 'worse'})"
+        for name, sign in judged.items()
+        if sign
+    ]
+    within = [title_of(name) for name, sign in judged.items() if not sign]
     sentences += [f"Changed beyond the noise: {'; '.join(beyond)}."] if beyond else []
     sentences += [f"Not changed beyond the noise: {', '.join(within)}."] if within else []
     if equal := dict(last.get("at_equal_entropy", {})):
@@ -111,12 +106,10 @@ def encoded(pieces: Sequence[tuple[str, float]], text: str) -> str:
     whole = "".join(piece for piece, _ in pieces)
     if whole.strip() != text or len(text) > TEXT:
         return ""
-    at, numbers = len(whole.lstrip()) - len(whole), []
-    for piece, logp in pieces:
-        begin, end = (min(max(place, 0), len(text)) for place in (at, at + len(piece)))
-        numbers += [end - begin, round(-4 * max(logp, LEAST))]
-        at += len(piece)
-    return " ".join(map(str, numbers))
+    blank = len(whole) - len(whole.lstrip())  # It is not on the page, nor is what follows the text.
+    ends = itertools.accumulate((len(piece) for piece, _ in pieces), initial=0)
+    lengths = [b - a for a, b in itertools.pairwise(min(max(end - blank, 0), len(text)) for end in ends)]
+    return " ".join(f"{n} {round(-4 * max(logp, LEAST))}" for n, (_, logp) in zip(lengths, pieces))
 
 
 def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
@@ -132,7 +125,7 @@ def block(names: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
     if others := [text for text in first["references"] if text != real]:
         lines.append(("also right", visible(" | ".join(others)), "", "", False))
     for text, group in itertools.groupby(zip(names, rows), lambda pair: pair[1]["greedy"]):
-        said = list(group)
+        said = [*group]
         (one, _), (other, row) = said[0], said[-1]
         who = one if one == other else f"{one} \u2026 {other}"
         pieces = row["tokens"]["greedy"]
@@ -186,9 +179,8 @@ def page(runs: Sequence[RunFiles]) -> str:
     """The page as HTML."""
     blocks, settings = blocks_of(runs), settings_table(runs)
     kinds = Counter(block["kind"] for block in blocks)
-    warned = [[text for n in range(len(run.rows)) for text in console.warnings(run.rows[: n + 1])] for run in runs]
     values = {
-        "runs": [(run.name, headline(run), texts) for run, texts in zip(runs, warned)],
+        "runs": [(run.name, headline(run), console.warnings(run.rows)) for run in runs],
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "panels": {name: [Markup(svg(panel)) for panel in panels] for name, panels in figures(runs).items()},
         "metrics": [(run.name, held_out(run.rows)) for run in runs if run.rows],
@@ -197,8 +189,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         "settings": settings,
         "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
         "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
-        "kinds": [(kind, name, kinds[kind]) for kind, name in KINDS.items()],
-        "kind_names": KINDS,
+        "kinds": {kind: (name, kinds[kind]) for kind, name in KINDS.items()},
         "count": len(blocks),
         "blocks": sorted(blocks, key=lambda block: block["kind"] == "same")[:PROMPTS],
     }

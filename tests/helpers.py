@@ -1,6 +1,8 @@
 """What several test files need: the project's root, tiny runs, and looks at what they left."""
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +117,24 @@ def die_at(where, name, argv, fatal=lambda *args: True, script=spin) -> None:
         script.main(argv)
 
 
+def assert_resumes(argv, script=spin) -> None:
+    """A run in ./run that died ends with the same files as one that was never stopped."""
+    assert script.main(argv) == 0
+    resumed = tree(Path("run"))
+    shutil.rmtree("run")
+    assert script.main(argv) == 0
+    assert tree(Path("run")) == resumed
+
+
 def rows(path) -> list[Any]:
     """The values of a file of JSON Lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, values: Iterable[Any]) -> Path:
+    """Writes a file of JSON Lines, and returns its path."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
 
 
 def tree(folder) -> dict[str, bytes]:

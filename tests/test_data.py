@@ -2,12 +2,13 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from helpers import write_gpt2_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from data.examples import Example, digest, draw, encode, held_out, load_examples, load_tokenizer
+from data.examples import Example, digest, draw, encode, held_out, load_tokenizer
 from data.templates import DEFAULT_TEMPLATE, Template
 
 POINTER = "version git-lfs/v1\nsize 9\n"
@@ -45,15 +46,13 @@ def test_eos_inside_a_response_is_refused(tokenizer):
         encoded(tokenizer, "a", "HH<|endoftext|>AH0")
 
 
-def test_the_digest_does_not_depend_on_the_folder(tmp_path):
-    """It depends on the content: on the line, and on references."""
-    record = '{"prompt": "a", "response": "b"}\n'
-    more = '{"prompt": "a", "response": "b", "references": ["b", "c"]}\n'
-    for name, content in (("a", record), ("b", record), ("c", "\n" + record), ("d", more)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.jsonl").write_text(content)
-    a, b, c, d = (digest(load_examples(tmp_path / name / "x.jsonl")) for name in "abcd")
-    assert a == b and len({a, c, d}) == 3
+def test_the_digest_is_that_of_the_contents():
+    """Not of the place of the file. It changes with the line, by which --history knows a record."""
+    example = Example("f:1", 1, "p", "r", ["r"], "g", (0.9, 0.1), [1], [2], [3])
+    changes = [{"prompt_ids": [3]}, {"real_ids": [3]}, {"generated_ids": [2]}, {"wins": (0.9, 0.2)}, {"line": 2}]
+    changes += [{"references": ["r", "s"]}, {"where": "g:1"}]
+    digests = [digest([replace(example, **change)]) for change in changes]
+    assert len({*digests}) == len(changes) and digests[-1] == digest([example])
 
 
 # ---------------------------------------------------------------- special tokens

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import begin, flags, known_model, player_of, script_responses, spy
+from helpers import begin, flags, known_model, player_of, script_responses, set_temperature, spy
 
 import evaluate
 import spin
@@ -225,9 +225,7 @@ def test_a_model_that_is_only_sharper_gains_nothing_at_equal_entropy(start, data
     assert [point["temperature"] for point in evaluate.frontier(before)] == [0.6, 0.7, 1.0, 1.3]
     entropies = [point["entropy"] for point in evaluate.frontier(before)]
     assert entropies == sorted(entropies)
-    with torch.no_grad():
-        for parameter in player.model.transformer["ln_f"].parameters():
-            parameter /= 0.7
+    set_temperature(player, 0.7)
     now = evaluate.answers(player, samples, run.work)
     for row, sharper in zip(before, now):
         at = row["by_temperature"]["0.7"]

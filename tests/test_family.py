@@ -5,16 +5,14 @@ The optima of their losses are in test_losses.py, steps against TRL in test_trl.
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from helpers import begin, die_at, flags, refused, rows, spy, tree
+from helpers import assert_resumes, begin, die_at, flags, refused, rows, spy, write_rows
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -22,7 +20,6 @@ import lora
 import sampling
 import sft
 import spin
-from data.examples import Example, digest
 from methods import family
 from model import GPTNeo
 from runtime.training import Training
@@ -188,6 +185,7 @@ def test_a_pair_is_identical_if_all_its_responses_are_and_finished_if_all_are(st
     found = [(p.generated_ids, p.finished) for p in pairs]
     assert found == [([reals[1], [5]], True), ([reals[2], [6]], False)]
     assert counts["identical"] == 1
+    assert not family.pair_of(examples[0], ([1], False), ([2], True)).finished, "as in self-reinforcement"
 
 
 # ---------------------------------------------------------------- alpha-SPIN in runs
@@ -319,9 +317,7 @@ PAIRS = [
 
 @pytest.fixture
 def pairs_file(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in PAIRS))
-    return path
+    return write_rows(tmp_path / "pairs.jsonl", PAIRS)
 
 
 def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_file, monkeypatch):
@@ -346,18 +342,10 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
     assert logps == pytest.approx([p["opponent_real_logp"] for p in stored], abs=1e-4)
 
 
-def test_digest_of_given_pairs():
-    """It changes with either response and with the wins, and with the line, by which --history knows a record."""
-    example = Example("f", 1, "p", "r", ["r"], "g", (0.9, 0.1), [1], [2], [3])
-    changes = [{}, {"real_ids": [3]}, {"generated_ids": [2]}, {"wins": (0.9, 0.2)}, {"line": 2}]
-    assert len({digest([dataclasses.replace(example, **change)]) for change in changes}) == len(changes)
-
-
 def test_equal_responses_count_where_more_than_a_margin_does(start, data, tmp_path):
     """Without a margin, or with an NLL term, they have a gradient, and the closed forms include them."""
-    path = tmp_path / "pairs.jsonl"
     lines = [{"prompt": "a", "chosen": "B", "rejected": "B"}, {"prompt": "b", "chosen": "B", "rejected": "D"}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write_rows(tmp_path / "pairs.jsonl", lines)
     counts = dict(logistic=1, hinge=1, ipo=1, sppo=2, space=2, gsil=2, spif=2, iris=2)
     for loss, weight, count in [(loss, 0, count) for loss, count in counts.items()] + [("logistic", 1, 2)]:
         options = dict(pairs=path, eval_data=data, loss=loss, nll_weight=weight)
@@ -382,13 +370,6 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
     assert len(odd) < len(examples) and [p.prompt for p in pairs] == odd
 
 
-def test_a_scorer_that_fails_stops_the_run_in_one_line(start, data, tmp_path, capsys):
-    (tmp_path / "judge.py").write_text("def judge(prompt, responses):\n    raise SystemExit(0)\n")
-    assert family.main(flags(start, data, tmp_path / "run", scorer=tmp_path / "judge.py:judge", eval_limit=4)) == 1
-    error = capsys.readouterr().err
-    assert "judge.py:judge: SystemExit: 0" in error and error.count("\n") == 1
-
-
 def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
     """Between two questions, not after the thousand of a shard."""
     (tmp_path / "judge.py").write_text(
@@ -404,8 +385,7 @@ def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
 
 def test_a_pair_that_does_not_fit_is_named(start, data, tmp_path, capsys):
     """Other records that are refused are in test_layouts.py."""
-    path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
-    path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps(PAIRS[0] | {"generated": "B " * 80}) + "\n")
+    path, out = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], PAIRS[0] | {"generated": "B " * 80}]), tmp_path / "out"
     assert "pairs.jsonl:2: needs " in refused(flags(start, None, out, pairs=path, eval_data=data), out, capsys, family)
 
 
@@ -443,8 +423,8 @@ def test_options_that_are_refused(start, data, tmp_path, capsys, pairs_file, opt
 def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, tmp_path, tuned, monkeypatch):
     """Prompts without answers; the better side is sampled with the adapter, the worse one without; the opponent is
     the tuned model."""
-    prompts, out, enabled = tmp_path / "prompts.jsonl", tmp_path / "run", []
-    prompts.write_text("".join(json.dumps({"prompt": line["prompt"]}) + "\n" for line in rows(data)))
+    prompts = write_rows(tmp_path / "prompts.jsonl", ({"prompt": line["prompt"]} for line in rows(data)))
+    out, enabled = tmp_path / "run", []
     options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, eval_limit=4, shard=100)
     with monkeypatch.context() as patch:
         spy(patch, sampling, "respond", lambda args, _: enabled.append(next(lora.lora_layers(args[0]))[1].enabled))
@@ -464,23 +444,11 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     assert json.loads((out / "iterate-1/adapter_config.json").read_text())["r"] == 8, "the adapter's own rank holds"
 
 
-def test_self_reinforcement_samples_apart_and_both_responses_must_end(start, data, tmp_path, tuned, monkeypatch):
-    options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, unfinished="drop")
-    player, examples, run = begin(start, data, tmp_path / "run", "family", **options)
-    answers = iter([[([1], True), ([2], False), ([3], True)], [([4], True), ([5], True), ([6], False)]])
-    seeds = []
-    monkeypatch.setattr(run, "sample", lambda p, examples, t, purpose: (seeds.append(purpose), next(answers))[1])
-    pairs, counts = family.generate(player, examples[:3], 0, run)
-    assert [(p.real_ids, p.generated_ids) for p in pairs] == [([1], [[4]])]
-    assert counts["truncated"] == pytest.approx(2 / 3) and len(set(seeds)) == 2
-
-
 def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):
     """Of given pairs, which need no generation, and of self-reinforcement, whose prompts have no answers to measure."""
-    prompts, long = tmp_path / "prompts.jsonl", tmp_path / "long.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("abc", "abd", "b")))
+    prompts = write_rows(tmp_path / "prompts.jsonl", ({"prompt": word} for word in ("abc", "abd", "b")))
     # No response to a given pair is generated. This prompt leaves 64 - 50 tokens, the rehearsal would like 30.
-    long.write_text(json.dumps({"prompt": "q" * 50, "chosen": "B", "rejected": "D"}) + "\n")
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "q" * 50, "chosen": "B", "rejected": "D"}])
     for options, printed in [
         (dict(pairs=pairs_file), [f"{pairs_file}: 3 examples", "train 0 s"]),
         (dict(pairs=long, template="{prompt}", max_new_tokens=30), []),
@@ -513,11 +481,7 @@ def test_a_run_that_died_twice_ends_with_the_same_files(start, data, here, optio
     die_at(Work, asked, argv, second, script=family)
     assert (here / "run/iterate-1").exists() and not (here / "run/iterate-2").exists()
     die_at(Training, "step", argv, lambda training, *_: len(training.log) == 2, script=family)
-    assert family.main(argv) == 0
-    stopped = tree(here / "run")
-    shutil.rmtree(here / "run")
-    assert family.main(argv) == 0
-    assert tree(here / "run") == stopped
+    assert_resumes(argv, family)
 
 
 def test_the_pairs_of_a_run_are_given_pairs_for_another(start, data, tmp_path):
@@ -525,14 +489,12 @@ def test_the_pairs_of_a_run_are_given_pairs_for_another(start, data, tmp_path):
     records = rows(data)
     for one in records[::2]:
         one["prompt"] = [{"role": "system", "content": "Spell."}, {"role": "user", "content": one["prompt"]}]
-    mixed, given = tmp_path / "mixed.jsonl", tmp_path / "pairs.jsonl"
-    mixed.write_text("".join(json.dumps(one) + "\n" for one in records))
+    mixed = write_rows(tmp_path / "mixed.jsonl", records)
     assert spin.main(flags(start, mixed, tmp_path / "run", overlong="skip", eval_limit=4)) == 0
     pairs = rows(tmp_path / "run/pairs-0.jsonl")
     assert {type(pair["prompt"]) for pair in pairs} == {str, list} and len(pairs) > 40
     pairs[0]["generated"] = ""
-    given.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    options = dict(pairs=given, eval_data=data, eval_share=None, overlong="skip")
+    options = dict(pairs=write_rows(tmp_path / "pairs.jsonl", pairs), eval_data=data, eval_share=None, overlong="skip")
     _, examples, run = begin(start, None, tmp_path / "again", "family", **options)
     again = family.generate(None, examples, 0, run)[0]
     assert len(again) == len(pairs) and again[0].generated_ids == [pairs[0]["real_ids"][-1:]]

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers import write_rows
 
 from data.examples import load_examples
 from data.layouts import LAYOUTS, Reader
@@ -98,7 +99,6 @@ def test_several_turns_and_a_system_turn():
         assert (parts.turns, parts.response) == (turns, "a2")
         assert parts.prompt == "system: s\n\nuser: q1\n\nassistant: a1\n\nuser: q2"
     assert read({"prompt": "q", "response": "a", "system": "s"}).turns == (("system", "s"), ("user", "q"))
-    assert read({"instruction": "Add.", "input": "1, 2", "output": "3"}).prompt == "Add.\n\n1, 2"
 
 
 def test_context_and_history_belong_to_the_prompt():
@@ -191,19 +191,16 @@ def test_a_record_that_fits_no_layout_is_refused_with_the_reason(record, options
 
 def test_a_prompt_that_ends_with_its_own_response_is_refused(tmp_path):
     """Whole rendered texts do, as in derivatives of Alpaca; a choice that is named last in the question is no error."""
-    path = tmp_path / "x.jsonl"
 
-    def write(*pairs):
-        path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
-        return [str(path)]
+    def load(*pairs):
+        return load_examples(write_rows(tmp_path / "x.jsonl", ({"prompt": p, "response": r} for p, r in pairs)))
 
     with pytest.raises(ValueError, match=r"x\.jsonl:2: the prompt ends with its own response; --fields prompt=NAME"):
-        load_examples(write(("q", "b"), ("### q: c", "c\n"), ("### q: d", " d")))
-    assert len(load_examples(write(("Yes or no", "yes"), ("Yes or no", "no"), ("yes or no", "no")))) == 3
+        load(("q", "b"), ("### q: c", "c\n"), ("### q: d", " d"))
+    assert len(load(("Yes or no", "yes"), ("Yes or no", "no"), ("yes or no", "no"))) == 3
 
 
 def test_files_may_differ_in_their_layouts(tmp_path):
-    for name, record in (("a", {"question": "q", "answer": "a"}), ("b", {"messages": [user("q"), assistant("a")]})):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    one, two = load_examples([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    records = {"question": "q", "answer": "a"}, {"messages": [user("q"), assistant("a")]}
+    one, two = load_examples([str(write_rows(tmp_path / f"{i}.jsonl", [one])) for i, one in enumerate(records)])
     assert (one.prompt, one.response) == (two.prompt, two.response) and one.turns == () and two.turns

@@ -5,7 +5,6 @@ The optima are those of a softmax table of five responses, trained on the loss i
 
 import ast
 import inspect
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +40,7 @@ def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
 
 
 def test_losses_on_hand_computed_numbers():
-    """Ratios 1 and -2, so a margin of 3."""
+    """Ratios 1 and -2, so a margin of 3. The others are compared with equations in float64 in test_family.py."""
     real, generated = torch.tensor([1.0]), torch.tensor([-2.0])
     assert losses.hinge_loss(real, generated, 0.25).item() == 0.25
     assert losses.hinge_loss(real, generated, 0.5).item() == 0
@@ -50,24 +49,8 @@ def test_losses_on_hand_computed_numbers():
     wins = torch.tensor([0.75]), torch.tensor([0.25])
     assert losses.sppo_loss(real, generated, 0.25, *wins).item() == ((1 - 1) ** 2 + (-2 + 1) ** 2) / 2
     assert family.mixture_logp(-2.0, -6.0, 0.25) == -3
-    # SPACE with mu 2: log(1 + 2 / sqrt(e)) and 2 log(1 + 1 / (2 e)); GSIL: SPACE at mu 1; SPIF: rewards 0.5 and -1
-    expected = math.log(1 + 2 * math.exp(-0.5)) + 2 * math.log(1 + math.exp(-1) / 2)
-    assert losses.space_loss(real, generated, 0.5, mu=2.0).item() == pytest.approx(expected)
     many = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses.gsil_loss(*many, 0.7), losses.space_loss(*many, 0.7, mu=1.0))
-    # The other forms of GSIL, with rewards 0.5 and -1.
-    expected = (1 + math.exp(0.5)) ** -2 + (1 + math.e) ** -2
-    assert losses.gsil_loss(real, generated, 0.5, "brier").item() == pytest.approx(expected)
-    assert losses.gsil_loss(real, generated, 0.5, "kliep").item() == pytest.approx(-0.5 + math.exp(-1))
-    assert losses.gsil_loss(real, generated, 0.5, "lsif").item() == pytest.approx(math.exp(-2) / 2 - math.exp(0.5))
-    assert losses.spif_loss(real, generated, 0.5).item() == (0.5**2 + 0) / 2
-    # T-SPIN: margins of 0.5 * 3 and of 0.5 * (-2 + 6)
-    expected = math.log(1 + math.exp(-1.5)) + 0.25 * math.log(1 + math.exp(-2))
-    assert losses.tspin_loss(real, generated, 0.5, torch.tensor([-6.0]), 0.25).item() == pytest.approx(expected)
-    # IRIS of order 2 over two pairs with rewards 1, 0 and -2, 0: log mean(e^-4, 1) / 2 - log mean(e, 1)
-    real, generated = torch.tensor([2.0, 0.0]), torch.tensor([-4.0, 0.0])
-    expected = math.log((math.exp(-4) + 1) / 2) / 2 - math.log((math.e + 1) / 2)
-    assert losses.iris_loss(real, generated, 0.5, order=2.0).mean().item() == pytest.approx(expected)
 
 
 def test_the_file_needs_torch_alone():

@@ -1,13 +1,11 @@
 """examples/minimal.py plays SPIN without the machinery, and plays the same game as spin.py."""
 
-import importlib.util
-import json
 import shutil
-import sys
 
-from helpers import ROOT, rows
+from helpers import ROOT, rows, write_rows
 
 import spin
+from examples import minimal
 
 FILES = ("model.py", "llama.py", "lora.py", "sampling.py", "player.py", "spin.py", "kernels", "examples", "pronounce")
 PROGRAM = """
@@ -32,15 +30,10 @@ def test_pairs_and_losses_are_those_of_spin(tmp_path, capsys):
 
     One process, one machine, the same number of threads: only then are bits to be expected.
     """
-    spec = importlib.util.spec_from_file_location("minimal", ROOT / "examples" / "minimal.py")
-    minimal = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = minimal
-    spec.loader.exec_module(minimal)
     texts = [(f"w{i:x}rd", "W AA1 R D" if i % 2 else "V UH0 R T IH1") for i in range(60)]
-    data, heldout, out = tmp_path / "data.jsonl", tmp_path / "heldout.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in texts))
-    heldout.write_text(json.dumps({"prompt": "hello", "response": "HH AH0 L OW1"}) + "\n")
-    start = ROOT / "pronounce" / "start"
+    data = write_rows(tmp_path / "data.jsonl", ({"prompt": p, "response": r} for p, r in texts))
+    heldout = write_rows(tmp_path / "heldout.jsonl", [{"prompt": "hello", "response": "HH AH0 L OW1"}])
+    start, out = ROOT / "pronounce" / "start", tmp_path / "out"
     words = f"--model {start} --data {data} --eval-data {heldout} --out {out} --iterations 2 --max-new-tokens 32"
     words += " --lr 1e-3 5e-4 --beta 0.5 --epochs 2 --batch 16"
     assert spin.main(words.split()) == 0

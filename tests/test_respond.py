@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import begin, flags, refused, rows
+from helpers import begin, flags, refused, rows, write_rows
 
 import respond
 import spin
@@ -49,13 +49,9 @@ def asked(argv, capsys, code=0) -> str:
     return capsys.readouterr().out
 
 
-def prompts(words):
-    return ["--prompt", *words]
-
-
 @pytest.mark.parametrize("name, t", [("", 2), ("iterate-0", 0), ("iterate-1", 1), ("iterate-2", 2), ("final", 2)])
 def test_every_iterate_answers_with_the_template_of_its_run(name, t, run, answers, tmp_path, capsys):
-    asked([run / name, *prompts(WORDS), "--out", tmp_path / "x.jsonl"], capsys)
+    asked([run / name, "--prompt", *WORDS, "--out", tmp_path / "x.jsonl"], capsys)
     written = rows(tmp_path / "x.jsonl")
     assert [row["response"] for row in written] == answers[t]
     assert [row["prompt"] for row in written] == WORDS and {row["model"] for row in written} == {str(run / name)}
@@ -70,7 +66,7 @@ def test_a_final_that_was_moved_or_is_on_the_hub_keeps_its_template(run, answers
 
 
 def test_prompts_come_from_files_and_pipes(run, answers, tmp_path, capsys, monkeypatch):
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": w, "answer": "a"}) + "\n" for w in WORDS))
+    write_rows(tmp_path / "x.jsonl", ({"question": w, "answer": "a"} for w in WORDS))
     start = run / "iterate-0"
     text = asked([start, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "out.jsonl"], capsys)
     assert text.startswith(f"> {WORDS[0]}\n{answers[0][0]}")
@@ -93,7 +89,7 @@ def test_sampled_answers_differ_between_batches_and_turns(run, start, tmp_path, 
     """Random numbers depend on the seed and the number of the prompt, not on the size of a batch."""
     sampling = [start, "--template", TEMPLATE, "--temperature", 3, "--max-new-tokens", 12, "--seed", 3]
     for n in (2, 5):
-        asked([*sampling, *prompts(["abc"] * 12), "--gen-batch", n, "--out", tmp_path / f"{n}"], capsys)
+        asked([*sampling, "--prompt", *["abc"] * 12, "--gen-batch", n, "--out", tmp_path / f"{n}"], capsys)
     monkeypatch.setattr("sys.stdin", io.StringIO("abc\n" * 12))
     asked([*sampling, "--out", tmp_path / "typed"], capsys)
     one, two, typed = ([row["response"] for row in rows(tmp_path / name)] for name in ("2", "5", "typed"))
@@ -141,9 +137,8 @@ def test_a_conversation_keeps_its_turns_until_an_empty_line(run, monkeypatch, ca
 
 def test_an_adapter_outside_its_run_needs_its_base(run, start, answers, tmp_path, capsys):
     folder = shutil.copytree(run / "iterate-1", tmp_path / "adapter")
-    assert asked([folder, "--template", TEMPLATE, "--max-new-tokens", 8, *prompts(WORDS[:1])], capsys).startswith(
-        answers[1][0]
-    )
+    said = asked([folder, "--template", TEMPLATE, "--max-new-tokens", 8, "--prompt", WORDS[0]], capsys)
+    assert said.startswith(answers[1][0])
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     out = tmp_path / "out"

@@ -1,12 +1,10 @@
 """methods/sdft.py against TRL, kernels/divergence.py against float64, what the teacher reads, and whole runs."""
 
-import json
-import shutil
 import warnings
 
 import pytest
 import torch
-from helpers import begin, die_at, flags, refused, rows, spy, tree
+from helpers import assert_resumes, begin, die_at, flags, refused, rows, spy, write_rows
 from torch.nn import functional as F
 
 import kernels.divergence
@@ -150,8 +148,7 @@ def test_the_teacher_reads_prompt_and_response_in_the_run_s_template(start, data
         {"prompt": "a{response}", "response": "B{prompt}"},
         {"messages": [dict(role=r, content=c) for r, c in (("system", "S"), ("user", "u"), ("assistant", "V"))]},
     ]
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("".join(json.dumps(record) + "\n" for record in records))
+    mixed = write_rows(tmp_path / "mixed.jsonl", records)
     options = dict(teacher_template=r"{response}\n{prompt}", template="<{prompt}>", eval_data=data, beta=None)
     _, examples, run = begin(start, mixed, tmp_path / "run", "sdft", **options)
     texts = [run.work.tokenizer.decode(e.prompt_ids) for e in sdft.teacher_prompts(examples, run)]
@@ -190,15 +187,12 @@ def test_a_run_that_died_twice_ends_with_the_same_files(start, data, here):
     argv = sdft_flags(start, data, "run", **options)
     for t in range(2):
         die_at(Training, "step", argv, lambda training, *_, t=t: (training.t, len(training.log)) == (t, 2), script=sdft)
-    assert sdft.main(argv) == 0
-    resumed = tree(here / "run")
-    shutil.rmtree("run")
-    assert sdft.main(argv) == 0
-    assert tree(here / "run") == resumed
+    assert_resumes(argv, sdft)
 
 
 def test_what_is_refused(start, data, tmp_path, capsys):
-    out, other = tmp_path / "run", tmp_path / "data.jsonl"
+    out = tmp_path / "run"
+    other = write_rows(tmp_path / "data.jsonl", [{"prompt": "a", "response": "B"}, {"prompt": "c"}])
 
     def error(**options) -> str:
         return refused(sdft_flags(start, options.pop("data", data), out, **options), out, capsys, script=sdft)
@@ -208,6 +202,5 @@ def test_what_is_refused(start, data, tmp_path, capsys):
     assert f"{data}:1: needs" in error(teacher_template="{prompt}{response}" + 60 * "-")
     assert "no example fits" in error(teacher_template="{prompt}{response}" + 60 * "-", overlong="skip")
     assert "--model is missing" in refused(["--out", out], out, capsys, script=sdft)
-    other.write_text('{"prompt": "a", "response": "B"}\n{"prompt": "c"}\n')
     assert f"{other}:2: field 'response' is missing" in error(data=other)
     assert sdft.main(sdft_flags(start, data, out, dry_run=True)) == 0

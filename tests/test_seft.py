@@ -1,11 +1,10 @@
 """examples/seft.py: what the reviser reads and learns, what the policy learns from it, resuming, what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers import begin, die_at, flags, refused, rows, spy, tree
+from helpers import assert_resumes, begin, die_at, flags, refused, rows, spy, write_rows
 
 from data.examples import Example
 from examples import seft
@@ -80,10 +79,9 @@ def test_the_reviser_learns_revisions_of_the_start_s_and_of_the_real_responses(s
 
 def test_given_pairs_are_revised_as_they_are(start, tmp_path, monkeypatch):
     """Nothing is generated for the pairs of --pairs, but for held-out records that have none."""
-    pairs, heldout = tmp_path / "pairs.jsonl", tmp_path / "heldout.jsonl"
-    pairs.write_text("".join(json.dumps(dict(prompt=w, chosen="AA1 B", rejected="B AA1")) + "\n" for w in "abc"))
-    heldout.write_text(json.dumps(dict(prompt="d", response="D")) + "\n")
-    asked = []
+    given = (dict(prompt=word, chosen="AA1 B", rejected="B AA1") for word in "abc")
+    pairs, asked = write_rows(tmp_path / "pairs.jsonl", given), []
+    heldout = write_rows(tmp_path / "heldout.jsonl", [dict(prompt="d", response="D")])
     spy(monkeypatch, Work, "respond", lambda a, k: asked.append((a[3], len(a[2]))))
     out = tmp_path / "run"
     assert seft.main(seft_flags(start, None, out, pairs=pairs, eval_data=heldout)) == 0
@@ -95,11 +93,7 @@ def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here):
     """A resumed run finds what the start wrote: in the second iteration the player is no longer the start."""
     argv = seft_flags(start, data, "run", iterations=2, prompts=30, eval_limit=4, lora_dropout=0.1)
     die_at(seft, "train", argv, lambda player, examples, t, run: t == 1, script=seft)
-    assert seft.main(argv) == 0
-    resumed = tree(here / "run")
-    shutil.rmtree("run")
-    assert seft.main(argv) == 0
-    assert tree(here / "run") == resumed
+    assert_resumes(argv, seft)
 
 
 # ---------------------------------------------------------------- the policy
@@ -108,8 +102,8 @@ def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here):
 def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, reviser, tmp_path, monkeypatch):
     """pairs-0.jsonl holds them, revision first; the first loss is their negative log-probability a token. The second
     round revises what the evolved policy writes."""
-    out, prompts, policies = tmp_path / "run", tmp_path / "prompts.jsonl", []
-    prompts.write_text("".join(json.dumps({"prompt": r["prompt"]}) + "\n" for r in rows(data)[:40]))
+    prompts = write_rows(tmp_path / "prompts.jsonl", ({"prompt": r["prompt"]} for r in rows(data)[:40]))
+    out, policies = tmp_path / "run", []
     options = dict(reviser=reviser, eval_data=data, eval_limit=4, rank=0, lr=1e-3, batch=500, iterations=2)
 
     def look(args, _):
@@ -168,7 +162,6 @@ def test_what_is_refused(start, data, reviser, tmp_path, capsys):
     assert "expected --template" in error(reviser=reviser, template="{prompt}:")
     assert "needs" in error(max_new_tokens=30) and "context is 64" in error(max_new_tokens=30, reviser=reviser)
     assert "no example fits" in error(max_new_tokens=31, overlong="skip")
-    unanswered = tmp_path / "prompts.jsonl"
-    unanswered.write_text("".join(json.dumps({"prompt": w}) + "\n" for w in "abcdefghij"))
+    unanswered = write_rows(tmp_path / "prompts.jsonl", ({"prompt": w} for w in "abcdefghij"))
     assert "held out, and has no response" in error(data=unanswered, reviser=reviser, eval_share=0.5)
     assert "field 'response' is missing" in error(data=unanswered)

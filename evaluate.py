@@ -19,7 +19,7 @@ class Column(NamedTuple):
     """A number that a run reports by iterate or by step."""
 
     name: str  # its key in metrics.jsonl or steps-<t>.jsonl
-    kind: str  # "metric" on held-out prompts; "signal" of an iteration's training; "step" is shown by step only
+    kind: str  # "metric" on held-out prompts, "signal" of training, "step" if shown by step only, or "key" of a row
     format: str
     better: int = 0  # 1 if a larger value is better, -1 if a smaller one is, 0 if neither is
     label: str = ""  # its name on the report page; default: `name` with spaces
@@ -72,7 +72,7 @@ def metrics_with(functions: Sequence[str]) -> list[str]:
 
 
 class Run(Protocol):
-    """What evaluation asks of a run, which asks the player and keeps the answers under `name` for a resumed run."""
+    """What evaluation asks of a run, which asks the player, and keeps the answers under `name` for a resumed run."""
 
     args: Any  # its eval_temperatures are read
     heldout: Sequence[Any]  # examples with `prompt`, `references`, `prompt_ids` and `real_ids`
@@ -212,7 +212,7 @@ def changes(before: list[Row], now: list[Row]) -> dict[str, tuple[float, float]]
 def verdict(row: Row, metric: str) -> int:
     """1 if an iterate is better than the start, -1 if it is worse, 0 if the change may be noise or has no direction.
 
-    An error of 0, up to rounding, comes from examples that all changed alike. It says nothing about others.
+    If the error is 0 up to rounding, all examples changed alike, which says nothing about other prompts.
     """
     change, error = row.get("since_start", {}).get(metric, (0.0, 0.0))
     if not significant_errors(row.get("examples", math.inf)) * error < abs(change) < 1e9 * error:
@@ -277,14 +277,14 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
     temperatures, ratios = zip(*by_temperature(start))
     entropies, _, entropy_parts = zip(*(ratio["entropy"] for ratio in ratios))
     entropy, _, own_entropy_parts = ratio_of(row["values"]["entropy"] for row in now)
-    told_apart = all(a < b for a, b in itertools.pairwise(entropies))  # Few examples may not do so.
+    told_apart = all(a < b for a, b in itertools.pairwise(entropies))  # not so for few examples, perhaps
     if not told_apart or not entropies[0] <= entropy <= entropies[-1]:
         return {}
 
     def at(place: float, points: Sequence[float]) -> float:
         return sum(weight * point for weight, point in zip(interpolation(place, entropies), points))
 
-    step = 1e-4 * (entropies[-1] - entropies[0]) or 1.0  # of the central differences that give the slopes
+    step = 1e-4 * (entropies[-1] - entropies[0]) or 1.0  # The slopes are central differences over it.
     weights = interpolation(entropy, entropies)
     result: Row = {"temperature": at(entropy, temperatures)}
     for name in [name for name in ratios[0] if name != "entropy"]:

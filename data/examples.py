@@ -55,8 +55,9 @@ class Example:
 
 
 def load_examples(
-    names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = (), quiet: bool = False
-) -> list[Example]:
+    names: str | Path | Sequence[str], layout: str = "responses", fields: Sequence[str] = (), *,
+    quiet: bool = False, needs_fields: bool = False,
+) -> list[Example]:  # fmt: skip
     """Reads files, directories and data sets of the hub in order. records.py and layouts.py say what they may hold.
 
     Prints which files were read, what was taken from them and what was left out, unless `quiet`.
@@ -64,7 +65,8 @@ def load_examples(
     Args:
         layout: "responses"; "pairs" if a record must also hold the worse response, as "generated" or "rejected", and
             may hold "wins": [P, P']; "prompts" if a record may lack the response.
-        fields: the names of fields in the data, as in --fields: "prompt=question".
+        fields: the names of fields in the data, as in --fields: "prompt=question". A record that has none of them is
+            read by its own names; with `needs_fields`, it is an error if no record has one.
     """
     examples: list[Example] = []
     names, reader = [str(names)] if isinstance(names, str | Path) else names, Reader(layout, fields)
@@ -84,6 +86,8 @@ def load_examples(
             if len(examples) == count:
                 raise ValueError(f"{file}: holds no records to train on; accepted are {LAYOUTS}")
             _refuse_leaks(examples[count:])
+    if needs_fields and fields and not reader.fields_used:
+        raise ValueError(f"--fields {' '.join(fields)}: no record of {', '.join(names)} has a field of these names")
     if not quiet:
         print(f"{', '.join(names)}: {reader.summary()}", flush=True)
     return examples
@@ -92,7 +96,7 @@ def load_examples(
 def _refuse_leaks(examples: list[Example]) -> None:
     """Refuses prompts that end with their own response, as whole rendered texts do.
 
-    For some responses this may happen by chance ("Yes or no?" "no"), so most of the distinct ones are asked for.
+    A few may do so by chance ("Yes or no?" "no"), so more than half of the distinct responses must.
     """
     leaks = [e for e in examples if e.response and e.prompt.rstrip().endswith(e.response.strip())]
     if 2 * len({e.response for e in leaks}) > len({e.response for e in examples}):
@@ -100,7 +104,7 @@ def _refuse_leaks(examples: list[Example]) -> None:
 
 
 def load_tokenizer(directory: str | Path, eos_token_id: int, vocab_size: int) -> Tokenizer:
-    """Reads a model's tokenizer for a run: it encodes a text always in the same way, and neither cuts nor pads it."""
+    """Reads a model's tokenizer for a run: it always encodes a text in the same way, and neither cuts nor pads it."""
     tokenizer, source = read_tokenizer(directory)
     eos = tokenizer.id_to_token(eos_token_id) if 0 <= eos_token_id < vocab_size else None
     if source.name == "vocab.json" and eos:
@@ -257,9 +261,9 @@ def fit_context(
 ) -> tuple[list[Example], int]:
     """Returns the examples that fit the context, and how many do not.
 
-    An example fits if the prompt leaves room for the real response, a given generated one, and `max_new_tokens`.
-    `longer` are the examples as somebody else reads them, whose lengths then count. With `overlong` "error" an example
-    that does not fit is an error, and it always is one if none fits.
+    An example fits if its prompt does with the longest of its real response, a given generated one, and
+    `max_new_tokens` tokens. `longer` are the examples as somebody else reads them, whose lengths then count. With
+    `overlong` "error" an example that does not fit is an error, and it always is one if none fits.
     """
     kept = []
     for original, example in zip(examples, longer or examples):

@@ -16,7 +16,7 @@ MORE = ("input", "context")  # They follow a prompt that is a text, after a blan
 CONVERSATIONS = ("real", "messages", "conversations", "conversation")
 RESPONSES = ("real", "chosen", *CONVERSATIONS[1:], "response", "completion", "output", "answer")
 NAMES = {*PROMPTS, *MORE, *RESPONSES, "rejected", "generated", "system", "history", "references", "wins", "label"}
-# The fields that a name in --fields takes the place of; any other name takes the place of itself.
+# The fields that a name in --fields replaces. A name that is not listed here replaces the field of its own name.
 REPLACED = {"prompt": (*PROMPTS, *CONVERSATIONS), "response": RESPONSES, "messages": RESPONSES}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "chatgpt", "model"), "assistant"
@@ -25,7 +25,7 @@ MARKS = ("weight", "train", "training")  # If one of them is 0 or false, the tur
 NO_TARGET = "no target"  # The role that such a turn gets.
 LAYOUTS = (
     "prompt/response, prompt/completion, instruction/input/output, question/answer, messages, conversations, real, "
-    "or prompt/chosen/rejected; --fields prompt=NAME,response=NAME names others"
+    "or prompt/chosen/rejected; --fields prompt=NAME response=NAME names others"
 )
 
 Turn = tuple[str, str]  # (role, text); the role is "system", "user" or "assistant".
@@ -37,10 +37,11 @@ class Reader:
     def __init__(self, layout: str = "responses", fields: Sequence[str] = ()) -> None:
         self.layout = layout
         self.fields = dict(pair.split("=", 1) for pair in fields)
+        self.fields_used = False  # Whether any record has them.
         self.taken: dict[str, str] = {}  # What was read from a field.
         self.left_out: dict[str, None] = {}  # Fields, and what was left out of conversations.
         self.unwanted = 0  # The number of records that are marked as not to be trained on.
-        self.names: dict[str, str] = {}  # The names in the data, of the fields of one record, by ours.
+        self.names: dict[str, str] = {}  # The data's names of the fields of the present record, keyed by ours.
 
     def summary(self) -> str:
         """Says what was taken and what was left out, in one line."""
@@ -96,6 +97,7 @@ class Reader:
         """
         record = {name: value for name, value in record.items() if value is not None and value == value}
         fields = self.fields if any(theirs in record for theirs in self.fields.values()) else {}
+        self.fields_used |= bool(fields)
         for ours, theirs in fields.items():
             if theirs not in record:
                 found = shown(", ".join(map(repr, record)))

@@ -68,7 +68,10 @@ class Template:
         return f"{OPEN}{self.hidden.index(found[0])}{CLOSE}"
 
     def turn_end(self) -> int | None:
-        """Returns the id of the token with which a chat template ends an assistant's turn, None if there is none."""
+        """Returns the id of the special token with which a chat template ends an assistant's turn.
+
+        None if there is no such token, or no chat template.
+        """
         if self.chat is None:
             return None
         try:

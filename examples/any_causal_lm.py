@@ -3,7 +3,7 @@
 
     python examples/any_causal_lm.py --model microsoft/phi-2 --data train.jsonl --out runs/phi
 
-Flags are those of spin.py, but for --rank 0 and --fsdp; all linear layers get adapters unless --lora-targets names
+Flags are those of spin.py, except --rank 0 and --fsdp; all linear layers get adapters unless --lora-targets names
 some. Only this file needs transformers: `CausalLM` is the player, and `HubModel` tells runtime/ how to load its model.
 """
 
@@ -50,7 +50,7 @@ class HubModel:  # A run makes and loads models with it.
 
 
 def as_linear(model: nn.Module) -> nn.Module:
-    """Makes layers that LoRA does not know linear ones: Falcon's, and GPT-2's Conv1D, whose weights are transposed."""
+    """Makes nn.Linear of layers that LoRA does not know: Falcon's, and GPT-2's Conv1D, whose weights are transposed."""
     transposed = []
     for name, layer in model.named_modules():
         if type(layer).__name__ == "Conv1D":
@@ -74,7 +74,7 @@ class CausalLM(Player):
     def __init__(self, model: Any, eos_token_id: int, args: Any, dtype: torch.dtype = torch.float32) -> None:
         head = model.get_output_embeddings()
         weight, self.bias = head.weight, getattr(head, "bias", None)
-        if self.bias is not None:  # Phi's is one more column; seven of zeros keep rows aligned. See `hidden`.
+        if self.bias is not None:  # One more column, and seven of zeros, which keep rows aligned. See `hidden`.
             weight = nn.functional.pad(torch.cat([weight, self.bias[:, None]], 1), (0, 7)).detach()
         object.__setattr__(model, "head_weight", weight)  # It is no further parameter.
         super().__init__(model, eos_token_id, args, dtype)

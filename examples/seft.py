@@ -160,7 +160,7 @@ class SeftOptions(TrainingOptions):
     def check_together(self) -> None:
         super().check_together()
         self.require(not (self.pairs and self.data), "--pairs replaces --data: give only one of them")
-        self.require(not (self.pairs and self.reviser), "--pairs train a reviser: give no --reviser beside them")
+        self.require(not (self.pairs and self.reviser), "--pairs is for training a reviser: leave out --reviser")
 
     @property
     def source(self) -> tuple[str, tuple[str, ...], str]:

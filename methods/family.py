@@ -39,7 +39,7 @@ class Loss(NamedTuple):
     function: Callable[..., Tensor]
     what: str
     source: str
-    found: str  # Says whether its equations stand in the paper, or were reconstructed
+    found: str  # where its equations come from: the paper, a summary, code, or a reconstruction
 
 
 PAPER, SUMMARY, CODE = (f"equations from {source}" for source in ("the paper", "a summary", "the authors' code"))
@@ -281,10 +281,10 @@ EXCLUDES = [  # (flag, those that cannot go with it, why)
     ("--loss tspin", ["--pairs", "--reinforce", "--scorer"], "it makes triplets"),
     ("--ditto", ["--pairs", "--reinforce", "--history", "--scorer"], "it makes pairs of its own"),
     ("--ditto", ["--mix-previous", "--loss tspin", "--reference sampled"], "it makes pairs of its own"),
-    ("--samples", ["--pairs", "--reinforce", "--scorer"], "these are of one response"),
+    ("--samples", ["--pairs", "--reinforce", "--scorer"], "a pair then has one generated response"),
     ("--samples", ["--temperature 0"], "all would be equal"),
     ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce", "--ditto"], "it cuts to one response's length"),
-    ("--reference sampled", ["--pairs", "--reinforce"], "the responses have other authors"),
+    ("--reference sampled", ["--pairs", "--reinforce"], "the responses were not sampled from the opponent"),
     ("--reference sampled", ["--temperature 0", "--top-k", "--top-p"], "real responses could have probability 0"),
 ]
 

@@ -4,8 +4,8 @@
 
 In every step the player responds to the prompts of the batch. The *teacher* is the same model, but it reads the real
 response in its prompt (--teacher-template). At each token of its own response the player is drawn to what the teacher
-would say there. No token of the data is a target, so the player forgets less than in supervised training; but it learns
-only what the model can learn from an example in its prompt.
+would say there. No token of the data is a target; by this the paper explains that the player forgets less than in
+supervised training. It learns only what the model can learn from an example in its prompt.
 
 Loss: the mean over the tokens of y' ~ p_theta of KL(p_theta(.|x, y'_<i) || p_teacher(.|x, y, y'_<i)), over the whole
 vocabulary, with y from the data. No gradient passes through the draw of y'. Optimum: the teacher.
@@ -80,7 +80,7 @@ class SdftOptions(TrainingOptions):
     temperature: float = SpinOptions.__dataclass_fields__["temperature"]
     teacher_template: str = option(
         r"{prompt}\n\nThis is a good answer:\n{response}\n\nNow give an answer of your own.",
-        "What the teacher is asked; --template is written around it.",
+        "The teacher's prompt, around which --template is then put, as around any prompt.",
         check=lambda text: "{prompt}" in text and "{response}" in text, expected="text with {prompt} and {response}")
     # fmt: on
 

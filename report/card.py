@@ -72,5 +72,5 @@ def card(iterate: int, rows: Sequence[Row], record: Row) -> str:
 
 
 def public(*names: str) -> str:
-    """Ids of the hub as they are, and of paths the last part: a published card must not tell the author's folders."""
+    """Hub ids as they are, and only the last part of a path: a published card must not reveal the author's folders."""
     return ", ".join(f"`{Path(name).resolve().name if Path(name).exists() else name}`" for name in names)

@@ -14,8 +14,8 @@ CUT = 0.05  # Warn if the share of responses that are cut at the length limit ri
 EXAMPLES = 3  # held-out prompts that are shown with their responses after every evaluation
 WIDTH = 120  # characters of a line if the terminal's width is not known
 REMEDY = (
-    "If accuracy stays near 50%, try a larger --lr or more --epochs; if nll rises, a lower --lr or a larger --beta; "
-    "if most pairs are identical, there is little to learn. docs/guide.md has more."
+    "If nll rises, try a lower --lr or, for pairs, a larger --beta; if little changes, try a larger --lr or more "
+    "--epochs; if most pairs are identical, there is little to learn. docs/guide.md has more."
 )
 
 

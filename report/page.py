@@ -188,7 +188,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         "times": [(run.name, [times_table(run)]) for run in runs if run.times],
         "settings": settings,
         "differing": Table("", settings.heads, [line for line in settings.rows if len(set(line[1:])) > 1]),
-        "commands": [(run.name, visible(f"{run.record['command']}.py {run.record['settings']}")) for run in runs],
+        "commands": [(run.name, visible(f"{run.record['command']} {run.record['settings']}")) for run in runs],
         "kinds": {kind: (name, kinds[kind]) for kind, name in KINDS.items()},
         "count": len(blocks),
         "blocks": sorted(blocks, key=lambda block: block["kind"] == "same")[:PROMPTS],

@@ -53,7 +53,7 @@ def held_out_panels(runs: Runs) -> list[Panel]:
 
 
 def signal_panels(runs: Runs) -> list[Panel]:
-    """Training signals by iterate, but for numbers of pairs."""
+    """Training signals by iterate, except the numbers of pairs."""
     panels = []
     for name, one in COLUMNS.items():
         if one.kind == "signal" and one.format != "d":

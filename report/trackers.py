@@ -87,7 +87,7 @@ def tensorboard(out: Path, record: Row) -> tuple[Log, Callable[[], object]]:
 
 
 def wandb(out: Path, record: Row) -> tuple[Log, Callable[[], object]]:
-    """(log, close) of W&B. A resumed run has the same id there, and what W&B has already stays as it is."""
+    """(log, close) of W&B. A resumed run has the same id there; rows that W&B already has are not sent again."""
     import wandb
 
     file = out / "wandb" / "run-id"

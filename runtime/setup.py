@@ -178,7 +178,7 @@ def load_data(
 ) -> tuple[list[Example], list[Example], Template, Any]:
     """Encoded (training, held-out) examples that fit the context, their template, and the config with the end token."""
     _, source, layout = args.source
-    train_set = load_examples(source, layout, args.fields)
+    train_set = load_examples(source, layout, args.fields, needs_fields=True)
     if args.eval_data:
         heldout = load_examples(args.eval_data, fields=args.fields)
     else:

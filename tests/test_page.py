@@ -158,7 +158,7 @@ def test_the_page_of_a_real_run(whole):
     } <= shown  # fmt: skip
     ends = re.findall(r'<path class="grid" d="M[\d.]+ (-?[\d.]+)', text)
     assert ends and all(0 <= float(y) <= 190 for y in ends) and "nan" not in text
-    assert re.search("spin.py .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
+    assert re.search("spin .*--rank 4 --lora-dropout 0.1.*--mix-previous", reader.text)
     assert "--top-k" not in reader.text.partition("All options")[0]
     digest = json.loads((whole / "run.json").read_text())["digests"]["model"]
     assert digest in reader.text
@@ -178,7 +178,7 @@ def test_runs_without_some_files_still_get_a_page(whole, tmp_path):
     assert "No iterate has been evaluated yet." in Reader(page_of(older)).text
     record = json.loads((older / "run.json").read_text())
     (older / "run.json").write_text(json.dumps(record | {"command": "sft"}))
-    assert "sft.py --" in Reader(page_of(older)).text
+    assert "sft --" in Reader(page_of(older)).text
     assert "2 runs" in Reader(page_of(whole, older)).text
 
 

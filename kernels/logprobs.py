@@ -175,8 +175,8 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if _backend(logits.device) is not torch_rows:
         yield slice(0, N), logits if logits.stride(1) == 1 else logits.contiguous()
         return
-    step = max(1, min(N, scratch_rows(V)))
-    scratch = logits.new_empty(step, V, dtype=torch.float32)
+    step = scratch_rows(V)
+    scratch = logits.new_empty(min(N, step), V, dtype=torch.float32)
     for rows in slices(N, step):
         yield rows, scratch[: rows.stop - rows.start].copy_(logits[rows])
 

@@ -118,16 +118,17 @@ def _logprobs_kernel(
             lanes = tl.arange(0, BLOCK)
             z = tl.load(row + lanes, mask=lanes < C, other=MINUS_INF).to(tl.float32)
             new_shift = tl.maximum(tl.max(z, 0), old_shift)
+            rescale = tl.exp(old_shift - new_shift)
             exponentials = tl.exp(z - new_shift)
-            total = tl.sum(exponentials, 0)
+            total = old_total * rescale + tl.sum(exponentials, 0)
             value = tl.where(lanes == target - first, 0.0, exponentials).to(terms.dtype.element_ty)
             tl.store(terms + i * terms_stride + lanes, value, mask=lanes < C)
+            if (first > 0) & (rescale < 1.0):  # before the first product, weighted is uninitialised
+                _rescale(weighted + i * D, rescale, D)
         else:
             peak, total = _row_statistics(row, lead, C, BLOCK)
             new_shift = tl.maximum(peak, old_shift)
-            total *= tl.exp(peak - new_shift)
-        rescale = tl.exp(old_shift - new_shift)
-        total += old_total * rescale
+            total = old_total * tl.exp(old_shift - new_shift) + total * tl.exp(peak - new_shift)
         tl.store(shift_out + i, new_shift)
         if first + C < V:
             tl.store(log_sum_out + i, total)
@@ -137,8 +138,6 @@ def _logprobs_kernel(
             log_sum = tl.where(valid, tl.log(total), float("nan"))  # nan makes the row's gradient nan too
             tl.store(log_sum_out + i, log_sum)
             tl.store(logp_out + i, (target_logit - new_shift) - log_sum)
-        if WITH_TERMS and (first > 0) & (rescale < 1.0):  # before the first product, weighted is uninitialised
-            _rescale(weighted + i * D, rescale, D)
 
 
 @triton.jit

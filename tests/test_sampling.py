@@ -54,8 +54,9 @@ def test_rows_do_not_depend_on_their_batch(model, settings):
     """Batch sizes 1, 3 and 10 over ragged prompts, some of which stop early: the same ids, in the prompts' order.
 
     With 3 slots, rows wait and then take the slots of others; with cache_tokens = 80 there are 2 slots. Two processes
-    that divide the rows between them get the same responses too.
+    that divide the rows between them get the same responses too. Another seed gives others.
     """
+    state = torch.random.get_rng_state()
     settings = dict(max_new_tokens=20, eos_token_id=[EOS, 1, 2, 3], seed=3) | settings
     first = respond(model, prompts(10), batch_size=1, **settings)
     others = [respond(model, prompts(10), batch_size=size, **settings) for size in (3, 10)]
@@ -65,6 +66,8 @@ def test_rows_do_not_depend_on_their_batch(model, settings):
     others.append(Responses(*([shares[i % 2][field][i // 2] for i in range(10)] for field in range(3))))
     if settings.get("temperature", 1):
         assert len({len(ids) for ids in first.ids}) > 3, "the test means little unless rows stop at different steps"
+        assert respond(model, prompts(10), **settings | {"seed": 4}).ids != first.ids
+    assert torch.equal(state, torch.random.get_rng_state()), "the global generator was touched"
     for other in others:
         assert other.ids == first.ids and other.finished == first.finished
         for a, b in zip(other.logps, first.logps):
@@ -72,11 +75,14 @@ def test_rows_do_not_depend_on_their_batch(model, settings):
 
 
 def test_a_freed_slot_is_refilled_immediately(model, monkeypatch):
-    """No step leaves a slot idle while a prompt waits; then the batch shrinks, so that few slots idle."""
-    seen = []
+    """No step leaves a slot idle while a prompt waits; then the batch shrinks, so that few slots idle. Progress counts
+    every row and token."""
+    seen, counts = [], []
     spy(monkeypatch, Batch, "_step", lambda a, k: seen.append((int(a[0].active.sum()), a[0].size)))
-    responses = respond(model, prompts(30), max_new_tokens=20, eos_token_id=EOS, temperature=1.5, batch_size=8)
+    settings = dict(max_new_tokens=20, eos_token_id=EOS, temperature=1.5, batch_size=8)
+    responses = respond(model, prompts(30), progress=lambda *args: counts.append(args), **settings)
     tokens = sum(len(ids) - 1 for ids in responses.ids)  # the first comes from the prompt's pass
+    assert [*map(sum, zip(*counts))] == [30, tokens + 30] and len(counts) > 6
     assert sum(active for active, _ in seen) == tokens
     drained = [active < 8 for active, _ in seen].index(True)
     assert sum(active for active, _ in seen[:drained]) > tokens / 2
@@ -101,15 +107,6 @@ def test_cache_holds_no_more_than_its_budget(model, monkeypatch):
         respond(model, [[1]] * 8 + [[1] * 30], max_new_tokens=10, eos_token_id=EOS, batch_size=8, cache_tokens=budget)
         cache, _, *shape = made.pop()
         assert shape == [size, 40] and [keys.shape[2] for keys in cache.keys] == [40, 4]
-
-
-def test_progress_counts_every_row_and_token(model):
-    seen = []
-    responses = respond(
-        model, prompts(20), max_new_tokens=10, eos_token_id=EOS, batch_size=3, progress=lambda *args: seen.append(args)
-    )
-    rows, tokens = map(sum, zip(*seen))
-    assert (rows, tokens) == (20, sum(map(len, responses.ids))) and len(seen) > 6
 
 
 def test_no_graph_is_captured_into_a_pool_whose_graphs_have_died(model, monkeypatch):
@@ -238,15 +235,6 @@ def test_context_may_be_filled_to_the_last_position(model):
         with pytest.raises(ValueError, match=f"prompt 1 has {len(bad)} tokens, expected 1 to .* = 54"):
             respond(model, [[1], bad], max_new_tokens=10, eos_token_id=None)
     assert respond(model, [], max_new_tokens=10, eos_token_id=None) == ([], [], [])
-
-
-def test_same_seed_same_ids_other_seed_other_ids(model):
-    def ids(seed):
-        return respond(model, prompts(8), max_new_tokens=10, eos_token_id=EOS, seed=seed).ids
-
-    state = torch.random.get_rng_state()
-    assert ids(0) == ids(0) != ids(1)
-    assert torch.equal(state, torch.random.get_rng_state()), "the global generator was touched"
 
 
 def test_filters_equal_transformers():

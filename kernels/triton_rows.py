@@ -204,22 +204,23 @@ def row_logprobs(
         terms: (N, C), any float dtype, column stride 1, may be logits itself. Overwritten by exp(z_v - shift), and by
             0 in the target's column and in ignored rows. Its product with the rows of the weight is the tile's share
             of sum_{v != target} exp(z_v - shift) W_v.
-        weighted: (N, D) fp32, contiguous, required with terms: the sum over earlier tiles; rescaled to the new shift.
+        weighted: (N, D) fp32, contiguous: the sum of the products over earlier tiles, if there is one; rescaled to the
+            new shift.
     """
     N, C = logits.shape
     if not N:
         return  # CUDA rejects an empty grid
+    block, warps = BLOCK, WARPS
     if terms is not None:
-        out, into, D = terms, weighted, weighted.shape[1]
         block = max(ROW_PER_WARP, triton.next_power_of_2(C))
-        shape = dict(BLOCK=block, num_warps=block // ROW_PER_WARP)
-    else:
-        out, into, D = logits, rows.logp, 1  # placeholders that the kernel does not touch
-        shape = dict(BLOCK=BLOCK, num_warps=WARPS)
+        warps = block // ROW_PER_WARP
+    out = logits if terms is None else terms  # placeholders, this one and the next, which the kernel does not touch
+    into, D = (rows.logp, 0) if weighted is None else (weighted, weighted.shape[1])
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _logprobs_kernel[(N,)](
             logits, *rows, out, into, logits.stride(0), out.stride(0), first, V, ignore_index,
-            C=C, D=D, WITH_TERMS=terms is not None, SHIFTED=terms is None and logits.stride(0) % 8 != 0, **shape,
+            C=C, D=D, WITH_TERMS=terms is not None, SHIFTED=terms is None and logits.stride(0) % 8 != 0,
+            BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
 

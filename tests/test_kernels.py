@@ -620,13 +620,13 @@ def test_logits_are_loaded_by_16_bytes_and_those_of_a_tile_once() -> None:
     pytest.importorskip("triton")
     from kernels import triton_rows
 
-    constants = dict(C=50257, D=1, WITH_TERMS=False, SHIFTED=True, BLOCK=triton_rows.BLOCK)
+    constants = dict(C=50257, D=0, WITH_TERMS=False, SHIFTED=True, BLOCK=triton_rows.BLOCK)
     for kernel in (triton_rows._logprobs_kernel, triton_rows._gradient_kernel):
         ptx = hopper_assembly(kernel, "bf16", True, **constants)
         assert "ld.global.v4.b32" in ptx
         assert "st.global.v4.b32" in ptx or kernel is triton_rows._logprobs_kernel  # which stores no terms
     C, block = tiles.tile_shape(torch.device("cuda"), 8192, 50257, 6)[1], tiles.CUDA_COLUMNS
-    constants = dict(C=C, D=1, WITH_TERMS=True, SHIFTED=False, BLOCK=block)
+    constants = dict(C=C, D=0, WITH_TERMS=True, SHIFTED=False, BLOCK=block)
     ptx = hopper_assembly(triton_rows._logprobs_kernel, "fp32", False, **constants)
     per_thread = block // (8 * 32)
     assert ptx.count("ld.global.v4.b32") == per_thread // 4

@@ -175,8 +175,8 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if _backend(logits.device) is not torch_rows:
         yield slice(0, N), logits if logits.stride(1) == 1 else logits.contiguous()
         return
-    step = max(1, min(N, scratch_rows(V)))
-    scratch = logits.new_empty(step, V, dtype=torch.float32)
+    step = scratch_rows(V)
+    scratch = logits.new_empty(min(N, step), V, dtype=torch.float32)
     for rows in slices(N, step):
         yield rows, scratch[: rows.stop - rows.start].copy_(logits[rows])
 
@@ -259,14 +259,13 @@ def _linear_forward(
     d_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if with_gradient else None
     for tile in tiles(hidden, weight, with_gradient or kept is not None):
         part, first = rows.part(tile.rows), tile.columns.start
-        sums: tuple = (tile.terms, d_hidden[tile.rows]) if with_gradient else ()
-        if kept is not None:  # There is no sum over tiles to rescale.
-            sums = torch.empty_like(tile.logits, dtype=torch.bfloat16), torch.empty_like(part.shift).unsqueeze(1)
-        backend.row_logprobs(tile.logits, part, ignore_index, first, V, *sums)
+        terms = tile.terms if kept is None else torch.empty_like(tile.logits, dtype=torch.bfloat16)
+        weighted = d_hidden[tile.rows] if with_gradient else None
+        backend.row_logprobs(tile.logits, part, ignore_index, first, V, terms, weighted)
         if with_gradient:
-            add_product(d_hidden[tile.rows], tile.terms, tile.weight, fresh=first == 0)
+            add_product(weighted, terms, tile.weight, fresh=first == 0)
         if kept is not None:
-            kept += sums[0], part.shift.clone()
+            kept += terms, part.shift.clone()
     if with_gradient:
         backend.hidden_gradient(d_hidden, weight, rows, ignore_index)
     return rows, d_hidden

@@ -50,7 +50,10 @@ def products() -> Iterator[None]:
 
     @wraps(original)
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return (linear if _fits(input, weight, bias) else original)(input, weight, bias)
+        if not _fits(input, weight, bias):
+            return original(input, weight, bias)
+        trained = any(t is not None and t.requires_grad for t in (input, weight, bias))
+        return (_Linear.apply if trained and torch.is_grad_enabled() else _product)(input, weight, bias)
 
     if available():
         F.linear = call
@@ -60,7 +63,7 @@ def products() -> Iterator[None]:
         F.linear = original
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN can compute F.linear(x, weight, bias): a plain eager call with fp32 tensors on the CPU."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
@@ -71,13 +74,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return plain and eager and good_shapes and good_bias
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for fp32 tensors on the CPU: (..., I), (O, I), (O,) -> (..., O). Differentiable once."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return _Linear.apply(input, weight, bias)
-    return _product(input, weight, bias)
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (x.numel() and weight.numel()):  # oneDNN rejects some empty tensors
         return torch._C._nn.linear(x, weight, bias)
@@ -85,6 +81,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(Function):
+    """(..., I), (O, I), (O,) -> (..., O). Differentiable once."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)

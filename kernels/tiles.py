@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CUDA_BUFFER_BYTES = 512 * 2**20  # upper bound on the buffers of one tile
+CUDA_COLUMNS = 2**14  # upper bound on the columns of a tile: 16 warps hold a row of them in registers
 CPU_ROWS, CPU_COLUMNS = 512, 2048  # a tile of 4 MiB stays in the CPU cache until its logits are read again
 # CUDA multiplies matrices of 50257 columns several times slower than of a multiple of 64: threads load 16 bytes at once
 # only from addresses that are multiples of 16, and with an odd number of columns most rows begin elsewhere.
@@ -58,11 +59,10 @@ def tiles(hidden: Tensor, weight: Tensor, with_terms: bool, with_logits: bool = 
         with_terms, with_logits: whether `Tile.terms` is needed, and whether `Tile.logits` is to be computed.
     """
     hidden = _as_factor(hidden)
-    N, D = hidden.shape
-    V = len(weight)
+    N, V = len(hidden), len(weight)
     dtypes = {torch.float32, hidden.dtype} if with_terms else {torch.float32}
     bytes_per_logit = sum(dtype.itemsize for dtype in dtypes)
-    R, C = tile_shape(hidden.device, N, V, D if with_terms else 0, bytes_per_logit)
+    R, C = tile_shape(hidden.device, N, V, bytes_per_logit)
     needed = dtypes if with_logits else {hidden.dtype}
     buffers = {dtype: hidden.new_empty(R, _round_up(C, COLUMN_MULTIPLE), dtype=dtype) for dtype in needed}
     for columns in slices(V, C):
@@ -75,27 +75,21 @@ def tiles(hidden: Tensor, weight: Tensor, with_terms: bool, with_logits: bool = 
             yield Tile(rows, columns, hidden[rows], weight_tile, logits, views[hidden.dtype] if with_terms else None)
 
 
-def tile_shape(device: torch.device, N: int, V: int, D: int, bytes_per_logit: int) -> tuple[int, int]:
+def tile_shape(device: torch.device, N: int, V: int, bytes_per_logit: int) -> tuple[int, int]:
     """(rows, columns) of a tile. A fixed rule and not a search, so that the first call is as fast as the others.
 
-    On CUDA a tile has as many rows as the memory cap allows with all columns. A second product, with a result of
-    (rows, D), has few blocks of 128 x 256: if the cap does not allow one block for each processor, the tile gets fewer
-    columns and more rows. D = 0 means that there is no second product.
-
-    The columns of a tile are then a multiple of COLUMN_MULTIPLE, rounded down, which leaves a small last tile (17
-    columns of 50257). It costs little, and all others are aligned.
+    On CUDA a tile has as many rows as the memory cap allows with half of CUDA_COLUMNS, which keeps the processors busy
+    in the second product, whose result is (rows, D), and then as many columns as the cap and CUDA_COLUMNS allow. They
+    are a multiple of COLUMN_MULTIPLE, rounded down, which leaves a small last tile (17 columns of 50257). It costs
+    little, and all others are aligned.
     """
     if device.type != "cuda":
         R = max(1, min(N, CPU_ROWS))
         return R, min(V, CPU_ROWS * CPU_COLUMNS // R)
     max_logits = CUDA_BUFFER_BYTES // bytes_per_logit
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    # The number of rows that gives each processor one block of the second product.
-    wave = 128 * max(1, processors // max(1, (D + 255) // 256)) if D else 128
-    max_rows = max(wave, max_logits // _round_up(V, COLUMN_MULTIPLE) // wave * wave)
-    parts = max(1, _ceil_div(N, max_rows))  # The rows are divided into parts of nearly equal size.
+    parts = max(1, _ceil_div(N, 2 * max_logits // CUDA_COLUMNS // 128 * 128))  # of nearly equal size
     R = max(1, min(N, _round_up(_ceil_div(N, parts), 128)))
-    C = V // _ceil_div(V, max(COLUMN_MULTIPLE, max_logits // R)) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+    C = V // _ceil_div(V, min(CUDA_COLUMNS, max_logits // R)) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
     return R, min(V, max(COLUMN_MULTIPLE, C))
 
 

@@ -35,7 +35,7 @@ def row_logprobs(
         exponentials[ignored] = 0.0  # assigned, not multiplied: 0 * nan is nan
         if terms is not logits:
             terms.copy_(exponentials)
-        if first > 0:
+        if first > 0 and weighted is not None:
             weighted.mul_(rescale.unsqueeze(1))
     if first + C == V:
         log_sum.log_()

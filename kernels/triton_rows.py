@@ -8,9 +8,11 @@ once logits reach the thousands. The logits of a row may arrive in tiles of colu
 then cover the columns so far.
 
 One program processes one row, without tl.dot, atomics or autotuning, so the same source also runs on a CPU under
-TRITON_INTERPRET=1. Each lane has its own maximum and sum; the lanes are combined once, after the last block. The number
-of columns is a compile-time constant: it takes few values, and knowing it saves registers. Loop bounds are written out
-each time because the interpreter turns an assigned number into a tensor, which range() does not accept.
+TRITON_INTERPRET=1. If the terms exp(z_v - shift) are wanted, the row is one block, held in registers: it is read once,
+and one exponential serves the sum and the term. Longer rows are read block by block: each lane has its own maximum and
+sum, which are combined after the last block. The number of columns is a compile-time constant: it takes few values,
+and knowing it saves registers. Loop bounds are written out each time because the interpreter turns an assigned number
+into a tensor, which range() does not accept.
 
 If rows have an odd number of 16-bit logits, most of them start at an address from which no thread can load 16 bytes at
 once. A row is therefore read from the last 16-byte boundary before it, `lead` elements early; only its first and last
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from .tiles import Rows
 
-BLOCK = 4096  # columns per load: 16 per thread with 8 warps, so that many loads are in flight and no register spills
+BLOCK = 4096  # columns per load of a long row: 16 per thread with 8 warps, so that many loads are in flight
 WARPS = 8
+ROW_PER_WARP = 1024  # columns of a row that is one block: 32 per thread
 ALIGNED = tl.constexpr(8)  # 2-byte elements between two 16-byte boundaries
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # least fp32, the initial maximum: -inf would give -inf - -inf = nan
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -41,27 +44,26 @@ def _aligned(offset, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(z, peak, total):
-    """Adds a block of logits to each lane's peak and total = sum exp(z - peak), with one exponential per logit."""
-    gap = z - peak
-    ratio = tl.exp(-tl.abs(gap))  # exp(old peak - new peak) if z is the new peak, otherwise the term of z
-    total = tl.where(gap > 0, total * ratio + 1.0, total + ratio)
-    return tl.maximum(z, peak), total
+def _load(row, columns, start, lead, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The logits of a block of columns in fp32; -inf outside row[lead : lead + C], where exp(-inf) = 0."""
+    if (start > 0) & (start + BLOCK <= C):  # without a mask, whose odd bounds would split the loads
+        z = tl.load(row + columns)
+    else:
+        z = tl.load(row + columns, mask=(columns >= lead) & (columns < lead + C), other=MINUS_INF)
+    return z.to(tl.float32)
 
 
 @triton.jit
 def _row_statistics(row, lead, C: tl.constexpr, BLOCK: tl.constexpr):
     """max z and sum exp(z - max z) over row[lead : lead + C]. Source: online softmax, arXiv:1805.02867."""
-    lanes = tl.arange(0, BLOCK)
-    inside = lanes >= lead if C >= BLOCK else (lanes >= lead) & (lanes < lead + C)  # an odd bound would split the loads
-    z = tl.load(row + lanes, mask=inside, other=MINUS_INF).to(tl.float32)  # exp(-inf) = 0
-    peak = tl.maximum(z, LOWEST)
-    total = tl.exp(z - peak)
-    for start in range(BLOCK, C - C % BLOCK, BLOCK):  # full blocks need no mask
-        peak, total = _accumulate(tl.load(row + start + lanes).to(tl.float32), peak, total)
-    for start in range(max(BLOCK, C - C % BLOCK), C + ALIGNED - 1, BLOCK):  # usually one iteration
-        z = tl.load(row + start + lanes, mask=start + lanes < lead + C, other=MINUS_INF).to(tl.float32)
-        peak, total = _accumulate(z, peak, total)
+    peak = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, C + ALIGNED - 1, BLOCK):
+        z = _load(row, start + tl.arange(0, BLOCK), start, lead, C, BLOCK)
+        gap = z - peak
+        ratio = tl.exp(-tl.abs(gap))  # exp(old peak - new peak) if z is the new peak, otherwise the term of z
+        total = tl.where(gap > 0, total * ratio + 1.0, total + ratio)
+        peak = tl.maximum(z, peak)
     shift = tl.max(peak, 0)
     return shift, tl.sum(total * tl.exp(peak - shift), 0)
 
@@ -74,35 +76,6 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _terms(z, columns, target, at_target, shift, log_sum, scale, dtype: tl.constexpr):
-    """scale * at_target in the target's column, scale * exp((z - shift) - log_sum) in the others."""
-    return (scale * tl.where(columns == target, at_target, tl.exp((z - shift) - log_sum))).to(dtype)
-
-
-@triton.jit
-def _write_terms(row, out, lead, target, at_target, shift, log_sum, scale, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the terms of a row's C logits to out. See _terms.
-
-    out may be row: each block is read before it is written.
-    """
-    lanes = tl.arange(0, BLOCK)
-    target += lead
-    inside = lanes >= lead if C >= BLOCK else (lanes >= lead) & (lanes < lead + C)
-    z = tl.load(row + lanes, mask=inside, other=MINUS_INF).to(tl.float32)
-    value = _terms(z, lanes, target, at_target, shift, log_sum, scale, out.dtype.element_ty)
-    tl.store(out + lanes, value, mask=inside)
-    for start in range(BLOCK, C - C % BLOCK, BLOCK):
-        z = tl.load(row + start + lanes).to(tl.float32)
-        value = _terms(z, start + lanes, target, at_target, shift, log_sum, scale, out.dtype.element_ty)
-        tl.store(out + start + lanes, value)
-    for start in range(max(BLOCK, C - C % BLOCK), C + ALIGNED - 1, BLOCK):
-        tail = start + lanes < lead + C
-        z = tl.load(row + start + lanes, mask=tail, other=MINUS_INF).to(tl.float32)
-        value = _terms(z, start + lanes, target, at_target, shift, log_sum, scale, out.dtype.element_ty)
-        tl.store(out + start + lanes, value, mask=tail)
-
-
-@triton.jit
 def _write_zeros(out, C: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the gradient of an ignored row, whose logits are never read."""
     for start in range(0, C, BLOCK):
@@ -111,10 +84,10 @@ def _write_zeros(out, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rescale(row, factor, D: tl.constexpr, BLOCK: tl.constexpr):
+def _rescale(row, factor, D: tl.constexpr):
     """Multiplies the D numbers of a row by factor, in place."""
-    for start in range(0, D, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, D, 1024):
+        columns = start + tl.arange(0, 1024)
         value = tl.load(row + columns, mask=columns < D)
         tl.store(row + columns, value * factor, mask=columns < D)
 
@@ -141,10 +114,21 @@ def _logprobs_kernel(
         target_logit = tl.where(here, target_logit, before)
         old_shift = tl.load(shift_out + i, mask=first > 0, other=LOWEST)
         old_total = tl.load(log_sum_out + i, mask=first > 0, other=0.0)
-        shift, total = _row_statistics(row, lead, C, BLOCK)
-        new_shift = tl.maximum(shift, old_shift)
-        rescale = tl.exp(old_shift - new_shift)
-        total = old_total * rescale + total * tl.exp(shift - new_shift)
+        if WITH_TERMS:  # A block holds the whole row: one load and one exponential per logit.
+            lanes = tl.arange(0, BLOCK)
+            z = tl.load(row + lanes, mask=lanes < C, other=MINUS_INF).to(tl.float32)
+            new_shift = tl.maximum(tl.max(z, 0), old_shift)
+            rescale = tl.exp(old_shift - new_shift)
+            exponentials = tl.exp(z - new_shift)
+            total = old_total * rescale + tl.sum(exponentials, 0)
+            value = tl.where(lanes == target - first, 0.0, exponentials).to(terms.dtype.element_ty)
+            tl.store(terms + i * terms_stride + lanes, value, mask=lanes < C)
+            if (first > 0) & (rescale < 1.0):  # before the first product, weighted is uninitialised
+                _rescale(weighted + i * D, rescale, D)
+        else:
+            peak, total = _row_statistics(row, lead, C, BLOCK)
+            new_shift = tl.maximum(peak, old_shift)
+            total = old_total * tl.exp(old_shift - new_shift) + total * tl.exp(peak - new_shift)
         tl.store(shift_out + i, new_shift)
         if first + C < V:
             tl.store(log_sum_out + i, total)
@@ -154,10 +138,6 @@ def _logprobs_kernel(
             log_sum = tl.where(valid, tl.log(total), float("nan"))  # nan makes the row's gradient nan too
             tl.store(log_sum_out + i, log_sum)
             tl.store(logp_out + i, (target_logit - new_shift) - log_sum)
-        if WITH_TERMS:
-            _write_terms(row, terms + i * terms_stride, lead, target - first, 0.0, new_shift, 0.0, 1.0, C, BLOCK)
-            if (first > 0) & (rescale < 1.0):  # before the first product, weighted is uninitialised
-                _rescale(weighted + i * D, rescale, D, BLOCK)
 
 
 @triton.jit
@@ -172,11 +152,18 @@ def _gradient_kernel(
         _write_zeros(grad + i * grad_stride, C, BLOCK)
     else:
         start, lead = _aligned(i * logits_stride, SHIFTED)
-        row = logits + start
         out = grad + (start if SHIFTED else i * grad_stride)
         row_shift, row_log_sum, row_scale = tl.load(shift + i), tl.load(log_sum + i), tl.load(scale + i)
-        at_target = -_one_minus_exp(tl.load(logp + i))
-        _write_terms(row, out, lead, target - first, at_target, row_shift, row_log_sum, -row_scale, C, BLOCK)
+        at_target = row_scale * _one_minus_exp(tl.load(logp + i))
+        for begin in range(0, C + ALIGNED - 1, BLOCK):
+            columns = begin + tl.arange(0, BLOCK)
+            z = _load(logits + start, columns, begin, lead, C, BLOCK)
+            others = -row_scale * tl.exp((z - row_shift) - row_log_sum)
+            value = tl.where(columns - lead == target - first, at_target, others).to(grad.dtype.element_ty)
+            if (begin > 0) & (begin + BLOCK <= C):
+                tl.store(out + columns, value)
+            else:
+                tl.store(out + columns, value, mask=(columns >= lead) & (columns < lead + C))
 
 
 @triton.jit
@@ -217,20 +204,23 @@ def row_logprobs(
         terms: (N, C), any float dtype, column stride 1, may be logits itself. Overwritten by exp(z_v - shift), and by
             0 in the target's column and in ignored rows. Its product with the rows of the weight is the tile's share
             of sum_{v != target} exp(z_v - shift) W_v.
-        weighted: (N, D) fp32, contiguous, required with terms: the sum over earlier tiles; rescaled to the new shift.
+        weighted: (N, D) fp32, contiguous: the sum of the products over earlier tiles, if there is one; rescaled to the
+            new shift.
     """
     N, C = logits.shape
     if not N:
         return  # CUDA rejects an empty grid
+    block, warps = BLOCK, WARPS
     if terms is not None:
-        out, into, D = terms, weighted, weighted.shape[1]
-    else:
-        out, into, D = logits, rows.logp, 1  # placeholders that the kernel does not touch
+        block = max(ROW_PER_WARP, triton.next_power_of_2(C))
+        warps = block // ROW_PER_WARP
+    out = logits if terms is None else terms  # placeholders, this one and the next, which the kernel does not touch
+    into, D = (rows.logp, 0) if weighted is None else (weighted, weighted.shape[1])
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _logprobs_kernel[(N,)](
             logits, *rows, out, into, logits.stride(0), out.stride(0), first, V, ignore_index,
             C=C, D=D, WITH_TERMS=terms is not None, SHIFTED=terms is None and logits.stride(0) % 8 != 0,
-            BLOCK=BLOCK, num_warps=WARPS,
+            BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
 

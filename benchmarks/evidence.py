@@ -79,6 +79,7 @@ class Start:
     test: str = "test"  # and what they are measured on
     model: str = "pronounce/start"  # whose config and tokenizer a start from scratch has
     control: str = "--epochs 2"  # flags with which supervised training costs about as much as self-play
+    draws: int = 0  # of its frontier at the temperatures of GRID, whose mean then stands for it at equal entropy
 
 
 STARTS = {
@@ -101,6 +102,7 @@ STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play
 STARTS["glosses, other prompts"] = dataclasses.replace(STARTS["glosses"], test="test-glosses-again")
 # Each again, for the greedy opponent, whose cases were added when the weights of the other runs were gone.
 STARTS |= {f"{name}, again": start for name, start in STARTS.items()}
+STARTS["glosses, four draws"] = dataclasses.replace(STARTS["glosses"], draws=4)
 STARTS |= {  # of the ways to learn from demonstrations alone: the shipped start twice, and one that SDFT can teach
     "shipped": Start("", ""),
     "reads answers": Start("answers", "--epochs 2 --lr 3e-3", "underfitted"),
@@ -146,6 +148,7 @@ COMMON += " --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
 TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48, "test-glosses-again": 48}  # of a response at most
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
+GRID = (0.5, 0.6, 0.7, 0.775, 0.85, 0.925, 1.0, 1.1, 1.2)
 CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of theory.limited_capacity
 SHOWN = 6  # answers of each model
 
@@ -207,6 +210,10 @@ def later_blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[st
     controls = {"underfitted": "1e-4", "few words": "1e-5", "few words, other words": "3e-4"}
     for start in GREEDY:
         yield "greedy opponent", f"{start}, again", sizes.get(start, {}), some, (controls.get(start, "3e-5"),)
+    # The start itself, with other samples: what the noise of a start's frontier looks like.
+    size = dict(prompts=2500, iterations=1, first_seed=10)
+    for start in ("glosses, again", "glosses, four draws"):
+        yield "placebo", start, size, {"the start itself": "--placebo"}, ()
     # Ways to learn from demonstrations alone.
     size = dict(seeds=2, prompts=2500)
     yield "demonstrations", "shipped", size, DEMONSTRATIONS, ("1e-4",)
@@ -228,7 +235,8 @@ DEMONSTRATIONS = {
     "SPIN": "", "GSIL": "--loss gsil", "DFT": "--loss dft --epochs 2 --lr 1e-4",
     "SDFT": "--teacher-template {response}={prompt}",
 }  # fmt: skip
-SCRIPTS = {"--loss dft": "sft", "--teacher-template": "sdft"}  # by how a case's flags begin; otherwise spin
+# By how a case's flags begin; otherwise spin.
+SCRIPTS = {"--loss dft": "sft", "--teacher-template": "sdft", "--placebo": ""}
 FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--reference", "--ditto")
 SCRIPTS |= dict.fromkeys(FAMILY, "family")
 
@@ -310,7 +318,7 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    row |= look(name, place, frontier_of(work, "start", name), work)
+    row |= look(name, place, frontier_of(work, "start", name), work, grid=start.draws)
     player, _, samples = yardstick(name, work)
     return row | {"optimum": theory.optimum_on_samples(player, samples, 1.5, 1)}
 
@@ -353,6 +361,10 @@ def flags_of_run(case: Case, seed: int, size: Size, work: Path, out: Path) -> di
 def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
     """Trains a case with a seed and measures its iterates."""
     case, seed = job
+    if not case.script:  # a placebo
+        place = frontier_of(work, case.key, seed, 1)
+        facts = look(case.start, place_of(case.start, work), place, work, seed)
+        return {"seconds": 0.0, "steps": 0, "command": "", "iterates": {"1": facts}}
     out = work / "runs" / digest([case.key, seed])
     shutil.rmtree(out, ignore_errors=True)
     flags = flags_of_run(case, seed, size, work, out)
@@ -371,8 +383,11 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def look(start: str, weights: Path, path: Path, work: Path) -> Row:
-    """Measures weights, writes the values of each example to `path`, and returns their means."""
+def look(start: str, weights: Path, path: Path, work: Path, draw: int = 0, grid: int = 0) -> Row:
+    """Measures weights, writes the values of each example to `path`, and returns their means.
+
+    `draw` is the seed of the samples. `grid`: so many draws at the temperatures of GRID are measured, too.
+    """
     player, run, samples = yardstick(start, work)
     player.model.load_weights(weights)
     agreement, more, glosses = measuring.equal, [], STARTS[start].data == "glosses"
@@ -380,12 +395,16 @@ def look(start: str, weights: Path, path: Path, work: Path) -> Row:
         agreement, frequent = measuring.overlap, frequent_words(work)
         more = [functools.partial(measuring.overlap, without=frequent)]
         more.append(lambda text, _: sum(word in frequent for word in text.split()))
-    points = measuring.frontier(player, run, TEMPERATURES, agreement, more)
+    points = measuring.frontier(player, run, TEMPERATURES, agreement, more, draw)
     greedy = run.respond(player, run.heldout, "greedy", run.seed(0, "evaluate"), 0.0)
     texts = [run.text(ids) for ids, _ in greedy]
     right = np.array([agreement(text, e.references) for text, e in zip(texts, run.heldout)], np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, frontier=points, greedy=right)
+    saved = {"frontier": points, "greedy": right}
+    if grid:
+        draws = [measuring.frontier(player, run, GRID, agreement, more, i) for i in range(grid)]
+        saved["dense"] = np.mean(draws, 0)
+    np.savez(path, **saved)
     names = (measuring.MEASURED + measuring.OF_TEXTS)[: points.shape[1]]
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(names)}
     means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
@@ -483,7 +502,8 @@ def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
     All seeds are compared at the same temperatures, those at which every seed's entropy is one that its control
     reaches. The degrees of freedom are those of Welch and Satterthwaite for a sum of two variances.
     """
-    shared = set.intersection(*(measuring.reached(a["frontier"], b["frontier"]) for a, b in zip(mine, theirs)))
+    pairs = [(a["frontier"], b.get("dense", b["frontier"])) for a, b in zip(mine, theirs)]
+    shared = set.intersection(*(measuring.reached(*pair) for pair in pairs))
     found = {}
     for metric in LEADS:
         values = [lead_of(a, b, metric, shared) for a, b in zip(mine, theirs)]
@@ -513,7 +533,7 @@ def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.
     if metric == "nll":
         at_one, k = TEMPERATURES.index(1.0), measuring.MEASURED.index("nll")
         return b[at_one, k] - a[at_one, k]
-    found = measuring.lead(a, b, metric, temperatures)
+    found = measuring.lead(a, control.get("dense", b), metric, temperatures)
     return -found if metric == "sampled_error" and found is not None else found
 
 

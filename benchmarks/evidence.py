@@ -16,7 +16,6 @@ default benchmarks/results/evidence.json, the figure of all settings, and the ta
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,7 +28,6 @@ import random
 import shlex
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -150,7 +148,6 @@ TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48, "test-glosses-agai
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
 GRID = (0.5, 0.6, 0.7, 0.775, 0.85, 0.925, 1.0, 1.1, 1.2)
 CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of theory.limited_capacity
-SHOWN = 6  # answers of each model
 
 
 def named(*flags: str) -> dict[str, str]:
@@ -188,7 +185,7 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     # words than people do, for which F1 has points.
     size, some = dict(size, seeds=5, first_seed=10), named("--temperature 1.5", "--temperature 1.2 --lr 3e-5")
     yield "definitions again", "glosses, other prompts", size, some, ("3e-5",)
-    # A hot opponent, iteration by iteration, beside theory.exponents.
+    # A hot opponent, iteration by iteration, as theory has it.
     some = {f"SPIN, T 1.5, beta {beta}": f"--temperature 1.5 --beta {beta}" for beta in (1, 3)}
     yield "hot opponent", "converged", dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2), some, ("1e-4",)
     for prompts in (625, 10_000):
@@ -390,8 +387,8 @@ def look(start: str, weights: Path, path: Path, work: Path, draw: int = 0, grid:
     """
     player, run, samples = yardstick(start, work)
     player.model.load_weights(weights)
-    agreement, more, glosses = measuring.equal, [], STARTS[start].data == "glosses"
-    if glosses:
+    agreement, more = measuring.equal, []
+    if STARTS[start].data == "glosses":
         agreement, frequent = measuring.overlap, frequent_words(work)
         more = [functools.partial(measuring.overlap, without=frequent)]
         more.append(lambda text, _: sum(word in frequent for word in text.split()))
@@ -408,9 +405,6 @@ def look(start: str, weights: Path, path: Path, work: Path, draw: int = 0, grid:
     names = (measuring.MEASURED + measuring.OF_TEXTS)[: points.shape[1]]
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(names)}
     means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
-    if glosses:  # for readers
-        means["frequent_real"] = float(np.mean([more[1](e.references[0], ()) for e in run.heldout]))
-        means["answers"] = [[e.prompt, e.references[0], text] for e, text in zip(run.heldout[:SHOWN], texts)]
     return means
 
 
@@ -434,7 +428,7 @@ def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
 LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll", "content")
 
 
-def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
+def summary(runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
     """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
 
     Leads are positive if the case is better. The standard error has two parts: over held-out examples, of the mean
@@ -458,14 +452,7 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: li
             row |= {name: float(np.mean([r[name] for r in rows])) for name in ("greedy", "exponent")}
             names = [name for name in measuring.MEASURED + measuring.OF_TEXTS if name in rows[0]]
             row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in names}
-            row["points"] = {name: np.mean([r[name] for r in rows], 0).tolist() for name in names}
-            if "answers" in rows[0]:
-                row["answers"] = rows[0]["answers"]
             row["seconds"] = float(np.median([run["seconds"] for run in done]))
-            row |= expected(case, t)
-            entropies = starts[case.start]["entropy"]  # They rise with temperature.
-            if entropies[0] <= row["entropy"] <= entropies[-1]:
-                row["inverse temperature"] = 1 / float(np.interp(row["entropy"], entropies, TEMPERATURES))
             mine = [loaded(frontier_of(work, case.key, seed, t)) for seed in case.every_seed]
             row["over start"] = leads(mine, [loaded(frontier_of(work, "start", case.start))] * len(mine))
             if not case.is_control and (control := control_of(case, t, runs)):
@@ -474,15 +461,6 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: li
                 row["over supervised"] = leads(mine, theirs)
             result.append(row)
     return result
-
-
-def expected(case: Case, t: int) -> Row:
-    """The exponent of the optimum of iterate t for SPIN from the data, if a response were one choice."""
-    flags = flags_of(SELF_PLAY, case.flags)
-    temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
-    if case.start != "converged" or case.is_control or temperature == 1 or "--loss" in flags:
-        return {}
-    return {"optimum": theory.exponents(temperature, beta, t, flags.get("--reference") == "sampled")[-1]}
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
@@ -541,7 +519,10 @@ def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.
 
 
 def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callable) -> None:
-    """Fills found["starts"], ["theory"], ["runs"] and ["summary"]. `do(function, jobs)` yields (job, result)."""
+    """Fills found["starts"], ["theory"], ["runs"] and ["summary"].
+
+    do(function, jobs) yields (job, function(job)) as processes end them, and saves after each.
+    """
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "test-long.jsonl").exists():
         write_data(size, work)
@@ -571,7 +552,7 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
         found["runs"][f"{case.key} | {seed}"] = row | {"commit": found["commit"]}
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
-    found["summary"] = summary(found["starts"], found["runs"], work, found["summary"])
+    found["summary"] = summary(found["runs"], work, found["summary"])
 
 
 def toys() -> dict[str, list[Row]]:
@@ -614,7 +595,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
     parser.add_argument("--out", type=Path, default=STORED)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -628,7 +608,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
         wanted = [case for case in cases() if case.regime in args.only or case.start in args.only]
-        with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+            def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
+                futures = {pool.submit(function, job): job for job in jobs}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+                    save(args.out, found)
+
             play(wanted, found, Size(), args.work, do)
         found |= toys()
     found["regimes"] = regimes
@@ -637,26 +624,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out == STORED or len(args.only) == len(regimes):
         evidence_report.write_all(found, ROOT)
     else:  # some regimes, measured anew: the documents keep what is stored
-        print("\n".join(evidence_report.regime(found, name, True) for name in regimes if name in args.only))
-
-
-@contextlib.contextmanager
-def workers(count: int, minutes: float, save: Callable) -> Iterator[Callable]:
-    """do(function, jobs) yields (job, result) as processes end them, and saves after each; see `play`."""
-    deadline = time.monotonic() + 60 * minutes
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
-            futures = {pool.submit(function, job): job for job in jobs}
-            for future in as_completed(futures):
-                if not future.cancelled():
-                    yield futures[future], future.result()
-                    save()
-                if time.monotonic() > deadline:
-                    for other in futures:
-                        other.cancel()
-
-        yield do
+        print("\n".join(evidence_report.regimes(found, [name], True) for name in regimes if name in args.only))
 
 
 def save(path: Path, found: dict) -> None:

@@ -1,4 +1,4 @@
-"""Tables and figures of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
+"""Tables and figure of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
 
 import math
 import re
@@ -20,6 +20,15 @@ SURE = 3.3  # standard errors: one of 60 settings that change nothing is beyond 
 MEASURE = {"glosses": ("sampled", "F1")}
 MEASURE |= dict.fromkeys(("glosses, other prompts", "glosses, again"), ("content", "content F1"))
 
+# Settings that say what their neighbours say, by words in start and name. The documents leave them out if they are
+# level with both controls; EVERY_COLUMN has them.
+LEFT_OUT = {
+    "temperature and beta": ("T 1.2", "T 1.5, beta 3"),
+    "few words": ("alpha", "lr 3e-5", "LoRA 16, lr 1e-4", "four iterations"),
+    "start": ("wide", "narrow: SPIN, lr 1e-4"), "definitions": ("lr 3e-4",), "hot definitions": ("lr 3e-5",),
+    "methods": ("hinge", "SPACE", "SPIF", "IRIS", "NLL term", "alpha", "SPPO", "IPO", "fictitious"),
+}  # fmt: skip
+
 
 def measure_of(start: str) -> tuple[str, str]:
     """(metric, its name) of a start's task, both in points if scaled by 100."""
@@ -36,32 +45,25 @@ def write_all(found: dict, root: Path) -> None:
         path.write_text(filled(path.read_text(), found))
     (root / FIGURE).write_text(settings(found))
     (root / EVERY_COLUMN).parent.mkdir(exist_ok=True)
-    special = [
-        f"## {name}\n\n{block_of(name, found)}" for name in ("starts", "gradients", "capacity", "exponents", "answers")
-    ]
-    texts = special + [f"## {name}\n\n{regime(found, name, True)}" for name in found["regimes"]]
+    texts = [f"## {name}\n\n{regimes(found, [name], True)}" for name in found["regimes"]]
     (root / EVERY_COLUMN).write_text("\n".join(texts))
 
 
 def filled(text: str, found: dict) -> str:
-    """A document with its blocks `<!-- evidence: NAME -->` ... `<!-- end -->` made from the results."""
+    """A document with its blocks `<!-- evidence: NAME -->` ... `<!-- end -->` made from the results.
+
+    A name is one of `special`, or one or several regimes with " + " between them, which share a table.
+    """
+    special = {
+        "about": about, "verdict": verdict, "starts": starts, "placebo": placebo, "gradients": gradients,
+        "capacity": capacity, "sequences": sequences, "optimum": optimum, "first gradients": first_gradients,
+    }  # fmt: skip
+
+    def block(name: str) -> str:
+        return special[name](found) if name in special else regimes(found, name.split(" + "))
 
     pattern = re.compile(r"(<!-- evidence: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + block_of(match[2], found) + match[3], text)
-
-
-def block_of(name: str, found: dict) -> str:
-    """Raises: KeyError for a block that is not known."""
-    special = {
-        "about": about, "verdict": verdict, "starts": starts, "gradients": gradients, "exponents": exponents,
-        "sequences": sequences, "first gradients": first_gradients, "optimum": optimum, "answers": answers,
-        "capacity": capacity,
-    }  # fmt: skip
-    if name in special:
-        return special[name](found)
-    if name not in found["regimes"]:
-        raise KeyError(name)
-    return regime(found, name)
+    return pattern.sub(lambda match: match[1] + block(match[2]) + match[3], text)
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -73,14 +75,18 @@ def signed(value: Sequence[float] | None, scale: float, digits: int) -> str:
     return f"{scale * value[0]:+.{digits}f} ± {scale * value[1]:.{digits}f}" if value else ""
 
 
+# ---------------------------------------------------------------- verdicts
+
+
 def compared(row: Row) -> bool:
     """Whether a row shares entropies with both controls."""
     return all(measure_of(row["start"])[0] in row.get(over, {}) for over in OVER)
 
 
 def self_play(found: dict) -> list[Row]:
-    """The settings of self-play that can be judged; "demonstrations" compares other ways to learn with it."""
-    return [row for row in found["summary"] if compared(row) and row["regime"] != "demonstrations"]
+    """The last iterates of the settings that can be judged; "demonstrations" compares other ways to learn with it."""
+    rows = [row for row in found["summary"] if compared(row) and row["regime"] != "demonstrations"]
+    return [row for row in rows if row["iterate"] == row["iterations"]]
 
 
 def is_control(row: Row) -> bool:
@@ -92,9 +98,9 @@ def lead_of(row: Row, over: str) -> list[float]:
     return row[over][measure_of(row["start"])[0]]
 
 
-def sign(row: Row, over: str) -> int:
+def sign(lead: Sequence[float]) -> int:
     """1 or -1 if a lead is as unlikely by chance as one of more than SURE standard errors of a known size, else 0."""
-    found = normal_errors(*lead_of(row, over))
+    found = normal_errors(*lead)
     return (found > SURE) - (found < -SURE)
 
 
@@ -119,7 +125,9 @@ def normal_errors(lead: float, error: float, freedom: float) -> float:
 
 def judged(row: Row) -> str:
     """What the leads at equal entropy say about a row of self-play: over the start, over supervised training."""
-    start, supervised = ({1: "above", 0: "level", -1: "below"}[sign(row, over)] for over in OVER)
+    if is_control(row) or not compared(row):
+        return ""
+    start, supervised = ({1: "above", 0: "level", -1: "below"}[sign(lead_of(row, over))] for over in OVER)
     return start if start == supervised else f"{start}, {supervised}"
 
 
@@ -133,10 +141,10 @@ def about(found: dict) -> str:
 
 
 def verdict(found: dict) -> str:
-    rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
+    rows = self_play(found)
     wins = [row for row in rows if judged(row) == "above"]
-    ahead = [row for row in rows if sign(row, "over start") > 0]
-    below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
+    ahead = [row for row in rows if judged(row).startswith("above")]
+    below = [row for row in rows if "below" in judged(row)]
     text = (
         f"Of {len(rows)} settings of self-play, each over two to five seeds, **{counted(wins)} better than both "
         f"controls at equal entropy** by more than {SURE} standard errors, {counted(ahead)} better than the start, and "
@@ -154,153 +162,151 @@ def counted(rows: Sequence[Row]) -> str:
     return "none is" if not rows else "one is" if len(rows) == 1 else f"{len(rows)} are"
 
 
-def starts(found: dict) -> str:
-    lines = [["start", "greedy", "sampled", "sampled error", "NLL", "entropy", "CPU s"]]
-    for name, row in found["starts"].items():
-        i = found["temperatures"].index(1.0)
-        cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled"][i], row["sampled_error"][i])]
-        lines.append([name, *cells, f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{row['seconds']:.0f}"])
-    return table(lines)
+# ---------------------------------------------------------------- tables
 
 
-def regime(found: dict, name: str, every_column: bool = False) -> str:
-    """Every case of a regime: its metrics at temperature 1, and its leads over both controls."""
-    rows = [row for row in found["summary"] if row["regime"] == name]
-    if not every_column and name != "iterations":
-        rows = [row for row in rows if row["iterate"] == row["iterations"]]
-        group = ("start", "prompts", "iterations")
-        chosen = [[row.get("control"), *(row[name] for name in group)] for row in found["summary"]]
-        rows = [r for r in rows if not is_control(r) or [r["name"], *(r[name] for name in group)] in chosen]
-    waiting = [f"{setting} ({', '.join(starts)})" for setting, starts in found["waiting"].get(name, {}).items()]
-    text = f"Not run yet: {'; '.join(waiting)}.\n" if waiting else ""
-    if not rows:
-        return text
-    metric, measure = measure_of(rows[0]["start"])
-    leads_shown, some = {metric: (100, 2), "best_nll": (1000, 1)}, {}  # points, thousandths of a nat
-    if every_column:
-        some = {"greedy": ("greedy", 100, 1), "sampled": ("sampled", 100, 1), "error": ("sampled_error", 100, 1)}
-        some |= {"NLL": ("nll", 1, 4), "entropy": ("entropy", 1, 2)}
-        leads_shown["greedy"] = (100, 2)
-    several_starts = len({row["start"] for row in rows}) > 1
-    words = {"best_nll": "NLL", metric: measure}
-    title = ["start"] * several_starts + ["setting", *some]
-    shown = [(over, lead) for over in OVER for lead in leads_shown]
+def regimes(found: dict, names: Sequence[str], every_column: bool = False) -> str:
+    """The cases of regimes: their leads over both controls, bold if chance makes none as large."""
+    rows = [row for row in found["summary"] if row["regime"] in names]
+    note = "" if every_column else " ".join(filter(None, (waiting(found, name) for name in names)))
     if not every_column:
-        shown.remove(("over supervised", "best_nll"))
-    title += [f"{words.get(lead, lead)} {over}" for over, lead in shown]
-    lines = [[*title, *["CPU s"] * every_column, "verdict"]]
+        shown = [row for row in rows if row["iterate"] in (1, row["iterations"]) and is_chosen(found, row)]
+        rows = [row for row in shown if not left_out(row)]
+        if more := sum(not is_control(row) for row in shown) - sum(not is_control(row) for row in rows):
+            note = f"{more} more, level with both controls, {'are' if more > 1 else 'is'} in the full tables. {note}"
+    if not rows:
+        return note and f"{note.strip()}\n"
+    metric, measure = measure_of(rows[0]["start"])
+    metrics, leads = {}, [(OVER[0], metric, 100, 2), (OVER[0], "best_nll", 1000, 1), (OVER[1], metric, 100, 2)]
+    if every_column:
+        metrics = {"greedy": (100, 1), "sampled": (100, 1), "sampled_error": (100, 1), "nll": (1, 4), "entropy": (1, 2)}
+        metrics |= {"exponent": (1, 3), "frequent": (1, 2), "seconds": (1, 0)}
+        leads += [(OVER[1], "best_nll", 1000, 1), *((over, "greedy", 100, 2) for over in OVER)]
+    several_starts = len({row["start"] for row in rows}) > 1
+    title = ["start"] * several_starts + ["setting", *metrics]
+    words = {metric: measure, "best_nll": "NLL", "greedy": "greedy"}
+    title += [words[lead] + (f" {over}" if over == OVER[1] else "") for over, lead, _, _ in leads]
+    lines = [title + ["verdict"] * every_column]
     for row in rows:
-        cells = [row["start"]] * several_starts + [label_of(found, row)]
-        cells += [f"{scale * row[key]:.{digits}f}" for key, scale, digits in some.values()]
-        cells += [signed(row.get(over, {}).get(lead), *leads_shown[lead]) for over, lead in shown]
-        cells += [f"{row['seconds']:.0f}"] * every_column
-        lines.append([*cells, verdict_of(row)])
-    return table(lines) + ("\n" + text if text else "")
+        cells = [row["start"].removesuffix(", again")] * several_starts + [label_of(found, row)]
+        cells += [f"{scale * row[key]:.{digits}f}" if key in row else "" for key, (scale, digits) in metrics.items()]
+        cells += [bold(row.get(over, {}).get(lead), scale, digits) for over, lead, scale, digits in leads]
+        lines.append(cells + [judged(row)] * every_column)
+    return table(lines) + (note and f"\n{note.strip()}\n")
 
 
-def verdict_of(row: Row) -> str:
+def bold(lead: Sequence[float] | None, scale: float, digits: int) -> str:
+    text = signed(lead, scale, digits)
+    return f"**{text}**" if lead and sign(lead) else text
+
+
+def left_out(row: Row) -> bool:
+    """Whether the documents leave a row out: see LEFT_OUT. Supervised training that changes nothing has no row."""
+    said = any(word in f"{row['start']}: {row['name']}" for word in LEFT_OUT.get(row["regime"], ()))
     if is_control(row):
-        return ""
-    if compared(row):
-        return judged(row)
-    return "no common entropy" if "control" in row else "supervised: not run yet"
+        return said or not any(sign(row["over start"][name]) for name in ("best_nll", measure_of(row["start"])[0]))
+    return said and judged(row) == "level"
 
 
-def several(found: dict, row: Row) -> bool:
-    """Whether several iterates of one run are shown."""
-    same = ("regime", "start", "name", "prompts", "iterations")
-    return len([r for r in found["summary"] if all(r[k] == row[k] for k in same)]) > 1
+def is_chosen(found: dict, row: Row) -> bool:
+    """Whether a row is one of self-play, or the control of one."""
+    same = [other for other in found["summary"] if all(other[k] == row[k] for k in ("start", "prompts", "iterations"))]
+    return not is_control(row) or row["name"] in [other.get("control") for other in same]
+
+
+def waiting(found: dict, name: str) -> str:
+    """The cases of a regime that lack a run."""
+    settings: dict[tuple, list[str]] = {}
+    for setting, missing in found["waiting"].get(name, {}).items():
+        settings.setdefault(tuple(missing), []).append(setting)
+    text = "; ".join(f"{' and '.join(names)} from {', '.join(missing)}" for missing, names in settings.items())
+    return text and f"Not run yet: {text}."
 
 
 def label_of(found: dict, row: Row) -> str:
     """A setting's name, with what tells it from others of the same name in its regime."""
     others = [r for r in found["summary"] if all(r[k] == row[k] for k in ("regime", "start", "name"))]
-    text = row["name"] + (f", iterate {row['iterate']}" if several(found, row) else "")
-    for key in ("prompts", "iterations"):
-        if any(r[key] != row[key] for r in others):
-            text += f", {row[key]:,} {key}"
+    text = row["name"]
+    for key in ("iterate", "prompts", "iterations"):
+        if len({r[key] for r in others if key != "iterate" or r["iterations"] == row["iterations"]}) > 1:
+            text += f", iterate {row[key]}" if key == "iterate" else f", {key} {row[key]:,}"
     return text
 
 
-def gradients(found: dict) -> str:
-    title = ["start", "supervised norm²", "self-play norm², times 4", "of the generated responses alone"]
-    lines = [[*title, "greedy opponent, times 4", "its cosine", "noise of an example", "noise of a pair, times 4"]]
-    for name, row in found["theory"].items():
-        cells = [signed(row[key], scale, 4) for key, scale in (("real", 1), ("spin", 4), ("generated", 1))]
-        cells += [signed(row.get("greedy"), 4, 2), ""]
-        if "greedy" in row and row["real"][0] > 0:
-            cells[-1] = f"{row['real and greedy'][0] / (row['real'][0] * row['greedy'][0]) ** 0.5:+.2f}"
-        lines.append([name, *cells, f"{row['noise_real']:.1f}", f"{4 * row['noise_spin']:.1f}"])
+def starts(found: dict) -> str:
+    """Those that are measured several times have one line."""
+    lines = [["start", "greedy", "sampled error", "NLL", "entropy", "CPU s"]]
+    for name, row in found["starts"].items():
+        if name == "eight words" or name == "shipped" or "," in name:
+            continue
+        i = found["temperatures"].index(1.0)
+        cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled_error"][i])]
+        lines.append([name, *cells, f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{row['seconds']:.0f}"])
     return table(lines)
 
 
-def exponents(found: dict) -> str:
-    """Last iterates of one temperature and beta other than temperature 1, from the converged start."""
-    lines = [["setting", "iterate", "one choice", "measured", "1 / T of the start at equal entropy"]]
+def placebo(found: dict) -> str:
+    """How far a start lies above itself, sampled again, by what its frontier is made of."""
+    lines = [["frontier of the start", "F1", "content F1"]]
     for row in found["summary"]:
-        if "optimum" in row and row["iterate"] == row["iterations"]:
-            cells = [row["name"], str(row["iterate"]), f"{row['optimum']:.3f}"]
-            inverse = row.get("inverse temperature")
-            lines.append([*cells, f"{row['exponent']:.3f}", f"{inverse:.3f}" if inverse else ""])
+        if row["regime"] == "placebo":
+            leads = [bold(row["over start"].get(metric), 100, 2) for metric in ("sampled", "content")]
+            draws = "four draws at nine temperatures" if "four" in row["start"] else "one draw at five temperatures"
+            lines.append([draws, *leads])
+    return table(lines) if len(lines) > 1 else "Not run yet: `--only placebo`.\n"
+
+
+def gradients(found: dict) -> str:
+    """Squared norms at a start; those of self-play are times 4 for beta 1, as large as supervised training's."""
+    names = {"real": "supervised", "spin": "self-play", "greedy": "greedy opponent"}
+    lines = [["start", *(f"{title}, norm²" for title in names.values()), "cosine of supervised and greedy"]]
+    for name, row in found["theory"].items():
+        cells = [signed(row.get(key), 1 if key == "real" else 4, 2) for key in names]
+        cosine = ""
+        if "greedy" in row:
+            cosine = f"{row['real and greedy'][0] / (row['real'][0] * row['greedy'][0]) ** 0.5:+.2f}"
+        lines.append([name, *cells, cosine])
+    return table(lines)
+
+
+def capacity(found: dict) -> str:
+    shown = (0, 1, 2, len(found["capacity"][0]["nats"]) - 1)
+    lines = [["temperature", "beta", *("start" if t == 0 else f"iterate {t}" for t in shown)]]
+    for row in found["capacity"]:
+        lines.append([str(row["temperature"]), str(row["beta"]), *(f"{row['nats'][t]:.2g}" for t in shown)])
     return table(lines)
 
 
 def sequences(found: dict) -> str:
-    names = {"by token": 1, "by response": 1, "slope": 0, "slope at equal length": 0, "nats per token": 0}
-    title = ["T", "beta", "iterate", "KL from the data tempered by token", "by response", "slope"]
+    title = ["beta", "iterate", "KL from the data tempered by token", "by response", "slope"]
     lines = [[*title, "slope at equal length", "nats per further token"]]
     for game in found["sequences"]:
-        for t, row in enumerate(game["iterates"]):
-            if t in (0, 1, len(game["iterates"]) - 1):
-                cells = [
-                    f"{row[name]:.2g}" if small else f"{abs(row[name]) * (1 if row[name] > -0.0005 else -1):.3f}"
-                    for name, small in names.items()
-                ]
-                lines.append([str(game["temperature"]), str(game["beta"]), str(t), *cells])
-    return table(lines)
-
-
-def first_gradients(found: dict) -> str:
-    sampled, greedy = ([row for row in found["first gradients"] if row["temperature"] == t] for t in (1, 0))
-    title = ["start", "supervised norm", "cosine, sampled", "norm, sampled", "cosine, greedy", "norm, greedy"]
-    lines = [title]
-    for one, zero in zip(sampled, greedy):
-        cells = [one["start"], f"{one['supervised']:.3f}"]
-        for row in (one, zero):  # the data has no supervised gradient, so no cosine
-            cells += ["" if row["start"] == "data" else f"{row['cosine']:+.2f}", f"{row['spin']:.3f}"]
-        lines.append(cells)
+        for t in (1, len(game["iterates"]) - 1)[game["beta"] > 1 :]:
+            row = game["iterates"][t]
+            cells = [f"{row[name]:.2g}" for name in ("by token", "by response")]
+            cells += [f"{row[name]:.2f}" for name in ("slope", "slope at equal length", "nats per token")]
+            lines.append([str(game["beta"]), str(t), *cells])
     return table(lines)
 
 
 def optimum(found: dict) -> str:
-    """Starts whose optimum against a hot opponent was computed on their own responses."""
-    lines = [["start", "slope", "slope at equal length", "nats per further token"]]
+    """Starts whose optimum against a hot opponent was computed on their own responses, each model once."""
+    lines = {}
     for name, row in found["starts"].items():
         if "optimum" in row:
-            lines.append([name, *(f"{value:.3f}" for value in row["optimum"].values())])
-    return table(lines) if len(lines) > 1 else "Not run yet.\n"
+            cells = [f"{value:.2f}" for value in row["optimum"].values()]
+            lines.setdefault(tuple(cells), [name.removesuffix(", again"), *cells])
+    return table([["start", "slope", "slope at equal length", "nats per further token"], *lines.values()])
 
 
-def capacity(found: dict) -> str:
-    count = len(found["capacity"][0]["nats"])
-    lines = [["temperature", "beta", "start", *(f"iterate {t}" for t in range(1, count))]]
-    for row in found["capacity"]:
-        lines.append([str(row["temperature"]), str(row["beta"]), *(f"{value:.2g}" for value in row["nats"])])
+def first_gradients(found: dict) -> str:
+    """Of the greedy opponent. With samples the gradient is that of supervised training."""
+    lines = [["start", "supervised norm", "norm, greedy", "cosine"]]
+    for row in found["first gradients"]:
+        if row["temperature"] == 0:
+            cosine = "" if row["start"] == "data" else f"{row['cosine']:+.2f}"  # there the supervised one is 0
+            lines.append([row["start"], f"{row['supervised']:.3f}", f"{row['spin']:.3f}", cosine])
     return table(lines)
-
-
-def answers(found: dict) -> str:
-    """Greedy responses of the start, the control and self-play, of seed 0, to the same held-out prompts."""
-    rows = [row for row in self_play(found) if "answers" in row]
-    if not rows:
-        return "Not run yet.\n"
-    best = max(rows, key=lambda row: lead_of(row, "over start")[0])
-    control = next(row for row in found["summary"] if row["name"] == best["control"] and row["start"] == best["start"])
-    models = [("the start", found["starts"][best["start"]]), (control["name"], control), (best["name"], best)]
-    lines = [["prompt", "written by a person", *(name for name, _ in models)]]
-    for i, (prompt, reference, _) in enumerate(best["answers"]):
-        lines.append([prompt, reference, *(row["answers"][i][2] for _, row in models)])
-    return table([[cell.replace("|", "/") for cell in line] for line in lines])
 
 
 # ---------------------------------------------------------------- the figure
@@ -315,7 +321,7 @@ def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 def settings(found: dict) -> str:
     """A mark for every setting of self-play: its leads over both controls at equal entropy, in standard errors."""
-    rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
+    rows = self_play(found)
     most = 8.0  # marks beyond lie on the edge
 
     def at(row: Row, over: str) -> float:
@@ -344,8 +350,9 @@ def settings(found: dict) -> str:
     body += label(250, 464, "better than the start \u2192", "middle", "small")
     upwards = label(24, 240, "better than supervised training \u2192", "middle", "small")
     body += f'<g transform="rotate(-90 24 240)">{upwards}</g>'
-    for i, name in enumerate(dict.fromkeys(row["start"] for row in rows)):
-        colour, mine = COLOURS[i % len(COLOURS)], [row for row in rows if row["start"] == name]
+    names = [row["start"].removesuffix(", again") for row in rows]
+    for i, name in enumerate(dict.fromkeys(names)):
+        colour, mine = COLOURS[i % len(COLOURS)], [row for row, start in zip(rows, names) if start == name]
         for row in mine:
             place = f'cx="{x(at(row, OVER[0])):.1f}" cy="{y(at(row, OVER[1])):.1f}" r="4"'
             title = f"<title>{escape(name)}: {escape(row['name'])}</title>"

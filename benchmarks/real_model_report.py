@@ -1,6 +1,8 @@
 """Tables and figure of benchmarks/results/smollm2-<size>.json, in the documents and beside it. No dependencies."""
 
 import re
+import textwrap
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,25 @@ ARMS = {
     "D": "supervised, fresh definitions", "R": "other words' definitions", "F": "DFT",
 }  # fmt: skip
 COLUMNS = {  # measure -> (title, scale, digits)
-    "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best temperature", 1, 3), "summed": ("choice, points", 100, 1),
+    "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best T", 1, 3), "summed": ("choice, points", 100, 1),
     "per_token": ("choice per token", 100, 1), "content": ("content F1", 100, 1),
     "content at equal entropy": ("at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
     "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
 }  # fmt: skip
+IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length", "repeats")
+READ = ("A", "B", "C", "R")  # arms whose definitions stand beside the start's
+LONGEST = 30  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 
 
 def write_all(found: Row, root: Path, size: str) -> None:
-    """Writes the tables into the documents, and the figure."""
+    """Writes the tables into the documents, the figure, and the table of every column."""
     for name in DOCUMENTS:
         (root / name).write_text(filled((root / name).read_text(), found, size))
     if found["summary"]:
         (root / f"benchmarks/results/smollm2-{size}.svg").write_text(figure(found))
+        (root / f"runs/smollm2-{size}-tables.md").write_text(changes(found, tuple(COLUMNS)))
 
 
 def filled(text: str, found: Row, size: str) -> str:
@@ -42,38 +48,38 @@ def filled(text: str, found: Row, size: str) -> str:
 def about(found: Row) -> str:
     size, lengths = found["size"], {name: f"{share:.0%}" for name, share in found["lengths"].items()}
     whole = [row["seconds"] for row in found["trials"].values() if row["iterate"] == size["iterations"]]
-    minutes = sum(whole) / 60
     return (
-        f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; trials that were not run: "
-        f"{len(found['left'])}. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of "
-        f"{size['choice']:,}, {size['written']} written definitions; {found['machine']}, commit {found['commit']}. The "
-        f"true definition is the longest of its four in {lengths['longest']} of the cases and the shortest in "
-        f"{lengths['shortest']}, ties included.\n"
+        f"{len(found['summary'])} iterates, {sum(whole) / 60:.0f} minutes of training, {len(found['left'])} trials not "
+        f"run. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, {size['choice']:,} choices, "
+        f"{size['written']} written definitions; {found['machine']}, commit {found['commit']}. The true definition is "
+        f"the longest in {lengths['longest']} of the choices, the shortest in {lengths['shortest']}, ties included.\n"
     )
 
 
-def changes(found: Row) -> str:
+def changes(found: Row, measures: Sequence[str] = IN_DOCUMENTS) -> str:
     """Every trial, minus the start."""
-    rows = [["minus the start", *(title for title, _, _ in COLUMNS.values())]]
+    columns = {measure: COLUMNS[measure] for measure in measures}
+    rows = [["minus the start", *(title for title, _, _ in columns.values())]]
     several = found["size"]["iterations"] > 1
     for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["seed"], row["iterate"])):
         name = f"{row['arm']} {ARMS[row['arm']]}, {row['rate'].replace('--', '')}"
         name += f", iterate {row['iterate']}" if several else ""
         name += f", seed {row['seed']}" if found["size"]["seeds"] > 1 else ""
-        rows.append([name, *(signed(row[m], scale, digits) for m, (_, scale, digits) in COLUMNS.items())])
+        rows.append([name, *(signed(row[m], scale, digits) for m, (_, scale, digits) in columns.items())])
     return table(rows)
 
 
 def verdict(found: Row) -> str:
-    """What the rules say about each question, for the rates and iterates that the tuning words chose."""
-    rows = [["question", "arm", "over the start", "over A", "over R", "by the rules"]]
-    for row in (row for row in found["contrasts"] if row["arm"] not in "AR"):  # These are controls.
-        _, scale, digits = COLUMNS[row["measure"]]
-        leads = [row["over"][name] for name in ("start", "A", "R")]
-        cells = [" and ".join(signed(lead, scale, digits) for lead in of_seeds) for of_seeds in leads]
-        name = f"{row['arm']}, {row['rate'].replace('--', '')}, iterate {row['iterate']}"
-        rows.append([COLUMNS[row["measure"]][0], name, *cells, ruling(row, found["size"]["seeds"])])
-    return table(rows)
+    """Leads of the rates and iterates that the tuning words chose, positive if better, and what the rules say."""
+    questions = list(dict.fromkeys(row["measure"] for row in found["contrasts"]))
+    rows = [["", *(COLUMNS[measure][0] for measure in questions)]]
+    for arm, control in (("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")):
+        of_arm = {row["measure"]: row["over"][control] for row in found["contrasts"] if row["arm"] == arm}
+        cells = [" and ".join(signed(lead, *COLUMNS[m][1:]) for lead in of_arm.get(m, [])) for m in questions]
+        rows.append([f"{arm} over {control}", *cells])
+    rulings = [(row, ruling(row, found["size"]["seeds"])) for row in found["contrasts"]]
+    lines = [f"{COLUMNS[row['measure']][0]}, {row['arm']}: {text}." for row, text in rulings if text]
+    return table(rows) + "\nBy the rules: " + " ".join(lines or ["not supported in any question."]) + "\n"
 
 
 def ruling(row: Row, seeds: int) -> str:
@@ -94,11 +100,15 @@ def ruling(row: Row, seeds: int) -> str:
 
 
 def answers(found: Row) -> str:
-    """Twelve greedy definitions of the start and of one trial of every arm."""
+    """The beginnings of twelve greedy definitions of the start and of the first trial of each arm of READ."""
     trials = {row["arm"]: row for row in reversed(found["trials"].values())}
-    models = {"the start": found["models"]["start"]} | {ARMS[arm]: row for arm, row in sorted(trials.items())}
+    models = {"start": found["models"]["start"]} | {arm: trials[arm] for arm in READ if arm in trials}
     lines = zip(*(model["texts"][:12] for model in models.values()))
-    return table([list(models), *([text.replace("|", "/").replace("\n", " ") for text in line] for line in lines)])
+    return table([list(models), *([shortened(text.replace("|", "/")) for text in line] for line in lines)])
+
+
+def shortened(text: str) -> str:
+    return textwrap.shorten(text, LONGEST, placeholder=" ...")
 
 
 def figure(found: Row) -> str:

@@ -15,7 +15,7 @@ from spin import spin_loss
 
 # ---------------------------------------------------------------- the exponent
 
-PROMPTS, SAMPLES = 400, 8
+PROMPTS, SAMPLES = 400, 8  # held-out prompts, and responses to each
 
 
 def samples_of_start(player: Player, run: Run, start: str) -> tuple[list, np.ndarray]:
@@ -56,35 +56,9 @@ def optimum_on_samples(player: Player, samples: tuple[list, np.ndarray], tempera
     return {"slope": float(x @ y / (x @ x)), "slope at equal length": float(both[0]), "nats per token": float(both[1])}
 
 
-# ---------------------------------------------------------------- one choice
-
-
-def exponents(temperature: float, beta: float, iterations: int, sampled_reference: bool = False) -> list[float]:
-    """The exponents g of the iterates p_data^g, normalised, from g = 1 on: each is the optimum of SPIN on the last.
-
-    Only for responses that are one categorical choice. p_{t+1} is p_t (p_data / q)^(1/beta), with q what the opponent
-    samples from, p_t^(1/T). So g_{t+1} is g_t + (1 - g_t / T) / beta, which ends at T. With the sampled reference
-    p_{t+1} is q (p_data / q)^(1/beta). Sampling a longer response at T tempers each token, not the response: see
-    `sequence_game`.
-    """
-    found = [1.0]
-    for _ in range(iterations):
-        cooled = found[-1] / temperature
-        found.append((cooled if sampled_reference else found[-1]) + (1 - cooled) / beta)
-    return found
-
+# ---------------------------------------------------------------- optima of the loss
 
 DATA = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()  # of seven responses
-
-
-def table_exponents(temperature: float, beta: float, iterations: int) -> list[float]:
-    """The same, of a softmax table over seven responses that is trained on the expected loss of Eq. 4.7."""
-    logits, found = DATA.clone(), [1.0]
-    for _ in range(iterations):
-        generated = (logits.log_softmax(0) / temperature).softmax(0)
-        logits = played(lambda logits: logits.log_softmax(0), logits, DATA.exp(), generated, beta)
-        found.append(slope(DATA, logits))
-    return found
 
 
 def slope(x: Tensor, y: Tensor) -> float:

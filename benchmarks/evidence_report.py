@@ -233,16 +233,19 @@ def label_of(found: dict, row: Row) -> str:
     return text
 
 
+def formatted(rows: Sequence[Row], columns: dict[str, str]) -> str:
+    """A table with a line for each row; `columns` has a format string by title."""
+    return table([list(columns), *([text.format(**row) for text in columns.values()] for row in rows)])
+
+
 def starts(found: dict) -> str:
     """Those that are measured several times have one line."""
-    lines = [["start", "greedy", "sampled error", "NLL", "entropy", "CPU s"]]
-    for name, row in found["starts"].items():
-        if name == "eight words" or name == "shipped" or "," in name:
-            continue
-        i = found["temperatures"].index(1.0)
-        cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled_error"][i])]
-        lines.append([name, *cells, f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{row['seconds']:.0f}"])
-    return table(lines)
+    rows = [row | {"name": name} for name, row in found["starts"].items()]
+    rows = [row for row in rows if row["name"] not in ("shipped", "eight words") and "," not in row["name"]]
+    columns = {"start": "{name}", "greedy": "{greedy:.1%}", "sampled error": "{sampled_error[I]:.1%}"}
+    columns |= {"NLL": "{nll[I]:.4f}", "entropy": "{entropy[I]:.2f}", "CPU s": "{seconds:.0f}"}
+    at_one = str(found["temperatures"].index(1.0))
+    return formatted(rows, {title: text.replace("[I]", f"[{at_one}]") for title, text in columns.items()})
 
 
 def placebo(found: dict) -> str:
@@ -262,51 +265,42 @@ def gradients(found: dict) -> str:
     lines = [["start", *(f"{title}, norm²" for title in names.values()), "cosine of supervised and greedy"]]
     for name, row in found["theory"].items():
         cells = [signed(row.get(key), 1 if key == "real" else 4, 2) for key in names]
-        cosine = ""
-        if "greedy" in row:
-            cosine = f"{row['real and greedy'][0] / (row['real'][0] * row['greedy'][0]) ** 0.5:+.2f}"
-        lines.append([name, *cells, cosine])
+        known = "greedy" in row
+        cosine = row["real and greedy"][0] / (row["real"][0] * row["greedy"][0]) ** 0.5 if known else 0.0
+        lines.append([name, *cells, f"{cosine:+.2f}" if known else ""])
     return table(lines)
 
 
 def capacity(found: dict) -> str:
-    shown = (0, 1, 2, len(found["capacity"][0]["nats"]) - 1)
-    lines = [["temperature", "beta", *("start" if t == 0 else f"iterate {t}" for t in shown)]]
-    for row in found["capacity"]:
-        lines.append([str(row["temperature"]), str(row["beta"]), *(f"{row['nats'][t]:.2g}" for t in shown)])
-    return table(lines)
+    columns = {"temperature": "{temperature}", "beta": "{beta}", "start": "{nats[0]:.2g}"}
+    return formatted(found["capacity"], columns | {f"iterate {t}": f"{{nats[{t}]:.2g}}" for t in (1, 2, 6)})
 
 
 def sequences(found: dict) -> str:
-    title = ["beta", "iterate", "KL from the data tempered by token", "by response", "slope"]
-    lines = [[*title, "slope at equal length", "nats per further token"]]
-    for game in found["sequences"]:
-        for t in (1, len(game["iterates"]) - 1)[game["beta"] > 1 :]:
-            row = game["iterates"][t]
-            cells = [f"{row[name]:.2g}" for name in ("by token", "by response")]
-            cells += [f"{row[name]:.2f}" for name in ("slope", "slope at equal length", "nats per token")]
-            lines.append([str(game["beta"]), str(t), *cells])
-    return table(lines)
+    """The first and the last iterate at beta 1, and the last of a larger beta."""
+    games = [(game, range(1, len(game["iterates"]))) for game in found["sequences"]]
+    rows = [game | game["iterates"][t] | {"t": t} for game, ts in games for t in (ts[0], ts[-1])]
+    columns = {"beta": "{beta}", "iterate": "{t}", "KL from the data tempered by token": "{by token:.2g}"}
+    columns |= {"by response": "{by response:.2g}", "slope": "{slope:.2f}"}
+    columns |= {"slope at equal length": "{slope at equal length:.2f}"}
+    columns |= {"nats per further token": "{nats per token:.2f}"}
+    return formatted([row for row in rows if row["beta"] == 1 or row["t"] > 1], columns)
 
 
 def optimum(found: dict) -> str:
     """Starts whose optimum against a hot opponent was computed on their own responses, each model once."""
-    lines = {}
-    for name, row in found["starts"].items():
-        if "optimum" in row:
-            cells = [f"{value:.2f}" for value in row["optimum"].values()]
-            lines.setdefault(tuple(cells), [name.removesuffix(", again"), *cells])
-    return table([["start", "slope", "slope at equal length", "nats per further token"], *lines.values()])
+    rows = {str(row["optimum"]): row["optimum"] | {"name": name.removesuffix(", again")}
+            for name, row in reversed(found["starts"].items()) if "optimum" in row}  # fmt: skip
+    columns = {"start": "{name}", "slope": "{slope:.2f}", "slope at equal length": "{slope at equal length:.2f}"}
+    return formatted(list(rows.values())[::-1], columns | {"nats per further token": "{nats per token:.2f}"})
 
 
 def first_gradients(found: dict) -> str:
-    """Of the greedy opponent. With samples the gradient is that of supervised training."""
-    lines = [["start", "supervised norm", "norm, greedy", "cosine"]]
-    for row in found["first gradients"]:
-        if row["temperature"] == 0:
-            cosine = "" if row["start"] == "data" else f"{row['cosine']:+.2f}"  # there the supervised one is 0
-            lines.append([row["start"], f"{row['supervised']:.3f}", f"{row['spin']:.3f}", cosine])
-    return table(lines)
+    """Of the greedy opponent. With samples the gradient is that of supervised training, which is 0 at the data."""
+    rows = [row for row in found["first gradients"] if row["temperature"] == 0]
+    rows = [row | {"direction": "" if row["start"] == "data" else f"{row['cosine']:+.2f}"} for row in rows]
+    columns = {"start": "{start}", "supervised norm": "{supervised:.3f}", "norm, greedy": "{spin:.3f}"}
+    return formatted(rows, columns | {"cosine": "{direction}"})
 
 
 # ---------------------------------------------------------------- the figure
@@ -315,50 +309,65 @@ COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#4
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
 
 
-def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
+def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "small") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+
+
+class Plot:
+    """A square of marks, with `ends` of both axes, and a legend to its right."""
+
+    def __init__(self, *ends: tuple[float, float]) -> None:
+        self.ends, self.marks, self.legend = ends, "", ""
+
+    def x(self, value: float) -> float:
+        return self._scaled(value, *self.ends[0])
+
+    def y(self, value: float) -> float:
+        return 490 - self._scaled(value, *self.ends[1])
+
+    def _scaled(self, value: float, low: float, high: float) -> float:
+        return 60 + 380 * (value - low) / (high - low)
+
+    def mark(self, x: float, y: float, colour: str, title: str) -> None:
+        place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4"'
+        self.marks += f'<circle {place} fill="{colour}" fill-opacity="0.75"><title>{escape(title)}</title></circle>'
+
+    def explain(self, colour: str, text: str) -> None:
+        y = 66 + 20 * self.legend.count("<circle")
+        self.legend += f'<circle cx="470" cy="{y}" r="4" fill="{colour}"/>' + label(480, y + 4, text)
+
+    def svg(self, title: str, across: str, upwards: str, ticks: Sequence[Sequence[float]], style: str) -> str:
+        """`ticks`: values along both axes. `style`: how they are written."""
+        body = label(20, 22, title, kind="bold") + '<path class="axis" fill="none" d="M60 50V430H440"/>'
+        for value in ticks[0]:
+            body += f'<path class="axis" d="M{self.x(value):.1f} 430v4"/>'
+            body += label(self.x(value), 446, format(value, style), "middle")
+        for value in ticks[1]:
+            body += f'<path class="axis" d="M56 {self.y(value):.1f}h4"/>'
+            body += label(52, self.y(value) + 4, format(value, style), "end")
+        upwards = label(16, 240, f"{upwards} \u2192", "middle")
+        body += label(250, 464, f"{across} \u2192", "middle") + f'<g transform="rotate(-90 16 240)">{upwards}</g>'
+        size = 'width="680" height="480" viewBox="0 0 680 480"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
+        return f'{head}<rect width="100%" height="100%" fill="white"/>{body}{self.marks}{self.legend}</svg>\n'
 
 
 def settings(found: dict) -> str:
     """A mark for every setting of self-play: its leads over both controls at equal entropy, in standard errors."""
-    rows = self_play(found)
-    most = 8.0  # marks beyond lie on the edge
-
-    def at(row: Row, over: str) -> float:
-        return normal_errors(*lead_of(row, over))
-
-    def x(value: float) -> float:
-        return 60 + 380 * (value + most) / (2 * most)
-
-    def y(value: float) -> float:
-        return 430 - 380 * (value + most) / (2 * most)
-
+    most, ticks = 8.0, (-6, -3, 0, 3, 6)  # marks beyond lie on the edge
+    plot = Plot((-most, most), (-most, most))
+    x, y, edge, side = plot.x, plot.y, plot.x(most) - plot.x(SURE), plot.x(SURE) - plot.x(-SURE)
+    plot.marks += f'<rect x="{x(SURE):.1f}" y="{y(most):.1f}" width="{edge:.1f}" height="{edge:.1f}" fill="#dcefdc"/>'
+    plot.marks += label(x((SURE + most) / 2), 66, "self-play wins", "middle")
+    plot.marks += f'<rect x="{x(-SURE):.1f}" y="{y(SURE):.1f}" width="{side:.1f}" height="{side:.1f}" fill="#eee"/>'
+    plot.marks += label(x(0), y(SURE) + 14, "level, within the noise", "middle")
+    of_start: dict[str, list[Row]] = {}
+    for row in self_play(found):
+        of_start.setdefault(row["start"].removesuffix(", again"), []).append(row)
+    for colour, (name, rows) in zip(COLOURS, of_start.items(), strict=False):
+        for row in rows:
+            plot.mark(*(normal_errors(*lead_of(row, over)) for over in OVER), colour, f"{name}: {row['name']}")
+        plot.explain(colour, f"{name} ({len(rows)})")
+    plot.legend += label(460, 430, "Marks on the edge lie beyond it.")
     title = "Every setting of self-play beside both controls, at equal entropy, in standard errors"
-    edge, side = x(most) - x(SURE), x(SURE) - x(-SURE)
-    body = label(20, 22, title, kind="bold")
-    body += f'<rect x="{x(SURE):.1f}" y="50" width="{edge:.1f}" height="{edge:.1f}" fill="#dcefdc"/>'
-    body += label(x((SURE + most) / 2), 66, "self-play wins", "middle", "small")
-    body += f'<rect x="{x(-SURE):.1f}" y="{y(SURE):.1f}" width="{side:.1f}" height="{side:.1f}" fill="#eee"/>'
-    body += label(x(0), y(SURE) + 14, "level, within the noise", "middle", "small")
-    for value in (-6, -3, 0, 3, 6):
-        body += f'<line class="axis" x1="{x(value):.1f}" y1="430" x2="{x(value):.1f}" y2="434"/>'
-        body += f'<line class="axis" x1="56" y1="{y(value):.1f}" x2="60" y2="{y(value):.1f}"/>'
-        body += label(x(value), 446, f"{value:g}", "middle", "small")
-        body += label(52, y(value) + 4, f"{value:g}", "end", "small")
-    body += '<path class="axis" fill="none" d="M60 50V430H440"/>'
-    body += label(460, 430, "Marks on the edge lie beyond it.", kind="small")
-    body += label(250, 464, "better than the start \u2192", "middle", "small")
-    upwards = label(24, 240, "better than supervised training \u2192", "middle", "small")
-    body += f'<g transform="rotate(-90 24 240)">{upwards}</g>'
-    names = [row["start"].removesuffix(", again") for row in rows]
-    for i, name in enumerate(dict.fromkeys(names)):
-        colour, mine = COLOURS[i % len(COLOURS)], [row for row, start in zip(rows, names) if start == name]
-        for row in mine:
-            place = f'cx="{x(at(row, OVER[0])):.1f}" cy="{y(at(row, OVER[1])):.1f}" r="4"'
-            title = f"<title>{escape(name)}: {escape(row['name'])}</title>"
-            body += f'<circle {place} fill="{colour}" fill-opacity="0.75">{title}</circle>'
-        body += f'<circle cx="470" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
-        body += label(480, 70 + 20 * i, f"{name} ({len(mine)})", kind="small")
-    size = 'width="660" height="480" viewBox="0 0 660 480"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
-    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
+    return plot.svg(title, "better than the start", "better than supervised training", (ticks, ticks), "g")

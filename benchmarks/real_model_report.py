@@ -3,11 +3,10 @@
 import re
 import textwrap
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from evidence_report import COLOURS, STYLE, label, signed, table
+from evidence_report import COLOURS, Plot, signed, table
 
 Row = dict[str, Any]
 
@@ -115,44 +114,24 @@ def figure(found: Row) -> str:
     """Every trial: the change of the NLL at the best temperature, to the right, and of the choice, upwards."""
     points = {row["key"]: (row["best_nll"], [100 * value for value in row["summed"]]) for row in found["summary"]}
     ends = [[0.0, *(v - e for v, e in some), *(v + e for v, e in some)] for some in zip(*points.values())]
-    (left, right), (low, high) = ((min(some), max(*some, 1e-9)) for some in ends)
-
-    def x(value: float) -> float:
-        return 70 + 400 * (value - left) / (right - left)
-
-    def y(value: float) -> float:
-        return 390 - 330 * (value - low) / (high - low)
-
-    body = label(20, 22, "SmolLM2-135M after further training, against its start", kind="bold")
-    body += f'<path class="axis" fill="none" d="M{x(0):.1f} 50V400M60 {y(0):.1f}H480"/>'
-    for value, place in ((left, 70), (right, 470)):
-        body += label(place, 416, f"{value:+.2f}", "middle", "small")
-    for value, place in ((low, 394), (high, 64)):
-        body += label(58, place, f"{value:+.1f}", "end", "small")
-    body += label(270, 434, "NLL at the best temperature, nats per token: worse \u2192", "middle", "small")
-    upwards = label(22, 230, "choice of the true definition, points: better \u2192", "middle", "small")
-    body += f'<g transform="rotate(-90 22 230)">{upwards}</g>'
-    for i, arm in enumerate(sorted({row["arm"] for row in found["summary"]})):
-        colour, rows = COLOURS[i], [row for row in found["summary"] if row["arm"] == arm]
-        rows.sort(key=lambda row: (row["seed"], row["iterate"], row["rate"].partition("--beta")[2], rate_of(row)))
+    ticks = [(min(some), max(*some, 1e-9)) for some in ends]
+    plot = Plot(*ticks)
+    plot.marks = f'<path class="axis" fill="none" d="M{plot.x(0):.1f} 50V430M60 {plot.y(0):.1f}H440"/>'
+    for colour, arm in zip(COLOURS, sorted({row["arm"] for row in found["summary"]}), strict=False):
+        rows = [row for row in found["summary"] if row["arm"] == arm]
+        rows.sort(key=lambda row: float(row["rate"].split()[1]))
         lines: dict[tuple, list[str]] = {}
         for row in rows:
-            (nll, nll_error), (points_won, error) = points[row["key"]]
+            (nll, nll_error), (won, error) = points[row["key"]]
             line = row["seed"], row["iterate"], row["rate"].partition("--beta")[2]
-            lines.setdefault(line, []).append(f"{x(nll):.1f} {y(points_won):.1f}")
-            bars = f"M{x(nll - nll_error):.1f} {y(points_won):.1f}H{x(nll + nll_error):.1f}"
-            bars += f"M{x(nll):.1f} {y(points_won - error):.1f}V{y(points_won + error):.1f}"
-            body += f'<path d="{bars}" stroke="{colour}" stroke-opacity="0.5"/>'
-            title = f"<title>{escape(row['key'])}</title>"
-            body += f'<circle cx="{x(nll):.1f}" cy="{y(points_won):.1f}" r="4" fill="{colour}">{title}</circle>'
+            lines.setdefault(line, []).append(f"{plot.x(nll):.1f} {plot.y(won):.1f}")
+            bars = f"M{plot.x(nll - nll_error):.1f} {plot.y(won):.1f}H{plot.x(nll + nll_error):.1f}"
+            bars += f"M{plot.x(nll):.1f} {plot.y(won - error):.1f}V{plot.y(won + error):.1f}"
+            plot.marks += f'<path d="{bars}" stroke="{colour}" stroke-opacity="0.5"/>'
+            plot.mark(nll, won, colour, row["key"])
         for line in lines.values():
-            body += f'<path fill="none" stroke="{colour}" d="M{"L".join(line)}"/>'
-        body += f'<circle cx="500" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
-        body += label(510, 70 + 20 * i, f"{arm}: {ARMS[arm]}", kind="small")
-    size = 'width="700" height="450" viewBox="0 0 700 450"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
-    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
-
-
-def rate_of(row: Row) -> float:
-    return float(row["rate"].split()[1])
+            plot.marks += f'<path fill="none" stroke="{colour}" d="M{"L".join(line)}"/>'
+        plot.explain(colour, f"{arm}: {ARMS[arm]}")
+    title = "SmolLM2-135M after further training, against its start"
+    across = "NLL at the best temperature, nats per token: worse"
+    return plot.svg(title, across, "choice of the true definition, points: better", ticks, "+.2g")

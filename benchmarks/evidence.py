@@ -44,8 +44,6 @@ from measuring import ROOT, flags_of, run_script, words_of
 
 from data.examples import draw, load_examples, split
 from evaluate import Row
-from player import Player
-from runtime.work import Work as Run
 
 STORED = ROOT / "benchmarks/results/evidence.json"
 
@@ -315,9 +313,7 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    row |= look(name, place, frontier_of(work, "start", name), work, grid=start.draws)
-    player, _, samples = yardstick(name, work)
-    return row | {"optimum": theory.optimum_on_samples(player, samples, 1.5, 1)}
+    return row | look(name, place, frontier_of(work, "start", name), work, grid=start.draws)
 
 
 def frontier_of(work: Path, *key: Any) -> Path:
@@ -385,7 +381,8 @@ def look(start: str, weights: Path, path: Path, work: Path, draw: int = 0, grid:
 
     `draw` is the seed of the samples. `grid`: so many draws at the temperatures of GRID are measured, too.
     """
-    player, run, samples = yardstick(start, work)
+    heldout = STARTS[start].test
+    player, run = measuring.ruler(str(place_of(start, work)), f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
     player.model.load_weights(weights)
     agreement, more = measuring.equal, []
     if STARTS[start].data == "glosses":
@@ -404,8 +401,7 @@ def look(start: str, weights: Path, path: Path, work: Path, draw: int = 0, grid:
     np.savez(path, **saved)
     names = (measuring.MEASURED + measuring.OF_TEXTS)[: points.shape[1]]
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(names)}
-    means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
-    return means
+    return means | {"greedy": float(right.mean())}
 
 
 @functools.cache
@@ -413,14 +409,6 @@ def frequent_words(work: Path) -> frozenset[str]:
     """The 40 words that stand in definitions most often: "a", "the", "of", ..., "genus", "person"."""
     lines = map(json.loads, (work / "glosses.jsonl").read_text().splitlines())
     return frozenset(word for word, _ in Counter(w for line in lines for w in line["response"].split()).most_common(40))
-
-
-@functools.cache
-def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
-    """A player to load weights into, a run with the held-out prompts of a start, and responses of the start."""
-    place, heldout = str(place_of(start, work)), STARTS[start].test
-    player, run = measuring.ruler(place, f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
-    return player, run, theory.samples_of_start(player, run, place)
 
 
 # ---------------------------------------------------------------- from runs to tables
@@ -449,7 +437,7 @@ def summary(runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
             rows = [run["iterates"][str(t)] for run in done]
             fields = ("regime", "start", "name", "script", "flags", "seeds", "prompts", "iterations")
             row: Row = {name: getattr(case, name) for name in fields} | {"iterate": t}
-            row |= {name: float(np.mean([r[name] for r in rows])) for name in ("greedy", "exponent")}
+            row["greedy"] = float(np.mean([r["greedy"] for r in rows]))
             names = [name for name in measuring.MEASURED + measuring.OF_TEXTS if name in rows[0]]
             row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in names}
             row["seconds"] = float(np.median([run["seconds"] for run in done]))
@@ -519,7 +507,7 @@ def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.
 
 
 def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callable) -> None:
-    """Fills found["starts"], ["theory"], ["runs"] and ["summary"].
+    """Fills found["starts"], ["runs"] and ["summary"].
 
     do(function, jobs) yields (job, function(job)) as processes end them, and saves after each.
     """
@@ -544,9 +532,6 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
         for name, row in do(first, missing):
             found["starts"][name] = row | {"commit": found["commit"]}
             print(f"start {name}: greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
-    jobs = [name for name in needed if name not in found["theory"] and name in ("underfitted", "converged")]
-    for name, row in do(functools.partial(gradients, size=size, work=work), jobs):
-        found["theory"][name] = row
     jobs = {f"{case.key} | {seed}": (case, seed) for case in wanted for seed in case.every_seed}
     jobs = [job for key, job in jobs.items() if key not in found["runs"]]
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
@@ -581,13 +566,6 @@ def waiting(found: dict) -> dict[str, dict[str, list[str]]]:
     return missing
 
 
-def gradients(name: str, size: Size, work: Path) -> Row:
-    """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
-    player, run = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
-    player.model.load_weights(place_of(name, work))
-    return theory.gradients(player, run, run.heldout)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     regimes, starts = (list(dict.fromkeys(getattr(case, name) for case in cases())) for name in ("regime", "start"))
@@ -601,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
         about = {"machine": machine, "size": dataclasses.asdict(Size()), "temperatures": list(TEMPERATURES)}
-        found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
+        found = found or about | {"starts": {}, "runs": {}, "summary": []}
         found["commit"] = current_commit()  # of what is run now; each row has its own
         for name, value in about.items():
             if found[name] != value:

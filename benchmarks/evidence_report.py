@@ -55,8 +55,8 @@ def filled(text: str, found: dict) -> str:
     A name is one of `special`, or one or several regimes with " + " between them, which share a table.
     """
     special = {
-        "about": about, "verdict": verdict, "starts": starts, "placebo": placebo, "gradients": gradients,
-        "capacity": capacity, "sequences": sequences, "optimum": optimum, "first gradients": first_gradients,
+        "about": about, "verdict": verdict, "starts": starts, "placebo": placebo,
+        "capacity": capacity, "sequences": sequences, "first gradients": first_gradients,
     }  # fmt: skip
 
     def block(name: str) -> str:
@@ -180,7 +180,7 @@ def regimes(found: dict, names: Sequence[str], every_column: bool = False) -> st
     metrics, leads = {}, [(OVER[0], metric, 100, 2), (OVER[0], "best_nll", 1000, 1), (OVER[1], metric, 100, 2)]
     if every_column:
         metrics = {"greedy": (100, 1), "sampled": (100, 1), "sampled_error": (100, 1), "nll": (1, 4), "entropy": (1, 2)}
-        metrics |= {"exponent": (1, 3), "frequent": (1, 2), "seconds": (1, 0)}
+        metrics |= {"frequent": (1, 2), "seconds": (1, 0)}
         leads += [(OVER[1], "best_nll", 1000, 1), *((over, "greedy", 100, 2) for over in OVER)]
     several_starts = len({row["start"] for row in rows}) > 1
     title = ["start"] * several_starts + ["setting", *metrics]
@@ -259,18 +259,6 @@ def placebo(found: dict) -> str:
     return table(lines) if len(lines) > 1 else "Not run yet: `--only placebo`.\n"
 
 
-def gradients(found: dict) -> str:
-    """Squared norms at a start; those of self-play are times 4 for beta 1, as large as supervised training's."""
-    names = {"real": "supervised", "spin": "self-play", "greedy": "greedy opponent"}
-    lines = [["start", *(f"{title}, norm²" for title in names.values()), "cosine of supervised and greedy"]]
-    for name, row in found["theory"].items():
-        cells = [signed(row.get(key), 1 if key == "real" else 4, 2) for key in names]
-        known = "greedy" in row
-        cosine = row["real and greedy"][0] / (row["real"][0] * row["greedy"][0]) ** 0.5 if known else 0.0
-        lines.append([name, *cells, f"{cosine:+.2f}" if known else ""])
-    return table(lines)
-
-
 def capacity(found: dict) -> str:
     columns = {"temperature": "{temperature}", "beta": "{beta}", "start": "{nats[0]:.2g}"}
     return formatted(found["capacity"], columns | {f"iterate {t}": f"{{nats[{t}]:.2g}}" for t in (1, 2, 6)})
@@ -285,14 +273,6 @@ def sequences(found: dict) -> str:
     columns |= {"slope at equal length": "{slope at equal length:.2f}"}
     columns |= {"nats per further token": "{nats per token:.2f}"}
     return formatted([row for row in rows if row["beta"] == 1 or row["t"] > 1], columns)
-
-
-def optimum(found: dict) -> str:
-    """Starts whose optimum against a hot opponent was computed on their own responses, each model once."""
-    rows = {str(row["optimum"]): row["optimum"] | {"name": name.removesuffix(", again")}
-            for name, row in reversed(found["starts"].items()) if "optimum" in row}  # fmt: skip
-    columns = {"start": "{name}", "slope": "{slope:.2f}", "slope at equal length": "{slope at equal length:.2f}"}
-    return formatted(list(rows.values())[::-1], columns | {"nats per further token": "{nats per token:.2f}"})
 
 
 def first_gradients(found: dict) -> str:

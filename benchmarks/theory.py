@@ -1,60 +1,13 @@
-"""Theory beside measurement: the sharpening exponent, the expected gradient at a start, games that are enumerated."""
+"""Theory: self-play on small games, in float64, with exact expectations."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data.examples import Example
 from evaluate import Row
-from player import Player
-from runtime.work import Work as Run
 from spin import spin_loss
-
-# ---------------------------------------------------------------- the exponent
-
-PROMPTS, SAMPLES = 400, 8  # held-out prompts, and responses to each
-
-
-def samples_of_start(player: Player, run: Run, start: str) -> tuple[list, np.ndarray]:
-    """Responses of the start to held-out prompts, several to each, and its log-probabilities of them."""
-    player.model.load_weights(start)
-    prompts = [e.prompt_ids for e in run.heldout[:PROMPTS] for _ in range(SAMPLES)]
-    items = [(prompt, ids) for prompt, (ids, _) in zip(prompts, player.respond(prompts, run.seed(0, "exponent")))]
-    return items, logps_of(player, items)
-
-
-def logps_of(player: Player, items: list) -> np.ndarray:
-    """(prompts, samples), in nats."""
-    return np.array([logp for (logp,) in player.logps(items)]).reshape(-1, SAMPLES)
-
-
-def exponent(player: Player, samples: tuple[list, np.ndarray]) -> float:
-    """The slope of log p_theta(y|x) on log p_0(y|x) over the start's responses to the same prompt.
-
-    If p_theta is p_0^g, normalised, the slope is g: the normaliser is the same for all responses to a prompt.
-    """
-    items, before = samples
-    now = logps_of(player, items)
-    before, now = (values - values.mean(1, keepdims=True) for values in (before, now))
-    return float((before * now).sum() / (before**2).sum())
-
-
-def optimum_on_samples(player: Player, samples: tuple[list, np.ndarray], temperature: float, beta: float) -> Row:
-    """What an iteration would lead to if the start were the data, over the start's responses to the same prompt.
-
-    The optimum is log p_0 + (log p_0 - log q) / beta, with q the opponent's distribution, which is tempered token by
-    token. "slope": of the optimum on log p_0. "slope at equal length", "nats per token": of the two together.
-    """
-    items, before = samples
-    cooled = np.array([logp for (logp,) in player.logps(items, temperature=temperature)]).reshape(before.shape)
-    optimum, lengths = before + (before - cooled) / beta, np.array([len(ids) for _, ids in items]).reshape(before.shape)
-    x, length, y = ((v - v.mean(1, keepdims=True)).ravel() for v in (before, lengths, optimum))
-    both = np.linalg.lstsq(np.stack([x, length], 1), y, rcond=None)[0]
-    return {"slope": float(x @ y / (x @ x)), "slope at equal length": float(both[0]), "nats per token": float(both[1])}
-
 
 # ---------------------------------------------------------------- optima of the loss
 
@@ -191,63 +144,3 @@ def first_gradients(start: str, temperature: float, prompts: int = 32) -> tuple[
             found.append(torch.autograd.grad(-(weights * sequence_logps(logits)).sum(), logits)[0].flatten())
     a, b = torch.cat(supervised) / prompts, torch.cat(spin) / prompts
     return float(a @ b / (a.norm() * b.norm())), float(a.norm()), float(b.norm())
-
-
-# ---------------------------------------------------------------- the gradient
-
-BLOCKS = 32
-
-
-def gradients(player: Player, run: Run, examples: Sequence[Example]) -> Row:
-    """Expected gradients over the data, estimated without bias from independent blocks of examples.
-
-    With s(y) = grad log p(y|x), the gradient of supervised training is -E s(real), and that of Eq. 4.7 at its start,
-    for beta 1, is -E [s(real) - s(generated)] / 2; E s(generated) is 0 at temperature 1. Returns [value, standard
-    error] of their squared norms and of the product of the supervised and the greedy opponent's gradient, and the noise
-    of one example or pair: the trace of the gradient's covariance.
-    """
-    player.model.eval()
-    parameters = [p for p in player.model.parameters() if p.requires_grad]
-    size = len(examples) // BLOCKS
-    found: dict[str, list[Tensor]] = {"real": [], "generated": [], "likeliest": []}
-    for block in range(BLOCKS):
-        some = examples[block * size : (block + 1) * size]
-        prompts, seed = [e.prompt_ids for e in some], run.seed(block, "gradient")
-        responses = {"real": [e.real_ids for e in some]}
-        for name, temperature in (("generated", 1.0), ("likeliest", 0.0)):
-            responses[name] = [ids for ids, _ in player.respond(prompts, seed, temperature=temperature)]
-        for name, blocks in found.items():
-            for parameter in parameters:
-                parameter.grad = None
-            items = list(zip(prompts, responses[name]))
-            for chunk in player.micro_batches([sum(map(len, item)) for item in items]):
-                (player.response_logps([items[i] for i in chunk]).sum() / len(items)).backward()
-            blocks.append(torch.cat([p.grad.flatten() for p in parameters]).double())
-    real, generated, likeliest = map(torch.stack, found.values())
-    spin, greedy = (real - generated) / 2, (real - likeliest) / 2
-    return {
-        "real": squared_norm(real), "generated": squared_norm(generated), "spin": squared_norm(spin),
-        "greedy": squared_norm(greedy), "real and greedy": product(real, greedy),
-        "noise_real": float(size * real.var(0).sum()), "noise_spin": float(size * spin.var(0).sum()),
-        "examples": size * BLOCKS,
-    }  # fmt: skip
-
-
-def squared_norm(blocks: Tensor) -> list[float]:
-    """[|E g|^2, standard error] from independent estimates g of shape (blocks, parameters)."""
-    return product(blocks, blocks)
-
-
-def product(a: Tensor, b: Tensor) -> list[float]:
-    """[E a . E b, standard error] from estimates of shape (blocks, parameters), independent from block to block.
-
-    The mean product of two different blocks is unbiased; the jackknife over blocks gives its standard error, up to the
-    root of 2 too large if noise prevails.
-    """
-    gram = (a @ b.T + b @ a.T) / 2
-    n = len(gram)
-    off = gram - torch.diag(gram.diagonal())
-    whole = off.sum() / (n * (n - 1))
-    without = (off.sum() - 2 * off.sum(1)) / ((n - 1) * (n - 2))
-    error = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt()
-    return [float(whole), float(error)]

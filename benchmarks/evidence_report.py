@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import NormalDist
@@ -62,7 +62,12 @@ def filled(text: str, found: dict) -> str:
     def block(name: str) -> str:
         return special[name](found) if name in special else regimes(found, name.split(" + "))
 
-    pattern = re.compile(r"(<!-- evidence: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return with_blocks(text, "evidence", block)
+
+
+def with_blocks(text: str, kind: str, block: Callable[[str], str]) -> str:
+    """A document with block(NAME) between each of its markers `<!-- KIND: NAME -->` and `<!-- end -->`."""
+    pattern = re.compile(rf"(<!-- {kind}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda match: match[1] + block(match[2]) + match[3], text)
 
 

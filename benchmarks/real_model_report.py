@@ -1,12 +1,11 @@
 """Tables and figure of benchmarks/results/smollm2-<size>.json, in the documents and beside it. No dependencies."""
 
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_report import COLOURS, Plot, signed, table
+from evidence_report import COLOURS, Plot, signed, table, with_blocks
 
 Row = dict[str, Any]
 
@@ -40,8 +39,7 @@ def write_all(found: Row, root: Path, size: str) -> None:
 def filled(text: str, found: Row, size: str) -> str:
     """A document with its blocks `<!-- smollm2 SIZE: NAME -->` ... `<!-- end -->` made from the results."""
     blocks = {"about": about, "table": changes, "verdict": verdict, "answers": answers}
-    pattern = re.compile(rf"(<!-- smollm2 {size}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + blocks[match[2]](found) + match[3], text)
+    return with_blocks(text, f"smollm2 {size}", lambda name: blocks[name](found))
 
 
 def about(found: Row) -> str:

@@ -29,8 +29,7 @@ def case(name: str, estimate: float = 0.0, **calls: Callable) -> Case:
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch) -> Results:
-    monkeypatch.setattr(bench, "FOLDER", tmp_path)  # The project may have results of this very machine.
+def results(tmp_path) -> Results:
     return Results(tmp_path / "results", CPU)
 
 

@@ -541,19 +541,12 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
 
 
 def toys() -> dict[str, list[Row]]:
-    """What theory.py enumerates."""
-    gradients = [
-        (start, t, theory.first_gradients(start, t))
-        for start in ("flatter", "sharper", "other", "data")
-        for t in (1, 0)
-    ]
+    """What theory.py enumerates; first gradients are those of the greedy opponent."""
+    starts = ("flatter", "sharper", "other", "data")
     return {
         "capacity": [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY],
         "sequences": [dict(temperature=1.5, beta=b, iterates=theory.sequence_game(1.5, b, 8)) for b in (1, 3)],
-        "first gradients": [
-            dict(start=start, temperature=t, cosine=values[0], supervised=values[1], spin=values[2])
-            for start, t, values in gradients
-        ],
+        "first gradients": [{"start": start} | theory.first_gradients(start, 0) for start in starts],
     }
 
 

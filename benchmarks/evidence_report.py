@@ -282,7 +282,7 @@ def sequences(found: dict) -> str:
 
 def first_gradients(found: dict) -> str:
     """Of the greedy opponent. With samples the gradient is that of supervised training, which is 0 at the data."""
-    rows = [row for row in found["first gradients"] if row["temperature"] == 0]
+    rows = found["first gradients"]
     rows = [row | {"direction": "" if row["start"] == "data" else f"{row['cosine']:+.2f}"} for row in rows]
     columns = {"start": "{start}", "supervised norm": "{supervised:.3f}", "norm, greedy": "{spin:.3f}"}
     return formatted(rows, columns | {"cosine": "{direction}"})

@@ -127,8 +127,8 @@ def kl(p: Tensor, q: Tensor) -> float:
     return float(p.exp() @ (p - q))
 
 
-def first_gradients(start: str, temperature: float, prompts: int = 32) -> tuple[float, float, float]:
-    """(cosine, norm of the supervised gradient, norm of SPIN's times 2 / beta) at the first step of an iteration.
+def first_gradients(start: str, temperature: float, prompts: int = 32) -> Row:
+    """Norms of the "supervised" gradient and of "spin", times 2 / beta, at the first step, and their "cosine".
 
     Exact expectations over as many prompts, each with a table of its own and random data. The start is the data
     ("data"), is less or more certain ("flatter", "sharper": logits times 0.8 or 1.25), or errs at random ("other").
@@ -143,4 +143,4 @@ def first_gradients(start: str, temperature: float, prompts: int = 32) -> tuple[
         for weights, found in ((real, supervised), (real - generated, spin)):
             found.append(torch.autograd.grad(-(weights * sequence_logps(logits)).sum(), logits)[0].flatten())
     a, b = torch.cat(supervised) / prompts, torch.cat(spin) / prompts
-    return float(a @ b / (a.norm() * b.norm())), float(a.norm()), float(b.norm())
+    return {"cosine": float(a @ b / (a.norm() * b.norm())), "supervised": float(a.norm()), "spin": float(b.norm())}

@@ -183,10 +183,10 @@ def test_sequences_are_all_there_and_greedy_is_the_limit_of_low_temperatures():
 @pytest.mark.parametrize("start", ["flatter", "sharper", "other", "data"])
 def test_the_first_gradient_is_the_supervised_one_at_temperature_1_and_another_with_a_greedy_opponent(start):
     sampled, greedy = (theory.first_gradients(start, temperature) for temperature in (1.0, 0.0))
-    assert sampled[2] == pytest.approx(sampled[1], abs=1e-12)
-    assert greedy[2] > max(0.1, 5 * greedy[1])
+    assert sampled["spin"] == pytest.approx(sampled["supervised"], abs=1e-12)
+    assert greedy["spin"] > max(0.1, 5 * greedy["supervised"])
     if start != "data":  # there the supervised gradient is 0 and has no direction
-        assert sampled[0] == pytest.approx(1) and abs(greedy[0]) < 0.7
+        assert sampled["cosine"] == pytest.approx(1) and abs(greedy["cosine"]) < 0.7
 
 
 def test_self_play_ends_at_the_likeliest_model_even_where_that_is_not_the_data():

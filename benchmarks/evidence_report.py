@@ -20,13 +20,14 @@ SURE = 3.3  # standard errors: one of 60 settings that change nothing is beyond 
 MEASURE = {"glosses": ("sampled", "F1")}
 MEASURE |= dict.fromkeys(("glosses, other prompts", "glosses, again"), ("content", "content F1"))
 
-# Settings that say what their neighbours say, by words in start and name. The documents leave them out if they are
+# Settings that say what their neighbours say, by words in start and label. The documents leave them out if they are
 # level with both controls; EVERY_COLUMN has them.
 LEFT_OUT = {
     "temperature and beta": ("T 1.2", "T 1.5, beta 3"),
     "few words": ("alpha", "lr 3e-5", "LoRA 16, lr 1e-4", "four iterations"),
-    "start": ("wide", "narrow: SPIN, lr 1e-4"), "definitions": ("lr 3e-4",), "hot definitions": ("lr 3e-5",),
-    "methods": ("hinge", "SPACE", "SPIF", "IRIS", "NLL term", "alpha", "SPPO", "IPO", "fictitious"),
+    "start": ("wide", "narrow: lr 1e-4"), "definitions": ("lr 3e-4",), "hot definitions": ("lr 3e-5",),
+    "pairs": ("625",), "adapters": ("LoRA 4",),
+    "methods": ("hinge", "SPACE", "SPIF", "IRIS", "NLL term", "alpha", "SPPO", "IPO", "fictitious", "four"),
 }  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def regimes(found: dict, names: Sequence[str], every_column: bool = False) -> st
     note = "" if every_column else " ".join(filter(None, (waiting(found, name) for name in names)))
     if not every_column:
         shown = [row for row in rows if row["iterate"] in (1, row["iterations"]) and is_chosen(found, row)]
-        rows = [row for row in shown if not left_out(row)]
+        rows = [row for row in shown if not left_out(found, row)]
         if more := sum(not is_control(row) for row in shown) - sum(not is_control(row) for row in rows):
             note = f"{more} more, level with both controls, {'are' if more > 1 else 'is'} in the full tables. {note}"
     if not rows:
@@ -205,9 +206,9 @@ def bold(lead: Sequence[float] | None, scale: float, digits: int) -> str:
     return f"**{text}**" if lead and sign(lead) else text
 
 
-def left_out(row: Row) -> bool:
+def left_out(found: dict, row: Row) -> bool:
     """Whether the documents leave a row out: see LEFT_OUT. Supervised training that changes nothing has no row."""
-    said = any(word in f"{row['start']}: {row['name']}" for word in LEFT_OUT.get(row["regime"], ()))
+    said = any(word in f"{row['start']}: {label_of(found, row)}" for word in LEFT_OUT.get(row["regime"], ()))
     if is_control(row):
         return said or not any(sign(row["over start"][name]) for name in ("best_nll", measure_of(row["start"])[0]))
     return said and judged(row) == "level"
@@ -231,7 +232,7 @@ def waiting(found: dict, name: str) -> str:
 def label_of(found: dict, row: Row) -> str:
     """A setting's name, with what tells it from others of the same name in its regime."""
     others = [r for r in found["summary"] if all(r[k] == row[k] for k in ("regime", "start", "name"))]
-    text = row["name"]
+    text = row["name"].removeprefix("SPIN, ")
     for key in ("iterate", "prompts", "iterations"):
         if len({r[key] for r in others if key != "iterate" or r["iterations"] == row["iterations"]}) > 1:
             text += f", iterate {row[key]}" if key == "iterate" else f", {key} {row[key]:,}"

@@ -17,10 +17,10 @@ ARMS = {
 COLUMNS = {  # measure -> (title, scale, digits)
     "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best T", 1, 3), "summed": ("choice, points", 100, 1),
     "per_token": ("choice per token", 100, 1), "content": ("content F1", 100, 1),
-    "content at equal entropy": ("at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
+    "content at equal entropy": ("F1 at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
     "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
 }  # fmt: skip
-IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length", "repeats")
+IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length")
 READ = ("A", "B", "C", "R")  # arms whose definitions stand beside the start's
 LONGEST = 30  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors.
@@ -47,9 +47,9 @@ def about(found: Row) -> str:
     whole = [row["seconds"] for row in found["trials"].values() if row["iterate"] == size["iterations"]]
     return (
         f"{len(found['summary'])} iterates, {sum(whole) / 60:.0f} minutes of training, {len(found['left'])} trials not "
-        f"run. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, {size['choice']:,} choices, "
-        f"{size['written']} written definitions; {found['machine']}, commit {found['commit']}. The true definition is "
-        f"the longest in {lengths['longest']} of the choices, the shortest in {lengths['shortest']}, ties included.\n"
+        f"run; {size['train']:,} definitions to train on, {size['test']:,} for the NLL, {size['choice']:,} choices "
+        f"(the true one is the longest in {lengths['longest']}, the shortest in {lengths['shortest']}, with ties), "
+        f"{size['written']} to write; {found['machine']}, commit {found['commit']}.\n"
     )
 
 
@@ -59,7 +59,7 @@ def changes(found: Row, measures: Sequence[str] = IN_DOCUMENTS) -> str:
     rows = [["minus the start", *(title for title, _, _ in columns.values())]]
     several = found["size"]["iterations"] > 1
     for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["seed"], row["iterate"])):
-        name = f"{row['arm']} {ARMS[row['arm']]}, {row['rate'].replace('--', '')}"
+        name = f"{row['arm']}, {row['rate'].replace('--', '')}"
         name += f", iterate {row['iterate']}" if several else ""
         name += f", seed {row['seed']}" if found["size"]["seeds"] > 1 else ""
         rows.append([name, *(signed(row[m], scale, digits) for m, (_, scale, digits) in columns.items())])

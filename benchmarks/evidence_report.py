@@ -191,7 +191,8 @@ def regimes(found: dict, names: Sequence[str], every_column: bool = False) -> st
     several_starts = len({row["start"] for row in rows}) > 1
     title = ["start"] * several_starts + ["setting", *metrics]
     words = {metric: measure, "best_nll": "NLL", "greedy": "greedy"}
-    title += [words[lead] + (f" {over}" if over == OVER[1] else "") for over, lead, _, _ in leads]
+    named = OVER if every_column else OVER[1:]
+    title += [words[lead] + (f" {over}" if over in named else "") for over, lead, _, _ in leads]
     lines = [title + ["verdict"] * every_column]
     for row in rows:
         cells = [row["start"].removesuffix(", again")] * several_starts + [label_of(found, row)]

@@ -33,6 +33,7 @@ def write_all(found: Row, root: Path, size: str) -> None:
         (root / name).write_text(filled((root / name).read_text(), found, size))
     if found["summary"]:
         (root / f"benchmarks/results/smollm2-{size}.svg").write_text(figure(found))
+        (root / "runs").mkdir(exist_ok=True)
         (root / f"runs/smollm2-{size}-tables.md").write_text(changes(found, tuple(COLUMNS)))
 
 

@@ -173,33 +173,32 @@ def counted(rows: Sequence[Row]) -> str:
 
 def regimes(found: dict, names: Sequence[str], every_column: bool = False) -> str:
     """The cases of regimes: their leads over both controls, bold if chance makes none as large."""
-    rows = [row for row in found["summary"] if row["regime"] in names]
-    note = "" if every_column else " ".join(filter(None, (waiting(found, name) for name in names)))
-    if not every_column:
-        shown = [row for row in rows if row["iterate"] in (1, row["iterations"]) and is_chosen(found, row)]
-        rows = [row for row in shown if not left_out(found, row)]
-        if more := sum(not is_control(row) for row in shown) - sum(not is_control(row) for row in rows):
-            note = f"{more} more, level with both controls, {'are' if more > 1 else 'is'} in the full tables. {note}"
-    if not rows:
-        return note and f"{note.strip()}\n"
-    metric, measure = measure_of(rows[0]["start"])
-    metrics, leads = {}, [(OVER[0], metric, 100, 2), (OVER[0], "best_nll", 1000, 1), (OVER[1], metric, 100, 2)]
+    rows, notes = [row for row in found["summary"] if row["regime"] in names], []
+    metrics: dict[str, tuple[int, int]] = {}  # scale and digits; the lead "" is in what a case is judged by
+    leads = [(OVER[0], "", 100, 2), (OVER[0], "best_nll", 1000, 1), (OVER[1], "", 100, 2)]
     if every_column:
         metrics = {"greedy": (100, 1), "sampled": (100, 1), "sampled_error": (100, 1), "nll": (1, 4), "entropy": (1, 2)}
         metrics |= {"frequent": (1, 2), "seconds": (1, 0)}
         leads += [(OVER[1], "best_nll", 1000, 1), *((over, "greedy", 100, 2) for over in OVER)]
+    else:
+        shown = [row for row in rows if row["iterate"] in (1, row["iterations"]) and is_chosen(found, row)]
+        rows = [row for row in shown if not left_out(found, row)]
+        if more := sum(not is_control(row) for row in shown) - sum(not is_control(row) for row in rows):
+            notes.append(f"{more} more are level with both controls (full tables).")
+        notes += [note for name in names if (note := waiting(found, name))]
     several_starts = len({row["start"] for row in rows}) > 1
+    words = {"": " or ".join(dict.fromkeys(measure_of(row["start"])[1] for row in rows)), "best_nll": "NLL"}
     title = ["start"] * several_starts + ["setting", *metrics]
-    words = {metric: measure, "best_nll": "NLL", "greedy": "greedy"}
-    named = OVER if every_column else OVER[1:]
-    title += [words[lead] + (f" {over}" if over in named else "") for over, lead, _, _ in leads]
+    for over, lead, _, _ in leads:
+        title.append(words.get(lead, lead) + (f" {over}" if over == OVER[1] or every_column else ""))
     lines = [title + ["verdict"] * every_column]
     for row in rows:
         cells = [row["start"].removesuffix(", again")] * several_starts + [label_of(found, row)]
         cells += [f"{scale * row[key]:.{digits}f}" if key in row else "" for key, (scale, digits) in metrics.items()]
-        cells += [bold(row.get(over, {}).get(lead), scale, digits) for over, lead, scale, digits in leads]
+        for over, lead, scale, digits in leads:
+            cells.append(bold(row.get(over, {}).get(lead or measure_of(row["start"])[0]), scale, digits))
         lines.append(cells + [judged(row)] * every_column)
-    return table(lines) + (note and f"\n{note.strip()}\n")
+    return "\n".join([table(lines)] * bool(rows) + [" ".join(notes) + "\n"] * bool(notes))
 
 
 def bold(lead: Sequence[float] | None, scale: float, digits: int) -> str:

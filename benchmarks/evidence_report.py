@@ -225,7 +225,7 @@ def waiting(found: dict, name: str) -> str:
     settings: dict[tuple, list[str]] = {}
     for setting, missing in found["waiting"].get(name, {}).items():
         settings.setdefault(tuple(missing), []).append(setting)
-    text = "; ".join(f"{' and '.join(names)} from {', '.join(missing)}" for missing, names in settings.items())
+    text = "; ".join(f"{' and '.join(names)} from *{'*, *'.join(missing)}*" for missing, names in settings.items())
     return text and f"Not run yet: {text}."
 
 

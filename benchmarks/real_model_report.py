@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_report import COLOURS, Plot, signed, table, with_blocks
+from evidence_report import COLOURS, Plot, table, with_blocks
 
 Row = dict[str, Any]
 
@@ -54,16 +54,25 @@ def about(found: Row) -> str:
     )
 
 
+def of_seeds(leads: Sequence[Sequence[float] | None], scale: float, digits: int) -> str:
+    """The lead of every seed, with the largest of their standard errors."""
+    known = [lead for lead in leads if lead]
+    if not known:
+        return ""
+    values = ", ".join(f"{scale * value:+.{digits}f}" for value, _ in known)
+    return f"{values} ± {scale * max(error for _, error in known):.{digits}f}"
+
+
 def changes(found: Row, measures: Sequence[str] = IN_DOCUMENTS) -> str:
-    """Every trial, minus the start."""
-    columns = {measure: COLUMNS[measure] for measure in measures}
-    rows = [["minus the start", *(title for title, _, _ in columns.values())]]
-    several = found["size"]["iterations"] > 1
-    for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["seed"], row["iterate"])):
-        name = f"{row['arm']}, {row['rate'].replace('--', '')}"
-        name += f", iterate {row['iterate']}" if several else ""
-        name += f", seed {row['seed']}" if found["size"]["seeds"] > 1 else ""
-        rows.append([name, *(signed(row[m], scale, digits) for m, (_, scale, digits) in columns.items())])
+    """Every trial, minus the start; trials that differ in the seed share a line."""
+    rows = [["minus the start", *(COLUMNS[measure][0] for measure in measures)]]
+    trials: dict[tuple, list[Row]] = {}
+    for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["iterate"], row["seed"])):
+        trials.setdefault((row["arm"], row["rate"], row["iterate"]), []).append(row)
+    for (arm, rate, iterate), some in trials.items():
+        name = f"{arm}, {rate.replace('--', '')}"
+        name += f", iterate {iterate}" if found["size"]["iterations"] > 1 else ""
+        rows.append([name, *(of_seeds([row[m] for row in some], *COLUMNS[m][1:]) for m in measures)])
     return table(rows)
 
 
@@ -73,11 +82,12 @@ def verdict(found: Row) -> str:
     rows = [["", *(COLUMNS[measure][0] for measure in questions)]]
     for arm, control in (("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")):
         of_arm = {row["measure"]: row["over"][control] for row in found["contrasts"] if row["arm"] == arm}
-        cells = [" and ".join(signed(lead, *COLUMNS[m][1:]) for lead in of_arm.get(m, [])) for m in questions]
-        rows.append([f"{arm} over {control}", *cells])
-    rulings = [(row, ruling(row, found["size"]["seeds"])) for row in found["contrasts"]]
-    lines = [f"{COLUMNS[row['measure']][0]}, {row['arm']}: {text}." for row, text in rulings if text]
-    return table(rows) + "\nBy the rules: " + " ".join(lines or ["not supported in any question."]) + "\n"
+        rows.append([f"{arm} over {control}", *(of_seeds(of_arm.get(m, []), *COLUMNS[m][1:]) for m in questions)])
+    rulings = {row["arm"] + row["measure"]: ruling(row, found["size"]["seeds"]) for row in found["contrasts"]}
+    lines = [
+        f"{COLUMNS[key[1:]][0]}, {key[0]}: {text}." for key, text in rulings.items() if text and key[0] in "BC"
+    ] or ["SPIN is supported in no question."]
+    return table(rows) + f"\nBy the rules {rulings.get('Dnll') or 'D is missing'}. {' '.join(lines)}\n"
 
 
 def ruling(row: Row, seeds: int) -> str:

@@ -64,18 +64,10 @@ class Case:
     extra: bool = False  # runs only if --match names it
 
 
-def measure(
-    ways: Ways,
-    device: torch.device,
-    seconds: float,
-    deadline: float = float("inf"),
-    save: Callable[[dict[str, dict]], None] = lambda rows: None,
-) -> dict[str, dict]:
+def measure(ways: Ways, device: torch.device, seconds: float, deadline: float = float("inf")) -> dict[str, dict]:
     """Runs the ways in turn, in alternating order, until `seconds` have passed, `ways.rounds` times at least.
 
-    Args:
-        deadline: value of time.perf_counter() after which no further call begins.
-        save: is given the figures so far, after the first call of each way.
+    No further call begins when time.perf_counter() has passed `deadline`.
 
     Returns: way -> its figures, or "failed" with the reason.
     """
@@ -97,7 +89,6 @@ def measure(
 
     for name in ways.calls:
         attempt(name, first_call, ways, name, rows[name], device)
-        save(rows)
     began = time.perf_counter()
     for turn in itertools.count():
         now = time.perf_counter()
@@ -305,12 +296,11 @@ class Results:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         name = device_name(device)
-        file = f"bench-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-        self.path = folder / file
+        self.path = folder / f"bench-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
         self.stored: dict[str, Any] = {"device": name, "cases": {}}
         self.versions = {"torch": torch.__version__, "commit": current_commit()}
-        if found := [path for path in (self.path, FOLDER / "results" / file) if path.exists()]:
-            self.stored = json.loads(found[0].read_text())
+        if self.path.exists():
+            self.stored = json.loads(self.path.read_text())
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, case: str, **figures: Any) -> None:
@@ -323,7 +313,7 @@ def run_case(case: Case, results: Results, device: torch.device, seconds: float,
     """Builds and measures one case, and stores and prints its figures, or the reason why there are none."""
     began = time.perf_counter()
     try:
-        rows = measure(case.build(), device, seconds, deadline, lambda rows: results.put(case.name, ways=rows))
+        rows = measure(case.build(), device, seconds, deadline)
         results.put(case.name, ways=rows)
         lines = list(lines_of(rows))
     except Exception as error:
@@ -356,7 +346,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the benchmark, measures nothing")
-    parser.add_argument("--seconds", type=float, help="of timing for each case (by default 2 on a GPU, 20 on a CPU)")
     parser.add_argument("--minutes", type=float, help=f"limit of all parts ({GPU_MINUTES} on a GPU, none on a CPU)")
     parser.add_argument("--match", default="", metavar="TEXT", help="only cases with this in their name; more sizes")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", metavar="FOLDER", help="to write to")
@@ -372,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [wheel for name, wheel in WHEELS.items() if importlib.util.find_spec(name) is None]:
         print(f"Peers that are not installed and will be missing: pip install {' '.join(missing)}")
     minutes = args.minutes if args.minutes is not None else GPU_MINUTES if on_gpu else float("inf")
-    seconds = args.seconds if args.seconds is not None else 0 if args.quick else 2 if on_gpu else 20
+    seconds = 0 if args.quick else 2 if on_gpu else 20  # of timing for each case
     deadline = time.perf_counter() + 60 * minutes
     stance = "force_eager" if args.quick else "default"  # compilation takes longer than all the rest
     with tempfile.TemporaryDirectory() as nowhere, torch.compiler.set_stance(stance):

@@ -16,7 +16,6 @@ default benchmarks/results/evidence.json, the figure of all settings, and the ta
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,7 +28,6 @@ import random
 import shlex
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -46,8 +44,6 @@ from measuring import ROOT, flags_of, run_script, words_of
 
 from data.examples import draw, load_examples, split
 from evaluate import Row
-from player import Player
-from runtime.work import Work as Run
 
 STORED = ROOT / "benchmarks/results/evidence.json"
 
@@ -79,6 +75,7 @@ class Start:
     test: str = "test"  # and what they are measured on
     model: str = "pronounce/start"  # whose config and tokenizer a start from scratch has
     control: str = "--epochs 2"  # flags with which supervised training costs about as much as self-play
+    draws: int = 0  # of its frontier at the temperatures of GRID, whose mean then stands for it at equal entropy
 
 
 STARTS = {
@@ -101,6 +98,7 @@ STARTS["few words, other words"] = dataclasses.replace(STARTS["few words"], play
 STARTS["glosses, other prompts"] = dataclasses.replace(STARTS["glosses"], test="test-glosses-again")
 # Each again, for the greedy opponent, whose cases were added when the weights of the other runs were gone.
 STARTS |= {f"{name}, again": start for name, start in STARTS.items()}
+STARTS["glosses, four draws"] = dataclasses.replace(STARTS["glosses"], draws=4)
 STARTS |= {  # of the ways to learn from demonstrations alone: the shipped start twice, and one that SDFT can teach
     "shipped": Start("", ""),
     "reads answers": Start("answers", "--epochs 2 --lr 3e-3", "underfitted"),
@@ -146,8 +144,8 @@ COMMON += " --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
 TOKENS_OF = {"test": 32, "test-long": 64, "test-glosses": 48, "test-glosses-again": 48}  # of a response at most
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
+GRID = (0.5, 0.6, 0.7, 0.775, 0.85, 0.925, 1.0, 1.1, 1.2)
 CAPACITY = ((1, 1), (1, 3), (1, 0.3), (1.5, 1))  # temperatures and betas of theory.limited_capacity
-SHOWN = 6  # answers of each model
 
 
 def named(*flags: str) -> dict[str, str]:
@@ -185,7 +183,7 @@ def blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[str]]]:
     # words than people do, for which F1 has points.
     size, some = dict(size, seeds=5, first_seed=10), named("--temperature 1.5", "--temperature 1.2 --lr 3e-5")
     yield "definitions again", "glosses, other prompts", size, some, ("3e-5",)
-    # A hot opponent, iteration by iteration, beside theory.exponents.
+    # A hot opponent, iteration by iteration, as theory has it.
     some = {f"SPIN, T 1.5, beta {beta}": f"--temperature 1.5 --beta {beta}" for beta in (1, 3)}
     yield "hot opponent", "converged", dict(iterations=4, iterates=(1, 2, 3, 4), seeds=2), some, ("1e-4",)
     for prompts in (625, 10_000):
@@ -207,6 +205,10 @@ def later_blocks() -> Iterator[tuple[str, str, dict, dict[str, str], Sequence[st
     controls = {"underfitted": "1e-4", "few words": "1e-5", "few words, other words": "3e-4"}
     for start in GREEDY:
         yield "greedy opponent", f"{start}, again", sizes.get(start, {}), some, (controls.get(start, "3e-5"),)
+    # The start itself, with other samples: what the noise of a start's frontier looks like.
+    size = dict(prompts=2500, iterations=1, first_seed=10)
+    for start in ("glosses, again", "glosses, four draws"):
+        yield "placebo", start, size, {"the start itself": "--placebo"}, ()
     # Ways to learn from demonstrations alone.
     size = dict(seeds=2, prompts=2500)
     yield "demonstrations", "shipped", size, DEMONSTRATIONS, ("1e-4",)
@@ -228,7 +230,8 @@ DEMONSTRATIONS = {
     "SPIN": "", "GSIL": "--loss gsil", "DFT": "--loss dft --epochs 2 --lr 1e-4",
     "SDFT": "--teacher-template {response}={prompt}",
 }  # fmt: skip
-SCRIPTS = {"--loss dft": "sft", "--teacher-template": "sdft"}  # by how a case's flags begin; otherwise spin
+# By how a case's flags begin; otherwise spin.
+SCRIPTS = {"--loss dft": "sft", "--teacher-template": "sdft", "--placebo": ""}
 FAMILY = ("--alpha", "--history", "--loss", "--nll-weight", "--samples", "--reference", "--ditto")
 SCRIPTS |= dict.fromkeys(FAMILY, "family")
 
@@ -310,9 +313,7 @@ def train_start(name: str, size: Size, work: Path) -> Row:
         flags |= {"--model": str(model), "--data": f"{work}/{start.data}.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
         flags |= {"--out": str(place.parent), "--iterations": "1"} | ({} if start.origin else {"--from-scratch": None})
         row = {"seconds": run_script("sft", words_of(flags), name), "command": command_of("sft", flags, work)}
-    row |= look(name, place, frontier_of(work, "start", name), work)
-    player, _, samples = yardstick(name, work)
-    return row | {"optimum": theory.optimum_on_samples(player, samples, 1.5, 1)}
+    return row | look(name, place, frontier_of(work, "start", name), work, grid=start.draws)
 
 
 def frontier_of(work: Path, *key: Any) -> Path:
@@ -353,6 +354,10 @@ def flags_of_run(case: Case, seed: int, size: Size, work: Path, out: Path) -> di
 def run(job: tuple[Case, int], size: Size, work: Path) -> Row:
     """Trains a case with a seed and measures its iterates."""
     case, seed = job
+    if not case.script:  # a placebo
+        place = frontier_of(work, case.key, seed, 1)
+        facts = look(case.start, place_of(case.start, work), place, work, seed)
+        return {"seconds": 0.0, "steps": 0, "command": "", "iterates": {"1": facts}}
     out = work / "runs" / digest([case.key, seed])
     shutil.rmtree(out, ignore_errors=True)
     flags = flags_of_run(case, seed, size, work, out)
@@ -371,28 +376,32 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def look(start: str, weights: Path, path: Path, work: Path) -> Row:
-    """Measures weights, writes the values of each example to `path`, and returns their means."""
-    player, run, samples = yardstick(start, work)
+def look(start: str, weights: Path, path: Path, work: Path, draw: int = 0, grid: int = 0) -> Row:
+    """Measures weights, writes the values of each example to `path`, and returns their means.
+
+    `draw` is the seed of the samples. `grid`: so many draws at the temperatures of GRID are measured, too.
+    """
+    heldout = STARTS[start].test
+    player, run = measuring.ruler(str(place_of(start, work)), f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
     player.model.load_weights(weights)
-    agreement, more, glosses = measuring.equal, [], STARTS[start].data == "glosses"
-    if glosses:
+    agreement, more = measuring.equal, []
+    if STARTS[start].data == "glosses":
         agreement, frequent = measuring.overlap, frequent_words(work)
         more = [functools.partial(measuring.overlap, without=frequent)]
         more.append(lambda text, _: sum(word in frequent for word in text.split()))
-    points = measuring.frontier(player, run, TEMPERATURES, agreement, more)
+    points = measuring.frontier(player, run, TEMPERATURES, agreement, more, draw)
     greedy = run.respond(player, run.heldout, "greedy", run.seed(0, "evaluate"), 0.0)
     texts = [run.text(ids) for ids, _ in greedy]
     right = np.array([agreement(text, e.references) for text, e in zip(texts, run.heldout)], np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, frontier=points, greedy=right)
+    saved = {"frontier": points, "greedy": right}
+    if grid:
+        draws = [measuring.frontier(player, run, GRID, agreement, more, i) for i in range(grid)]
+        saved["dense"] = np.mean(draws, 0)
+    np.savez(path, **saved)
     names = (measuring.MEASURED + measuring.OF_TEXTS)[: points.shape[1]]
     means = {name: [float(point[k].mean()) for point in points] for k, name in enumerate(names)}
-    means |= {"greedy": float(right.mean()), "exponent": theory.exponent(player, samples)}
-    if glosses:  # for readers
-        means["frequent_real"] = float(np.mean([more[1](e.references[0], ()) for e in run.heldout]))
-        means["answers"] = [[e.prompt, e.references[0], text] for e, text in zip(run.heldout[:SHOWN], texts)]
-    return means
+    return means | {"greedy": float(right.mean())}
 
 
 @functools.cache
@@ -402,20 +411,12 @@ def frequent_words(work: Path) -> frozenset[str]:
     return frozenset(word for word, _ in Counter(w for line in lines for w in line["response"].split()).most_common(40))
 
 
-@functools.cache
-def yardstick(start: str, work: Path) -> tuple[Player, Run, Any]:
-    """A player to load weights into, a run with the held-out prompts of a start, and responses of the start."""
-    place, heldout = str(place_of(start, work)), STARTS[start].test
-    player, run = measuring.ruler(place, f"{work}/{heldout}.jsonl", TOKENS_OF[heldout])
-    return player, run, theory.samples_of_start(player, run, place)
-
-
 # ---------------------------------------------------------------- from runs to tables
 
 LEADS = ("sampled", "sampled_error", "greedy", "nll", "best_nll", "content")
 
 
-def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
+def summary(runs: dict[str, Row], work: Path, stored: list[Row]) -> list[Row]:
     """A row of each measured iterate of each case: its leads over both controls, with their standard errors.
 
     Leads are positive if the case is better. The standard error has two parts: over held-out examples, of the mean
@@ -436,17 +437,10 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: li
             rows = [run["iterates"][str(t)] for run in done]
             fields = ("regime", "start", "name", "script", "flags", "seeds", "prompts", "iterations")
             row: Row = {name: getattr(case, name) for name in fields} | {"iterate": t}
-            row |= {name: float(np.mean([r[name] for r in rows])) for name in ("greedy", "exponent")}
+            row["greedy"] = float(np.mean([r["greedy"] for r in rows]))
             names = [name for name in measuring.MEASURED + measuring.OF_TEXTS if name in rows[0]]
             row |= {name: float(np.mean([r[name][at_one] for r in rows])) for name in names}
-            row["points"] = {name: np.mean([r[name] for r in rows], 0).tolist() for name in names}
-            if "answers" in rows[0]:
-                row["answers"] = rows[0]["answers"]
             row["seconds"] = float(np.median([run["seconds"] for run in done]))
-            row |= expected(case, t)
-            entropies = starts[case.start]["entropy"]  # They rise with temperature.
-            if entropies[0] <= row["entropy"] <= entropies[-1]:
-                row["inverse temperature"] = 1 / float(np.interp(row["entropy"], entropies, TEMPERATURES))
             mine = [loaded(frontier_of(work, case.key, seed, t)) for seed in case.every_seed]
             row["over start"] = leads(mine, [loaded(frontier_of(work, "start", case.start))] * len(mine))
             if not case.is_control and (control := control_of(case, t, runs)):
@@ -455,15 +449,6 @@ def summary(starts: dict[str, Row], runs: dict[str, Row], work: Path, stored: li
                 row["over supervised"] = leads(mine, theirs)
             result.append(row)
     return result
-
-
-def expected(case: Case, t: int) -> Row:
-    """The exponent of the optimum of iterate t for SPIN from the data, if a response were one choice."""
-    flags = flags_of(SELF_PLAY, case.flags)
-    temperature, beta = float(flags["--temperature"]), float(flags["--beta"])
-    if case.start != "converged" or case.is_control or temperature == 1 or "--loss" in flags:
-        return {}
-    return {"optimum": theory.exponents(temperature, beta, t, flags.get("--reference") == "sampled")[-1]}
 
 
 def control_of(case: Case, t: int, runs: dict[str, Row]) -> Case | None:
@@ -483,7 +468,8 @@ def leads(mine: Sequence[Any], theirs: Sequence[Any]) -> dict[str, list[float]]:
     All seeds are compared at the same temperatures, those at which every seed's entropy is one that its control
     reaches. The degrees of freedom are those of Welch and Satterthwaite for a sum of two variances.
     """
-    shared = set.intersection(*(measuring.reached(a["frontier"], b["frontier"]) for a, b in zip(mine, theirs)))
+    pairs = [(a["frontier"], b.get("dense", b["frontier"])) for a, b in zip(mine, theirs)]
+    shared = set.intersection(*(measuring.reached(*pair) for pair in pairs))
     found = {}
     for metric in LEADS:
         values = [lead_of(a, b, metric, shared) for a, b in zip(mine, theirs)]
@@ -513,7 +499,7 @@ def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.
     if metric == "nll":
         at_one, k = TEMPERATURES.index(1.0), measuring.MEASURED.index("nll")
         return b[at_one, k] - a[at_one, k]
-    found = measuring.lead(a, b, metric, temperatures)
+    found = measuring.lead(a, control.get("dense", b), metric, temperatures)
     return -found if metric == "sampled_error" and found is not None else found
 
 
@@ -521,7 +507,10 @@ def lead_of(mine: Any, control: Any, metric: str, temperatures: set[int]) -> np.
 
 
 def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callable) -> None:
-    """Fills found["starts"], ["theory"], ["runs"] and ["summary"]. `do(function, jobs)` yields (job, result)."""
+    """Fills found["starts"], ["runs"] and ["summary"].
+
+    do(function, jobs) yields (job, function(job)) as processes end them, and saves after each.
+    """
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "test-long.jsonl").exists():
         write_data(size, work)
@@ -543,31 +532,21 @@ def play(wanted: Sequence[Case], found: dict, size: Size, work: Path, do: Callab
         for name, row in do(first, missing):
             found["starts"][name] = row | {"commit": found["commit"]}
             print(f"start {name}: greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
-    jobs = [name for name in needed if name not in found["theory"] and name in ("underfitted", "converged")]
-    for name, row in do(functools.partial(gradients, size=size, work=work), jobs):
-        found["theory"][name] = row
     jobs = {f"{case.key} | {seed}": (case, seed) for case in wanted for seed in case.every_seed}
     jobs = [job for key, job in jobs.items() if key not in found["runs"]]
     for (case, seed), row in do(functools.partial(run, size=size, work=work), jobs):
         found["runs"][f"{case.key} | {seed}"] = row | {"commit": found["commit"]}
         print(f"{case.key}, seed {seed}: {row['seconds']:.0f} s", flush=True)
-    found["summary"] = summary(found["starts"], found["runs"], work, found["summary"])
+    found["summary"] = summary(found["runs"], work, found["summary"])
 
 
 def toys() -> dict[str, list[Row]]:
-    """What theory.py enumerates."""
-    gradients = [
-        (start, t, theory.first_gradients(start, t))
-        for start in ("flatter", "sharper", "other", "data")
-        for t in (1, 0)
-    ]
+    """What theory.py enumerates; first gradients are those of the greedy opponent."""
+    starts = ("flatter", "sharper", "other", "data")
     return {
         "capacity": [dict(temperature=t, beta=b, nats=theory.limited_capacity(t, b, 6)) for t, b in CAPACITY],
         "sequences": [dict(temperature=1.5, beta=b, iterates=theory.sequence_game(1.5, b, 8)) for b in (1, 3)],
-        "first gradients": [
-            dict(start=start, temperature=t, cosine=values[0], supervised=values[1], spin=values[2])
-            for start, t, values in gradients
-        ],
+        "first gradients": [{"start": start} | theory.first_gradients(start, 0) for start in starts],
     }
 
 
@@ -580,13 +559,6 @@ def waiting(found: dict) -> dict[str, dict[str, list[str]]]:
     return missing
 
 
-def gradients(name: str, size: Size, work: Path) -> Row:
-    """The expected gradient of self-play at temperature 1, and of supervised training, at a start."""
-    player, run = measuring.ruler(str(place_of(name, work)), f"{work}/few.jsonl")
-    player.model.load_weights(place_of(name, work))
-    return theory.gradients(player, run, run.heldout)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     regimes, starts = (list(dict.fromkeys(getattr(case, name) for case in cases())) for name in ("regime", "start"))
@@ -594,21 +566,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
     parser.add_argument("--out", type=Path, default=STORED)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     if not args.write:
         machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
         about = {"machine": machine, "size": dataclasses.asdict(Size()), "temperatures": list(TEMPERATURES)}
-        found = found or about | {"starts": {}, "theory": {}, "runs": {}, "summary": []}
+        found = found or about | {"starts": {}, "runs": {}, "summary": []}
         found["commit"] = current_commit()  # of what is run now; each row has its own
         for name, value in about.items():
             if found[name] != value:
                 sys.exit(f"evidence.py: error: {args.out}: begun with {name} {found[name]}, now {value}; remove it")
         found["command"] = "python benchmarks/evidence.py"
         wanted = [case for case in cases() if case.regime in args.only or case.start in args.only]
-        with workers(args.jobs, args.minutes, lambda: save(args.out, found)) as do:
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+            def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
+                futures = {pool.submit(function, job): job for job in jobs}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+                    save(args.out, found)
+
             play(wanted, found, Size(), args.work, do)
         found |= toys()
     found["regimes"] = regimes
@@ -617,26 +595,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out == STORED or len(args.only) == len(regimes):
         evidence_report.write_all(found, ROOT)
     else:  # some regimes, measured anew: the documents keep what is stored
-        print("\n".join(evidence_report.regime(found, name, True) for name in regimes if name in args.only))
-
-
-@contextlib.contextmanager
-def workers(count: int, minutes: float, save: Callable) -> Iterator[Callable]:
-    """do(function, jobs) yields (job, result) as processes end them, and saves after each; see `play`."""
-    deadline = time.monotonic() + 60 * minutes
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def do(function: Callable, jobs: list) -> Iterator[tuple[Any, Row]]:
-            futures = {pool.submit(function, job): job for job in jobs}
-            for future in as_completed(futures):
-                if not future.cancelled():
-                    yield futures[future], future.result()
-                    save()
-                if time.monotonic() > deadline:
-                    for other in futures:
-                        other.cancel()
-
-        yield do
+        print("\n".join(evidence_report.regimes(found, [name], True) for name in regimes if name in args.only))
 
 
 def save(path: Path, found: dict) -> None:

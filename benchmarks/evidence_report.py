@@ -1,8 +1,8 @@
-"""Tables and figures of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
+"""Tables and figure of benchmarks/results/evidence.json, in the documents and beside it. No dependencies."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import NormalDist
@@ -20,6 +20,16 @@ SURE = 3.3  # standard errors: one of 60 settings that change nothing is beyond 
 MEASURE = {"glosses": ("sampled", "F1")}
 MEASURE |= dict.fromkeys(("glosses, other prompts", "glosses, again"), ("content", "content F1"))
 
+# Settings that say what their neighbours say, by words in start and label. The documents leave them out if they are
+# level with both controls; EVERY_COLUMN has them.
+LEFT_OUT = {
+    "temperature and beta": ("T 1.2", "T 1.5, beta 3"),
+    "few words": ("alpha", "lr 3e-5", "LoRA 16, lr 1e-4", "four iterations"),
+    "start": ("wide", "narrow: lr 1e-4"), "definitions": ("lr 3e-4",), "hot definitions": ("lr 3e-5",),
+    "pairs": ("625",), "adapters": ("LoRA 4",),
+    "methods": ("hinge", "SPACE", "SPIF", "IRIS", "NLL term", "alpha", "SPPO", "IPO", "fictitious", "four"),
+}  # fmt: skip
+
 
 def measure_of(start: str) -> tuple[str, str]:
     """(metric, its name) of a start's task, both in points if scaled by 100."""
@@ -36,32 +46,30 @@ def write_all(found: dict, root: Path) -> None:
         path.write_text(filled(path.read_text(), found))
     (root / FIGURE).write_text(settings(found))
     (root / EVERY_COLUMN).parent.mkdir(exist_ok=True)
-    special = [
-        f"## {name}\n\n{block_of(name, found)}" for name in ("starts", "gradients", "capacity", "exponents", "answers")
-    ]
-    texts = special + [f"## {name}\n\n{regime(found, name, True)}" for name in found["regimes"]]
+    texts = [f"## {name}\n\n{regimes(found, [name], True)}" for name in found["regimes"]]
     (root / EVERY_COLUMN).write_text("\n".join(texts))
 
 
 def filled(text: str, found: dict) -> str:
-    """A document with its blocks `<!-- evidence: NAME -->` ... `<!-- end -->` made from the results."""
+    """A document with its blocks `<!-- evidence: NAME -->` ... `<!-- end -->` made from the results.
 
-    pattern = re.compile(r"(<!-- evidence: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + block_of(match[2], found) + match[3], text)
-
-
-def block_of(name: str, found: dict) -> str:
-    """Raises: KeyError for a block that is not known."""
+    A name is one of `special`, or one or several regimes with " + " between them, which share a table.
+    """
     special = {
-        "about": about, "verdict": verdict, "starts": starts, "gradients": gradients, "exponents": exponents,
-        "sequences": sequences, "first gradients": first_gradients, "optimum": optimum, "answers": answers,
-        "capacity": capacity,
+        "about": about, "verdict": verdict, "starts": starts, "placebo": placebo,
+        "capacity": capacity, "sequences": sequences, "first gradients": first_gradients,
     }  # fmt: skip
-    if name in special:
-        return special[name](found)
-    if name not in found["regimes"]:
-        raise KeyError(name)
-    return regime(found, name)
+
+    def block(name: str) -> str:
+        return special[name](found) if name in special else regimes(found, name.split(" + "))
+
+    return with_blocks(text, "evidence", block)
+
+
+def with_blocks(text: str, kind: str, block: Callable[[str], str]) -> str:
+    """A document with block(NAME) between each of its markers `<!-- KIND: NAME -->` and `<!-- end -->`."""
+    pattern = re.compile(rf"(<!-- {kind}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + block(match[2]) + match[3], text)
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -73,14 +81,18 @@ def signed(value: Sequence[float] | None, scale: float, digits: int) -> str:
     return f"{scale * value[0]:+.{digits}f} ± {scale * value[1]:.{digits}f}" if value else ""
 
 
+# ---------------------------------------------------------------- verdicts
+
+
 def compared(row: Row) -> bool:
     """Whether a row shares entropies with both controls."""
     return all(measure_of(row["start"])[0] in row.get(over, {}) for over in OVER)
 
 
 def self_play(found: dict) -> list[Row]:
-    """The settings of self-play that can be judged; "demonstrations" compares other ways to learn with it."""
-    return [row for row in found["summary"] if compared(row) and row["regime"] != "demonstrations"]
+    """The last iterates of the settings that can be judged; "demonstrations" compares other ways to learn with it."""
+    rows = [row for row in found["summary"] if compared(row) and row["regime"] != "demonstrations"]
+    return [row for row in rows if row["iterate"] == row["iterations"]]
 
 
 def is_control(row: Row) -> bool:
@@ -92,9 +104,9 @@ def lead_of(row: Row, over: str) -> list[float]:
     return row[over][measure_of(row["start"])[0]]
 
 
-def sign(row: Row, over: str) -> int:
+def sign(lead: Sequence[float]) -> int:
     """1 or -1 if a lead is as unlikely by chance as one of more than SURE standard errors of a known size, else 0."""
-    found = normal_errors(*lead_of(row, over))
+    found = normal_errors(*lead)
     return (found > SURE) - (found < -SURE)
 
 
@@ -119,7 +131,9 @@ def normal_errors(lead: float, error: float, freedom: float) -> float:
 
 def judged(row: Row) -> str:
     """What the leads at equal entropy say about a row of self-play: over the start, over supervised training."""
-    start, supervised = ({1: "above", 0: "level", -1: "below"}[sign(row, over)] for over in OVER)
+    if is_control(row) or not compared(row):
+        return ""
+    start, supervised = ({1: "above", 0: "level", -1: "below"}[sign(lead_of(row, over))] for over in OVER)
     return start if start == supervised else f"{start}, {supervised}"
 
 
@@ -133,10 +147,10 @@ def about(found: dict) -> str:
 
 
 def verdict(found: dict) -> str:
-    rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
+    rows = self_play(found)
     wins = [row for row in rows if judged(row) == "above"]
-    ahead = [row for row in rows if sign(row, "over start") > 0]
-    below = [row for row in rows if sign(row, "over start") < 0 or sign(row, "over supervised") < 0]
+    ahead = [row for row in rows if judged(row).startswith("above")]
+    below = [row for row in rows if "below" in judged(row)]
     text = (
         f"Of {len(rows)} settings of self-play, each over two to five seeds, **{counted(wins)} better than both "
         f"controls at equal entropy** by more than {SURE} standard errors, {counted(ahead)} better than the start, and "
@@ -154,153 +168,125 @@ def counted(rows: Sequence[Row]) -> str:
     return "none is" if not rows else "one is" if len(rows) == 1 else f"{len(rows)} are"
 
 
-def starts(found: dict) -> str:
-    lines = [["start", "greedy", "sampled", "sampled error", "NLL", "entropy", "CPU s"]]
-    for name, row in found["starts"].items():
-        i = found["temperatures"].index(1.0)
-        cells = [f"{100 * value:.1f}%" for value in (row["greedy"], row["sampled"][i], row["sampled_error"][i])]
-        lines.append([name, *cells, f"{row['nll'][i]:.4f}", f"{row['entropy'][i]:.2f}", f"{row['seconds']:.0f}"])
-    return table(lines)
+# ---------------------------------------------------------------- tables
 
 
-def regime(found: dict, name: str, every_column: bool = False) -> str:
-    """Every case of a regime: its metrics at temperature 1, and its leads over both controls."""
-    rows = [row for row in found["summary"] if row["regime"] == name]
-    if not every_column and name != "iterations":
-        rows = [row for row in rows if row["iterate"] == row["iterations"]]
-        group = ("start", "prompts", "iterations")
-        chosen = [[row.get("control"), *(row[name] for name in group)] for row in found["summary"]]
-        rows = [r for r in rows if not is_control(r) or [r["name"], *(r[name] for name in group)] in chosen]
-    waiting = [f"{setting} ({', '.join(starts)})" for setting, starts in found["waiting"].get(name, {}).items()]
-    text = f"Not run yet: {'; '.join(waiting)}.\n" if waiting else ""
-    if not rows:
-        return text
-    metric, measure = measure_of(rows[0]["start"])
-    leads_shown, some = {metric: (100, 2), "best_nll": (1000, 1)}, {}  # points, thousandths of a nat
+def regimes(found: dict, names: Sequence[str], every_column: bool = False) -> str:
+    """The cases of regimes: their leads over both controls, bold if chance makes none as large."""
+    rows, notes = [row for row in found["summary"] if row["regime"] in names], []
+    metrics: dict[str, tuple[int, int]] = {}  # scale and digits; the lead "" is in what a case is judged by
+    leads = [(OVER[0], "", 100, 2), (OVER[0], "best_nll", 1000, 1), (OVER[1], "", 100, 2)]
     if every_column:
-        some = {"greedy": ("greedy", 100, 1), "sampled": ("sampled", 100, 1), "error": ("sampled_error", 100, 1)}
-        some |= {"NLL": ("nll", 1, 4), "entropy": ("entropy", 1, 2)}
-        leads_shown["greedy"] = (100, 2)
+        metrics = {"greedy": (100, 1), "sampled": (100, 1), "sampled_error": (100, 1), "nll": (1, 4), "entropy": (1, 2)}
+        metrics |= {"frequent": (1, 2), "seconds": (1, 0)}
+        leads += [(OVER[1], "best_nll", 1000, 1), *((over, "greedy", 100, 2) for over in OVER)]
+    else:
+        shown = [row for row in rows if row["iterate"] in (1, row["iterations"]) and is_chosen(found, row)]
+        rows = [row for row in shown if not left_out(found, row)]
+        if more := sum(not is_control(row) for row in shown) - sum(not is_control(row) for row in rows):
+            notes.append(f"{more} more are level with both controls (full tables).")
+        notes += [note for name in names if (note := waiting(found, name))]
     several_starts = len({row["start"] for row in rows}) > 1
-    words = {"best_nll": "NLL", metric: measure}
-    title = ["start"] * several_starts + ["setting", *some]
-    shown = [(over, lead) for over in OVER for lead in leads_shown]
-    if not every_column:
-        shown.remove(("over supervised", "best_nll"))
-    title += [f"{words.get(lead, lead)} {over}" for over, lead in shown]
-    lines = [[*title, *["CPU s"] * every_column, "verdict"]]
+    words = {"": " or ".join(dict.fromkeys(measure_of(row["start"])[1] for row in rows)), "best_nll": "NLL"}
+    title = ["start"] * several_starts + ["setting", *metrics]
+    for over, lead, _, _ in leads:
+        title.append(words.get(lead, lead) + (f" {over}" if over == OVER[1] or every_column else ""))
+    lines = [title + ["verdict"] * every_column]
     for row in rows:
-        cells = [row["start"]] * several_starts + [label_of(found, row)]
-        cells += [f"{scale * row[key]:.{digits}f}" for key, scale, digits in some.values()]
-        cells += [signed(row.get(over, {}).get(lead), *leads_shown[lead]) for over, lead in shown]
-        cells += [f"{row['seconds']:.0f}"] * every_column
-        lines.append([*cells, verdict_of(row)])
-    return table(lines) + ("\n" + text if text else "")
+        cells = [row["start"].removesuffix(", again")] * several_starts + [label_of(found, row)]
+        cells += [f"{scale * row[key]:.{digits}f}" if key in row else "" for key, (scale, digits) in metrics.items()]
+        for over, lead, scale, digits in leads:
+            cells.append(bold(row.get(over, {}).get(lead or measure_of(row["start"])[0]), scale, digits))
+        lines.append(cells + [judged(row)] * every_column)
+    return "\n".join([table(lines)] * bool(rows) + [" ".join(notes) + "\n"] * bool(notes))
 
 
-def verdict_of(row: Row) -> str:
+def bold(lead: Sequence[float] | None, scale: float, digits: int) -> str:
+    text = signed(lead, scale, digits)
+    return f"**{text}**" if lead and sign(lead) else text
+
+
+def left_out(found: dict, row: Row) -> bool:
+    """Whether the documents leave a row out: see LEFT_OUT. Supervised training that changes nothing has no row."""
+    said = any(word in f"{row['start']}: {label_of(found, row)}" for word in LEFT_OUT.get(row["regime"], ()))
     if is_control(row):
-        return ""
-    if compared(row):
-        return judged(row)
-    return "no common entropy" if "control" in row else "supervised: not run yet"
+        return said or not any(sign(row["over start"][name]) for name in ("best_nll", measure_of(row["start"])[0]))
+    return said and judged(row) == "level"
 
 
-def several(found: dict, row: Row) -> bool:
-    """Whether several iterates of one run are shown."""
-    same = ("regime", "start", "name", "prompts", "iterations")
-    return len([r for r in found["summary"] if all(r[k] == row[k] for k in same)]) > 1
+def is_chosen(found: dict, row: Row) -> bool:
+    """Whether a row is one of self-play, or the control of one."""
+    same = [other for other in found["summary"] if all(other[k] == row[k] for k in ("start", "prompts", "iterations"))]
+    return not is_control(row) or row["name"] in [other.get("control") for other in same]
+
+
+def waiting(found: dict, name: str) -> str:
+    """The cases of a regime that lack a run."""
+    settings: dict[tuple, list[str]] = {}
+    for setting, missing in found["waiting"].get(name, {}).items():
+        settings.setdefault(tuple(missing), []).append(setting)
+    text = "; ".join(f"{' and '.join(names)} from *{'*, *'.join(missing)}*" for missing, names in settings.items())
+    return text and f"Not run yet: {text}."
 
 
 def label_of(found: dict, row: Row) -> str:
     """A setting's name, with what tells it from others of the same name in its regime."""
     others = [r for r in found["summary"] if all(r[k] == row[k] for k in ("regime", "start", "name"))]
-    text = row["name"] + (f", iterate {row['iterate']}" if several(found, row) else "")
-    for key in ("prompts", "iterations"):
-        if any(r[key] != row[key] for r in others):
-            text += f", {row[key]:,} {key}"
+    text = row["name"].removeprefix("SPIN, ")
+    for key in ("iterate", "prompts", "iterations"):
+        if len({r[key] for r in others if key != "iterate" or r["iterations"] == row["iterations"]}) > 1:
+            text += f", iterate {row[key]}" if key == "iterate" else f", {key} {row[key]:,}"
     return text
 
 
-def gradients(found: dict) -> str:
-    title = ["start", "supervised norm²", "self-play norm², times 4", "of the generated responses alone"]
-    lines = [[*title, "greedy opponent, times 4", "its cosine", "noise of an example", "noise of a pair, times 4"]]
-    for name, row in found["theory"].items():
-        cells = [signed(row[key], scale, 4) for key, scale in (("real", 1), ("spin", 4), ("generated", 1))]
-        cells += [signed(row.get("greedy"), 4, 2), ""]
-        if "greedy" in row and row["real"][0] > 0:
-            cells[-1] = f"{row['real and greedy'][0] / (row['real'][0] * row['greedy'][0]) ** 0.5:+.2f}"
-        lines.append([name, *cells, f"{row['noise_real']:.1f}", f"{4 * row['noise_spin']:.1f}"])
-    return table(lines)
+def formatted(rows: Sequence[Row], columns: dict[str, str]) -> str:
+    """A table with a line for each row; `columns` has a format string by title."""
+    return table([list(columns), *([text.format(**row) for text in columns.values()] for row in rows)])
 
 
-def exponents(found: dict) -> str:
-    """Last iterates of one temperature and beta other than temperature 1, from the converged start."""
-    lines = [["setting", "iterate", "one choice", "measured", "1 / T of the start at equal entropy"]]
+def starts(found: dict) -> str:
+    """Those that are measured several times have one line."""
+    rows = [row | {"name": name} for name, row in found["starts"].items()]
+    rows = [row for row in rows if row["name"] not in ("shipped", "eight words") and "," not in row["name"]]
+    columns = {"start": "{name}", "greedy": "{greedy:.1%}", "sampled error": "{sampled_error[I]:.1%}"}
+    columns |= {"NLL": "{nll[I]:.4f}", "entropy": "{entropy[I]:.2f}", "CPU s": "{seconds:.0f}"}
+    at_one = str(found["temperatures"].index(1.0))
+    return formatted(rows, {title: text.replace("[I]", f"[{at_one}]") for title, text in columns.items()})
+
+
+def placebo(found: dict) -> str:
+    """How far a start lies above itself, sampled again, by what its frontier is made of."""
+    lines = [["frontier of the start", "F1", "content F1"]]
     for row in found["summary"]:
-        if "optimum" in row and row["iterate"] == row["iterations"]:
-            cells = [row["name"], str(row["iterate"]), f"{row['optimum']:.3f}"]
-            inverse = row.get("inverse temperature")
-            lines.append([*cells, f"{row['exponent']:.3f}", f"{inverse:.3f}" if inverse else ""])
-    return table(lines)
-
-
-def sequences(found: dict) -> str:
-    names = {"by token": 1, "by response": 1, "slope": 0, "slope at equal length": 0, "nats per token": 0}
-    title = ["T", "beta", "iterate", "KL from the data tempered by token", "by response", "slope"]
-    lines = [[*title, "slope at equal length", "nats per further token"]]
-    for game in found["sequences"]:
-        for t, row in enumerate(game["iterates"]):
-            if t in (0, 1, len(game["iterates"]) - 1):
-                cells = [
-                    f"{row[name]:.2g}" if small else f"{abs(row[name]) * (1 if row[name] > -0.0005 else -1):.3f}"
-                    for name, small in names.items()
-                ]
-                lines.append([str(game["temperature"]), str(game["beta"]), str(t), *cells])
-    return table(lines)
-
-
-def first_gradients(found: dict) -> str:
-    sampled, greedy = ([row for row in found["first gradients"] if row["temperature"] == t] for t in (1, 0))
-    title = ["start", "supervised norm", "cosine, sampled", "norm, sampled", "cosine, greedy", "norm, greedy"]
-    lines = [title]
-    for one, zero in zip(sampled, greedy):
-        cells = [one["start"], f"{one['supervised']:.3f}"]
-        for row in (one, zero):  # the data has no supervised gradient, so no cosine
-            cells += ["" if row["start"] == "data" else f"{row['cosine']:+.2f}", f"{row['spin']:.3f}"]
-        lines.append(cells)
-    return table(lines)
-
-
-def optimum(found: dict) -> str:
-    """Starts whose optimum against a hot opponent was computed on their own responses."""
-    lines = [["start", "slope", "slope at equal length", "nats per further token"]]
-    for name, row in found["starts"].items():
-        if "optimum" in row:
-            lines.append([name, *(f"{value:.3f}" for value in row["optimum"].values())])
-    return table(lines) if len(lines) > 1 else "Not run yet.\n"
+        if row["regime"] == "placebo":
+            leads = [bold(row["over start"].get(metric), 100, 2) for metric in ("sampled", "content")]
+            draws = "four draws at nine temperatures" if "four" in row["start"] else "one draw at five temperatures"
+            lines.append([draws, *leads])
+    return table(lines) if len(lines) > 1 else "Not run yet: `--only placebo`.\n"
 
 
 def capacity(found: dict) -> str:
-    count = len(found["capacity"][0]["nats"])
-    lines = [["temperature", "beta", "start", *(f"iterate {t}" for t in range(1, count))]]
-    for row in found["capacity"]:
-        lines.append([str(row["temperature"]), str(row["beta"]), *(f"{value:.2g}" for value in row["nats"])])
-    return table(lines)
+    columns = {"temperature": "{temperature}", "beta": "{beta}", "start": "{nats[0]:.2g}"}
+    return formatted(found["capacity"], columns | {f"iterate {t}": f"{{nats[{t}]:.2g}}" for t in (1, 2, 6)})
 
 
-def answers(found: dict) -> str:
-    """Greedy responses of the start, the control and self-play, of seed 0, to the same held-out prompts."""
-    rows = [row for row in self_play(found) if "answers" in row]
-    if not rows:
-        return "Not run yet.\n"
-    best = max(rows, key=lambda row: lead_of(row, "over start")[0])
-    control = next(row for row in found["summary"] if row["name"] == best["control"] and row["start"] == best["start"])
-    models = [("the start", found["starts"][best["start"]]), (control["name"], control), (best["name"], best)]
-    lines = [["prompt", "written by a person", *(name for name, _ in models)]]
-    for i, (prompt, reference, _) in enumerate(best["answers"]):
-        lines.append([prompt, reference, *(row["answers"][i][2] for _, row in models)])
-    return table([[cell.replace("|", "/") for cell in line] for line in lines])
+def sequences(found: dict) -> str:
+    """The first and the last iterate at beta 1, and the last of a larger beta."""
+    games = [(game, range(1, len(game["iterates"]))) for game in found["sequences"]]
+    rows = [game | game["iterates"][t] | {"t": t} for game, ts in games for t in (ts[0], ts[-1])]
+    columns = {"beta": "{beta}", "iterate": "{t}", "KL from the data tempered by token": "{by token:.2g}"}
+    columns |= {"by response": "{by response:.2g}", "slope": "{slope:.2f}"}
+    columns |= {"slope at equal length": "{slope at equal length:.2f}"}
+    columns |= {"nats per further token": "{nats per token:.2f}"}
+    return formatted([row for row in rows if row["beta"] == 1 or row["t"] > 1], columns)
+
+
+def first_gradients(found: dict) -> str:
+    """Of the greedy opponent. With samples the gradient is that of supervised training, which is 0 at the data."""
+    rows = found["first gradients"]
+    rows = [row | {"direction": "" if row["start"] == "data" else f"{row['cosine']:+.2f}"} for row in rows]
+    columns = {"start": "{start}", "supervised norm": "{supervised:.3f}", "norm, greedy": "{spin:.3f}"}
+    return formatted(rows, columns | {"cosine": "{direction}"})
 
 
 # ---------------------------------------------------------------- the figure
@@ -309,49 +295,65 @@ COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#4
 STYLE = "text{font:12px sans-serif;fill:#333}.axis{stroke:#999}.small{font-size:10px}.bold{font-weight:bold}"
 
 
-def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
+def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "small") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+
+
+class Plot:
+    """A square of marks, with `ends` of both axes, and a legend to its right."""
+
+    def __init__(self, *ends: tuple[float, float]) -> None:
+        self.ends, self.marks, self.legend = ends, "", ""
+
+    def x(self, value: float) -> float:
+        return self._scaled(value, *self.ends[0])
+
+    def y(self, value: float) -> float:
+        return 490 - self._scaled(value, *self.ends[1])
+
+    def _scaled(self, value: float, low: float, high: float) -> float:
+        return 60 + 380 * (value - low) / (high - low)
+
+    def mark(self, x: float, y: float, colour: str, title: str) -> None:
+        place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4"'
+        self.marks += f'<circle {place} fill="{colour}" fill-opacity="0.75"><title>{escape(title)}</title></circle>'
+
+    def explain(self, colour: str, text: str) -> None:
+        y = 66 + 20 * self.legend.count("<circle")
+        self.legend += f'<circle cx="470" cy="{y}" r="4" fill="{colour}"/>' + label(480, y + 4, text)
+
+    def svg(self, title: str, across: str, upwards: str, ticks: Sequence[Sequence[float]], style: str) -> str:
+        """`ticks`: values along both axes. `style`: how they are written."""
+        body = label(20, 22, title, kind="bold") + '<path class="axis" fill="none" d="M60 50V430H440"/>'
+        for value in ticks[0]:
+            body += f'<path class="axis" d="M{self.x(value):.1f} 430v4"/>'
+            body += label(self.x(value), 446, format(value, style), "middle")
+        for value in ticks[1]:
+            body += f'<path class="axis" d="M56 {self.y(value):.1f}h4"/>'
+            body += label(52, self.y(value) + 4, format(value, style), "end")
+        upwards = label(16, 240, f"{upwards} \u2192", "middle")
+        body += label(250, 464, f"{across} \u2192", "middle") + f'<g transform="rotate(-90 16 240)">{upwards}</g>'
+        size = 'width="680" height="480" viewBox="0 0 680 480"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
+        return f'{head}<rect width="100%" height="100%" fill="white"/>{body}{self.marks}{self.legend}</svg>\n'
 
 
 def settings(found: dict) -> str:
     """A mark for every setting of self-play: its leads over both controls at equal entropy, in standard errors."""
-    rows = [row for row in self_play(found) if row["iterate"] == row["iterations"]]
-    most = 8.0  # marks beyond lie on the edge
-
-    def at(row: Row, over: str) -> float:
-        return normal_errors(*lead_of(row, over))
-
-    def x(value: float) -> float:
-        return 60 + 380 * (value + most) / (2 * most)
-
-    def y(value: float) -> float:
-        return 430 - 380 * (value + most) / (2 * most)
-
+    most, ticks = 8.0, (-6, -3, 0, 3, 6)  # marks beyond lie on the edge
+    plot = Plot((-most, most), (-most, most))
+    x, y, edge, side = plot.x, plot.y, plot.x(most) - plot.x(SURE), plot.x(SURE) - plot.x(-SURE)
+    plot.marks += f'<rect x="{x(SURE):.1f}" y="{y(most):.1f}" width="{edge:.1f}" height="{edge:.1f}" fill="#dcefdc"/>'
+    plot.marks += label(x((SURE + most) / 2), 66, "self-play wins", "middle")
+    plot.marks += f'<rect x="{x(-SURE):.1f}" y="{y(SURE):.1f}" width="{side:.1f}" height="{side:.1f}" fill="#eee"/>'
+    plot.marks += label(x(0), y(SURE) + 14, "level, within the noise", "middle")
+    of_start: dict[str, list[Row]] = {}
+    for row in self_play(found):
+        of_start.setdefault(row["start"].removesuffix(", again"), []).append(row)
+    for colour, (name, rows) in zip(COLOURS, of_start.items(), strict=False):
+        for row in rows:
+            plot.mark(*(normal_errors(*lead_of(row, over)) for over in OVER), colour, f"{name}: {row['name']}")
+        plot.explain(colour, f"{name} ({len(rows)})")
+    plot.legend += label(460, 430, "Marks on the edge lie beyond it.")
     title = "Every setting of self-play beside both controls, at equal entropy, in standard errors"
-    edge, side = x(most) - x(SURE), x(SURE) - x(-SURE)
-    body = label(20, 22, title, kind="bold")
-    body += f'<rect x="{x(SURE):.1f}" y="50" width="{edge:.1f}" height="{edge:.1f}" fill="#dcefdc"/>'
-    body += label(x((SURE + most) / 2), 66, "self-play wins", "middle", "small")
-    body += f'<rect x="{x(-SURE):.1f}" y="{y(SURE):.1f}" width="{side:.1f}" height="{side:.1f}" fill="#eee"/>'
-    body += label(x(0), y(SURE) + 14, "level, within the noise", "middle", "small")
-    for value in (-6, -3, 0, 3, 6):
-        body += f'<line class="axis" x1="{x(value):.1f}" y1="430" x2="{x(value):.1f}" y2="434"/>'
-        body += f'<line class="axis" x1="56" y1="{y(value):.1f}" x2="60" y2="{y(value):.1f}"/>'
-        body += label(x(value), 446, f"{value:g}", "middle", "small")
-        body += label(52, y(value) + 4, f"{value:g}", "end", "small")
-    body += '<path class="axis" fill="none" d="M60 50V430H440"/>'
-    body += label(460, 430, "Marks on the edge lie beyond it.", kind="small")
-    body += label(250, 464, "better than the start \u2192", "middle", "small")
-    upwards = label(24, 240, "better than supervised training \u2192", "middle", "small")
-    body += f'<g transform="rotate(-90 24 240)">{upwards}</g>'
-    for i, name in enumerate(dict.fromkeys(row["start"] for row in rows)):
-        colour, mine = COLOURS[i % len(COLOURS)], [row for row in rows if row["start"] == name]
-        for row in mine:
-            place = f'cx="{x(at(row, OVER[0])):.1f}" cy="{y(at(row, OVER[1])):.1f}" r="4"'
-            title = f"<title>{escape(name)}: {escape(row['name'])}</title>"
-            body += f'<circle {place} fill="{colour}" fill-opacity="0.75">{title}</circle>'
-        body += f'<circle cx="470" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
-        body += label(480, 70 + 20 * i, f"{name} ({len(mine)})", kind="small")
-    size = 'width="660" height="480" viewBox="0 0 660 480"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
-    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
+    return plot.svg(title, "better than the start", "better than supervised training", (ticks, ticks), "g")

@@ -141,16 +141,6 @@ def theirs(
     return run
 
 
-def peers(notes: dict[str, str], model: LanguageModel, *rest: object) -> dict[str, Callable]:
-    with optional(notes, "transformers"):
-        other = in_transformers(model)
-        return {
-            "transformers, default cache": theirs(other, *rest),
-            "transformers, static cache": theirs(other, *rest, cache_implementation="static"),
-        }
-    return {}
-
-
 def case(estimate: float, *size: Any) -> Case:
     shape, dtype, _, count, batch, M, ragged, _ = size
     kind = "lengths of GSM8K's responses" if ragged else "no early end"
@@ -165,16 +155,25 @@ def build(
     config = config_of(shape)
     model = random_model(config, dtype, device)
     prompts, lengths = gsm8k_like(count, M)
-    lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
     written = sum(lengths) if ragged else count * M
-    notes: dict[str, str] = {}
-    ways = ours(partial(respond, model, prompts, lengths, batch, M, eos), device)
-    if not alone:
-        ways |= peers(notes, model, prompts, lengths, batch, M, eos, device)
+    lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
+    ways = ways_of(written, alone, device, model, prompts, lengths, batch, M, eos)
     if device.type == "cuda":
-        ways["floor: weights and cache once a step"] = floor(model, prompts, written, batch)
-    rates = dict.fromkeys(ways, (written, "tokens"))
-    return Ways(ways, notes, rates, rounds=3 if device.type == "cpu" else 1)
+        ways.calls["floor: weights and cache once a step"] = floor(model, prompts, written, batch)
+        ways.rates |= dict.fromkeys(ways.calls, (written, "tokens"))
+    ways.rounds = 3 if device.type == "cpu" else 1
+    return ways
+
+
+def ways_of(written: int, alone: bool, device: torch.device, model: LanguageModel, *rest: Any) -> Ways:
+    """Ours and, unless `alone`, the peers; each writes so many tokens. `rest` as in `respond`."""
+    calls, notes = ours(partial(respond, model, *rest), device), {}
+    if not alone:
+        with optional(notes, "transformers"):
+            other = in_transformers(model)
+            calls["transformers, default cache"] = theirs(other, *rest, device)
+            calls["transformers, static cache"] = theirs(other, *rest, device, cache_implementation="static")
+    return Ways(calls, notes, dict.fromkeys(calls, (written, "tokens")))
 
 
 def floor(model: LanguageModel, prompts: list, written: int, batch: int) -> Callable:
@@ -196,9 +195,7 @@ def floor(model: LanguageModel, prompts: list, written: int, batch: int) -> Call
 
 def backends(estimate: float, shape: str, device: torch.device, count: int, M: int, *names: str) -> Case:
     """Which kernel of attention is fastest for one query per row, and which gives the same responses each time."""
-    name = (
-        f"generation: attention by {', '.join(names).lower()}; {shape} shape, bfloat16, {count} prompts, {M} new tokens"
-    )
+    name = f"generation: kernels of attention, {shape} shape, bfloat16, {count} prompts, {M} new tokens"
     return Case(name, partial(backend_ways, shape, device, count, M, names), estimate=estimate, extra=True)
 
 
@@ -235,12 +232,8 @@ def build_default_model(count: int, batch: int) -> Ways:
     examples = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[:count]
     encode(examples, tokenizer, Template(DEFAULT_TEMPLATE.replace(r"\n", "\n"), tokenizer), model.config.eos_token_id)
     prompts = [example.prompt_ids for example in examples]
-    eos, device = model.config.eos_token_id, torch.device("cpu")
-    notes: dict[str, str] = {}
-    ways = ours(partial(respond, model, prompts, None, batch, 32, eos), device)
-    written = ways["ours"]()
-    ways |= peers(notes, model, prompts, None, batch, 32, eos, device)
-    return Ways(ways, notes, dict.fromkeys(ways, (written, "tokens")))
+    rest = prompts, None, batch, 32, model.config.eos_token_id
+    return ways_of(respond(model, *rest), False, torch.device("cpu"), model, *rest)
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:

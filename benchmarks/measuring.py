@@ -98,9 +98,10 @@ def overlap(text: str, references: Sequence[str], without: Collection[str] = ())
 
 
 def frontier(
-    player: Player, run: Work, temperatures: Sequence[float], agreement: Callable = equal, more: Sequence[Callable] = ()
-) -> Frontier:
-    """A player's held-out metrics at every sampling temperature, with the same random numbers for all players.
+    player: Player, run: Work, temperatures: Sequence[float], agreement: Callable = equal,
+    more: Sequence[Callable] = (), draw: int = 0,
+) -> Frontier:  # fmt: skip
+    """A player's held-out metrics at every sampling temperature, with the same random numbers for the same `draw`.
 
     `agreement(text, references)` is what "sampled" is the mean of: whether they are equal, or `overlap`. Those of
     `more` follow behind the metrics of MEASURED.
@@ -110,7 +111,7 @@ def frontier(
     """
     points = []
     for temperature in temperatures:
-        responses = run.respond(player, run.heldout, "frontier", run.seed(0, "evaluate"), temperature)
+        responses = run.respond(player, run.heldout, "frontier", run.seed(draw, "evaluate"), temperature)
         items = [(e.prompt_ids, e.real_ids, ids) for e, (ids, _) in zip(run.heldout, responses)]
         logps = np.array(run.logps(player, items, "frontier-logps", temperature))  # (n, 2): real, sampled
         texts = [run.text(ids) for ids, _ in responses]

@@ -1,11 +1,11 @@
 """Tables and figure of benchmarks/results/smollm2-<size>.json, in the documents and beside it. No dependencies."""
 
-import re
-from html import escape
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_report import COLOURS, STYLE, label, signed, table
+from evidence_report import COLOURS, Plot, table, with_blocks
 
 Row = dict[str, Any]
 
@@ -15,65 +15,79 @@ ARMS = {
     "D": "supervised, fresh definitions", "R": "other words' definitions", "F": "DFT",
 }  # fmt: skip
 COLUMNS = {  # measure -> (title, scale, digits)
-    "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best temperature", 1, 3), "summed": ("choice, points", 100, 1),
+    "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best T", 1, 3), "summed": ("choice, points", 100, 1),
     "per_token": ("choice per token", 100, 1), "content": ("content F1", 100, 1),
-    "content at equal entropy": ("at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
+    "content at equal entropy": ("F1 at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
     "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
 }  # fmt: skip
+IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length")
+READ = ("A", "B", "C", "R")  # arms whose definitions stand beside the start's
+LONGEST = 30  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 
 
 def write_all(found: Row, root: Path, size: str) -> None:
-    """Writes the tables into the documents, and the figure."""
+    """Writes the tables into the documents, the figure, and the table of every column."""
     for name in DOCUMENTS:
         (root / name).write_text(filled((root / name).read_text(), found, size))
     if found["summary"]:
         (root / f"benchmarks/results/smollm2-{size}.svg").write_text(figure(found))
+        (root / "runs").mkdir(exist_ok=True)
+        (root / f"runs/smollm2-{size}-tables.md").write_text(changes(found, tuple(COLUMNS)))
 
 
 def filled(text: str, found: Row, size: str) -> str:
     """A document with its blocks `<!-- smollm2 SIZE: NAME -->` ... `<!-- end -->` made from the results."""
     blocks = {"about": about, "table": changes, "verdict": verdict, "answers": answers}
-    pattern = re.compile(rf"(<!-- smollm2 {size}: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + blocks[match[2]](found) + match[3], text)
+    return with_blocks(text, f"smollm2 {size}", lambda name: blocks[name](found))
 
 
 def about(found: Row) -> str:
     size, lengths = found["size"], {name: f"{share:.0%}" for name, share in found["lengths"].items()}
     whole = [row["seconds"] for row in found["trials"].values() if row["iterate"] == size["iterations"]]
-    minutes = sum(whole) / 60
     return (
-        f"{len(found['summary'])} iterates, {minutes:.0f} minutes of training; trials that were not run: "
-        f"{len(found['left'])}. {size['train']:,} definitions to train on, NLL of {size['test']:,} words, choice of "
-        f"{size['choice']:,}, {size['written']} written definitions; {found['machine']}, commit {found['commit']}. The "
-        f"true definition is the longest of its four in {lengths['longest']} of the cases and the shortest in "
-        f"{lengths['shortest']}, ties included.\n"
+        f"{len(found['summary'])} iterates, {sum(whole) / 60:.0f} minutes of training, {len(found['left'])} trials not "
+        f"run; {size['train']:,} definitions to train on, {size['test']:,} for the NLL, {size['choice']:,} choices "
+        f"(the true one is the longest in {lengths['longest']}, the shortest in {lengths['shortest']}, with ties), "
+        f"{size['written']} to write; {found['machine']}, commit {found['commit']}.\n"
     )
 
 
-def changes(found: Row) -> str:
-    """Every trial, minus the start."""
-    rows = [["minus the start", *(title for title, _, _ in COLUMNS.values())]]
-    several = found["size"]["iterations"] > 1
-    for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["seed"], row["iterate"])):
-        name = f"{row['arm']} {ARMS[row['arm']]}, {row['rate'].replace('--', '')}"
-        name += f", iterate {row['iterate']}" if several else ""
-        name += f", seed {row['seed']}" if found["size"]["seeds"] > 1 else ""
-        rows.append([name, *(signed(row[m], scale, digits) for m, (_, scale, digits) in COLUMNS.items())])
+def of_seeds(leads: Sequence[Sequence[float] | None], scale: float, digits: int) -> str:
+    """The lead of every seed, with the largest of their standard errors."""
+    known = [lead for lead in leads if lead]
+    if not known:
+        return ""
+    values = ", ".join(f"{scale * value:+.{digits}f}" for value, _ in known)
+    return f"{values} ± {scale * max(error for _, error in known):.{digits}f}"
+
+
+def changes(found: Row, measures: Sequence[str] = IN_DOCUMENTS) -> str:
+    """Every trial, minus the start; trials that differ in the seed share a line."""
+    rows = [["minus the start", *(COLUMNS[measure][0] for measure in measures)]]
+    trials: dict[tuple, list[Row]] = {}
+    for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["iterate"], row["seed"])):
+        trials.setdefault((row["arm"], row["rate"], row["iterate"]), []).append(row)
+    for (arm, rate, iterate), some in trials.items():
+        name = f"{arm}, {rate.replace('--', '')}"
+        name += f", iterate {iterate}" if found["size"]["iterations"] > 1 else ""
+        rows.append([name, *(of_seeds([row[m] for row in some], *COLUMNS[m][1:]) for m in measures)])
     return table(rows)
 
 
 def verdict(found: Row) -> str:
-    """What the rules say about each question, for the rates and iterates that the tuning words chose."""
-    rows = [["question", "arm", "over the start", "over A", "over R", "by the rules"]]
-    for row in (row for row in found["contrasts"] if row["arm"] not in "AR"):  # These are controls.
-        _, scale, digits = COLUMNS[row["measure"]]
-        leads = [row["over"][name] for name in ("start", "A", "R")]
-        cells = [" and ".join(signed(lead, scale, digits) for lead in of_seeds) for of_seeds in leads]
-        name = f"{row['arm']}, {row['rate'].replace('--', '')}, iterate {row['iterate']}"
-        rows.append([COLUMNS[row["measure"]][0], name, *cells, ruling(row, found["size"]["seeds"])])
-    return table(rows)
+    """Leads of the rates and iterates that the tuning words chose, positive if better, and what the rules say."""
+    questions = list(dict.fromkeys(row["measure"] for row in found["contrasts"]))
+    rows = [["", *(COLUMNS[measure][0] for measure in questions)]]
+    for arm, control in (("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")):
+        of_arm = {row["measure"]: row["over"][control] for row in found["contrasts"] if row["arm"] == arm}
+        rows.append([f"{arm} over {control}", *(of_seeds(of_arm.get(m, []), *COLUMNS[m][1:]) for m in questions)])
+    rulings = {row["arm"] + row["measure"]: ruling(row, found["size"]["seeds"]) for row in found["contrasts"]}
+    lines = [
+        f"{COLUMNS[key[1:]][0]}, {key[0]}: {text}." for key, text in rulings.items() if text and key[0] in "BC"
+    ] or ["SPIN is supported in no question."]
+    return table(rows) + f"\nBy the rules {rulings.get('Dnll') or 'D is missing'}. {' '.join(lines)}\n"
 
 
 def ruling(row: Row, seeds: int) -> str:
@@ -94,55 +108,39 @@ def ruling(row: Row, seeds: int) -> str:
 
 
 def answers(found: Row) -> str:
-    """Twelve greedy definitions of the start and of one trial of every arm."""
+    """The beginnings of twelve greedy definitions of the start and of the first trial of each arm of READ."""
     trials = {row["arm"]: row for row in reversed(found["trials"].values())}
-    models = {"the start": found["models"]["start"]} | {ARMS[arm]: row for arm, row in sorted(trials.items())}
+    models = {"start": found["models"]["start"]} | {arm: trials[arm] for arm in READ if arm in trials}
     lines = zip(*(model["texts"][:12] for model in models.values()))
-    return table([list(models), *([text.replace("|", "/").replace("\n", " ") for text in line] for line in lines)])
+    return table([list(models), *([shortened(text.replace("|", "/")) for text in line] for line in lines)])
+
+
+def shortened(text: str) -> str:
+    return textwrap.shorten(text, LONGEST, placeholder=" ...")
 
 
 def figure(found: Row) -> str:
     """Every trial: the change of the NLL at the best temperature, to the right, and of the choice, upwards."""
     points = {row["key"]: (row["best_nll"], [100 * value for value in row["summed"]]) for row in found["summary"]}
     ends = [[0.0, *(v - e for v, e in some), *(v + e for v, e in some)] for some in zip(*points.values())]
-    (left, right), (low, high) = ((min(some), max(*some, 1e-9)) for some in ends)
-
-    def x(value: float) -> float:
-        return 70 + 400 * (value - left) / (right - left)
-
-    def y(value: float) -> float:
-        return 390 - 330 * (value - low) / (high - low)
-
-    body = label(20, 22, "SmolLM2-135M after further training, against its start", kind="bold")
-    body += f'<path class="axis" fill="none" d="M{x(0):.1f} 50V400M60 {y(0):.1f}H480"/>'
-    for value, place in ((left, 70), (right, 470)):
-        body += label(place, 416, f"{value:+.2f}", "middle", "small")
-    for value, place in ((low, 394), (high, 64)):
-        body += label(58, place, f"{value:+.1f}", "end", "small")
-    body += label(270, 434, "NLL at the best temperature, nats per token: worse \u2192", "middle", "small")
-    upwards = label(22, 230, "choice of the true definition, points: better \u2192", "middle", "small")
-    body += f'<g transform="rotate(-90 22 230)">{upwards}</g>'
-    for i, arm in enumerate(sorted({row["arm"] for row in found["summary"]})):
-        colour, rows = COLOURS[i], [row for row in found["summary"] if row["arm"] == arm]
-        rows.sort(key=lambda row: (row["seed"], row["iterate"], row["rate"].partition("--beta")[2], rate_of(row)))
+    ticks = [(min(some), max(*some, 1e-9)) for some in ends]
+    plot = Plot(*ticks)
+    plot.marks = f'<path class="axis" fill="none" d="M{plot.x(0):.1f} 50V430M60 {plot.y(0):.1f}H440"/>'
+    for colour, arm in zip(COLOURS, sorted({row["arm"] for row in found["summary"]}), strict=False):
+        rows = [row for row in found["summary"] if row["arm"] == arm]
+        rows.sort(key=lambda row: float(row["rate"].split()[1]))
         lines: dict[tuple, list[str]] = {}
         for row in rows:
-            (nll, nll_error), (points_won, error) = points[row["key"]]
+            (nll, nll_error), (won, error) = points[row["key"]]
             line = row["seed"], row["iterate"], row["rate"].partition("--beta")[2]
-            lines.setdefault(line, []).append(f"{x(nll):.1f} {y(points_won):.1f}")
-            bars = f"M{x(nll - nll_error):.1f} {y(points_won):.1f}H{x(nll + nll_error):.1f}"
-            bars += f"M{x(nll):.1f} {y(points_won - error):.1f}V{y(points_won + error):.1f}"
-            body += f'<path d="{bars}" stroke="{colour}" stroke-opacity="0.5"/>'
-            title = f"<title>{escape(row['key'])}</title>"
-            body += f'<circle cx="{x(nll):.1f}" cy="{y(points_won):.1f}" r="4" fill="{colour}">{title}</circle>'
+            lines.setdefault(line, []).append(f"{plot.x(nll):.1f} {plot.y(won):.1f}")
+            bars = f"M{plot.x(nll - nll_error):.1f} {plot.y(won):.1f}H{plot.x(nll + nll_error):.1f}"
+            bars += f"M{plot.x(nll):.1f} {plot.y(won - error):.1f}V{plot.y(won + error):.1f}"
+            plot.marks += f'<path d="{bars}" stroke="{colour}" stroke-opacity="0.5"/>'
+            plot.mark(nll, won, colour, row["key"])
         for line in lines.values():
-            body += f'<path fill="none" stroke="{colour}" d="M{"L".join(line)}"/>'
-        body += f'<circle cx="500" cy="{66 + 20 * i}" r="4" fill="{colour}"/>'
-        body += label(510, 70 + 20 * i, f"{arm}: {ARMS[arm]}", kind="small")
-    size = 'width="700" height="450" viewBox="0 0 700 450"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
-    return f'{head}<rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
-
-
-def rate_of(row: Row) -> float:
-    return float(row["rate"].split()[1])
+            plot.marks += f'<path fill="none" stroke="{colour}" d="M{"L".join(line)}"/>'
+        plot.explain(colour, f"{arm}: {ARMS[arm]}")
+    title = "SmolLM2-135M after further training, against its start"
+    across = "NLL at the best temperature, nats per token: worse"
+    return plot.svg(title, across, "choice of the true definition, points: better", ticks, "+.2g")

@@ -1,90 +1,17 @@
-"""Theory beside measurement: the sharpening exponent, the expected gradient at a start, games that are enumerated."""
+"""Theory: self-play on small games, in float64, with exact expectations."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data.examples import Example
 from evaluate import Row
-from player import Player
-from runtime.work import Work as Run
 from spin import spin_loss
 
-# ---------------------------------------------------------------- the exponent
-
-PROMPTS, SAMPLES = 400, 8
-
-
-def samples_of_start(player: Player, run: Run, start: str) -> tuple[list, np.ndarray]:
-    """Responses of the start to held-out prompts, several to each, and its log-probabilities of them."""
-    player.model.load_weights(start)
-    prompts = [e.prompt_ids for e in run.heldout[:PROMPTS] for _ in range(SAMPLES)]
-    items = [(prompt, ids) for prompt, (ids, _) in zip(prompts, player.respond(prompts, run.seed(0, "exponent")))]
-    return items, logps_of(player, items)
-
-
-def logps_of(player: Player, items: list) -> np.ndarray:
-    """(prompts, samples), in nats."""
-    return np.array([logp for (logp,) in player.logps(items)]).reshape(-1, SAMPLES)
-
-
-def exponent(player: Player, samples: tuple[list, np.ndarray]) -> float:
-    """The slope of log p_theta(y|x) on log p_0(y|x) over the start's responses to the same prompt.
-
-    If p_theta is p_0^g, normalised, the slope is g: the normaliser is the same for all responses to a prompt.
-    """
-    items, before = samples
-    now = logps_of(player, items)
-    before, now = (values - values.mean(1, keepdims=True) for values in (before, now))
-    return float((before * now).sum() / (before**2).sum())
-
-
-def optimum_on_samples(player: Player, samples: tuple[list, np.ndarray], temperature: float, beta: float) -> Row:
-    """What an iteration would lead to if the start were the data, over the start's responses to the same prompt.
-
-    The optimum is log p_0 + (log p_0 - log q) / beta, with q the opponent's distribution, which is tempered token by
-    token. "slope": of the optimum on log p_0. "slope at equal length", "nats per token": of the two together.
-    """
-    items, before = samples
-    cooled = np.array([logp for (logp,) in player.logps(items, temperature=temperature)]).reshape(before.shape)
-    optimum, lengths = before + (before - cooled) / beta, np.array([len(ids) for _, ids in items]).reshape(before.shape)
-    x, length, y = ((v - v.mean(1, keepdims=True)).ravel() for v in (before, lengths, optimum))
-    both = np.linalg.lstsq(np.stack([x, length], 1), y, rcond=None)[0]
-    return {"slope": float(x @ y / (x @ x)), "slope at equal length": float(both[0]), "nats per token": float(both[1])}
-
-
-# ---------------------------------------------------------------- one choice
-
-
-def exponents(temperature: float, beta: float, iterations: int, sampled_reference: bool = False) -> list[float]:
-    """The exponents g of the iterates p_data^g, normalised, from g = 1 on: each is the optimum of SPIN on the last.
-
-    Only for responses that are one categorical choice. p_{t+1} is p_t (p_data / q)^(1/beta), with q what the opponent
-    samples from, p_t^(1/T). So g_{t+1} is g_t + (1 - g_t / T) / beta, which ends at T. With the sampled reference
-    p_{t+1} is q (p_data / q)^(1/beta). Sampling a longer response at T tempers each token, not the response: see
-    `sequence_game`.
-    """
-    found = [1.0]
-    for _ in range(iterations):
-        cooled = found[-1] / temperature
-        found.append((cooled if sampled_reference else found[-1]) + (1 - cooled) / beta)
-    return found
-
+# ---------------------------------------------------------------- optima of the loss
 
 DATA = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()  # of seven responses
-
-
-def table_exponents(temperature: float, beta: float, iterations: int) -> list[float]:
-    """The same, of a softmax table over seven responses that is trained on the expected loss of Eq. 4.7."""
-    logits, found = DATA.clone(), [1.0]
-    for _ in range(iterations):
-        generated = (logits.log_softmax(0) / temperature).softmax(0)
-        logits = played(lambda logits: logits.log_softmax(0), logits, DATA.exp(), generated, beta)
-        found.append(slope(DATA, logits))
-    return found
 
 
 def slope(x: Tensor, y: Tensor) -> float:
@@ -200,8 +127,8 @@ def kl(p: Tensor, q: Tensor) -> float:
     return float(p.exp() @ (p - q))
 
 
-def first_gradients(start: str, temperature: float, prompts: int = 32) -> tuple[float, float, float]:
-    """(cosine, norm of the supervised gradient, norm of SPIN's times 2 / beta) at the first step of an iteration.
+def first_gradients(start: str, temperature: float, prompts: int = 32) -> Row:
+    """Norms of the "supervised" gradient and of "spin", times 2 / beta, at the first step, and their "cosine".
 
     Exact expectations over as many prompts, each with a table of its own and random data. The start is the data
     ("data"), is less or more certain ("flatter", "sharper": logits times 0.8 or 1.25), or errs at random ("other").
@@ -216,64 +143,4 @@ def first_gradients(start: str, temperature: float, prompts: int = 32) -> tuple[
         for weights, found in ((real, supervised), (real - generated, spin)):
             found.append(torch.autograd.grad(-(weights * sequence_logps(logits)).sum(), logits)[0].flatten())
     a, b = torch.cat(supervised) / prompts, torch.cat(spin) / prompts
-    return float(a @ b / (a.norm() * b.norm())), float(a.norm()), float(b.norm())
-
-
-# ---------------------------------------------------------------- the gradient
-
-BLOCKS = 32
-
-
-def gradients(player: Player, run: Run, examples: Sequence[Example]) -> Row:
-    """Expected gradients over the data, estimated without bias from independent blocks of examples.
-
-    With s(y) = grad log p(y|x), the gradient of supervised training is -E s(real), and that of Eq. 4.7 at its start,
-    for beta 1, is -E [s(real) - s(generated)] / 2; E s(generated) is 0 at temperature 1. Returns [value, standard
-    error] of their squared norms and of the product of the supervised and the greedy opponent's gradient, and the noise
-    of one example or pair: the trace of the gradient's covariance.
-    """
-    player.model.eval()
-    parameters = [p for p in player.model.parameters() if p.requires_grad]
-    size = len(examples) // BLOCKS
-    found: dict[str, list[Tensor]] = {"real": [], "generated": [], "likeliest": []}
-    for block in range(BLOCKS):
-        some = examples[block * size : (block + 1) * size]
-        prompts, seed = [e.prompt_ids for e in some], run.seed(block, "gradient")
-        responses = {"real": [e.real_ids for e in some]}
-        for name, temperature in (("generated", 1.0), ("likeliest", 0.0)):
-            responses[name] = [ids for ids, _ in player.respond(prompts, seed, temperature=temperature)]
-        for name, blocks in found.items():
-            for parameter in parameters:
-                parameter.grad = None
-            items = list(zip(prompts, responses[name]))
-            for chunk in player.micro_batches([sum(map(len, item)) for item in items]):
-                (player.response_logps([items[i] for i in chunk]).sum() / len(items)).backward()
-            blocks.append(torch.cat([p.grad.flatten() for p in parameters]).double())
-    real, generated, likeliest = map(torch.stack, found.values())
-    spin, greedy = (real - generated) / 2, (real - likeliest) / 2
-    return {
-        "real": squared_norm(real), "generated": squared_norm(generated), "spin": squared_norm(spin),
-        "greedy": squared_norm(greedy), "real and greedy": product(real, greedy),
-        "noise_real": float(size * real.var(0).sum()), "noise_spin": float(size * spin.var(0).sum()),
-        "examples": size * BLOCKS,
-    }  # fmt: skip
-
-
-def squared_norm(blocks: Tensor) -> list[float]:
-    """[|E g|^2, standard error] from independent estimates g of shape (blocks, parameters)."""
-    return product(blocks, blocks)
-
-
-def product(a: Tensor, b: Tensor) -> list[float]:
-    """[E a . E b, standard error] from estimates of shape (blocks, parameters), independent from block to block.
-
-    The mean product of two different blocks is unbiased; the jackknife over blocks gives its standard error, up to the
-    root of 2 too large if noise prevails.
-    """
-    gram = (a @ b.T + b @ a.T) / 2
-    n = len(gram)
-    off = gram - torch.diag(gram.diagonal())
-    whole = off.sum() / (n * (n - 1))
-    without = (off.sum() - 2 * off.sum(1)) / ((n - 1) * (n - 2))
-    error = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt()
-    return [float(whole), float(error)]
+    return {"cosine": float(a @ b / (a.norm() * b.norm())), "supervised": float(a.norm()), "spin": float(b.norm())}

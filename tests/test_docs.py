@@ -53,8 +53,12 @@ def test_files_and_links_in_the_documents_exist():
         for path in re.findall(r"`([\w./-]+)`", text):
             if path.endswith((".py", ".args")) or path.startswith(folders):
                 assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), f"{document}: {path}"
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
-            assert (document.parent / link).exists(), f"{document}: {link}"
+        for link, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            target = document.parent / link if link else document
+            assert target.exists(), f"{document}: {link}"
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if place else []
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not place or place in anchors, f"{document}: {link}#{place}"
 
 
 LAYERS = {  # What may import what, by the name of a folder or a file at the top.

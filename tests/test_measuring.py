@@ -66,12 +66,6 @@ def test_the_frontier_of_a_model(start, data):
     np.testing.assert_allclose(measuring.frontier(player, run, (1.0,))[0], points[0], rtol=1e-4, atol=1e-5)
 
 
-def test_later_flags_replace_earlier_ones():
-    assert measuring.flags_of("--lr 1 --mix-previous", "--beta 2 --lr 3") == {
-        "--lr": "3", "--mix-previous": None, "--beta": "2",
-    }  # fmt: skip
-
-
 def test_the_overlap_is_the_f1_of_words():
     """Two of three words are two of four in the reference: 2 * 2 / (3 + 4). A word counts as often as both have it."""
     assert measuring.overlap("a b x", ["a b c d"]) == pytest.approx(4 / 7)

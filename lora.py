@@ -136,7 +136,7 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @contextmanager
 def factors_ready(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside a `with` block all products use copies of A and B in `dtype`, made once; the adapters must not change."""
+    """Inside the `with` block all products use copies of A and B in `dtype`, made once: do not change the adapters."""
     layers = [layer for _, layer in lora_layers(model)]
     if layers:
         factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]

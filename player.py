@@ -1,6 +1,6 @@
 """A player: a language model that writes responses and tells how likely given responses are.
 
-Any object can play SPIN that has the following members, which work as those of `Player`:
+Any object can play SPIN if it has these members, with the meaning that they have in `Player`:
 - `model`, an nn.Module, whose parameters with requires_grad are trained;
 - `respond`, which samples responses to prompts;
 - `response_logps`, differentiable log-probabilities of responses, for training;
@@ -35,7 +35,7 @@ class Player:
 
     Args:
         model: its trained parameters are fp32; frozen parameters may be bf16.
-        eos_token_id: ends a response, as any token of a list in the model's config does.
+        eos_token_id: the token that ends a response. If the model's config lists several, each ends generated ones.
         args: options that bound lengths and memory: max_new_tokens, gen_batch, gen_tokens, micro_tokens.
         dtype: of matrix products. In bf16, training and scoring use autocast, and generation casts the weights.
     """
@@ -144,8 +144,8 @@ class Player:
         return self.predictors(items)[0].to(self.dtype), self.model.head_weight.to(self.dtype)
 
     def predictors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The hidden states that predict a response token, (N, D), and, as `head_rows` has them, the tokens' ids, their
-        places in (R * B * longest), and `longest`."""
+        """The hidden states that predict response tokens, (N, D); the ids of these tokens; their indices in
+        (R * B * longest); and `longest`. See `head_rows`."""
         # The last token of a response is no input, because nothing behind it is predicted.
         rows = [prompt + [t for response in responses for t in response[:-1]] for prompt, *responses in items]
         width = max(map(len, rows))

@@ -253,7 +253,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's key and value of one new token per row, k and v (B, G, 1, K).
 
-        Returns: all keys and values that attention reads, (B, G, read_length or fewer, K).
+        Returns: all keys and values that attention reads, (B, G, S, K); S is read_length, or less in local layers.
         """
         keys, values = self.keys[layer], self.values[layer]
         entry = self.lengths % keys.shape[2]
@@ -262,7 +262,7 @@ class KVCache:
         return keys[:, :, : self.read_length], values[:, :, : self.read_length]
 
     def masks(self) -> dict[str, Tensor]:
-        """For each kind of layer the entries that the new token sees: (B, 1, 1, read_length or fewer) bool."""
+        """For each kind of layer the entries that the new token sees: (B, 1, 1, S) bool, S as in `append`."""
         seen = (torch.arange(self.read_length, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
         return {"global": seen, "local": seen[..., : self.window]}
 

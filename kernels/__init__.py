@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens in little memory; onednn.py makes fp32 products on a CPU faster.
 
 The import changes nothing: triton is imported on first use, and onednn.py patches torch only inside
-`onednn.products()`. In code that torch.compile has compiled the functions run as they are.
+`onednn.products()`. Inside a function that torch.compile compiles, these functions run uncompiled.
 
 Hugging Face has a package of the same name, and transformers imports names from it if it is installed. This folder
 comes first in sys.path and would hide it, so the names and modules of the other package can be imported from this one.

@@ -34,7 +34,7 @@ from .tiles import Rows, add_product, scratch_rows, slices, tiles
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-KEPT_BYTES = 2**30  # A trained head in bfloat16 keeps N x V numbers for the backward pass if they take no more memory.
+KEPT_BYTES = 2**30  # A trained head in bfloat16 keeps N x V numbers for the backward pass if they take at most this.
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

@@ -22,7 +22,7 @@ COLUMNS = {  # measure -> (title, scale, digits)
 }  # fmt: skip
 IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length")
 READ = ("A", "B", "C", "R")  # arms whose definitions stand beside the start's
-LONGEST = 30  # letters of a definition in a document
+LONGEST = 44  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 

@@ -153,7 +153,7 @@ def test_what_is_refused(start, data, reviser, tmp_path, capsys):
         return refused(seft_flags(start, options.pop("data", data), out, **options), out, capsys, script=seft)
 
     assert "--pairs replaces --data" in error(pairs="x")
-    assert "--pairs train a reviser" in error(pairs="x", reviser=reviser, data=None)
+    assert "--pairs is for training a reviser" in error(pairs="x", reviser=reviser, data=None)
     assert "with {prompt} and {response}" in error(revise_template="{prompt}")
     assert "expected the folder of a finished run that trained a reviser" in error(reviser=tmp_path / "none")
     assert "holds other files and no run" in error(reviser=start)

@@ -629,7 +629,7 @@ def test_logits_are_loaded_by_16_bytes_and_those_of_a_tile_once() -> None:
     constants = dict(C=C, D=0, WITH_TERMS=True, SHIFTED=False, BLOCK=block)
     ptx = hopper_assembly(triton_rows._logprobs_kernel, "fp32", False, **constants)
     per_thread = block // (8 * 32)
-    assert ptx.count("ld.global.v4.b32") == per_thread // 4
+    assert per_thread // 4 <= ptx.count("ld.global.v4.b32") <= per_thread // 4 + 2  # not twice as many
     assert per_thread <= ptx.count("ex2.approx") <= per_thread + 2  # and one to rescale the sums
 
 

@@ -105,8 +105,8 @@ class LoRALinear(nn.Module):
             return base.view(shape)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        # For speed, cast the small factors and not x, and scale A and not a product. Only F.linear can onednn.py make
-        # faster; 16-bit products are added to base before they are rounded.
+        # For speed, cast the small factors and not x, and scale A and not a product. onednn.py makes only F.linear
+        # faster; a 16-bit product is added to base before it is rounded.
         A, B = self.ready or (factor.to(base.dtype) for factor in (self.lora_A * self.scaling, self.lora_B))
         h = F.linear(x.reshape(-1, self.in_features), A)  # (N, r)
         added = base + F.linear(h, B) if base.dtype == torch.float32 else base.addmm_(h, B.t())

@@ -193,6 +193,10 @@ def test_a_gain_at_equal_entropy_is_what_a_lower_temperature_does_not_give(gain)
     assert abs(found["sampled"][0] - gain) <= 3 * found["sampled"][1] < 0.01
     assert found["sampled_error"] == pytest.approx((0.0, 0.0), abs=1e-9), "the same at every entropy"
     assert evaluate.at_equal_entropy(now, start) == {}, "beyond the only temperature"
+    (colder,) = at_temperatures(1, 4000, (0.7,), lambda entropy: entropy, 0.1, 1)
+    swapped = [{"0.6": b["0.6"], "0.8": b["1.2"], "1.2": b["0.8"]} for b in (row["by_temperature"] for row in start)]
+    disorder = [row | {"by_temperature": points} for row, points in zip(start, swapped)]
+    assert evaluate.at_equal_entropy(start, colder) and evaluate.at_equal_entropy(disorder, colder) == {}
     unchanged = evaluate.at_equal_entropy([{"values": row["values"]} for row in start], start)
     assert unchanged == {"temperature": 1.0, "sampled": (0.0, 0.0), "sampled_error": (0.0, 0.0)}
 

@@ -87,7 +87,7 @@ def tile_shape(device: torch.device, N: int, V: int, bytes_per_logit: int) -> tu
         R = max(1, min(N, CPU_ROWS))
         return R, min(V, CPU_ROWS * CPU_COLUMNS // R)
     max_logits = CUDA_BUFFER_BYTES // bytes_per_logit
-    parts = max(1, _ceil_div(N, 2 * max_logits // CUDA_COLUMNS // 128 * 128))  # of nearly equal size
+    parts = max(1, _ceil_div(N, 2 * max_logits // CUDA_COLUMNS // 128 * 128))  # All parts are nearly equal.
     R = max(1, min(N, _round_up(_ceil_div(N, parts), 128)))
     C = V // _ceil_div(V, min(CUDA_COLUMNS, max_logits // R)) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
     return R, min(V, max(COLUMN_MULTIPLE, C))

@@ -56,7 +56,7 @@ LOSSES = {
 }
 MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
 DITTO_SHARES = 0.7, 0.2, 0.1  # Shares of (real, newest), (real, older) and (newer, older) pairs.
-SETTINGS = {"mu": "space", "form": "gsil", "order": "iris", "historical": "tspin"}  # options of one loss each
+SETTINGS = {"mu": "space", "form": "gsil", "order": "iris", "historical": "tspin"}  # Each option belongs to one loss.
 
 
 def train(player: Player, pairs: list[Pair], t: int, run: Run) -> Row:

@@ -1,7 +1,7 @@
 """The paper's question on a real language model: does self-play give more than further supervised training?
 
     python benchmarks/real_model.py                  all trials on SmolLM2-135M-Instruct (make evidence-smollm2)
-    python benchmarks/real_model.py --size small     fewer words and one rate for each arm, for a CPU
+    python benchmarks/real_model.py --size medium    fewer words and one rate for each arm, for a CPU; small: fewer still
     python benchmarks/real_model.py --minutes 60     begins no trial after an hour; the same command goes on
     python benchmarks/real_model.py --device cuda    the same on a GPU
     python benchmarks/real_model.py --write          tables and figure from the stored results
@@ -66,6 +66,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
+    "medium": Size(400, 60, 1000, 1000, 40, start_epochs=1, iterations=1, rates=1, seeds=2),
     "small": Size(400, 60, 250, 250, 40, start_epochs=1, iterations=1, rates=1, seeds=2),
     "tiny": Size(8, 4, 4, 8, 4, start_epochs=1, iterations=1, rates=1, seeds=1),  # for tests
 }

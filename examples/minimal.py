@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -39,8 +40,7 @@ class Options(spin.SpinOptions):
     micro_tokens: int = 2048  # tokens per forward pass in training and scoring
 
 
-@dataclass
-class Example:
+class Example(NamedTuple):
     prompt_ids: list[int]
     real_ids: list[int]  # ends with the end-of-sequence token
     asked: str  # the prompt as text
@@ -54,12 +54,10 @@ class MemoryRun:
         self.pairs = []  # the list of pairs of each iteration
         self.log = []  # a row for every step of training
 
-    def seed(self, t, purpose):
-        """Each purpose of each iteration has random numbers of its own, so that no phase disturbs another."""
-        return int.from_bytes(hashlib.sha256(f"{self.args.seed}/{t}/{purpose}".encode()).digest()[:8], "big") >> 1
-
     def generator(self, t, purpose):
-        return torch.Generator().manual_seed(self.seed(t, purpose))
+        """Each purpose of each iteration has random numbers of its own, so that no phase disturbs another."""
+        name = hashlib.sha256(f"{self.args.seed}/{t}/{purpose}".encode())
+        return torch.Generator().manual_seed(int.from_bytes(name.digest()[:8], "big") >> 1)
 
     def iterations(self, player):
         return range(self.args.iterations)
@@ -68,9 +66,9 @@ class MemoryRun:
         return [examples[i] for i in torch.randperm(len(examples), generator=self.generator(t, "choose")).tolist()]
 
     def sample(self, player, examples, t, purpose):
-        args = self.args
-        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        return player.respond([e.prompt_ids for e in examples], self.seed(t, purpose), **sampling)
+        seed, how = self.generator(t, purpose).initial_seed(), self.args
+        prompts = [e.prompt_ids for e in examples]
+        return player.respond(prompts, seed, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
 
     def logps(self, player, items, purpose):
         return player.logps(items)
@@ -83,8 +81,7 @@ class MemoryRun:
 
     def finish_iterate(self, player, row, pairs):
         self.pairs.append(pairs)
-        words = f"{row['pairs']} pairs, loss {row['loss']:.4f}, margin {row['margin']:.4f} at the last step"
-        print(f"iteration {len(self.pairs) - 1}: {words}")
+        print(f"{row['pairs']} pairs, loss {row['loss']:.4f}, margin {row['margin']:.4f} at the last step")
 
     @contextlib.contextmanager
     def training(self, player, items, t):
@@ -119,23 +116,21 @@ class MemoryRun:
         return self.log[-1]
 
 
-def encode(texts: list[tuple[str, str]], tokenizer: Tokenizer, eos: int) -> list[Example]:
-    """Prompt and response are encoded apart, so that no token spans their boundary."""
-
-    def ids_of(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    template = "### Instruction: {}\n\n### Response: "
-    return [Example(ids_of(template.format(prompt)), [*ids_of(real), eos], prompt) for prompt, real in texts]
-
-
 def play(texts: list[tuple[str, str]], start: Path, args: Options, rank: int = 16) -> MemoryRun:
     """A game with LoRA adapters on a GPT-Neo or Llama in folder `start`; prints greedy responses before and after."""
     tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
     model, run = Player.class_of(start).from_pretrained(start), MemoryRun(args)
     lora.add_lora(model, rank, alpha=32, targets=lora.linear_names(model), generator=run.generator(0, "lora"))
     player = Player(model, model.config.eos_token_id, args)
-    examples = encode(texts, tokenizer, player.eos_token_id)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def example(prompt: str, real: str) -> Example:  # The two are encoded apart: no token spans their boundary.
+        prompt_ids = encode(f"### Instruction: {prompt}\n\n### Response: ")
+        return Example(prompt_ids, [*encode(real), player.eos_token_id], prompt)
+
+    examples = [example(prompt, real) for prompt, real in texts]
 
     def show(title: str) -> None:
         responses = player.respond([e.prompt_ids for e in examples[:3]], seed=0, temperature=0)

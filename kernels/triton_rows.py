@@ -45,8 +45,12 @@ def _aligned(offset, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _load(row, columns, start, lead, C: tl.constexpr, BLOCK: tl.constexpr):
-    """The logits of a block of columns in fp32; -inf outside row[lead : lead + C], where exp(-inf) = 0."""
-    if (start > 0) & (start + BLOCK <= C):  # without a mask, whose odd bounds would split the loads
+    """The logits of a block of columns in fp32; -inf outside row[lead : lead + C], where exp(-inf) = 0.
+
+    Blocks inside the row have no mask, whose odd bounds would split the loads. Their condition is `start >= lead` and
+    not `start > 0`: Triton 3.6 takes the loop's first start, 0, for a constant, and would not vectorise that branch.
+    """
+    if (start >= lead) & (start + BLOCK <= C):
         z = tl.load(row + columns)
     else:
         z = tl.load(row + columns, mask=(columns >= lead) & (columns < lead + C), other=MINUS_INF)
@@ -160,7 +164,7 @@ def _gradient_kernel(
             z = _load(logits + start, columns, begin, lead, C, BLOCK)
             others = -row_scale * tl.exp((z - row_shift) - row_log_sum)
             value = tl.where(columns - lead == target - first, at_target, others).to(grad.dtype.element_ty)
-            if (begin > 0) & (begin + BLOCK <= C):
+            if (begin >= lead) & (begin + BLOCK <= C):
                 tl.store(out + columns, value)
             else:
                 tl.store(out + columns, value, mask=(columns >= lead) & (columns < lead + C))

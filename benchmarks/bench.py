@@ -47,9 +47,7 @@ class Ways:
     peers: dict[str, Callable[[], Callable]] = field(default_factory=dict)  # Each sets a way up and returns its call.
     work: tuple[float, str] | None = None  # amount and unit of what one call does
     rounds: int = 5  # minimum
-    check: Callable[[Callable], str] | None = (
-        None  # runs a call before it is measured, and returns a note on its results
-    )
+    check: Callable[[Callable], str] | None = None  # runs a way before it is measured, and returns a note on it
 
 
 @dataclass

@@ -50,7 +50,7 @@ def in_transformers(model: LanguageModel) -> object:
     """The same weights, shared, in transformers' class of the same model."""
     import transformers
 
-    settings = json.loads(model.config.to_json())
+    settings = {name: value for name, value in json.loads(model.config.to_json()).items() if value is not None}
     settings.pop("attention_layers", None)
     with torch.device(model.head_weight.device):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))

@@ -124,6 +124,16 @@ def test_responses_end_where_they_are_told_however_likely_the_end_is():
     assert write() == before != written
 
 
+def test_a_llama_generates_in_transformers_with_a_static_cache():
+    pytest.importorskip("transformers")
+    sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config = replace(
+        generation_cases.CONFIGS["SmolLM2"], **sizes, num_key_value_heads=1, bos_token_id=8, eos_token_id=8
+    )
+    other = generation_cases.in_transformers(random_model(config, torch.float32, CPU))
+    generation_cases.theirs(other, [[1, 2], [3]], [1, 2], 2, 3, 8, cache_implementation="static")()
+
+
 def test_scores_of_transformers_are_ours():
     pytest.importorskip("transformers")
     player, run, pairs, peer = training_cases.parts("tiny", torch.float32, CPU, 6, 20)

@@ -134,18 +134,17 @@ def step(shape: str, dtype: torch.dtype, count: int, batch: int, estimate: float
     def build(device: torch.device) -> Ways:
         player, run, pairs, peer = parts(shape, dtype, device, count, batch=batch)
 
-        def train(scored: bool = False, passes: int = 1) -> None:
+        def train(scored: bool = False, tokens: int = player.micro_tokens) -> None:
+            player.micro_tokens = tokens
             if scored:
                 spin.score(player, pairs, run)
-            player.micro_tokens *= passes
             spin.train(player, pairs, 0, run)
-            player.micro_tokens //= passes
 
         spin.score(player, pairs, run)
         calls = ours(train, device)
         calls["ours, opponent scored too"] = partial(calls["ours"], True)
         if device.type == "cuda":  # whether the default is too small for a large GPU
-            calls["ours, four times the tokens per pass"] = partial(train, passes=4)
+            calls["ours, four times the tokens per pass"] = partial(train, tokens=4 * player.micro_tokens)
         peers = {
             "TRL, reference precomputed before": lambda: peer_trainer(peer(), player, pairs, batch, True).train,
             "TRL, reference in each step": lambda: peer_trainer(peer(), player, pairs, batch, False).train,
@@ -165,9 +164,8 @@ def scoring(shape: str, dtype: torch.dtype, count: int) -> Case:
         peers = {"transformers": lambda: transformers_scores(peer(), pairs, player.micro_tokens)}
         return Ways(calls, peers, (count, "pairs"), rounds=3)
 
-    return Case(
-        f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths", build
-    )
+    name = f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths"
+    return Case(name, build)
 
 
 def transformers_scores(model: Any, pairs: list[Pair], micro_tokens: int) -> Callable:

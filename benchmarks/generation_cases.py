@@ -9,41 +9,35 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from bench import Case, Ways, optional, ours
+from bench import FOLDER, Case, Ways, ours
 from torch import Tensor
 
 import sampling
-from data.examples import encode, load_examples, load_tokenizer
-from data.templates import DEFAULT_TEMPLATE, Template
 from llama import Llama, LlamaConfig
 from model import GPTNeo, GPTNeoConfig, LanguageModel
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {  # hidden size, layers, heads, vocabulary
-    "125M": (768, 12, 12, 50257),
-    "1.3B": (2048, 24, 16, 50257),
-    "2.7B": (2560, 32, 20, 50257),
-    "tiny": (64, 2, 4, 1009),
-}
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True,
-    bos_token_id=49151, eos_token_id=49151,
-)  # fmt: skip
 
-
-def config_of(shape: str) -> GPTNeoConfig | LlamaConfig:
-    if shape == "SmolLM2":
-        return SMOLLM2
-    D, L, H, V = SHAPES[shape]
+def neo(hidden_size: int, layers: int, heads: int, vocabulary: int = 50257) -> GPTNeoConfig:
     return GPTNeoConfig(
-        vocab_size=V, max_position_embeddings=2048, hidden_size=D, num_layers=L, num_heads=H,
-        attention_types=((("global", "local"), L // 2),), window_size=256, bos_token_id=V - 1, eos_token_id=V - 1,
+        vocab_size=vocabulary, max_position_embeddings=2048, hidden_size=hidden_size, num_layers=layers,
+        num_heads=heads, attention_types=((("global", "local"), layers // 2),), window_size=256,
+        bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1,
     )  # fmt: skip
+
+
+CONFIGS = {
+    "125M": neo(768, 12, 12),
+    "1.3B": neo(2048, 24, 16),
+    "2.7B": neo(2560, 32, 20),
+    "tiny": neo(64, 2, 4, vocabulary=1009),
+    "SmolLM2": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True,
+        bos_token_id=49151, eos_token_id=49151,
+    ),
+}  # fmt: skip
 
 
 def random_model(config: GPTNeoConfig | LlamaConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
@@ -56,7 +50,7 @@ def in_transformers(model: LanguageModel) -> object:
     """The same weights, shared, in transformers' class of the same model."""
     import transformers
 
-    settings = json.loads(model.config.to_json())
+    settings = {name: value for name, value in json.loads(model.config.to_json()).items() if value is not None}
     settings.pop("attention_layers", None)
     with torch.device(model.head_weight.device):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
@@ -67,19 +61,10 @@ def in_transformers(model: LanguageModel) -> object:
 
 def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
     """Prompts of random ids with GSM8K's lengths, and the lengths of their responses, at most `longest`."""
-    pairs = json.loads((ROOT / "benchmarks/gsm8k_lengths.json").read_text())["lengths"][:count]
+    pairs = json.loads((FOLDER / "gsm8k_lengths.json").read_text())["lengths"][:count]
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1000, (n,), generator=rng).tolist() for n, _ in pairs]
     return prompts, [min(m, longest) for _, m in pairs]
-
-
-def respond(model: LanguageModel, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None) -> int:
-    """Returns the number of tokens."""
-    with forced_ends(lengths):
-        found = sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch)
-    if lengths:
-        assert [len(ids) for ids in found.ids] == lengths
-    return sum(map(len, found.ids))
 
 
 @contextlib.contextmanager
@@ -106,23 +91,24 @@ def forced_ends(lengths: list[int] | None) -> Iterator[None]:
         sampling.uniforms, sampling.Sampler.__call__ = uniforms, choose
 
 
+def respond(
+    model: LanguageModel, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None
+) -> None:
+    """Samples responses of these lengths or, by default, of M tokens."""
+    with forced_ends(lengths):
+        found = sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=eos, batch_size=batch)
+    assert [len(ids) for ids in found.ids] == (lengths or [M] * len(prompts))
+
+
 def theirs(
-    model: object, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, device: torch.device,
-    **settings: object,
-) -> Callable:  # fmt: skip
-    """Batches of prompts sorted by length, padded on the left."""
-    from transformers import LogitsProcessorList
+    model: object, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, **settings: object
+) -> Callable:
+    """The same by transformers: batches of prompts sorted by length, padded on the left."""
 
-    class End:
+    def end(width: int, last: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """Forces the end of each row at its length, and nowhere else."""
-
-        def __init__(self, last: Tensor) -> None:
-            self.last, self.step = last, 0
-
-        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-            self.step += 1
-            scores[:, eos] = torch.where(self.step >= self.last, 1e4, -1e4).to(scores.dtype)
-            return scores
+        scores[:, eos] = torch.where(ids.shape[1] + 1 - width >= last, 1e4, -1e4).to(scores.dtype)
+        return scores
 
     def run() -> None:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -130,123 +116,74 @@ def theirs(
             rows = order[start : start + batch]
             width = max(len(prompts[i]) for i in rows)
             pad = [width - len(prompts[i]) for i in rows]
-            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, rows)], device=device)
-            mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
-            ends = [End(torch.tensor([lengths[i] for i in rows], device=device))] if lengths else []
+            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, rows)], device=model.device)
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=model.device)
+            last = torch.tensor([lengths[i] for i in rows], device=model.device) if lengths else None
             model.generate(
                 ids, attention_mask=mask, max_new_tokens=M, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                eos_token_id=eos, pad_token_id=0, logits_processor=LogitsProcessorList(ends), **settings,
+                eos_token_id=eos, pad_token_id=0, logits_processor=[partial(end, width, last)] if lengths else [],
+                **settings,
             )  # fmt: skip
 
     return run
 
 
-def case(estimate: float, *size: Any) -> Case:
-    shape, dtype, _, count, batch, M, ragged, _ = size
+def generation(
+    shape: str, dtype: torch.dtype, count: int, batch: int, M: int, ragged: bool = False, estimate: float = 0.0
+) -> Case:
+    """Responses of M tokens each or, if `ragged`, with the lengths of GSM8K's."""
+
+    def build(device: torch.device) -> Ways:
+        model = random_model(CONFIGS[shape], dtype, device)
+        prompts, lengths = gsm8k_like(count, M)
+        rest = prompts, lengths if ragged else None, batch, M, model.config.eos_token_id if ragged else None
+        peers = {
+            "transformers, default cache": lambda: theirs(in_transformers(model), *rest),
+            "transformers, static cache": lambda: theirs(in_transformers(model), *rest, cache_implementation="static"),
+        }
+        written = sum(lengths) if ragged else count * M
+        rounds = 3 if device.type == "cpu" else 1
+        return Ways(ours(partial(respond, model, *rest), device), peers, (written, "tokens"), rounds)
+
     kind = "lengths of GSM8K's responses" if ragged else "no early end"
     name = f"generation: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} prompts, batch {batch}, "
-    return Case(name + f"{M} new tokens at most, {kind}", partial(build, *size), estimate=estimate)
+    return Case(name + f"{M} new tokens at most, {kind}", build, estimate)
 
 
-def build(
-    shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int, M: int, ragged: bool, alone: bool
-) -> Ways:
-    """`alone`: without peers, which take long."""
-    config = config_of(shape)
-    model = random_model(config, dtype, device)
-    prompts, lengths = gsm8k_like(count, M)
-    written = sum(lengths) if ragged else count * M
-    lengths, eos = (lengths, config.eos_token_id) if ragged else (None, None)
-    ways = ways_of(written, alone, device, model, prompts, lengths, batch, M, eos)
-    if device.type == "cuda":
-        ways.calls["floor: weights and cache once a step"] = floor(model, prompts, written, batch)
-        ways.rates |= dict.fromkeys(ways.calls, (written, "tokens"))
-    ways.rounds = 3 if device.type == "cpu" else 1
-    return ways
-
-
-def ways_of(written: int, alone: bool, device: torch.device, model: LanguageModel, *rest: Any) -> Ways:
-    """Ours and, unless `alone`, the peers; each writes so many tokens. `rest` as in `respond`."""
-    calls, notes = ours(partial(respond, model, *rest), device), {}
-    if not alone:
-        with optional(notes, "transformers"):
-            other = in_transformers(model)
-            calls["transformers, default cache"] = theirs(other, *rest, device)
-            calls["transformers, static cache"] = theirs(other, *rest, device, cache_implementation="static")
-    return Ways(calls, notes, dict.fromkeys(calls, (written, "tokens")))
-
-
-def floor(model: LanguageModel, prompts: list, written: int, batch: int) -> Callable:
-    """Copies that move as many bytes as steps with full batches must read, at the average length of a row."""
-    config, size = model.config, next(model.parameters()).element_size()
-    length = sum(map(len, prompts)) / len(prompts) + written / len(prompts) / 2
-    places = sum(min(length, config.window_size) if kind == "local" else length for kind in config.attention_layers)
-    cache = batch * places * 2 * config.hidden_size * size
-    weights = sum(p.numel() for p in model.parameters()) * size
-    source = torch.empty(int(cache + weights) // 2, dtype=torch.uint8, device=model.head_weight.device)
-    target = torch.empty_like(source)
-
-    def run() -> None:
-        for _ in range(written // batch):
-            target.copy_(source)
-
-    return run
-
-
-def backends(estimate: float, shape: str, device: torch.device, count: int, M: int, *names: str) -> Case:
+def attention_kernels(shape: str, count: int, M: int, estimate: float) -> Case:
     """Which kernel of attention is fastest for one query per row, and which gives the same responses each time."""
+
+    def build(device: torch.device) -> Ways:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        model, (prompts, _) = random_model(CONFIGS[shape], BF16, device), gsm8k_like(count, M)
+
+        def write(*kernels: SDPBackend) -> list[list[int]]:
+            with sdpa_kernel(list(kernels)) if kernels else contextlib.nullcontext():
+                return sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=None, batch_size=count).ids
+
+        def equal(call: Callable) -> str:
+            return f"{sum(one == other for one, other in zip(call(), call()))} of {count} are equal in two calls"
+
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        calls = {"ours": write} | {f"ours, {kernel.name.lower()}": partial(write, kernel) for kernel in kernels}
+        return Ways(calls, work=(count * M, "tokens"), rounds=3, check=equal)
+
     name = f"generation: kernels of attention, {shape} shape, bfloat16, {count} prompts, {M} new tokens"
-    return Case(name, partial(backend_ways, shape, device, count, M, names), estimate=estimate, extra=True)
+    return Case(name, build, estimate, extra=True)
 
 
-def backend_ways(shape: str, device: torch.device, count: int, M: int, names: tuple[str, ...]) -> Ways:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    model, (prompts, _) = random_model(config_of(shape), torch.bfloat16, device), gsm8k_like(count, M)
-
-    def write(kernels: list[SDPBackend]) -> list[list[int]]:
-        with sdpa_kernel(kernels):
-            return sampling.respond(model, prompts, max_new_tokens=M, eos_token_id=None, batch_size=count).ids
-
-    every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    choices = {"ours": every} | {f"ours, {name.lower()}": [getattr(SDPBackend, name)] for name in names}
-    notes = {}
-    for name, kernels in choices.items():
-        with optional(notes, name):  # a kernel that does not fit
-            same = sum(one == other for one, other in zip(write(kernels), write(kernels)))
-            notes[name] = f"{same} of {count} responses are equal in two calls"
-    ways = {name: partial(write, kernels) for name, kernels in choices.items()}
-    return Ways(ways, notes, dict.fromkeys(ways, (count * M, "tokens")), rounds=3)
-
-
-def default_model(count: int, batch: int) -> Case:
-    name = f"generation: the default run's model, float32, {count} prompts, batch {batch}, 32 new tokens at most"
-    return Case(name, partial(build_default_model, count, batch))
-
-
-def build_default_model(count: int, batch: int) -> Ways:
-    """The start of the default run, as it ends its responses itself."""
-    folder = ROOT / "pronounce/start"
-    model = GPTNeo.from_pretrained(folder)
-    tokenizer = load_tokenizer(folder, model.config.eos_token_id, model.config.vocab_size)
-    examples = load_examples(ROOT / "pronounce/cmudict.jsonl.gz")[:count]
-    encode(examples, tokenizer, Template(DEFAULT_TEMPLATE.replace(r"\n", "\n"), tokenizer), model.config.eos_token_id)
-    prompts = [example.prompt_ids for example in examples]
-    rest = prompts, None, batch, 32, model.config.eos_token_id
-    return ways_of(respond(model, *rest), False, torch.device("cpu"), model, *rest)
-
-
-def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    if quick:
-        return [default_model(40, 20), case(0, "tiny", fp32, device, 8, 4, 16, True, False)]
-    if device.type == "cpu":
-        ragged = [case(0, "125M", dtype, device, 32, 16, 256, True, False) for dtype in (fp32, bf16)]
-        smollm2 = case(0, "SmolLM2", fp32, device, 16, 16, 32, False, False)
-        return [default_model(4000, 1024), default_model(2000, 64), *ragged, smollm2]
-    return [
-        case(45, "1.3B", bf16, device, 64, 64, 256, False, False),
-        case(20, "1.3B", bf16, device, 128, 64, 256, True, True),
-        case(25, "125M", bf16, device, 64, 64, 256, False, False),
-        backends(40, "1.3B", device, 64, 128, "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
-    ]
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = {
+    "quick": [generation("tiny", FP32, 8, 4, 16, ragged=True)],
+    "cpu": [
+        generation("125M", FP32, 32, 16, 256, ragged=True),
+        generation("125M", BF16, 32, 16, 256, ragged=True),
+        generation("SmolLM2", FP32, 16, 16, 32),
+    ],
+    "cuda": [
+        generation("1.3B", BF16, 64, 64, 256, estimate=45),
+        generation("125M", BF16, 64, 64, 256, estimate=25),
+        attention_kernels("1.3B", 64, 128, estimate=40),
+    ],
+}

@@ -3,18 +3,17 @@
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Case, Ways, optional, ours
-from generation_cases import config_of, gsm8k_like, in_transformers, random_model
+from bench import Case, Ways, ours
+from generation_cases import BF16, CONFIGS, FP32, gsm8k_like, in_transformers, random_model
 
 import lora
 import spin
-from model import GPTNeo
+from model import GPTNeo, LanguageModel
 from player import Player
 from runtime.folder import Folder
 from runtime.options import combined
@@ -27,16 +26,14 @@ RANK, ALPHA = 16, 32.0
 BETA, LR = 0.1, 5e-5
 
 
-def random_pairs(count: int, longest: int, eos: int = 50256) -> list[Pair]:
+def random_pairs(count: int, longest: int, eos: int) -> list[Pair]:
     """Pairs with GSM8K's lengths: the generated response is as long as another record's real one."""
     prompts, lengths = gsm8k_like(count, longest)
     rng = torch.Generator().manual_seed(1)
     pairs = []
     for i, prompt in enumerate(prompts):
-        real, generated = (
-            torch.randint(1000, (n - 1,), generator=rng).tolist() + [eos] for n in (lengths[i], lengths[i - 1])
-        )
-        pairs.append(Pair(prompt, real, [generated], True))
+        real, generated = (torch.randint(1000, (lengths[j] - 1,), generator=rng).tolist() for j in (i, i - 1))
+        pairs.append(Pair(prompt, [*real, eos], [[*generated, eos]], True))
     return pairs
 
 
@@ -102,74 +99,76 @@ def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: f
     return trainer
 
 
-def parts(shape: str, dtype: torch.dtype, device: torch.device, count: int, longest: int = 256, **options: Any) -> Any:
-    """(our player, transformers' model on the same weights or None, pairs, our run, notes with the reason for None)."""
-    model = random_model(config_of(shape), dtype, device)
-    other, notes = None, {}
-    with optional(notes, "transformers"):
-        other = in_transformers(model)
-    lora.add_lora(model, RANK, ALPHA, targets=lora.linear_names(model))
-    player, run = our_run(model, dtype == torch.bfloat16, beta=(BETA,), lr=(LR,), **options)
-    return player, other, random_pairs(count, longest, player.eos_token_id), run, notes
+def parts(
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    count: int,
+    longest: int = 256,
+    rank: int = RANK,
+    **options: Any,
+) -> tuple[Player, Run, list[Pair], Callable[[], Any]]:
+    """Our player with adapters, its run, pairs, and a function that makes transformers' model with the same weights."""
+
+    def model() -> LanguageModel:
+        return random_model(CONFIGS[shape], dtype, device)
+
+    mine = model()
+    if rank:
+        lora.add_lora(mine, rank, ALPHA, targets=lora.linear_names(mine))
+    player, run = our_run(mine, dtype == BF16, beta=(BETA,), lr=(LR,), **options)
+    return player, run, random_pairs(count, longest, player.eos_token_id), lambda: in_transformers(model())
 
 
-def peer_settings(model: torch.nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> dict[str, Any]:
-    """For trl_trainer, as `parts` sets ours. On a GPU 32 pairs at once would need more than 80 GB at the 1.3B shape."""
-    settings = dict(batch=batch, beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=lora.linear_names(model))
-    return settings | dict(bf16=dtype == torch.bfloat16, micro=min(batch, 8) if device.type == "cuda" else None)
+def peer_trainer(other: Any, player: Player, pairs: list[Pair], batch: int, precompute: bool) -> Any:
+    """With the settings of `parts`. On a GPU 32 pairs at once would need more than 80 GB at the 1.3B shape."""
+    return trl_trainer(
+        other, pairs, precompute=precompute, batch=batch, micro=min(batch, 8) if other.device.type == "cuda" else None,
+        beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=lora.linear_names(player.model), bf16=other.dtype == BF16,
+    )  # fmt: skip
 
 
-def step_case(estimate: float, shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Case:
+def step(shape: str, dtype: torch.dtype, count: int, batch: int, estimate: float = 0.0, extra: bool = False) -> Case:
     """One pass of LoRA training over `count` pairs, without and with the opponent's log-probabilities."""
+
+    def build(device: torch.device) -> Ways:
+        player, run, pairs, peer = parts(shape, dtype, device, count, batch=batch)
+
+        def train(scored: bool = False, tokens: int = player.micro_tokens) -> None:
+            player.micro_tokens = tokens
+            if scored:
+                spin.score(player, pairs, run)
+            spin.train(player, pairs, 0, run)
+
+        spin.score(player, pairs, run)
+        calls = ours(train, device)
+        calls["ours, opponent scored too"] = partial(calls["ours"], True)
+        if device.type == "cuda":  # whether the default is too small for a large GPU
+            calls["ours, four times the tokens per pass"] = partial(train, tokens=4 * player.micro_tokens)
+        peers = {
+            "TRL, reference precomputed before": lambda: peer_trainer(peer(), player, pairs, batch, True).train,
+            "TRL, reference in each step": lambda: peer_trainer(peer(), player, pairs, batch, False).train,
+        }
+        return Ways(calls, peers, (count, "pairs"), rounds=3)
+
     name = f"training: LoRA on the {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's "
-    build = partial(step_ways, shape, dtype, device, count, batch)
-    return Case(name + f"lengths, {batch} a step", build, estimate=estimate)
+    return Case(name + f"lengths, {batch} a step", build, estimate, extra)
 
 
-def step_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int, batch: int) -> Ways:
-    player, other, pairs, run, notes = parts(shape, dtype, device, count, batch=batch)
-
-    def train(with_scores: bool = False) -> None:
-        if with_scores:
-            spin.score(player, pairs, run)
-        spin.train(player, pairs, 0, run)
-
-    def train_at_once() -> None:
-        player.micro_tokens *= 4
-        train()
-        player.micro_tokens //= 4
-
-    spin.score(player, pairs, run)
-    ways = ours(train, device)
-    if device.type == "cuda":  # whether the default is too small for a large GPU
-        ways["ours, four times the tokens per pass"] = train_at_once
-    settings = peer_settings(player.model, dtype, device, batch)
-    with optional(notes, "TRL, reference precomputed before"):
-        first = trl_trainer(other, pairs, precompute=True, **settings)
-        ways["TRL, reference precomputed before"] = first.train
-    ways["ours, opponent scored too"] = partial(ways["ours"], True)
-    with optional(notes, "TRL, reference in each step"):
-        another = in_transformers(random_model(config_of(shape), dtype, device))
-        second = trl_trainer(another, pairs, precompute=False, **settings)
-        ways["TRL, reference in each step"] = second.train
-    return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
-
-
-def scoring_case(estimate: float, shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Case:
+def scoring(shape: str, dtype: torch.dtype, count: int) -> Case:
     """Log-probabilities of both responses of `count` pairs, without gradient."""
+
+    def build(device: torch.device) -> Ways:
+        player, run, pairs, peer = parts(shape, dtype, device, count)
+        calls = ours(partial(spin.score, player, pairs, run), device)
+        peers = {"transformers": lambda: transformers_scores(peer(), pairs, player.micro_tokens)}
+        return Ways(calls, peers, (count, "pairs"), rounds=3)
+
     name = f"scoring: {shape} shape, {str(dtype).removeprefix('torch.')}, {count} pairs with GSM8K's lengths"
-    return Case(name, partial(scoring_ways, shape, dtype, device, count), estimate=estimate)
+    return Case(name, build)
 
 
-def scoring_ways(shape: str, dtype: torch.dtype, device: torch.device, count: int) -> Ways:
-    player, other, pairs, run, notes = parts(shape, dtype, device, count)
-    ways = ours(partial(spin.score, player, pairs, run), device)
-    if other is not None:
-        ways["transformers"] = transformers_scores(other, pairs, player.micro_tokens, device)
-    return Ways(ways, notes, dict.fromkeys(ways, (count, "pairs")), rounds=3)
-
-
-def transformers_scores(model: Any, pairs: list[Pair], micro_tokens: int, device: torch.device) -> Callable:
+def transformers_scores(model: Any, pairs: list[Pair], micro_tokens: int) -> Callable:
     """The model of transformers on rows of like length, padded on the right, and log_softmax of their responses."""
     rows = [(pair.prompt_ids, ids) for pair in pairs for ids in pair.responses]
     rows.sort(key=lambda row: len(row[0] + row[1]))
@@ -180,22 +179,23 @@ def transformers_scores(model: Any, pairs: list[Pair], micro_tokens: int, device
         while left:
             width = len(left[-1][0] + left[-1][1])
             some, left = left[-(micro_tokens // width or 1) :], left[: -(micro_tokens // width or 1)]
-            ids = torch.tensor([p + r + [0] * (width - len(p + r)) for p, r in some], device=device)
+            ids = torch.tensor([p + r + [0] * (width - len(p + r)) for p, r in some], device=model.device)
             logits = model(ids, use_cache=False).logits
             for row, (prompt, response) in zip(logits, some, strict=True):
                 of_response = row[len(prompt) - 1 : len(prompt + response) - 1].float().log_softmax(-1)
-                sums.append(of_response.gather(1, torch.tensor(response, device=device)[:, None]).sum())
+                sums.append(of_response.gather(1, torch.tensor(response, device=model.device)[:, None]).sum())
         return torch.stack(sums).tolist()
 
     return score
 
 
-def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    if quick:
-        return [step_case(0, "tiny", fp32, device, 8, 4), scoring_case(0, "tiny", fp32, device, 8)]
-    if device.type == "cpu":
-        steps = [step_case(0, shape, fp32, device, 8, 4) for shape in ("125M", "SmolLM2")]
-        return [*steps, scoring_case(0, "SmolLM2", fp32, device, 16)]
-    large = [replace(step_case(80, "2.7B", bf16, device, 32, batch), extra=True) for batch in (8, 16)]
-    return [step_case(60, "1.3B", bf16, device, 64, 32), step_case(35, "125M", bf16, device, 64, 32), *large]
+CASES = {
+    "quick": [step("tiny", FP32, 8, 4), scoring("tiny", FP32, 8)],
+    "cpu": [step("125M", FP32, 8, 4), step("SmolLM2", FP32, 8, 4), scoring("SmolLM2", FP32, 16)],
+    "cuda": [
+        step("1.3B", BF16, 64, 32, estimate=60),
+        step("125M", BF16, 64, 32, estimate=35),
+        step("2.7B", BF16, 32, 8, estimate=80, extra=True),
+        step("2.7B", BF16, 32, 16, estimate=80, extra=True),
+    ],
+}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bench import Case, Ways, ours
 from torch import Tensor
 
-from kernels import linear_logprobs
+from kernels import linear_logprobs, token_logprobs
 
 V_ODD, V_EVEN = 50257, 50304
 TRL_TOKENS = 512  # of a sequence
@@ -98,6 +98,20 @@ def linear(kind: str, N: int, D: int, dtype: torch.dtype, V: int = V_ODD) -> Cas
     return Case(name, partial(linear_ways, kind, N, D, V, dtype), estimate=10)
 
 
+def logits_ways(N: int, dtype: torch.dtype, device: torch.device) -> Ways:
+    """Ours reads every logit once, so it should take half as long as a copy, which writes it, too."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(N, V_ODD, device=device).to(dtype), torch.randint(V_ODD, (N,), device=device)
+    room = torch.empty_like(logits)
+
+    def copy() -> None:
+        room.copy_(logits)
+
+    calls = ours(partial(token_logprobs, logits, targets), device)
+    calls |= {"eager": lambda: logps_of(logits.float(), targets), "a copy of the logits": copy}
+    return Ways(calls, check=partial(error, logps_of(logits[:CHECKED].double(), targets[:CHECKED])))
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = {
     "quick": [linear("frozen head", 64, 32, FP32, V=1001)],
@@ -114,5 +128,6 @@ CASES = {
         linear("trained head", 8192, 2560, BF16),
         linear("frozen head", 128, 2560, BF16),
         linear("frozen head", 2048, 2560, FP32),
+        Case("log-probabilities from logits, N 8192, bfloat16", partial(logits_ways, 8192, BF16), estimate=5),
     ],
 }

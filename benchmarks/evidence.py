@@ -43,6 +43,7 @@ from data.examples import Example, draw, load_examples, split
 from evaluate import Row
 
 STORED = ROOT / "benchmarks/results/evidence.json"
+WORK = ROOT / "runs/evidence"  # data, starts and frontiers
 COMMON = "--gen-batch 1024 --eval-limit 50 --eval-temperatures 1 --rank 0 --batch 32 --epochs 1 --weight-decay 0"
 SELF_PLAY = "--lr 1e-4 --beta 1 --temperature 1"
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
@@ -290,7 +291,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     regimes, starts = (list(dict.fromkeys(getattr(case, name) for case in CASES)) for name in ("regime", "start"))
     parser.add_argument("--only", nargs="+", choices=regimes + starts, default=regimes, metavar="REGIME or START")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="data, starts and frontiers")
     parser.add_argument("--out", type=Path, default=STORED)
     parser.add_argument("--write", action="store_true", help="only tables and figures, from what is stored")
     args = parser.parse_args(argv)
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [case for case in CASES if case.regime in args.only or case.start in args.only]
         save = partial(measuring.store, args.out, found)
         with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            play(wanted, found, args.work, pool.map, save)
+            play(wanted, found, WORK, pool.map, save)
         found |= theory.results()
         save()
     if args.out == STORED or len(args.only) == len(regimes):

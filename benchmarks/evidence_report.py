@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from functools import cache, partial
 from statistics import NormalDist
 
-from documents import MOST, Columns, figure, table, write_blocks
+from documents import Columns, table, write_blocks
 from evidence_cases import CASES, STARTS
 from measuring import ROOT
 
 from evaluate import Row
+from report.figures import Mark, Panel, sheet
 
 FIGURE = ROOT / "benchmarks/results/evidence-settings.svg"
 FULL_TABLES = ROOT / "runs/evidence-tables.md"
@@ -78,28 +79,24 @@ def cell(lead: Sequence[float] | None, scale: float, digits: int) -> str:
 
 def sign(lead: Sequence[float]) -> int:
     """1 or -1 if a lead is as unlikely by chance as one of more than SURE standard errors of a known size, else 0."""
-    found = normal_errors(*lead)
-    return (found > SURE) - (found < -SURE)
+    return int(math.copysign(lead[1] > 0 and chance(*lead) < NormalDist().cdf(-SURE), lead[0]))
 
 
 @cache
-def normal_errors(lead: float, error: float, freedom: float) -> float:
-    """The standard errors at which a normal variable is as unlikely as Student's t at lead / error; at most MOST.
+def chance(lead: float, error: float, freedom: float) -> float:
+    """The probability that Student's t exceeds abs(lead) / error.
 
     Few seeds say little about the spread over seeds, so a lead must exceed more of their errors: 32 with two degrees of
     freedom instead of 3.3. The density of t at sqrt(freedom) tan(angle) is cos(angle)^(freedom - 1),
     up to a constant; the areas are sums over midpoints.
     """
-    if not error:
-        return 0.0
 
     def area(begin: float, end: float, parts: int = 2000) -> float:
         width = (end - begin) / parts
         return width * sum(math.cos(begin + (i + 0.5) * width) ** (freedom - 1) for i in range(parts))
 
     angle = math.atan(abs(lead) / error / math.sqrt(freedom))
-    beyond = area(angle, math.pi / 2) / (2 * area(0.0, math.pi / 2))
-    return math.copysign(min(MOST, -NormalDist().inv_cdf(max(beyond, 1e-17))), lead)
+    return area(angle, math.pi / 2) / (2 * area(0.0, math.pi / 2))
 
 
 def self_play(found: Row) -> list[Row]:
@@ -239,11 +236,17 @@ def first_gradients(found: Row) -> str:
 
 
 def settings(found: Row) -> str:
-    """A mark for every setting of self-play: its leads over both controls at equal entropy, in standard errors."""
-    marks = []
+    """Every setting of self-play by start, in the order of the full tables: its leads over both controls."""
+    of_start: dict[str, list[Row]] = {}
     for row in self_play(found):
-        leads = (normal_errors(*lead) for lead in row["judged"])
-        marks.append((row["from"], *leads, f"{row['from']}: {row['name']}"))
-    title = "Every setting of self-play beside both controls, at equal entropy, in standard errors"
-    axes = "better than the start", "better than supervised training"
-    return figure(title, *axes, marks, SURE, "self-play wins")
+        of_start.setdefault(row["from"], []).append(row)
+    panels = []
+    for start, rows in of_start.items():
+        series: list[list[Mark]] = [[], []]
+        for x, row in enumerate(rows, 1):
+            for marks, (lead, error, _) in zip(series, row["judged"]):
+                marks.append(Mark(x, 100 * lead, 100 * (lead - error), 100 * (lead + error)))
+        measures = " or ".join(dict.fromkeys(MEASURES[row["by"]] for row in rows))
+        panels.append(Panel(start, series, ".2f", 1, f"points of {measures}", least=1.0))
+    title = "Leads of every setting of self-play: circles, over the start; squares, over supervised training"
+    return sheet(title, panels)

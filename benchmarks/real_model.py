@@ -74,11 +74,11 @@ SIZES = {
 # The first of each list is the middle of a pilot's, made with other code; it is the only one of a small experiment.
 SUPERVISED = [f"--lr {rate}" for rate in ("5.4e-5", "2e-5", "2e-4", "1e-4", "2.8e-5", "3.9e-5", "7.5e-5", "1.4e-4")]
 PAIRS = [f"--lr {rate} --beta {beta}" for beta in (0.1, 1) for rate in ("1e-5", "3e-6", "1e-6", "3e-5")]
-ARMS = {  # ways to go on from the start, named in real_model_report.py: (script, flags, rates)
-    "A": ("sft", "--data WORK/start.jsonl", SUPERVISED),
+ARMS = {  # ways to go on from the start: (script, flags, rates)
+    "A": ("sft", "--data WORK/start.jsonl", SUPERVISED),  # more supervised training
     "B": ("spin", "--data WORK/start.jsonl --temperature 1", PAIRS),
-    "R": ("family", "--pairs WORK/pairs.jsonl", PAIRS),
-    "D": ("sft", "--data WORK/fresh.jsonl", SUPERVISED),
+    "R": ("family", "--pairs WORK/pairs.jsonl", PAIRS),  # SPIN's loss, against other words' definitions
+    "D": ("sft", "--data WORK/fresh.jsonl", SUPERVISED),  # supervised training on fresh definitions
     "C": ("spin", "--data WORK/start.jsonl --temperature 0", PAIRS),
     "F": ("sft", "--data WORK/start.jsonl --loss dft", SUPERVISED),
 }
@@ -99,16 +99,21 @@ def trials(size: Size) -> list[tuple[str, str, int]]:
 
 def write_data(size: Size, work: Path) -> None:
     """start, fresh and pairs, to train on; heldout: words for the NLL (tuning, test), then words of whole kinds."""
+    rows = []
     with gzip.open(ROOT / "glosses/glosses.jsonl.gz", "rt") as file:
-        rows = [json.loads(line) for line in file]
-    rows.sort(key=lambda row: hashlib.sha256(f"order {row['prompt']}".encode()).digest())
-    kinds = Counter(kind_of(row) for row in rows)
+        for row in map(json.loads, file):
+            word, _, kind = row["prompt"].rpartition(", ")
+            order = hashlib.sha256(f"order {row['prompt']}".encode()).digest()
+            prompt = f"Define the word.\n{word} (a kind of {kind}):"
+            rows.append((order, kind, {"prompt": prompt, "response": row["response"]}))
+    rows.sort()
+    kinds = Counter(kind for _, kind, _ in rows)
     asked: list[str] = []  # kinds of nine words or more, whose words are not trained on
-    for kind in dict.fromkeys(map(kind_of, rows)):
+    for kind in dict.fromkeys(kind for _, kind, _ in rows):
         if sum(min(kinds[one], PER_KIND) for one in asked) < size.tuning + size.choice and kinds[kind] >= 9:
             asked.append(kind)
-    judged = [line_of(row) for row in rows if kind_of(row) in asked]
-    others = iter([line_of(row) for row in rows if kind_of(row) not in asked])
+    judged = [line for _, kind, line in rows if kind in asked]
+    others = iter([line for _, kind, line in rows if kind not in asked])
     counts = {"start": size.train, "fresh": size.train, "tuning": size.tuning, "test": size.test}
     lines = {name: [next(others) for _ in range(count)] for name, count in counts.items()}
     lines["heldout"] = lines["tuning"] + lines.pop("test") + judged
@@ -117,15 +122,6 @@ def write_data(size: Size, work: Path) -> None:
     lines["pairs"] = [one | {"generated": other["response"]} for one, other in zip(start, shifted)]
     for name, some in lines.items():
         write_lines(work / f"{name}.jsonl", some)
-
-
-def kind_of(row: Row) -> str:
-    return row["prompt"].rpartition(", ")[2]
-
-
-def line_of(row: Row) -> Row:
-    word, _, kind = row["prompt"].rpartition(", ")
-    return {"prompt": f"Define the word.\n{word} (a kind of {kind}):", "response": row["response"]}
 
 
 # ---------------------------------------------------------------- the three questions

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Sequence
 
 import measuring
 import numpy as np
-from documents import Columns, figure, table, write_blocks
+from documents import Columns, table, write_blocks
 from measuring import ROOT, linearised
 
 from evaluate import Row
+from report.figures import Mark, Panel, sheet
 
 Values = dict[str, np.ndarray]
 Leads = list[tuple[float, float]]  # of every seed, with its standard error over test words
 
 ARMS = {
-    "A": "more supervised training", "B": "SPIN, temperature 1", "C": "SPIN, greedy opponent",
-    "D": "supervised, fresh definitions", "R": "other words' definitions", "F": "DFT",
+    "A": "more supervised training", "B": "SPIN", "C": "greedy SPIN", "D": "fresh definitions", "F": "DFT",
+    "R": "other words' definitions",
 }  # fmt: skip
 COLUMNS = {  # measure -> (title, scale, digits)
     "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best T", 1, 3), "summed": ("choice, points", 100, 1),
@@ -38,9 +39,10 @@ def write_all(found: Row, values: Values, size: str) -> None:
     """Writes the tables into the documents, the figure, and the table of every column."""
     report = Report(found, values)
     write_blocks(f"smollm2 {size}", report.block)
-    (ROOT / f"benchmarks/results/smollm2-{size}.svg").write_text(report.figure())
-    (ROOT / "runs").mkdir(exist_ok=True)
-    (ROOT / f"runs/smollm2-{size}-tables.md").write_text(report.changes(COLUMNS))
+    if report.trials:
+        (ROOT / f"benchmarks/results/smollm2-{size}.svg").write_text(report.figure())
+        (ROOT / "runs").mkdir(exist_ok=True)
+        (ROOT / f"runs/smollm2-{size}-tables.md").write_text(report.changes(COLUMNS))
 
 
 class Report:
@@ -149,15 +151,20 @@ class Report:
         return table(range(min(12, self.size["written"])), columns)
 
     def figure(self) -> str:
-        """Every trial: the change of the NLL at the best temperature, and of the choice, in standard errors."""
-        marks = []
-        for row in sorted(self.trials, key=lambda row: row["arm"]):
-            pairs = (self.change("start", row["key"], measure) for measure in ("best_nll", "summed"))
-            nll, choice = (change / max(error, 1e-9) for change, error in pairs)
-            marks.append((f"{row['arm']}: {ARMS[row['arm']]}", -nll, choice, row["key"]))
-        title = "SmolLM2-135M after further training, against its start, in standard errors"
-        axes = "better NLL at the best temperature", "better choice of the true definition"
-        return figure(title, *axes, marks, SURE, "better in both")
+        """Every trial minus the start, by question; a seed has a colour, and the rates of an arm are side by side."""
+        panels = []
+        for measure, better in QUESTIONS.items():
+            title, scale, _ = COLUMNS[measure]
+            series: list[list[Mark]] = [[] for _ in range(self.size["seeds"])]
+            for i, arm in enumerate(ARMS):
+                for seed, marks in enumerate(series):
+                    rows = [row for row in self.trials if (row["arm"], row["seed"]) == (arm, seed)]
+                    for k, row in enumerate(rows):
+                        change, error = (scale * value for value in self.change("start", row["key"], measure))
+                        marks.append(Mark(i + 0.8 * k / len(rows), change, change - error, change + error))
+            panels.append(Panel(title, series, "", better, "minus the start", lines=list(enumerate(ARMS))))
+        names = ", ".join(f"{arm} {name}" for arm, name in ARMS.items())
+        return sheet(f"SmolLM2-135M minus its start after {names}", panels)
 
 
 def error_of(changes: np.ndarray, kinds: np.ndarray | None) -> float:

@@ -115,13 +115,13 @@ def test_all_seeds_of_a_row_are_compared_at_the_same_temperatures():
 
 
 @pytest.mark.parametrize(
-    "t, freedom, normal", [(4.3027, 2, 1.96), (2.2281, 10, 1.96), (8.6103, 4, 3.2905), (31.599, 2, 3.2905)]
+    "t, freedom, expected", [(4.3027, 2, 0.025), (2.2281, 10, 0.025), (8.6103, 4, 5e-4), (31.599, 2, 5e-4)]
 )
-def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, normal):
-    """Quantiles of two-sided probability 5% and 0.1%, from tables."""
-    assert evidence_report.normal_errors(-t, 1.0, freedom) == pytest.approx(-normal, abs=1e-3)
-    assert evidence_report.normal_errors(0.03, 0.01, 2500) == pytest.approx(3, abs=5e-3)
-    assert evidence_report.sign([0.9 * t, 1.0, freedom]) == 0
+def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, expected):
+    """Quantiles from tables."""
+    assert evidence_report.chance(-t, 1.0, freedom) == pytest.approx(expected, rel=1e-3)
+    assert [evidence_report.sign([some * t, 1.0, freedom]) for some in (0.9, -2)] == [0, -1 if t > 5 else 0]
+    assert evidence_report.sign([0.034, 0.01, 2500]) == 1 and evidence_report.sign([0.0, 0.0, 9]) == 0
 
 
 # ---------------------------------------------------------------- theory

@@ -59,7 +59,7 @@ def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     assert " 0 trials not run" in report.block("about")
     for block in ("table", "verdict", "answers"):
         assert report.block(block).count("\n") > 2
-    assert report.figure().count("<circle") == 2 * len(real_model.ARMS)
+    assert report.figure().count('stroke="none"') == 4 * len(real_model.ARMS), "a mark for each trial and question"
     capsys.readouterr()
     real_model.main([*argv, *threads])
     assert capsys.readouterr().out == ""

@@ -202,13 +202,11 @@ def starts(found: Row) -> str:
 
 def placebo(found: Row) -> str:
     """How far a start lies above itself, sampled again, by what its frontier is made of."""
-    rows = []
-    for row in found["summary"]:
-        if row["regime"] == "placebo":
-            draws = "four draws at nine temperatures" if "four" in row["start"] else "one draw at five temperatures"
-            leads = {metric: cell(row["over start"][metric], 100, 2) for metric in ("sampled", "content")}
-            rows.append({"draws": draws} | leads)
-    columns = {"frontier of the start": "{draws}", "F1": "{sampled}", "content F1": "{content}"}
+    draws = {"glosses": "one draw at five temperatures", "glosses, four draws": "four draws at nine temperatures"}
+    rows = [row for row in prepared(found) if row["regime"] == "placebo"]
+    columns: Columns = {"frontier of the start": lambda row: draws[row["from"]]}
+    for metric in ("sampled", "content"):
+        columns[MEASURES[metric]] = lambda row, metric=metric: cell(row["over start"][metric], 100, 2)
     return table(rows, columns) if rows else "Not run yet: `--only placebo`.\n"
 
 
@@ -219,12 +217,12 @@ def capacity(found: Row) -> str:
 
 def sequences(found: Row) -> str:
     """The first and the last iterate at beta 1, and the last of a larger beta."""
-    games = [(game, range(1, len(game["iterates"]))) for game in found["sequences"]]
-    rows = [game | game["iterates"][t] | {"t": t} for game, ts in games for t in (ts[0], ts[-1])]
-    columns = {"beta": "{beta}", "iterate": "{t}", "KL from the data tempered by token": "{by token:.2g}"}
-    columns |= {"by response": "{by response:.2g}", "slope": "{slope:.2f}"}
-    columns |= {"slope at equal length": "{slope at equal length:.2f}"}
-    columns |= {"nats per further token": "{nats per token:.2f}"}
+    rows = [game | game["iterates"][t] | {"t": t} for game in found["sequences"] for t in (1, 8)]
+    columns: Columns = {
+        "beta": "{beta}", "iterate": "{t}", "KL from the data tempered by token": "{by token:.2g}",
+        "by response": "{by response:.2g}", "slope": "{slope:.2f}",
+        "slope at equal length": "{slope at equal length:.2f}", "nats per further token": "{nats per token:.2f}",
+    }  # fmt: skip
     return table([row for row in rows if row["beta"] == 1 or row["t"] > 1], columns)
 
 

@@ -1,38 +1,36 @@
 """The paper's question on a real language model: does self-play give more than further supervised training?
 
     python benchmarks/real_model.py                  all trials on SmolLM2-135M-Instruct (make evidence-smollm2)
-    python benchmarks/real_model.py --size medium    fewer words and one rate for each arm, for a CPU; small: fewer still
+    python benchmarks/real_model.py --size medium    fewer words, one rate for each arm, for a CPU; small: fewer still
     python benchmarks/real_model.py --minutes 60     begins no trial after an hour; the same command goes on
     python benchmarks/real_model.py --device cuda    the same on a GPU
     python benchmarks/real_model.py --write          tables and figure from the stored results
 
-`make smollm2` makes the model. A start is fine-tuned on definitions written by people; every arm of `ARMS` then trains
-it further on the same definitions (D on others), by the scripts of this project. Three questions are asked of all:
+A start is fine-tuned on definitions written by people; every arm of `ARMS` then trains it further on the same
+definitions (D on others), by the scripts of this project. Three questions are asked of all:
 
 - as a model of the data: the NLL of held-out definitions, at temperature 1 and at each model's best temperature;
 - as a judge: which of four definitions of words of one kind, of nearly equal lengths, is likeliest for a word. Kinds
   that are asked for are left out of training;
-- as a writer: what its definitions share with people's, their length and repetitions, and their fluency under the
-  untouched model.
+- as a writer: what its definitions share with people's, their length, repetitions, and fluency.
 
-The model's weights were quantised to 4 bits; the hub has it before that. The arms, the rates and the rules, `ruling` in
-real_model_report.py, were written down before the first trial. Results are in
-benchmarks/results/smollm2-<size>.json and .npz, each trial with its values per word, and of one commit only.
+The arms, the rates and the rules, `ruling` in real_model_report.py, were written down before the first trial. Results
+are in benchmarks/results/smollm2-<size>.json and .npz, each trial with its values per word, and of one commit only.
 """
 
 import argparse
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +39,14 @@ import measuring  # before torch: it sets the number of threads
 import numpy as np
 import real_model_report
 import torch
-from bench import current_commit, write_whole
-from measuring import ROOT, flags_of, linearised, run_script
+from bench import current_commit
+from measuring import ROOT, run_script, write_lines
+from real_model_report import Values
 
-from player import Item, Player
+from evaluate import Row
+from player import Item
 
-Row = dict[str, Any]
+# ---------------------------------------------------------------- what is run
 
 
 @dataclass(frozen=True)
@@ -74,122 +74,54 @@ SIZES = {
 # The first of each list is the middle of a pilot's, made with other code; it is the only one of a small experiment.
 SUPERVISED = [f"--lr {rate}" for rate in ("5.4e-5", "2e-5", "2e-4", "1e-4", "2.8e-5", "3.9e-5", "7.5e-5", "1.4e-4")]
 PAIRS = [f"--lr {rate} --beta {beta}" for beta in (0.1, 1) for rate in ("1e-5", "3e-6", "1e-6", "3e-5")]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to go on from the start."""
-
-    name: str
-    script: str
-    flags: str = ""
-    data: str = "start"
-    rates: Sequence[str] = dataclasses.field(default_factory=lambda: SUPERVISED)
-
-
-ARMS = {
-    "A": Arm("more supervised training", "sft"),
-    "B": Arm("SPIN, temperature 1", "spin", "--temperature 1", rates=PAIRS),
-    "R": Arm("SPIN's loss, other words' definitions", "family", data="pairs", rates=PAIRS),
-    "D": Arm("supervised, fresh definitions", "sft", data="fresh"),
-    "C": Arm("SPIN, greedy opponent", "spin", "--temperature 0", rates=PAIRS),
-    "F": Arm("DFT", "sft", "--loss dft"),
+ARMS = {  # ways to go on from the start: (script, flags, rates)
+    "A": ("sft", "--data WORK/start.jsonl", SUPERVISED),  # more supervised training
+    "B": ("spin", "--data WORK/start.jsonl --temperature 1", PAIRS),
+    "R": ("family", "--pairs WORK/pairs.jsonl", PAIRS),  # SPIN's loss, against other words' definitions
+    "D": ("sft", "--data WORK/fresh.jsonl", SUPERVISED),  # supervised training on fresh definitions
+    "C": ("spin", "--data WORK/start.jsonl --temperature 0", PAIRS),
+    "F": ("sft", "--data WORK/start.jsonl --loss dft", SUPERVISED),
 }
 COMMON = "--rank 0 --batch 16 --epochs 1 --weight-decay 0 --max-new-tokens 48 --gen-batch 64"
 COMMON += r" --template '<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n'"
-COMMON += " --eval-limit 4 --eval-temperatures 1 --save-minutes 5"
-START = "--lr 1e-4"
+COMMON += " --eval-data WORK/tuning.jsonl --eval-limit 4 --eval-temperatures 1 --save-minutes 5"
 ANSWERS = 4  # a choice between so many definitions
 PER_KIND = 20  # the most words of a kind that are asked for: questions of one kind share their wrong answers
 TEMPERATURES = (0.8, 0.9, 1.0, 1.15, 1.35)
 SAMPLED = (0.7, 1.0, 1.2)  # temperatures of written definitions, for equal entropy
 KEPT = 50  # responses of each model, to be read
 
-# ---------------------------------------------------------------- data
+
+def trials(size: Size) -> list[tuple[str, str, int]]:
+    """(arm, rate, seed) in the order of the runs: first one rate of every arm, then the others, then further seeds."""
+    return [(arm, ARMS[arm][2][i], seed) for seed in range(size.seeds) for i in range(size.rates) for arm in ARMS]
 
 
 def write_data(size: Size, work: Path) -> None:
     """start, fresh and pairs, to train on; heldout: words for the NLL (tuning, test), then words of whole kinds."""
+    rows = []
     with gzip.open(ROOT / "glosses/glosses.jsonl.gz", "rt") as file:
-        rows = [json.loads(line) for line in file]
-    rows.sort(key=lambda row: hashlib.sha256(f"order {row['prompt']}".encode()).digest())
-    kinds = Counter(kind_of(row) for row in rows)
+        for row in map(json.loads, file):
+            word, _, kind = row["prompt"].rpartition(", ")
+            order = hashlib.sha256(f"order {row['prompt']}".encode()).digest()
+            prompt = f"Define the word.\n{word} (a kind of {kind}):"
+            rows.append((order, kind, {"prompt": prompt, "response": row["response"]}))
+    rows.sort()
+    kinds = Counter(kind for _, kind, _ in rows)
     asked: list[str] = []  # kinds of nine words or more, whose words are not trained on
-    for kind in dict.fromkeys(map(kind_of, rows)):
+    for kind in dict.fromkeys(kind for _, kind, _ in rows):
         if sum(min(kinds[one], PER_KIND) for one in asked) < size.tuning + size.choice and kinds[kind] >= 9:
             asked.append(kind)
-    judged = [row for row in rows if kind_of(row) in asked]
-    others = iter([row for row in rows if kind_of(row) not in asked])
-    counts = {"start": size.train, "fresh": size.train, "heldout": size.tuning + size.test}
-    parts = {name: [next(others) for _ in range(count)] for name, count in counts.items()}
-    parts["heldout"] += judged
-    lines = {name: [line_of(row) for row in part] for name, part in parts.items()}
+    judged = [line for _, kind, line in rows if kind in asked]
+    others = iter([line for _, kind, line in rows if kind not in asked])
+    counts = {"start": size.train, "fresh": size.train, "tuning": size.tuning, "test": size.test}
+    lines = {name: [next(others) for _ in range(count)] for name, count in counts.items()}
+    lines["heldout"] = lines["tuning"] + lines.pop("test") + judged
     start = lines["start"]
     shifted = [*start[1:], start[0]]  # their order is random, so these are definitions of random other words
-    lines["tuning"] = lines["heldout"][:4]  # what the scripts evaluate; the questions are asked here
     lines["pairs"] = [one | {"generated": other["response"]} for one, other in zip(start, shifted)]
-    work.mkdir(parents=True, exist_ok=True)
-    for name, part in lines.items():
-        (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
-
-
-def kind_of(row: Row) -> str:
-    return row["prompt"].rpartition(", ")[2]
-
-
-def line_of(row: Row) -> Row:
-    word, _, kind = row["prompt"].rpartition(", ")
-    return {"prompt": f"Define the word.\n{word} (a kind of {kind}):", "response": row["response"]}
-
-
-# ---------------------------------------------------------------- trials
-
-
-@dataclass(frozen=True)
-class Trial:
-    arm: str
-    rate: str  # its flags
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.arm} | {self.rate} | {self.seed}"
-
-
-def trials(size: Size) -> list[Trial]:
-    """In the order in which they are run: first one rate of every arm, then the others, then further seeds."""
-    rates = range(size.rates)
-    return [Trial(arm, ARMS[arm].rates[i], seed) for seed in range(size.seeds) for i in rates for arm in ARMS]
-
-
-def flags_of_trial(trial: Trial, size: Size, work: Path, out: Path, device: str) -> list[str]:
-    arm = ARMS[trial.arm]
-    flags = flags_of(COMMON, arm.flags, trial.rate)
-    flags["--pairs" if arm.script == "family" else "--data"] = f"{work}/{arm.data}.jsonl"
-    flags |= {"--model": f"{work}/start", "--iterations": str(size.iterations), "--seed": str(trial.seed)}
-    flags |= {"--eval-data": f"{work}/tuning.jsonl", "--out": str(out), "--device": device}
-    return measuring.words_of(flags)
-
-
-def train_start(size: Size, work: Path, base: Path, device: str) -> None:
-    """Fine-tunes the model for as many epochs as lower the NLL of the tuning words, and writes work/start."""
-    if (work / "start").exists():
-        return
-    out = work / "sft"
-    flags = flags_of(COMMON, START) | {"--data": f"{work}/start.jsonl", "--eval-data": f"{work}/tuning.jsonl"}
-    flags |= {"--model": str(base), "--iterations": str(size.start_epochs), "--out": str(out), "--device": device}
-    run_script("sft", measuring.words_of(flags), "start")
-    judge = Judge(size, work, base, device)
-
-    def nll(epoch: int) -> float:
-        judge.player.model.load_weights(out / f"iterate-{epoch}")
-        return judge.tuning_nll()
-
-    best = min(range(1, size.start_epochs + 1), key=nll)
-    shutil.copytree(out / "final", work / "start.part", dirs_exist_ok=True)
-    shutil.copy(out / f"iterate-{best}/model.safetensors", work / "start.part")
-    (work / "start.part").rename(work / "start")
-    shutil.rmtree(out)
+    for name, some in lines.items():
+        write_lines(work / f"{name}.jsonl", some)
 
 
 # ---------------------------------------------------------------- the three questions
@@ -198,10 +130,9 @@ def train_start(size: Size, work: Path, base: Path, device: str) -> None:
 class Judge:
     """Asks models of one architecture about the held-out words. `base` is the untouched model, which tells fluency."""
 
-    def __init__(self, size: Size, work: Path, base: Path, device: str) -> None:
+    def __init__(self, size: Size, work: Path, base: Path, flags: list[str]) -> None:
         self.size, self.base = size, base
-        flags = measuring.words_of(flags_of(COMMON, f"--device {device}") | {"--eval-limit": "0"})
-        self.player, self.work = measuring.ruler(str(base), f"{work}/heldout.jsonl", 48, tuple(flags))
+        self.player, self.work = measuring.ruler(str(base), f"{work}/heldout.jsonl", *flags)
         first = size.tuning + size.test
         self.words, judged = self.work.heldout[:first], self.work.heldout[first:]
         kinds = [e.prompt.rpartition("(a kind of ")[2] for e in judged]
@@ -209,15 +140,12 @@ class Judge:
         asked = [(e, kind) for e, kind in zip(judged, kinds) if e in of_kind[kind][:PER_KIND]]
         asked = asked[: size.tuning + size.choice]
         self.choices = [nearest(e, of_kind[kind]) for e, kind in asked]
-        self.kinds = np.array([list(of_kind).index(kind) for _, kind in asked])
-        self.tokens = np.array([len(e.real_ids) for e in self.words])
-        lines = map(json.loads, (work / "start.jsonl").read_text().splitlines())
-        words = Counter(word for line in lines for word in line["response"].split())
-        self.frequent = frozenset(word for word, _ in words.most_common(40))
+        self.kinds = [list(of_kind).index(kind) for _, kind in asked]
+        self.judges = measuring.judges_of_definitions(work / "start.jsonl")[:2]
 
-    def tuning_nll(self) -> float:
-        items = [(e.prompt_ids, e.real_ids) for e in self.words[: self.size.tuning]]
-        return -float(np.sum(self.player.logps(items)))
+    def nll(self, words: Sequence[Any], temperature: float) -> np.ndarray:
+        items = [(e.prompt_ids, e.real_ids) for e in words]
+        return -np.array(self.player.logps(items, temperature=temperature))[:, 0]
 
     def ask(self, weights: Path) -> tuple[dict[str, np.ndarray], Row]:
         """Returns values of each word, by measure, and what readers want to see. Tuning words come first.
@@ -227,27 +155,24 @@ class Judge:
         """
         player, size = self.player, self.size
         player.model.load_weights(weights)
-        nll = -logps_at(player, [(e.prompt_ids, e.real_ids) for e in self.words], TEMPERATURES)
-        best = int(nll[:, : size.tuning].sum(1).argmin())
-        found = {"nll": nll[TEMPERATURES.index(1.0)], "best_nll": nll[best], "tokens": self.tokens}
+        best = min(TEMPERATURES, key=lambda temperature: self.nll(self.words[: size.tuning], temperature).sum())
+        found: dict[str, Any] = {"nll": self.nll(self.words, 1.0), "best_nll": self.nll(self.words, best)}
+        found["tokens"] = [len(e.real_ids) for e in self.words]
         logps = np.array(player.logps(self.choices))
         lengths = np.array([[len(ids) for ids in responses] for _, *responses in self.choices])
-        found["summed"] = logps.argmax(1) == 0
-        found["per_token"] = (logps / lengths).argmax(1) == 0
-        found["kinds"] = self.kinds
+        found |= {"summed": logps.argmax(1) == 0, "per_token": (logps / lengths).argmax(1) == 0, "kinds": self.kinds}
         writer = dataclasses.replace(self.work, heldout=self.words[size.tuning :][: size.written])
         greedy = writer.respond(player, writer.heldout, "greedy", 0, 0.0)
         texts = [writer.text(ids) for ids, _ in greedy]
-        content = functools.partial(measuring.overlap, without=self.frequent)
-        found["frontier"] = measuring.frontier(player, writer, SAMPLED, measuring.overlap, [content])
-        found["content"] = np.array([content(text, e.references) for text, e in zip(texts, writer.heldout)])
+        found["frontier"] = measuring.frontier(player, writer, SAMPLED, self.judges)
+        found["content"] = [self.judges[1](text, e.references) for text, e in zip(texts, writer.heldout)]
         found["length"] = [len(ids) for ids, _ in greedy]
-        found["repeats"] = list(map(repeats, texts))
+        found["repeats"] = [repeats(text) for text in texts]
         found["unfinished"] = [not ended for _, ended in greedy]
         player.model.load_weights(self.base)
         fluency = player.logps([(e.prompt_ids, ids) for e, (ids, _) in zip(writer.heldout, greedy)])
         found["fluency"] = np.array(fluency)[:, 0] / found["length"]
-        row = {"temperature": TEMPERATURES[best], "texts": texts[:KEPT]}
+        row = {"temperature": best, "texts": texts[:KEPT]}
         return {name: np.asarray(values, np.float32) for name, values in found.items()}, row
 
 
@@ -265,144 +190,75 @@ def repeats(text: str) -> bool:
     return len(set(triples)) < len(triples)
 
 
-@torch.no_grad()
-def logps_at(player: Player, items: Sequence[Item], temperatures: Sequence[float]) -> np.ndarray:
-    """log p of each item's response at each temperature, (temperatures, items), in nats, with one pass of the model."""
-    result = np.zeros((len(temperatures), len(items)))
-    for group in player.micro_batches([sum(map(len, item)) for item in items]):
-        hidden, targets, slots, longest = player.predictors([items[i] for i in group])
-        owners = (slots // longest).cpu().numpy()
-        for k, temperature in enumerate(temperatures):
-            logps = player.head_logps(hidden, targets, temperature)
-            result[k, group] = np.bincount(owners, logps.double().cpu().numpy(), len(group))
-    return result
-
-
-# ---------------------------------------------------------------- changes against the start
-
-
-def change(a: dict[str, np.ndarray], b: dict[str, np.ndarray], measure: str, part: slice) -> np.ndarray:
-    """Values of each word whose mean is the change of a measure from `a` to `b`; NLLs are in nats per token."""
-    if measure in ("nll", "best_nll"):
-        return linearised(b[measure][part], a["tokens"][part]) - linearised(a[measure][part], a["tokens"][part])
-    if measure in ("summed", "per_token"):
-        return b[measure][part] - a[measure][part]
-    return b[measure] - a[measure]
-
-
-QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: larger values are better; -1: smaller ones
-
-
-def error_of(changes: np.ndarray, values: dict[str, np.ndarray], measure: str, size: Size) -> float:
-    """The standard error of a mean over test words.
-
-    Questions of one kind share wrong answers. Of the error over words and the one over kinds the larger one counts,
-    since the second is itself uncertain if kinds are few.
-    """
-    centred = changes - changes.mean()
-    sums = [centred]
-    if measure in ("summed", "per_token"):
-        sums.append(np.bincount(values["kinds"][size.tuning :].astype(int), centred))
-    return float(max((some**2).sum() ** 0.5 for some in sums) / len(changes))
-
-
-MEASURES = ("nll", "best_nll", "summed", "per_token", "content", "length", "repeats", "unfinished", "fluency")
-
-
-def summary(found: Row, values: dict[str, dict[str, np.ndarray]], size: Size) -> list[Row]:
-    """A row of each trial's iterates: [change against the start, its standard error] by measure, on test words."""
-    start, rows = values["start"], []
-    for key, facts in found["trials"].items():
-        now = values[key]
-        row = facts | {"key": key, "mean": {m: float(now[m][size.tuning :].mean()) for m in ("summed", "per_token")}}
-        row["mean"] |= {m: float(now[m].mean()) for m in MEASURES[4:]}
-        for m in MEASURES:
-            of_words = change(start, now, m, slice(size.tuning, None))
-            row[m] = [float(of_words.mean()), error_of(of_words, now, m, size)]
-            if m in ("nll", "best_nll", "summed", "per_token"):
-                row[f"tuning {m}"] = float(change(start, now, m, slice(size.tuning)).mean())
-        both = now["frontier"], start["frontier"]
-        lead = measuring.lead(*both, "content", measuring.reached(*both))
-        row["content at equal entropy"] = None if lead is None else [lead.mean(), lead.std() / len(lead) ** 0.5]
-        rows.append(json.loads(json.dumps(row, default=float)))
-    return rows
-
-
-def contrasts(found: Row, values: dict[str, dict[str, np.ndarray]], size: Size) -> list[Row]:
-    """For each question the rate and iterate of every arm that are best on the tuning words, beside start, A and R.
-
-    Leads are [lead, standard error over test words] of each seed, and positive if the arm is better.
-    """
-    rows = []
-    for measure, sign in QUESTIONS.items():
-        chosen = {}
-        for arm in ARMS:
-            of_arm = [row for row in found["summary"] if row["arm"] == arm and row["seed"] == 0]
-            if of_arm:
-                best = max(of_arm, key=lambda row: sign * row[f"tuning {measure}"])
-                chosen[arm] = best["rate"], best["iterate"]
-        for arm, (rate, iterate) in chosen.items():
-            row: Row = {"measure": measure, "arm": arm, "rate": rate, "iterate": iterate, "over": {}}
-            for control in ("start", "A", "R"):
-                row["over"][control] = []
-                for seed in range(size.seeds if control in ("start", *chosen) and control != arm else 0):
-                    mine = values.get(f"{arm} | {rate} | {seed} | {iterate}")
-                    theirs = values.get("start") if control == "start" else None
-                    if control in chosen:
-                        theirs = values.get(f"{control} | {chosen[control][0]} | {seed} | {chosen[control][1]}")
-                    if mine and theirs:
-                        lead = sign * change(theirs, mine, measure, slice(size.tuning, None))
-                        row["over"][control].append([float(lead.mean()), error_of(lead, mine, measure, size)])
-            rows.append(row)
-    return rows
-
-
 # ---------------------------------------------------------------- all of it
 
 
-def play(
-    found: Row, values: dict, size: Size, work: Path, base: Path, device: str, save: Callable, out_of_time: Callable
-) -> Iterator[str]:
-    """Runs what is missing, and yields a line about each part as it is done."""
-    if not (work / "pairs.jsonl").exists():
-        write_data(size, work)
-    train_start(size, work, base, device)
-    judge = Judge(size, work, base, device)
+@dataclass
+class Experiment:
+    """The trials of a size. `found` and `values` are the results: see real_model_report.py."""
 
-    def look(name: str, folder: Path) -> Iterator[str]:
-        if name not in values:
-            values[name], found["models"][name] = judge.ask(folder)
-            save()
-            yield f"{name}: {mean_nll(values[name], size):.4f} nats per token"
+    size: Size
+    work: Path  # data and weights
+    base: Path  # the untouched model
+    device: str
+    out: Path  # `found`; `values` lie beside it
+    found: Row
+    values: Values
 
-    yield from look("start", work / "start")
-    longest, shortest = (np.mean([f(map(len, ids)) == len(ids[0]) for _, *ids in judge.choices]) for f in (max, min))
-    found["lengths"] = {"longest": float(longest), "shortest": float(shortest)}
-    for trial in trials(size):
-        last = f"{trial.key} | {size.iterations}"
-        if last in found["trials"]:
-            continue
-        out = work / "trials" / hashlib.sha256(trial.key.encode()).hexdigest()[:12]
-        if out_of_time():
-            return
-        began = time.monotonic()
-        run_script(ARMS[trial.arm].script, flags_of_trial(trial, size, work, out, device), trial.key)
-        seconds = time.monotonic() - began
-        for t in range(1, size.iterations + 1):
-            key = f"{trial.key} | {t}"
-            if key in found["trials"]:
+    def argv(self, flags: str, model: Path) -> list[str]:
+        words = shlex.split(f"{COMMON} --device {self.device} {flags}")
+        return [*(word.replace("WORK", str(self.work)) for word in words), "--model", str(model)]
+
+    def train_start(self) -> None:
+        """Fine-tunes the model, and keeps the epoch with the lowest NLL of the tuning words as WORK/start."""
+        flags = f"--lr 1e-4 --iterations {self.size.start_epochs} --eval-limit 0 --data WORK/start.jsonl --out WORK/sft"
+        run_script("sft", self.argv(flags, self.base), "start")
+        best = self.work / "sft/best"  # It is there unless the last epoch is the best one.
+        shutil.copytree(best if best.exists() else self.work / "sft/final", self.work / "part", dirs_exist_ok=True)
+        (self.work / "part").rename(self.work / "start")
+        shutil.rmtree(self.work / "sft")
+
+    def play(self, deadline: float) -> Iterator[str]:
+        """Does what is missing, yields a line about each model, and begins no trial after the deadline."""
+        if not (self.work / "pairs.jsonl").exists():
+            write_data(self.size, self.work)
+        if not (self.work / "start").exists():
+            self.train_start()
+        judge, last = Judge(self.size, self.work, self.base, self.argv("", self.base)), self.size.iterations
+        for name, end in (("longest", max), ("shortest", min)):
+            true_ones = [end(map(len, ids)) == len(ids[0]) for _, *ids in judge.choices]
+            self.found.setdefault("lengths", {})[name] = float(np.mean(true_ones))
+        yield from self.look(judge, "start", self.work / "start")
+        for arm, rate, seed in trials(self.size):
+            key = f"{arm} | {rate} | {seed}"
+            if f"{key} | {last}" in self.found["trials"]:
                 continue
-            values[key], row = judge.ask(out / ("final" if t == size.iterations else f"iterate-{t}"))
-            facts = dataclasses.asdict(trial) | {"iterate": t, "seconds": seconds}
-            found["trials"][key] = facts | row
-            save()
-            yield f"{key}: {mean_nll(values[key], size):.4f} nats per token, {seconds:.0f} s"
-        shutil.rmtree(out)
-    yield from look("untouched", base)
+            if time.monotonic() > deadline:
+                return
+            began, (script, flags, _) = time.monotonic(), ARMS[arm]
+            out = self.work / "trials" / hashlib.sha256(key.encode()).hexdigest()[:12]
+            flags += f" {rate} --iterations {last} --seed {seed} --out WORK/trials/{out.name}"
+            run_script(script, self.argv(flags, self.work / "start"), key)
+            facts = {"arm": arm, "rate": rate, "seed": seed, "seconds": time.monotonic() - began}
+            for t in range(1, last + 1):
+                folder = out / ("final" if t == last else f"iterate-{t}")
+                yield from self.look(judge, f"{key} | {t}", folder, facts | {"iterate": t})
+            shutil.rmtree(out)
+        yield from self.look(judge, "untouched", self.base)
 
-
-def mean_nll(values: dict[str, np.ndarray], size: Size) -> float:
-    return values["nll"][size.tuning :].sum() / values["tokens"][size.tuning :].sum()
+    def look(self, judge: Judge, name: str, folder: Path, facts: Row | None = None) -> Iterator[str]:
+        """Asks a model, unless that is done. That of a trial has facts."""
+        part = self.found["trials" if facts else "models"]
+        if name not in part:
+            values, row = judge.ask(folder)
+            part[name] = (facts or {}) | row
+            self.values |= {f"{name}/{measure}": some for measure, some in values.items()}
+            whole = self.out.with_suffix(".part.npz")
+            np.savez_compressed(whole, **self.values)
+            whole.replace(self.out.with_suffix(".npz"))
+            measuring.store(self.out, self.found)
+            nll, tokens = (values[measure][self.size.tuning :].sum() for measure in ("nll", "tokens"))
+            yield f"{name}: {nll / tokens:.4f} nats per token"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -418,51 +274,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     size, deadline = SIZES[args.size], time.monotonic() + 60 * args.minutes
     out = args.out or ROOT / f"benchmarks/results/smollm2-{args.size}.json"
-    work = args.work or ROOT / f"runs/smollm2/{args.size}"
     new = {"commit": current_commit(), "size": dataclasses.asdict(size), "models": {}, "trials": {}}
     new["machine"] = f"{platform.machine()}, {args.device}, {args.threads} threads"
-    found = json.loads(out.read_text()) if out.exists() else new
-    values = unpacked(out.with_suffix(".npz"))
-
-    def save() -> None:
-        found["summary"] = summary(found, values, size) if "start" in values else []
-        found["contrasts"] = contrasts(found, values, size) if found["summary"] else []
-        found["left"] = [t.key for t in trials(size) if f"{t.key} | {size.iterations}" not in found["trials"]]
-        pack(out.with_suffix(".npz"), values)
-        write_whole(out, json.dumps(found, indent=1) + "\n")
-
+    found = measuring.begun(out, new, () if args.write else ("commit", "size"))
+    values = measuring.loaded(out.with_suffix(".npz")) if found["models"] else {}
     if not args.write:
         if not (args.model / "config.json").exists():
             sys.exit(f"real_model.py: error: --model {args.model}: no such model; make smollm2 makes it")
-        for name in ("commit", "size"):
-            if found[name] != new[name]:
-                stored = f"results of {name} {found[name]}, now {new[name]}"
-                sys.exit(f"real_model.py: error: {out}: {stored}; give another --out")
         torch.set_num_threads(args.threads)
-        late = lambda: time.monotonic() > deadline  # noqa: E731
-        for line in play(found, values, size, work, args.model, args.device, save, late):
-            print(f"{line}; {len(found['left'])} trials are left", flush=True)
-    if not found["models"]:
-        return
-    save()
-    real_model_report.write_all(found, ROOT, args.size)
-
-
-def pack(path: Path, values: dict[str, dict[str, np.ndarray]]) -> None:
-    """Writes all arrays into one compressed file, under "key/measure"."""
-    part = path.with_name(path.stem + ".part.npz")
-    np.savez_compressed(part, **{f"{key}/{name}": a for key, some in values.items() for name, a in some.items()})
-    part.replace(path)
-
-
-def unpacked(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    values: dict[str, dict[str, np.ndarray]] = {}
-    if path.exists():
-        with np.load(path) as file:
-            for name in file.files:
-                key, _, measure = name.rpartition("/")
-                values.setdefault(key, {})[measure] = file[name]
-    return values
+        work = args.work or ROOT / f"runs/smollm2/{args.size}"
+        for line in Experiment(size, work, args.model, args.device, out, found, values).play(deadline):
+            print(line, flush=True)
+    if found["models"]:
+        real_model_report.write_all(found, values, args.size)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""Tables and figure of benchmarks/results/smollm2-<size>.json, in the documents and beside it. No dependencies."""
+"""What the stored answers of real_model.py say: changes and leads, the rules, tables and figure.
+
+`found` has the facts of every trial, `values` a number of each word, by "model/measure".
+"""
 
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from evidence_report import COLOURS, Plot, table, with_blocks
+import measuring
+import numpy as np
+from documents import Columns, Spot, scatter, table, write_blocks
+from measuring import ROOT, linearised
 
-Row = dict[str, Any]
+from evaluate import Row
 
-DOCUMENTS = ("docs/evidence.md", "README.md")
+Values = dict[str, np.ndarray]
+Leads = list[tuple[float, float]]  # of every seed, with its standard error over test words
+
 ARMS = {
     "A": "more supervised training", "B": "SPIN, temperature 1", "C": "SPIN, greedy opponent",
-    "D": "supervised, fresh definitions", "R": "other words' definitions", "F": "DFT",
+    "D": "supervised, fresh definitions", "F": "DFT", "R": "other words' definitions",
 }  # fmt: skip
 COLUMNS = {  # measure -> (title, scale, digits)
     "nll": ("NLL", 1, 3), "best_nll": ("NLL at the best T", 1, 3), "summed": ("choice, points", 100, 1),
@@ -21,126 +27,170 @@ COLUMNS = {  # measure -> (title, scale, digits)
     "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
 }  # fmt: skip
 IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length")
+QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: larger values are better; -1: smaller ones
 READ = ("A", "B", "C", "R")  # arms whose definitions stand beside the start's
 LONGEST = 44  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 
 
-def write_all(found: Row, root: Path, size: str) -> None:
+def write_all(found: Row, values: Values, size: str) -> None:
     """Writes the tables into the documents, the figure, and the table of every column."""
-    for name in DOCUMENTS:
-        (root / name).write_text(filled((root / name).read_text(), found, size))
-    if found["summary"]:
-        (root / f"benchmarks/results/smollm2-{size}.svg").write_text(figure(found))
-        (root / "runs").mkdir(exist_ok=True)
-        (root / f"runs/smollm2-{size}-tables.md").write_text(changes(found, tuple(COLUMNS)))
+    report = Report(found, values)
+    write_blocks(f"smollm2 {size}", report.block)
+    if report.trials:
+        (ROOT / f"benchmarks/results/smollm2-{size}.svg").write_text(report.figure())
+        (ROOT / "runs").mkdir(exist_ok=True)
+        (ROOT / f"runs/smollm2-{size}-tables.md").write_text(report.changes(COLUMNS))
 
 
-def filled(text: str, found: Row, size: str) -> str:
-    """A document with its blocks `<!-- smollm2 SIZE: NAME -->` ... `<!-- end -->` made from the results."""
-    blocks = {"about": about, "table": changes, "verdict": verdict, "answers": answers}
-    return with_blocks(text, f"smollm2 {size}", lambda name: blocks[name](found))
+class Report:
+    def __init__(self, found: Row, values: Values) -> None:
+        self.found, self.values, self.size = found, values, found["size"]
+        self.trials: list[Row] = [{"key": key} | row for key, row in found["trials"].items()]
+
+    def block(self, name: str) -> str:
+        """A block of a document."""
+        blocks = {"about": self.about, "table": self.changes, "verdict": self.verdict, "answers": self.answers}
+        return blocks[name]()
+
+    def about(self) -> str:
+        size, lengths = self.size, {name: f"{share:.0%}" for name, share in self.found["lengths"].items()}
+        whole = [row["seconds"] for row in self.trials if row["iterate"] == size["iterations"]]
+        left = size["rates"] * len(ARMS) * size["seeds"] - len(whole)
+        return (
+            f"{len(self.trials)} iterates, {sum(whole) / 60:.0f} minutes of training, {left} trials not "
+            f"run; {size['train']:,} definitions to train on, {size['test']:,} for the NLL, {size['choice']:,} choices "
+            f"(the true one is the longest in {lengths['longest']}, the shortest in {lengths['shortest']}, with ties), "
+            f"{size['written']} to write; {self.found['machine']}, commit {self.found['commit']}.\n"
+        )
+
+    # ------------------------------------------------------------ changes
+
+    def of_words(self, model: str, measure: str, tuning: bool = False) -> np.ndarray:
+        """Values of the test words, or of the `tuning` words, whose mean is a model's measure; NLLs per token."""
+        values, first = self.values[f"{model}/{measure}"], self.size["tuning"]
+        if measure in (*QUESTIONS, "tokens", "kinds"):
+            values = values[:first] if tuning else values[first:]
+        return linearised(values, self.of_words(model, "tokens", tuning)) if "nll" in measure else values
+
+    def change(self, before: str, now: str, measure: str) -> tuple[float, float] | None:
+        """The change of a measure from one model to another on test words, with its standard error."""
+        if measure == "content at equal entropy":
+            both = [self.values[f"{model}/frontier"] for model in (now, before)]
+            if not (shared := measuring.reached(*both)):
+                return None
+            changes = measuring.lead(*both, "content", shared)
+        else:
+            changes = self.of_words(now, measure) - self.of_words(before, measure)
+        is_choice = measure in ("summed", "per_token")
+        return float(changes.mean()), error_of(changes, self.of_words(now, "kinds") if is_choice else None)
+
+    def changes(self, measures: Iterable[str] = IN_DOCUMENTS) -> str:
+        """Every trial, minus the start; trials that differ in the seed share a line."""
+        lines: dict[str, list[str]] = {}
+        for row in sorted(self.trials, key=lambda row: (row["arm"], row["rate"], row["iterate"], row["seed"])):
+            name = f"{row['arm']}, {row['rate'].replace('--', '')}"
+            name += f", iterate {row['iterate']}" if self.size["iterations"] > 1 else ""
+            lines.setdefault(name, []).append(row["key"])
+        columns: Columns = {"minus the start": lambda line: line[0]}
+        for measure in measures:
+            columns[COLUMNS[measure][0]] = lambda line, measure=measure: of_seeds(
+                [change for key in line[1] if (change := self.change("start", key, measure))], measure
+            )
+        return table(lines.items(), columns)
+
+    # ------------------------------------------------------------ verdicts
+
+    def chosen(self, arm: str, measure: str, seed: int) -> str:
+        """The trial of a seed at the rate and iterate that are best on the tuning words with the first seed, or ""."""
+        first = [row for row in self.trials if row["arm"] == arm and row["seed"] == 0]
+        sign = QUESTIONS[measure]
+        best = max(first, key=lambda row: sign * self.of_words(row["key"], measure, tuning=True).mean(), default=None)
+        key = best and f"{arm} | {best['rate']} | {seed} | {best['iterate']}"
+        return key if key in self.found["trials"] else ""
+
+    def leads(self, arm: str, control: str, measure: str) -> Leads:
+        """Of an arm over another one or the start, by seed; positive if the arm is better."""
+        result = []
+        for seed in range(self.size["seeds"]):
+            mine = self.chosen(arm, measure, seed)
+            theirs = control if control == "start" else self.chosen(control, measure, seed)
+            if mine and theirs:
+                lead, error = self.change(theirs, mine, measure)
+                result.append((QUESTIONS[measure] * lead, error))
+        return result
+
+    def verdict(self) -> str:
+        """Leads of the trials that the tuning words chose, and what the rules say."""
+        columns: Columns = {"": " over ".join}
+        rulings = []
+        for measure in QUESTIONS:
+            title = COLUMNS[measure][0]
+            columns[title] = lambda pair, measure=measure: of_seeds(self.leads(*pair, measure), measure)
+            for arm in "BC":
+                over = {control: self.leads(arm, control, measure) for control in ("start", "A", "R")}
+                if ruled := ruling(over, self.size["seeds"]):
+                    rulings.append(f"{title}, {arm}: {ruled}.")
+        text = table([("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")], columns)
+        enough = "large enough" if better(self.leads("D", "A", "nll"), ENOUGH) else "too small"
+        first = f"the test set is {enough}" if self.chosen("D", "nll", 0) else "D is missing"
+        return f"{text}\nBy the rules {first}. {' '.join(rulings) or 'SPIN is supported in no question.'}\n"
+
+    # ------------------------------------------------------------ to be seen
+
+    def answers(self) -> str:
+        """The beginnings of twelve greedy definitions of the start and of the first trial of each arm of READ."""
+        first = {row["arm"]: row["texts"] for row in reversed(self.trials)}
+        texts = {"start": self.found["models"]["start"]["texts"]} | {arm: first[arm] for arm in READ if arm in first}
+        columns = {
+            name: lambda i, some=some: textwrap.shorten(some[i].replace("|", "/"), LONGEST, placeholder=" ...")
+            for name, some in texts.items()
+        }
+        return table(range(min(12, self.size["written"])), columns)
+
+    def figure(self) -> str:
+        """Every trial minus the start: the NLL at the best temperature, and the choice."""
+        spots: dict[str, list[Spot]] = {}
+        for row in sorted(self.trials, key=lambda row: row["arm"]):
+            (x, dx), (y, dy) = (self.change("start", row["key"], measure) for measure in ("best_nll", "summed"))
+            spot = Spot(row["key"], x, 100 * y, dx, 100 * dy)
+            spots.setdefault(f"{row['arm']}: {ARMS[row['arm']]}", []).append(spot)
+        title = "SmolLM2-135M after further training, minus its start"
+        axes = "NLL, nats per token at the best temperature: worse", "choice of the true definition, points: better"
+        return scatter(title, *axes, spots)
 
 
-def about(found: Row) -> str:
-    size, lengths = found["size"], {name: f"{share:.0%}" for name, share in found["lengths"].items()}
-    whole = [row["seconds"] for row in found["trials"].values() if row["iterate"] == size["iterations"]]
-    return (
-        f"{len(found['summary'])} iterates, {sum(whole) / 60:.0f} minutes of training, {len(found['left'])} trials not "
-        f"run; {size['train']:,} definitions to train on, {size['test']:,} for the NLL, {size['choice']:,} choices "
-        f"(the true one is the longest in {lengths['longest']}, the shortest in {lengths['shortest']}, with ties), "
-        f"{size['written']} to write; {found['machine']}, commit {found['commit']}.\n"
-    )
+def error_of(changes: np.ndarray, kinds: np.ndarray | None) -> float:
+    """The standard error of a mean over test words.
+
+    Questions of one kind share wrong answers. Of the error over words and the one over kinds the larger one counts,
+    since the second is itself uncertain if kinds are few.
+    """
+    centred = changes - changes.mean()
+    sums = [centred] if kinds is None else [centred, np.bincount(kinds.astype(int), centred)]
+    return float(max((some**2).sum() ** 0.5 for some in sums) / len(changes))
 
 
-def of_seeds(leads: Sequence[Sequence[float] | None], scale: float, digits: int) -> str:
+def of_seeds(leads: Leads, measure: str) -> str:
     """The lead of every seed, with the largest of their standard errors."""
-    known = [lead for lead in leads if lead]
-    if not known:
+    _, scale, digits = COLUMNS[measure]
+    values = ", ".join(f"{scale * value:+.{digits}f}" for value, _ in leads)
+    return f"{values} ± {scale * max(error for _, error in leads):.{digits}f}" if leads else ""
+
+
+def better(leads: Sequence[Sequence[float]], by: float = SURE) -> bool:
+    return bool(leads) and all(lead > by * error for lead, error in leads)
+
+
+def ruling(over: dict[str, Sequence[Sequence[float]]], seeds: int) -> str:
+    """What the rules say about an arm of SPIN, from its leads over the start, A and R."""
+    if not better(over["start"]):
         return ""
-    values = ", ".join(f"{scale * value:+.{digits}f}" for value, _ in known)
-    return f"{values} ± {scale * max(error for _, error in known):.{digits}f}"
-
-
-def changes(found: Row, measures: Sequence[str] = IN_DOCUMENTS) -> str:
-    """Every trial, minus the start; trials that differ in the seed share a line."""
-    rows = [["minus the start", *(COLUMNS[measure][0] for measure in measures)]]
-    trials: dict[tuple, list[Row]] = {}
-    for row in sorted(found["summary"], key=lambda row: (row["arm"], row["rate"], row["iterate"], row["seed"])):
-        trials.setdefault((row["arm"], row["rate"], row["iterate"]), []).append(row)
-    for (arm, rate, iterate), some in trials.items():
-        name = f"{arm}, {rate.replace('--', '')}"
-        name += f", iterate {iterate}" if found["size"]["iterations"] > 1 else ""
-        rows.append([name, *(of_seeds([row[m] for row in some], *COLUMNS[m][1:]) for m in measures)])
-    return table(rows)
-
-
-def verdict(found: Row) -> str:
-    """Leads of the rates and iterates that the tuning words chose, positive if better, and what the rules say."""
-    questions = list(dict.fromkeys(row["measure"] for row in found["contrasts"]))
-    rows = [["", *(COLUMNS[measure][0] for measure in questions)]]
-    for arm, control in (("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")):
-        of_arm = {row["measure"]: row["over"][control] for row in found["contrasts"] if row["arm"] == arm}
-        rows.append([f"{arm} over {control}", *(of_seeds(of_arm.get(m, []), *COLUMNS[m][1:]) for m in questions)])
-    rulings = {row["arm"] + row["measure"]: ruling(row, found["size"]["seeds"]) for row in found["contrasts"]}
-    lines = [
-        f"{COLUMNS[key[1:]][0]}, {key[0]}: {text}." for key, text in rulings.items() if text and key[0] in "BC"
-    ] or ["SPIN is supported in no question."]
-    return table(rows) + f"\nBy the rules {rulings.get('Dnll') or 'D is missing'}. {' '.join(lines)}\n"
-
-
-def ruling(row: Row, seeds: int) -> str:
-    def better(control: str, by: float = SURE) -> bool:
-        return bool(row["over"][control]) and all(lead > by * error for lead, error in row["over"][control])
-
-    if row["arm"] == "D" and row["measure"] == "nll":
-        return "the test set is large enough" if better("A", ENOUGH) else "the test set is too small"
-    if row["arm"] not in "BC" or not better("start"):
-        return ""
-    if not better("A"):
+    if not better(over["A"]):
         return "better than the start"
-    done = min(len(row["over"]["start"]), len(row["over"]["A"]))
+    done = min(len(over["start"]), len(over["A"]))
     proved = "supported" if done == seeds > 1 else f"supported by {done} of {max(seeds, 2)} seeds"
-    if not row["over"]["R"]:
+    if not over["R"]:
         return f"SPIN is {proved}; R was not run"
-    return f"SPIN is {proved}" + (", and so is the opponent" if better("R") else ", its opponent is not")
-
-
-def answers(found: Row) -> str:
-    """The beginnings of twelve greedy definitions of the start and of the first trial of each arm of READ."""
-    trials = {row["arm"]: row for row in reversed(found["trials"].values())}
-    models = {"start": found["models"]["start"]} | {arm: trials[arm] for arm in READ if arm in trials}
-    lines = zip(*(model["texts"][:12] for model in models.values()))
-    return table([list(models), *([shortened(text.replace("|", "/")) for text in line] for line in lines)])
-
-
-def shortened(text: str) -> str:
-    return textwrap.shorten(text, LONGEST, placeholder=" ...")
-
-
-def figure(found: Row) -> str:
-    """Every trial: the change of the NLL at the best temperature, to the right, and of the choice, upwards."""
-    points = {row["key"]: (row["best_nll"], [100 * value for value in row["summed"]]) for row in found["summary"]}
-    ends = [[0.0, *(v - e for v, e in some), *(v + e for v, e in some)] for some in zip(*points.values())]
-    ticks = [(min(some), max(*some, 1e-9)) for some in ends]
-    plot = Plot(*ticks)
-    plot.marks = f'<path class="axis" fill="none" d="M{plot.x(0):.1f} 50V430M60 {plot.y(0):.1f}H440"/>'
-    for colour, arm in zip(COLOURS, sorted({row["arm"] for row in found["summary"]}), strict=False):
-        rows = [row for row in found["summary"] if row["arm"] == arm]
-        rows.sort(key=lambda row: float(row["rate"].split()[1]))
-        lines: dict[tuple, list[str]] = {}
-        for row in rows:
-            (nll, nll_error), (won, error) = points[row["key"]]
-            line = row["seed"], row["iterate"], row["rate"].partition("--beta")[2]
-            lines.setdefault(line, []).append(f"{plot.x(nll):.1f} {plot.y(won):.1f}")
-            bars = f"M{plot.x(nll - nll_error):.1f} {plot.y(won):.1f}H{plot.x(nll + nll_error):.1f}"
-            bars += f"M{plot.x(nll):.1f} {plot.y(won - error):.1f}V{plot.y(won + error):.1f}"
-            plot.marks += f'<path d="{bars}" stroke="{colour}" stroke-opacity="0.5"/>'
-            plot.mark(nll, won, colour, row["key"])
-        for line in lines.values():
-            plot.marks += f'<path fill="none" stroke="{colour}" d="M{"L".join(line)}"/>'
-        plot.explain(colour, f"{arm}: {ARMS[arm]}")
-    title = "SmolLM2-135M after further training, against its start"
-    across = "NLL at the best temperature, nats per token: worse"
-    return plot.svg(title, across, "choice of the true definition, points: better", ticks, "+.2g")
+    return f"SPIN is {proved}" + (", and so is the opponent" if better(over["R"]) else ", its opponent is not")

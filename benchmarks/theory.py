@@ -9,37 +9,40 @@ from torch import Tensor
 from evaluate import Row
 from spin import spin_loss
 
+
+def results() -> dict[str, list[Row]]:
+    """What evidence.py stores; first gradients are those of the greedy opponent."""
+    games, starts = ((1, 1), (1, 3), (1, 0.3), (1.5, 1)), ("flatter", "sharper", "other", "data")
+    return {
+        "capacity": [dict(temperature=t, beta=b, nats=limited_capacity(t, b, 6)) for t, b in games],
+        "sequences": [dict(temperature=1.5, beta=b, iterates=sequence_game(1.5, b, 8)) for b in (1, 3)],
+        "first gradients": [{"start": start} | first_gradients(start, 0) for start in starts],
+    }
+
+
 # ---------------------------------------------------------------- optima of the loss
 
 DATA = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()  # of seven responses
+FEATURES = torch.tensor([0, 1, 0, 1, 0, 1, 2], dtype=torch.float64)
 
 
-def slope(x: Tensor, y: Tensor) -> float:
-    """Of the line of least squares."""
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x * x).sum())
+def limited(weight: Tensor) -> Tensor:
+    """log p of the seven responses under a model with one parameter, (1,)."""
+    return (FEATURES * weight).log_softmax(0)
 
 
 def limited_capacity(temperature: float, beta: float, iterations: int) -> list[float]:
-    """KL(p_data || p_t) less its least value, nats, of a model with one parameter for seven responses, by iterate.
+    """KL(p_data || p_t) less its least value, nats, of the model `limited`, by iterate.
 
     Supervised training ends at the least value. At temperature 1 the opponent's own samples have expected score 0, so
     an iterate that self-play does not change is a stationary point of supervised training, whatever the model can be.
     """
-    features = torch.tensor([[0, 1, 0, 1, 0, 1, 2]], dtype=torch.float64).T
-
-    def log_p(weights: Tensor) -> Tensor:
-        return (features @ weights).log_softmax(0)
-
-    def nll(weights: Tensor) -> Tensor:
-        return -(DATA.exp() * log_p(weights)).sum()
-
-    weights = torch.zeros(1, dtype=torch.float64)
-    least, found = nll(minimised(nll, weights)), [weights]
+    data, found = DATA.exp(), [torch.zeros(1, dtype=torch.float64)]
+    best = minimised(lambda weight: -data @ limited(weight), found[0])
     for _ in range(iterations):
-        generated = (log_p(found[-1]) / temperature).softmax(0)
-        found.append(played(log_p, found[-1], DATA.exp(), generated, beta))
-    return [float(nll(weights) - least) for weights in found]
+        generated = (limited(found[-1]) / temperature).softmax(0)
+        found.append(played(limited, found[-1], data, generated, beta))
+    return [float(data @ (limited(best) - limited(weight))) for weight in found]
 
 
 def played(log_p: Callable, weights: Tensor, data: Tensor, generated: Tensor, beta: float) -> Tensor:
@@ -52,17 +55,16 @@ def played(log_p: Callable, weights: Tensor, data: Tensor, generated: Tensor, be
 
     def loss(weights: Tensor) -> Tensor:
         ratios = log_p(weights) - opponent
-        real, generated = ratios[:, None].expand_as(pairs), ratios[None].expand_as(pairs)
-        return (pairs * spin_loss(real, generated, beta)).sum()
+        return (pairs * spin_loss(ratios[:, None].expand_as(pairs), ratios[None].expand_as(pairs), beta)).sum()
 
     return minimised(loss, weights)
 
 
 def minimised(loss: Callable, weights: Tensor) -> Tensor:
+    """The weights at the end of L-BFGS from these on."""
     weights = weights.detach().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-13, line_search_fn="strong_wolfe"
-    )
+    limits = dict(max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-13)
+    optimizer = torch.optim.LBFGS([weights], line_search_fn="strong_wolfe", **limits)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -104,19 +106,17 @@ def sequence_game(temperature: float, beta: float, iterations: int) -> list[Row]
 
     "by token", "by response": KL(candidate || iterate), nats, of the data with every token's distribution to the power
     T, and of the data's distribution of responses to that power. "slope" is that of log p_t on log p_data over all
-    responses, "slope at equal length" and "nats per token" are the coefficients if length counts, too, "length" is the
-    mean. "closed form" is the largest error of log p_{t-1} + (log p_data - log q) / beta, normalised.
+    responses, "slope at equal length" and "nats per token" are the coefficients if length counts, too. "closed form" is
+    the largest error of log p_{t-1} + (log p_data - log q) / beta, normalised.
     """
     logits = random_table(0)
     data, tokenwise = sequence_logps(logits), sequence_logps(logits * temperature)
     whole, rows, formula = (temperature * data).log_softmax(0), [], data
-    columns = torch.stack([data, LENGTHS, torch.ones_like(data)], 1)
     for _ in range(iterations + 1):
         now = sequence_logps(logits)
-        both = torch.linalg.lstsq(columns, now[:, None]).solution.flatten()
-        row = {"by token": kl(tokenwise, now), "by response": kl(whole, now), "slope": slope(data, now)}
-        row |= {"slope at equal length": float(both[0]), "nats per token": float(both[1])}
-        rows.append(row | {"length": float(now.exp() @ LENGTHS), "closed form": float((now - formula).abs().max())})
+        row = {"by token": kl(tokenwise, now), "by response": kl(whole, now), "slope": coefficients(now, data)[0]}
+        row["slope at equal length"], row["nats per token"] = coefficients(now, data, LENGTHS)
+        rows.append(row | {"closed form": float((now - formula).abs().max())})
         generated = sequence_logps(logits, temperature)
         formula = (now + (data - generated) / beta).log_softmax(0)
         logits = played(sequence_logps, logits, data.exp(), generated.exp(), beta)
@@ -125,6 +125,12 @@ def sequence_game(temperature: float, beta: float, iterations: int) -> list[Row]
 
 def kl(p: Tensor, q: Tensor) -> float:
     return float(p.exp() @ (p - q))
+
+
+def coefficients(y: Tensor, *columns: Tensor) -> list[float]:
+    """Those of the columns in the fit of y by least squares, with an intercept."""
+    *found, _ = torch.linalg.lstsq(torch.stack([*columns, torch.ones_like(y)], 1), y[:, None]).solution.flatten()
+    return [float(one) for one in found]
 
 
 def first_gradients(start: str, temperature: float, prompts: int = 32) -> Row:
@@ -137,10 +143,9 @@ def first_gradients(start: str, temperature: float, prompts: int = 32) -> Row:
     for seed in range(prompts):
         truth = random_table(seed)
         noise = 0.3 * random_table(prompts + seed) if start == "other" else 0.0
-        logits = {"flatter": 0.8, "sharper": 1.25}.get(start, 1.0) * truth + noise
-        real, generated = sequence_logps(truth).exp(), sequence_logps(logits, temperature).exp()
-        logits.requires_grad_()
+        logits = ({"flatter": 0.8, "sharper": 1.25}.get(start, 1.0) * truth + noise).requires_grad_()
+        real, generated = sequence_logps(truth).exp(), sequence_logps(logits.detach(), temperature).exp()
         for weights, found in ((real, supervised), (real - generated, spin)):
-            found.append(torch.autograd.grad(-(weights * sequence_logps(logits)).sum(), logits)[0].flatten())
+            found.append(torch.autograd.grad(-weights @ sequence_logps(logits), logits)[0].flatten())
     a, b = torch.cat(supervised) / prompts, torch.cat(spin) / prompts
     return {"cosine": float(a @ b / (a.norm() * b.norm())), "supervised": float(a.norm()), "spin": float(b.norm())}

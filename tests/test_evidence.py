@@ -1,17 +1,20 @@
 """benchmarks/evidence.py: its cases, a run of all its parts, and that documents say what was measured."""
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
 
+import documents
 import evidence
 import evidence_report
 import numpy as np
 import pytest
 import theory
 import torch
-from evidence import STORED, Case, Size
+from evidence import CASES, STARTS, STORED
+from evidence_cases import Case
 from helpers import OPTIONS, ROOT
 
 from runtime.options import parse
@@ -20,91 +23,83 @@ from runtime.options import parse
 def test_documents_and_figure_say_what_is_stored():
     """Every table between markers is made again from the stored results, which are those of cases that exist."""
     found = json.loads(STORED.read_text())
-    for name in evidence_report.DOCUMENTS:
+    for name in documents.DOCUMENTS:
         text = (ROOT / name).read_text()
-        assert evidence_report.filled(text, found) == text
-    assert (ROOT / evidence_report.FIGURE).read_text() == evidence_report.settings(found)
-    assert set(found["runs"]) <= {f"{case.key} | {seed}" for case in evidence.cases() for seed in case.every_seed}
-    assert all(row["commit"] and "command" in row for part in ("starts", "runs") for row in found[part].values())
+        assert documents.with_blocks(text, "evidence", functools.partial(evidence_report.block, found)) == text
+    assert evidence_report.FIGURE.read_text() == evidence_report.settings(found)
+    assert found["runs"].keys() <= {key for case in CASES for key in case.runs}
+    assert all(row["commit"] for part in ("starts", "runs") for row in found[part].values())
 
 
 def test_what_was_measured_elsewhere_is_kept_and_gets_no_further_run(tmp_path):
     """Weights are not stored. Another training of a start is another start, with which stored runs share nothing."""
-    (tmp_path / "test-long.jsonl").touch()  # data is there
     found = json.loads(STORED.read_text())
     with pytest.raises(SystemExit, match=r"the runs from converged are stored, but .* lacks that start; --out FILE"):
-        evidence.play([case for case in evidence.cases() if case.start == "converged"], found, Size(), tmp_path, None)
+        evidence.play([case for case in CASES if case.start == "converged"], found, tmp_path, map, None)
     assert evidence.summary(found["runs"], tmp_path, found["summary"]) == found["summary"]
-    assert evidence.waiting(found) == found["waiting"]
 
 
 def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
     """Twice the epochs of the same prompts, for every case of self-play; no setting stands twice in a regime."""
-    cases = evidence.cases()
-    controls = {case.group for case in cases if case.is_control}
-    assert len({(case.regime, case.key) for case in cases}) == len(cases)
-    for case in (case for case in cases if case.script):  # All but placebos are trained.
+    controls = {case.group for case in CASES if case.is_control}
+    assert len({(case.regime, case.key) for case in CASES}) == len(CASES)
+    for case in (case for case in CASES if case.script):  # All but placebos are trained.
         assert case.group in controls, case.key
-        flags, work = evidence.flags_of_run(case, 3, Size(), tmp_path, tmp_path / "run"), str(tmp_path)
-        args = parse(OPTIONS[case.script], evidence.words_of(flags), case.script)
-        start = evidence.STARTS[case.start]
+        args = parse(OPTIONS[case.script], evidence.words_of_run(case, 3, tmp_path, tmp_path / "run"), case.script)
+        play = STARTS[case.start].play
         assert (args.prompts, args.iterations, args.seed) == (case.prompts, case.iterations, 3)
-        assert args.data == (f"{work}/{start.play}.jsonl",)
-        if start.play != "eight":
-            assert set(args.epochs) == {2 if case.script == "sft" else 1}
+        assert args.data == (f"{tmp_path}/{play}.jsonl",)
+        assert play == "eight" or set(args.epochs) == {2 if case.script == "sft" else 1}
 
 
 def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     """Data, a start, all kinds of run, the summary; what is done is not done again."""
-    few = dataclasses.replace(evidence.STARTS["few words"], flags="--epochs 1 --lr 1e-3", width=8)
-    shipped = evidence.STARTS["underfitted"]
-    starts = {"underfitted": shipped, "few words": few, "draws": dataclasses.replace(shipped, draws=2)}
-    monkeypatch.setattr(evidence, "STARTS", starts)
-    size = dict(seeds=1, prompts=24, iterations=1)
-    cases = [Case("few words", "few words", "SPIN", "--lr 1e-9", **size)]
+    few = dataclasses.replace(STARTS["few words"], flags="--epochs 1 --lr 1e-3", width=8)
+    monkeypatch.setitem(STARTS, "few words", few)
+    monkeypatch.setitem(STARTS, "draws", dataclasses.replace(STARTS["underfitted"], draws=2))
+    size = dict(seeds=1, prompts=40, iterations=1, iterates=(1,))
+    cases = [Case("few words", "few words", "SPIN", "--lr 1e-9", "spin", **size)]
     cases += [Case("few words", "few words", f"supervised, lr {r}", f"--lr {r}", "sft", **size) for r in (1e-9, 1e-2)]
-    cases += [Case("start", "underfitted", "SPIN", "--lr 1e-9", **dict(size, iterations=2, iterates=(1, 2)))]
-    cases += [dataclasses.replace(cases[-1], name="supervised, lr 1e-9", flags="--lr 1e-9", script="sft")]
-    cases += [Case("placebo", "draws", "the start itself", "--placebo", "", first_seed=5, **size)]
-    monkeypatch.setattr(evidence, "cases", lambda: cases)
-    monkeypatch.setattr(evidence, "TEMPERATURES", (0.5, 0.8, 1.0, 1.2))
-    found, asked = {"starts": {}, "runs": {}, "summary": [], "commit": "0"}, []
+    size |= dict(iterations=2, iterates=(1, 2))
+    cases += [Case("start", "underfitted", "SPIN", "--lr 1e-9", "spin", **size)]
+    cases += [Case("start", "underfitted", "supervised, lr 1e-9", "--lr 1e-9", "sft", **size)]
+    size |= dict(iterations=1, iterates=(1,), first_seed=5)
+    cases += [Case("placebo", "draws", "the start itself", "--placebo", "", **size)]
+    monkeypatch.setattr(evidence, "CASES", cases)
+    monkeypatch.setattr(evidence, "TEMPERATURES", (0.5, 0.8, 0.9, 1.0, 1.2))
+    found, asked, saved = {"starts": {}, "runs": {}, "summary": [], "commit": "0"}, [], []
 
-    def do(function, jobs):
-        asked.extend(jobs)
-        return [(job, function(job)) for job in jobs]
+    def each(function, jobs):
+        return map(function, [asked.append(job) or job for job in jobs])
 
-    for name in ("data", "glosses"):
-        with gzip.open(ROOT / getattr(Size, name), "rt") as file:
+    sizes = dict(words=100, few=40, test=16, lines=10)
+    for name, source in (("data", "pronounce/cmudict.jsonl.gz"), ("glosses", "glosses/glosses.jsonl.gz")):
+        with gzip.open(ROOT / source, "rt") as file:
             (tmp_path / f"{name}.jsonl").write_text("".join(itertools.islice(file, 1000)))
-    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("data", "glosses")}
-    tiny = Size(**files, words=100, few=40, test=16, lines=10, share=0.02)
-    evidence.play(cases, found, tiny, tmp_path / "work", do)
-    assert len(asked) == 3 + 6
+        sizes[name] = str(tmp_path / f"{name}.jsonl")
+    evidence.play(cases, found, tmp_path / "work", each, lambda: saved.append(1), **sizes)
+    assert len(saved) == 3 + 6
     found = json.loads(json.dumps(found))
     first, *_, once, twice, _, _, placebo = found["summary"]
-    assert "control" not in placebo and placebo["over start"]["nll"][0] == pytest.approx(0, abs=1e-6)
+    assert "control" not in placebo and placebo["over start"]["best_nll"][0] == pytest.approx(0, abs=1e-6)
     assert placebo["over start"]["sampled_error"][0] != 0
     for row in (first, once, twice):  # a learning rate of 1e-9 changes nothing: level with its start in every respect
         for value, *_ in row["over start"].values():
             assert value == pytest.approx(0, abs=1e-3)
     assert first["control"] == "supervised, lr 0.01", "the control with the lowest NLL"
-    assert first["over supervised"]["nll"][0] < 0 and evidence_report.judged(once) == "level"
+    assert first["over supervised"]["best_nll"][0] < 0 and evidence_report.prepared(found)[3]["verdict"] == "level"
     asked.clear()
-    evidence.play(cases, found, tiny, tmp_path / "work", do)
-    assert asked == []
+    evidence.play(cases, found, tmp_path / "work", each, None, **sizes)
+    assert len(asked) == 2, "the two trained or shipped places are looked for"
 
 
-def test_a_lead_has_the_errors_of_examples_and_of_seeds():
-    """Greedy: the mean over seeds; its error adds that over examples, of the seeds' mean, and that over seeds."""
+def test_a_mean_has_the_errors_of_examples_and_of_seeds():
+    """Its error adds that over examples, of the seeds' mean, and that over seeds."""
     rng = np.random.default_rng(0)
-    control = {"frontier": rng.random((len(evidence.TEMPERATURES), 4, 100)), "greedy": np.zeros(100)}
-    mine = [{"frontier": control["frontier"], "greedy": (rng.random(100) < p).astype(float)} for p in (0.5, 0.9)]
-    lead, error, freedom = evidence.leads(mine, [control, control])["greedy"]
-    a, b = (some["greedy"] for some in mine)
-    assert lead == pytest.approx((a.mean() + b.mean()) / 2)
+    a, b = ((rng.random(100) < p).astype(float) for p in (0.5, 0.9))
+    mean, error, freedom = evidence.with_error([a, b])
     over_examples, over_seeds = ((a + b) / 2).std() / 10, abs(a.mean() - b.mean()) / 2
-    assert error == pytest.approx(np.hypot(over_examples, over_seeds))
+    assert (mean, error) == pytest.approx(((a.mean() + b.mean()) / 2, np.hypot(over_examples, over_seeds)))
     assert freedom == pytest.approx(error**4 / (over_examples**4 / 99 + over_seeds**4 / 1))
 
 
@@ -114,9 +109,7 @@ def test_all_seeds_of_a_row_are_compared_at_the_same_temperatures():
     first, second = control.copy(), control.copy()
     first[3, 1] -= 1
     second[3, 0] += 1
-    zeros = np.zeros(50)
-    mine = [{"frontier": frontier, "greedy": zeros} for frontier in (first, second)]
-    theirs = [{"frontier": control, "greedy": zeros}] * 2
+    mine, theirs = [{"frontier": frontier} for frontier in (first, second)], [{"frontier": control}] * 2
     assert evidence.leads(mine, theirs)["sampled"][0] == pytest.approx(0, abs=1e-9)
     assert evidence.leads(mine[:1], theirs[:1])["sampled"][0] == pytest.approx(-0.25)
 
@@ -128,7 +121,7 @@ def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, normal):
     """Quantiles of two-sided probability 5% and 0.1%, from tables."""
     assert evidence_report.normal_errors(-t, 1.0, freedom) == pytest.approx(-normal, abs=1e-3)
     assert evidence_report.normal_errors(0.03, 0.01, 2500) == pytest.approx(3, abs=5e-3)
-    assert evidence_report.sign([0.9 * t, 1.0, freedom]) == 0
+    assert [evidence_report.sign([some * t, 1.0, freedom]) for some in (0.9, -2)] == [0, -1 if t > 5 else 0]
 
 
 # ---------------------------------------------------------------- theory
@@ -149,7 +142,7 @@ def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(tempe
     for expected in exponents(temperature, beta, 4)[1:]:
         generated = (logits.log_softmax(0) / temperature).softmax(0)
         logits = theory.played(lambda logits: logits.log_softmax(0), logits, theory.DATA.exp(), generated, beta)
-        assert theory.slope(theory.DATA, logits) == pytest.approx(expected, abs=1e-3)
+        assert theory.coefficients(logits, theory.DATA) == [pytest.approx(expected, abs=1e-3)]
 
 
 @pytest.mark.parametrize("temperature, beta", [(1.5, 1), (0.8, 2)])

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import shutil
 
+import documents
 import numpy as np
 import pytest
 import real_model
 import real_model_report
 import torch
-from helpers import ROOT, known_model, player_of, rows
+from helpers import ROOT, rows
+from measuring import loaded
 from real_model import Size
+from real_model_report import Report
 
 from model import GPTNeo, GPTNeoConfig
 
@@ -20,11 +23,11 @@ def test_documents_and_figure_say_what_is_stored(size):
     stored = ROOT / f"benchmarks/results/smollm2-{size}.json"
     if not stored.exists():
         return
-    found = json.loads(stored.read_text())
-    for name in real_model_report.DOCUMENTS:
+    report = Report(json.loads(stored.read_text()), loaded(stored.with_suffix(".npz")))
+    for name in documents.DOCUMENTS:
         text = (ROOT / name).read_text()
-        assert real_model_report.filled(text, found, size) == text
-    assert stored.with_suffix(".svg").read_text() == real_model_report.figure(found)
+        assert documents.with_blocks(text, f"smollm2 {size}", report.block) == text
+    assert stored.with_suffix(".svg").read_text() == report.figure()
 
 
 @pytest.fixture
@@ -48,21 +51,20 @@ def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     threads = ["--threads", str(torch.get_num_threads())]  # Other files' tests go on in this process.
     real_model.main([*argv, "--minutes", "0", *threads])  # one part, then it goes on
     real_model.main([*argv, *threads])
-    found = json.loads(out.read_text())
-    assert [row["arm"] for row in found["summary"]] == list(real_model.ARMS)
-    assert found["left"] == []
+    found, values = json.loads(out.read_text()), loaded(out.with_suffix(".npz"))
+    assert [row["arm"] for row in found["trials"].values()] == list(real_model.ARMS)
     assert set(found["models"]) == {"start", "untouched"}
-    values = real_model.unpacked(out.with_suffix(".npz"))
-    asked = [values[row["key"]] for row in found["summary"]]
-    assert {(len(some["nll"]), len(some["summed"])) for some in asked} == {(8, 16)}
-    for block in ("about", "changes", "verdict", "answers"):
-        assert getattr(real_model_report, block)(found).count("\n") > 0
-    assert real_model_report.figure(found).count("<circle") == 2 * len(real_model.ARMS)
+    assert {(len(values[f"{key}/nll"]), len(values[f"{key}/summed"])) for key in found["trials"]} == {(8, 16)}
+    report = Report(found, values)
+    assert " 0 trials not run" in report.block("about")
+    for block in ("table", "verdict", "answers"):
+        assert report.block(block).count("\n") > 2
+    assert report.figure().count("<title>") == len(real_model.ARMS), "a spot for each trial"
     capsys.readouterr()
     real_model.main([*argv, *threads])
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(real_model, "current_commit", lambda: "def")
-    with pytest.raises(SystemExit, match="results of commit abc, now def"):
+    with pytest.raises(SystemExit, match="begun with commit abc, now def"):
         real_model.main(argv)
 
 
@@ -82,21 +84,11 @@ def test_a_judge_is_not_asked_about_kinds_that_are_trained_on(tmp_path):
 
 def test_errors_of_choices_are_those_of_kinds():
     """Questions of one kind that change together count as one: the error is that of the mean of four kinds."""
-    kinds = np.repeat(np.arange(4), 25)
-    of_kinds, size = np.array([1.0, -1.0, 0.0, 2.0]), Size(tuning=0)
-    error = real_model.error_of(of_kinds[kinds], {"kinds": kinds}, "summed", size)
-    assert error == pytest.approx(of_kinds.std() / 2)
+    kinds, of_kinds = np.repeat(np.arange(4), 25), np.array([1.0, -1.0, 0.0, 2.0])
+    assert real_model_report.error_of(of_kinds[kinds], kinds) == pytest.approx(of_kinds.std() / 2)
     alternating = np.tile([1.0, -1.0], 50)  # Within a kind it cancels, over words it does not.
-    assert real_model.error_of(alternating, {"kinds": kinds}, "summed", size) == pytest.approx(0.1)
-    assert real_model.error_of(of_kinds[kinds], {}, "nll", size) == pytest.approx(of_kinds.std() / 10)
-
-
-def test_log_probabilities_at_several_temperatures():
-    player = player_of(known_model())
-    items = [([1, 2], [3, 4, 0]), ([2], [1, 0])]
-    found = real_model.logps_at(player, items, (1.0, 1.5))
-    for row, temperature in zip(found, (1.0, 1.5)):
-        assert np.allclose(row, np.array(player.logps(items, temperature=temperature))[:, 0], atol=1e-5)
+    assert real_model_report.error_of(alternating, kinds) == pytest.approx(0.1)
+    assert real_model_report.error_of(of_kinds[kinds], None) == pytest.approx(of_kinds.std() / 10)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +101,7 @@ def test_log_probabilities_at_several_temperatures():
     ],
 )
 def test_rules(over, expected):
-    over = dict(zip(("start", "A", "R"), over))
-    row = {"arm": "B", "measure": "summed", "over": over}
-    assert real_model_report.ruling(row, len(over["start"])) == expected
+    assert real_model_report.ruling(dict(zip(("start", "A", "R"), over)), len(over[0])) == expected
 
 
 def test_repetition():

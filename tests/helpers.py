@@ -89,16 +89,6 @@ def assert_same_logits_and_gradients(ours, theirs, ids: torch.Tensor, least: flo
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
 
 
-def write_gpt2_tokenizer(folder) -> dict[str, int]:
-    """Writes the shipped tokenizer as vocab.json and merges.txt, GPT-2's kind of files. Returns the vocabulary."""
-    model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
-    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
-    merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
-    return vocab
-
-
 class Died(Exception):
     """What ends a run in a test: an error that no code expects."""
 
@@ -158,13 +148,18 @@ def refused(argv, out, capsys, script=spin) -> str:
     return error
 
 
+def random_model(vocab_size: int, end: int, **changes) -> GPTNeo:
+    """A GPT-Neo of a few thousand random weights, with a global and a local layer. `end` is its end token."""
+    like = dict(max_position_embeddings=64, hidden_size=16, num_layers=2, num_heads=2, window_size=4)
+    like |= dict(attention_types=((("global", "local"), 1),), initializer_range=0.2, bos_token_id=end, eos_token_id=end)
+    config = GPTNeoConfig(vocab_size=vocab_size, **(like | changes))
+    return GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+
+
 def known_model() -> GPTNeo:
     """No attention, no MLP, no positions: the next token depends on the current one alone, by a known table."""
-    config = GPTNeoConfig(
-        vocab_size=11, max_position_embeddings=32, hidden_size=8, num_layers=1, num_heads=2,
-        attention_types=((("global",), 1),), bos_token_id=10, eos_token_id=10,
-    )  # fmt: skip
-    model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    kinds = ((("global",), 1),)
+    model = random_model(11, 10, hidden_size=8, num_layers=1, attention_types=kinds, initializer_range=0.02)
     with torch.no_grad():
         model.transformer["wpe"].weight.zero_()
         for module in (model.transformer["h"][0].attn.attention.out_proj, model.transformer["h"][0].mlp.c_proj):

@@ -300,25 +300,6 @@ def test_factors_are_ready_inside_the_block_only() -> None:
     assert all(layer.ready is None for _, layer in lora.lora_layers(model))
 
 
-def test_dropout_acts_in_training_only_and_on_the_adapter_path_only() -> None:
-    """Without it, no random numbers are drawn."""
-    linear = nn.Linear(40, 30)
-    layer = randomize(lora.LoRALinear(linear, 4, 4, dropout=0.5))
-    x = torch.randn(8, 40)
-    assert not torch.equal(layer(x), layer(x))
-    torch.manual_seed(0)
-    update = layer(x) - linear(x)
-    torch.manual_seed(0)
-    dropped = nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(update, dropped @ layer.lora_A.T @ layer.lora_B.T, **CLOSE)
-    state = torch.get_rng_state()
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train().dropout = 0.0
-    layer(x)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # ---------------------------------------------------------------- switching off
 
 

@@ -99,9 +99,10 @@ P_0 = torch.tensor([0.3, 0.1, 0.1, 0.4, 0.1], dtype=torch.float64)
 UNIFORM = torch.full((5,), 0.2, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("alpha, beta", [(0.0, 0.7), (0.3, 3.0), (1.0, 1.0)])
-def test_minimiser_of_alpha_spin(alpha, beta):
-    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels."""
+@pytest.mark.parametrize("alpha, beta", [(0.0, 0.5), (0.0, 1.0), (0.0, 2.0), (0.3, 3.0), (1.0, 1.0)])
+def test_minimiser_of_spin_and_of_alpha_spin(alpha, beta):
+    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels: without
+    alpha one step to the data at beta = 1."""
     p_data, p_t = TABLES
     q = family.mixture_logp(p_t.log(), P_0.log(), alpha).exp()
     is_optimum(trained(of_ratios(spin.spin_loss, q, beta), p_t, p_data), q * (p_data / p_t) ** (1 / beta))

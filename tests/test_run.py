@@ -14,14 +14,13 @@ from helpers import SCRIPTS, begin, die_at, flags, rows, small, small_sft, spy, 
 
 import evaluate
 import lora
-import sampling
 import sft
 import spin
 from evaluate import at_equal_entropy
 from methods import family
 from model import GPTNeo, GPTNeoConfig
 from player import Player
-from runtime import cli, folder
+from runtime import cli
 from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
@@ -58,12 +57,12 @@ def test_random_numbers_are_private_to_seed_iteration_and_purpose(start, data, t
     assert run.seed(1, "x") == run.generator(1, "x").initial_seed() == seed_of(1, 1, "x")
 
 
-def test_responses_depend_on_the_number_of_the_prompt_and_not_on_its_shard(start, data, tmp_path):
+def test_responses_depend_on_the_seed_and_the_number_of_the_prompt_and_not_on_its_shard(start, data, tmp_path):
     found = []
-    for shard in (5, 12):
-        player, examples, run = begin(start, data, tmp_path / "run", shard=shard)
+    for shard, seed in ((5, 0), (12, 0), (12, 1)):
+        player, examples, run = begin(start, data, tmp_path / "run", shard=shard, seed=seed)
         found.append(run.sample(player, examples[:1] * 12, 0, "generate"))
-    assert found[0] == found[1] and len({tuple(ids) for ids, _ in found[0]}) == 12
+    assert found[0] == found[1] != found[2] and len({tuple(ids) for ids, _ in found[0]}) == 12
 
 
 # ---------------------------------------------------------------- a run that died
@@ -107,21 +106,6 @@ def test_a_run_on_cuda_resumes(start, data, here, rank):
         again = rows(here / f"run/{name}")
         assert [line.get("step") for line in lines] == [line.get("step") for line in again]
         assert lines[-1]["loss"] == pytest.approx(again[-1]["loss"], rel=0.05)
-
-
-def test_what_is_finished_stays_where_the_same_seed_may_give_other_responses(start, data, here, monkeypatch):
-    """As on a GPU, whose kernels may round differently each time: after a kill, iterates, pairs and shards are kept."""
-    argv, shard = small(start, data), here / "run/resume/iterate-2/generate-0-8.jsonl"
-    die_at(folder, "write_rows", argv, lambda path, *_, **__: path.name == "generate-8-16.jsonl" and shard.exists())
-    finished = {name: content for name, content in tree(here / "run").items() if name.startswith(("iterate", "pairs"))}
-    assert {"iterate-1/adapter_model.safetensors", "pairs-0.jsonl"} <= finished.keys()
-    kept, uniforms = [ids for ids, _ in rows(shard)], sampling.uniforms
-    monkeypatch.setattr(sampling, "uniforms", lambda seed, *rest: uniforms(seed + 1, *rest))
-    assert spin.main(argv) == 0
-    after = tree(here / "run")
-    assert {name: after[name] for name in finished} == finished
-    responses = [row["generated_ids"][0] for row in rows(here / "run/pairs-1.jsonl")]
-    assert responses[: len(kept)] == kept and len(responses) > len(kept)
 
 
 @pytest.mark.parametrize("command, options", [("spin", {}), ("family", {"rank": 0, "alpha": 0.5, "lr": 1e-3})])
@@ -219,19 +203,6 @@ def test_data_and_weights_must_be_the_same(begun, start, data, capsys):
     tokens = json.loads((start / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(tokens | {"decoder": None}))
     refused("model", model=other)
-
-
-def test_a_scorer_must_be_the_same_wherever_it_is(start, data, here, capsys):
-    """Neither may one be added to a run, nor may its file change; the file may move."""
-    source = "def judge(prompt, responses):\n    return [1, 0]\n"
-    for name, text in (("judge", source), ("moved", source), ("other", source.replace("1, 0", "0, 1"))):
-        (here / f"{name}.py").write_text(text)
-    for out, began, others in (("a", None, ["judge.py:judge"]), ("b", "judge.py:judge", ["other.py:judge", None])):
-        die_at(Run, "evaluate", small(start, data, out=out, scorer=began), script=family)
-        for scorer in others:
-            assert family.main(small(start, data, out=out, scorer=scorer)) == 2
-            assert "--scorer: not the contents" in capsys.readouterr().err
-    die_at(Run, "evaluate", small(start, data, out="b", scorer="moved.py:judge"), script=family)
 
 
 def test_a_run_of_one_script_is_not_resumed_by_another(begun, start, data, capsys):

@@ -12,7 +12,6 @@ import spin
 from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
-from spin import Pair
 
 FIVE = dict(prompts=40, batch=8, eval_limit=2, eval_temperatures=1)  # a run of five steps
 
@@ -90,13 +89,6 @@ def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_pat
     assert "steps skipped, since their loss or gradient was not finite: 1" in capsys.readouterr().err
     row = rows(tmp_path / "out/metrics.jsonl")[-1]
     assert row["skipped"] == 1 and row["loss"] == steps[-1]["loss"]
-
-
-def test_a_tie_counts_as_wrong(start, data, tmp_path):
-    """accuracy is the share of margins above 0, and so is it if all are 0."""
-    player, examples, _ = begin(start, data, tmp_path / "run")
-    pair = Pair(examples[0].prompt_ids, examples[0].real_ids, [examples[0].real_ids], True, "", -1.0, [-1.0])
-    assert spin.pair_loss(player, [pair], 1.0)["accuracy"].tolist() == [0.0]
 
 
 def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):

@@ -138,12 +138,18 @@ def tree(folder) -> dict[str, bytes]:
     return found
 
 
-def refused(argv, out, capsys, script=spin) -> str:
-    """The one line that a refused command prints; checks the exit code and that no file was written."""
-    assert script.main([str(a) for a in argv]) == 2
+def failed(argv, capsys, code=2, script=spin) -> str:
+    """The one line on stderr of a command that ends with this exit code."""
+    assert script.main([str(a) for a in argv]) == code
     error = capsys.readouterr().err
     name = script.__name__.rpartition(".")[2]
     assert error.startswith(f"{name}.py: error: ") and error.count("\n") == 1, error
+    return error
+
+
+def refused(argv, out, capsys, script=spin) -> str:
+    """The one line that a refused command prints; checks that no file was written."""
+    error = failed(argv, capsys, script=script)
     assert not out.exists() or not any(out.iterdir())
     return error
 

@@ -8,7 +8,7 @@ import json
 import shutil
 
 import pytest
-from helpers import die_at, flags, refused, rows, small, tree
+from helpers import die_at, failed, flags, refused, rows, small, tree
 
 import spin
 from methods import family
@@ -82,8 +82,8 @@ def test_a_run_is_not_resumed_with_another_function_but_its_file_may_move(
     for out, began, others in (("a", None, ["mine.py:f"]), ("b", "mine.py:f", ["other.py:f", None])):
         die_at(Run, "evaluate", small(start, data, out=out, **{flag: began}), script=script)
         for other in others:
-            assert script.main(small(start, data, out=out, **{flag: other})) == 2
-            assert f"--{flag}: not the contents that the run in" in capsys.readouterr().err
+            error = failed(small(start, data, out=out, **{flag: other}), capsys, script=script)
+            assert f"--{flag}: not the contents that the run in" in error
     die_at(Run, "evaluate", small(start, data, out="b", **{flag: "moved.py:f"}), script=script)
 
 

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import ROOT, assert_same_logits_and_gradients, flags, rows, spy
+from helpers import OPTIONS, ROOT, assert_same_logits_and_gradients, flags, player_of, rows, spy
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -103,8 +103,7 @@ def test_greedy_responses_and_their_log_probabilities_equal_those_of_transformer
 def test_several_responses_in_one_row_are_as_in_a_row_each(name, tmp_path):
     """Log-probabilities and gradients of two and of three responses to a prompt, under --checkpoint, too."""
     model, _ = pair(name, tmp_path)
-    args = type("Args", (), dict(micro_tokens=2000, max_new_tokens=8, gen_batch=4, gen_tokens=1000))
-    player = Player(model, 2, args)
+    player = player_of(model)
     items = [tuple(tokens(n + row).tolist() for n in (9, 12, 4, 7)) for row in range(3)]
     together = player.response_logps(items)
     apart = torch.stack([torch.cat([player.response_logps([(i[0], i[n])])[0] for i in items]) for n in (1, 2, 3)])
@@ -277,8 +276,7 @@ def test_any_of_several_end_tokens_ends_a_response(start, data, tmp_path, monkey
     Path("start/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     model = Llama.from_pretrained("start")
     assert model.config.eos_token_id == ends
-    args = type("Args", (), dict(micro_tokens=2000, max_new_tokens=60, gen_batch=64, gen_tokens=10**5))
-    player = Player(model, config.eos_token_id, args)
+    player = Player(model, config.eos_token_id, OPTIONS["spin"](max_new_tokens=60))
     drawn = player.respond([[50 + i] for i in range(40)], 0)
     assert {ids[-1] for ids, finished in drawn if finished} & {40, 41}
     assert all((ids[-1] in ends) == finished and not {*ids[:-1]} & {*ends} for ids, finished in drawn)

@@ -59,16 +59,6 @@ def test_a_freed_slot_is_refilled_immediately(model, monkeypatch):
     assert all(active > size - math.ceil(size / 3) for active, size in seen[drained:])
 
 
-def test_large_batches_wait_for_a_few_idle_slots(model, monkeypatch):
-    """With 64 slots, prompts are admitted by four or more; idle slots change nothing in the results."""
-    settings = dict(max_new_tokens=20, eos_token_id=EOS, temperature=1.5)
-    expected = respond(model, prompts(150), batch_size=150, **settings)
-    admitted = []
-    spy(monkeypatch, Batch, "admit", lambda a, k: admitted.append(len(a[1])))
-    assert respond(model, prompts(150), batch_size=64, **settings).ids == expected.ids
-    assert admitted[0] == 64 and all(count >= 4 for count in admitted[:-1]) and len(admitted) > 5
-
-
 def test_cache_holds_no_more_than_its_budget(model, monkeypatch):
     """`cache_tokens` bounds rows times capacity; local layers hold only their window; one row always fits."""
     made = []

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import die_at, refused, rows, small, write_rows
+from helpers import die_at, failed, refused, rows, small, write_rows
 
 import spin
 from report import trackers
@@ -104,8 +104,8 @@ def test_a_tracker_that_cannot_start_is_refused_and_one_that_fails_ends_no_run(s
         raise RuntimeError("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    assert spin.main(small(start, data, iterations=1, log="wandb", **CHEAP)) == 2
-    assert "spin.py: error: --log wandb: no API key\n" in capsys.readouterr().err
+    error = failed(small(start, data, iterations=1, log="wandb", **CHEAP), capsys)
+    assert error == "spin.py: error: --log wandb: no API key\n"
     broken = SimpleNamespace(step=0, log=lambda values, step: 1 / 0, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: broken))
     assert spin.main(small(start, data, iterations=1, log="wandb", **CHEAP)) == 0

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import begin, die_at, flags, rows, small, spy
+from helpers import begin, die_at, failed, flags, rows, small, spy
 
 import sft
 import spin
@@ -62,9 +62,8 @@ def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, mo
 def test_three_steps_that_are_not_finite_stop_the_run(start, data, tmp_path, capsys):
     """A first step that makes all weights huge makes the second step's loss NaN. What was written before stays."""
     diverge = dict(rank=0, lr=1e3, weight_decay=1e30, warmup=0, **FIVE)
-    assert spin.main(flags(start, data, tmp_path / "out", **diverge)) == 1
-    error = capsys.readouterr().err
-    assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error and error.count("\n") == 1
+    error = failed(flags(start, data, tmp_path / "out", **diverge), capsys, 1)
+    assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error
     assert not (tmp_path / "out/iterate-1").exists()
     steps = rows(tmp_path / "out/steps-0.jsonl")
     assert [step["skipped"] for step in steps] == [False, True, True, True], "the way there is logged"

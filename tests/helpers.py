@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import sampling
 import sft
@@ -87,6 +88,16 @@ def assert_same_logits_and_gradients(ours, theirs, ids: torch.Tensor, least: flo
         gradient = reference[key].grad
         scale = gradient.abs().max().clamp(min=least)
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
+
+
+def exact_logps(model: GPTNeo, items: list[tuple[list[int], ...]], temperature: float = 1.0) -> torch.Tensor:
+    """(R, B) in float64, each response in a row of its own, by a plain log-softmax over all tokens."""
+    texts = [(prompt, response) for prompt, *responses in items for response in responses]
+    ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in texts], batch_first=True)
+    logps = (model(ids) @ model.head_weight.T / temperature).log_softmax(-1)
+    spans = [range(len(prompt) - 1, len(prompt + response) - 1) for prompt, response in texts]
+    sums = [logps[i, span, response].sum() for i, (span, (_, response)) in enumerate(zip(spans, texts))]
+    return torch.stack(sums).view(len(items), -1).T
 
 
 class Died(Exception):

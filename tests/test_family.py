@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from helpers import assert_resumes, begin, die_at, flags, refused, rows, spy, write_rows
+from helpers import assert_resumes, begin, die_at, exact_logps, flags, refused, rows, spy, write_rows
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import lora
 import sampling
@@ -27,16 +26,6 @@ from runtime.work import Work
 from spin import Pair
 
 # ---------------------------------------------------------------- ten steps in float64
-
-
-def exact_logps(model: GPTNeo, items: list[tuple[list[int], ...]], temperature: float = 1.0) -> Tensor:
-    """(R, B) in float64, each response in a row of its own, by a plain log-softmax over all tokens."""
-    rows = [(prompt, response) for prompt, *responses in items for response in responses]
-    ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in rows], batch_first=True)
-    logps = (model(ids) @ model.head_weight.T / temperature).log_softmax(-1)
-    spans = [range(len(prompt) - 1, len(prompt + response) - 1) for prompt, response in rows]
-    sums = [logps[i, span, response].sum() for i, (span, (_, response)) in enumerate(zip(spans, rows))]
-    return torch.stack(sums).view(len(items), -1).T
 
 
 def exact_losses(model: GPTNeo, batches: Sequence[Tensor], loss_of: Callable[[Tensor], Tensor]) -> list[float]:

@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import ROOT, begin, player_of, random_model
+from helpers import ROOT, begin, exact_logps, player_of, random_model
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -48,59 +48,23 @@ seeds, booleans = st.integers(0, 2**32), st.booleans()
 # ---------------------------------------------------------------- the model
 
 LAYERS = (("global", "local"), ("local", "global"), ("local", "local"), ("global",), ("local", "global", "local"))
-VOCABULARY = 23
 
 
 @functools.cache
-def tiny_model(layers: tuple[str, ...], window: int, context: int, vocabulary: int = VOCABULARY) -> GPTNeo:
-    """Random weights large enough that attention is not flat; no bias is 0 and no norm 1."""
+def twins(layers: tuple[str, ...], window: int, context: int, vocabulary: int) -> tuple[GPTNeo, GPTNeo]:
+    """A model and its float64 copy. Its random weights are so large that attention is not flat; no bias is 0 and no
+    norm 1. With few tokens, responses often end early."""
     changes = dict(num_layers=len(layers), attention_types=((layers, 1),), window_size=window, initializer_range=0.4)
     model = random_model(vocabulary, 0, max_position_embeddings=context, hidden_size=8, **changes)
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(False)
         if parameter.dim() == 1:
             parameter += 0.2 * normal(i, len(parameter))
-    return model
+    return model, copy.deepcopy(model).double()
 
 
-def slow_hidden(model: GPTNeo, ids: list[int]) -> Tensor:
-    """(T, D) float64: GPT-Neo one token and one head at a time, each looking at a list of what came before."""
-    config, w = model.config, {name: value.double() for name, value in model.state_dict().items()}
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean()
-        centred /= (centred.square().mean() + config.layer_norm_epsilon).sqrt()
-        return centred * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0)
-
-    xs = [w["transformer.wte.weight"][token] + w["transformer.wpe.weight"][t] for t, token in enumerate(ids)]
-    for layer, kind in enumerate(config.attention_layers):
-        name = f"transformer.h.{layer}"
-        keys, values = [], []
-        for t, x in enumerate(xs):
-            q, k, v = (linear(norm(x, f"{name}.ln_1"), f"{name}.attn.attention.{which}_proj") for which in "qkv")
-            keys.append(k)
-            values.append(v)
-            first = max(0, t + 1 - config.window_size) if kind == "local" else 0
-            heads = []
-            for head in torch.arange(config.hidden_size).chunk(config.num_heads):
-                scores = torch.stack([key[head] @ q[head] for key in keys[first:]])
-                heads.append(sum(p * value[head] for p, value in zip(scores.softmax(0), values[first:])))
-            x = x + linear(torch.cat(heads), f"{name}.attn.attention.out_proj")
-            inner = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-            inner = inner / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
-            xs[t] = x + linear(inner, f"{name}.mlp.c_proj")
-    return torch.stack([norm(x, "transformer.ln_f") for x in xs])
-
-
-def some_ids(seed: int, count: int, vocabulary: int = VOCABULARY) -> list[int]:
+def some_ids(seed: int, count: int, vocabulary: int) -> list[int]:
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def assert_hidden(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected, atol=5e-5, rtol=0)
 
 
 kinds, windows = st.sampled_from(LAYERS), st.integers(1, 9)
@@ -123,15 +87,16 @@ def test_segments_equal_rows_of_their_own(layers, window, rows, left, seed):
     along the path. Rows are wider than the context at times, paths never."""
     width = max(1, *map(len, rows))
     rows = [[-1] * (width - len(row)) * left + row + [-1] * (width - len(row)) * (not left) for row in rows]
-    model, ids = tiny_model(layers, window, 16), [some_ids(seed + i, width) for i in range(len(rows))]
+    model, exact = twins(layers, window, 16, 23)
+    ids = [some_ids(seed + i, width, 23) for i in range(len(rows))]
     hidden = model(torch.tensor(ids), torch.tensor(rows))
     assert hidden.isfinite().all()
     for row, marks in enumerate(rows):
         for branch in set(marks) - {-1}:
             path = [slot for slot, mark in enumerate(marks) if mark in (0, branch)]
             own = [i for i, slot in enumerate(path) if marks[slot] == branch]
-            expected = slow_hidden(model, [ids[row][slot] for slot in path])
-            assert_hidden(hidden[row, path][own], expected[own])
+            expected = exact(torch.tensor([[ids[row][slot] for slot in path]]))[0, own]
+            torch.testing.assert_close(hidden[row, path][own].double(), expected, atol=5e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- log-probabilities of responses
@@ -146,16 +111,6 @@ def scorer(start, data, tmp_path_factory) -> tuple[Player, GPTNeo]:
             if parameter.dim() == 1:
                 parameter += 0.2 * normal(i, len(parameter))
     return player, copy.deepcopy(player.model).double()
-
-
-def slow_logps(exact: GPTNeo, items: list[tuple[list[int], ...]]) -> Tensor:
-    """(R, B): of the first responses of all items, then of the second ones, ...; each in a row of its own."""
-
-    def logp(prompt: list[int], response: list[int]) -> Tensor:
-        hidden = exact(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
-        return exact.logits(hidden).log_softmax(1)[range(len(response)), response].sum()
-
-    return torch.stack([torch.stack([logp(i[0], i[n]) for i in items]) for n in range(1, len(items[0]))])
 
 
 # ids 0 and 393 are padding and the end-of-sequence token of the run: anywhere in a text they are tokens like others
@@ -174,7 +129,7 @@ def test_response_logps_and_their_gradients_equal_those_of_single_rows(scorer, i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Player, "masked_tokens", masked)
         actual = player.response_logps(items)
-    expected = slow_logps(exact, items)
+    expected = exact_logps(exact, items)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, atol=5e-5, rtol=1e-6)
     upstream = normal(0, *expected.shape)
@@ -188,7 +143,7 @@ def test_response_logps_and_their_gradients_equal_those_of_single_rows(scorer, i
 @given(st.lists(st.integers(1, 60), max_size=25), st.integers(1, 150))
 def test_micro_batches_partition_within_the_budget(tokens, budget):
     """Every item once; groups fit, padded to their longest, or hold one item; from short to long; none ends early."""
-    player = player_of(tiny_model(("global",), 4, 24), micro_tokens=budget)
+    player = player_of(twins(("global",), 4, 24, 6)[0], micro_tokens=budget)
     groups = list(player.micro_batches(tokens))
     assert sorted(i for group in groups for i in group) == list(range(len(tokens)))
     lengths = [[tokens[i] for i in group] for group in groups]
@@ -286,13 +241,6 @@ def slow_choice(logits: Tensor, temperature: float, top_k: int, top_p: float, un
 FEW = 6
 
 
-@functools.cache
-def twins(layers: tuple[str, ...], window: int) -> tuple[GPTNeo, GPTNeo]:
-    """A model of so few tokens that rows often end early, and its float64 copy."""
-    model = tiny_model(layers, window, 24, FEW)
-    return model, copy.deepcopy(model).double()
-
-
 @examples(60)
 @given(
     st.sampled_from([(("global", "local"), 4), (("local", "global"), 1), (("local", "global", "local"), 9)]),
@@ -310,7 +258,7 @@ def twins(layers: tuple[str, ...], window: int) -> tuple[GPTNeo, GPTNeo]:
 def test_generation_equals_a_loop_row_by_row(network, lengths, options, prefill, multiple, numbered, choose):
     """Ids, log-probabilities and ends of every row are those that it gets by itself, in float64, without a cache: so
     neither batch mates nor the sizes of batch, cache and prefill matter."""
-    model, exact = twins(*network)
+    model, exact = twins(*network, 24, FEW)
     prompts = [some_ids(options["seed"] + i, length, FEW) for i, length in enumerate(lengths)]
     numbers = st.lists(st.integers(0, 50), min_size=len(prompts), max_size=len(prompts))
     rows = choose.draw(numbers) if numbered else None

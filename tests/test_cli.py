@@ -130,13 +130,6 @@ def test_a_terminal_that_knows_ascii_only(start, data, here, monkeypatch):
     assert b"nll" in printed and b"?" in printed
 
 
-def test_python_without_docstrings(capsys):
-    """python -OO has none to begin --help with."""
-    with pytest.raises(SystemExit):
-        cli.main("spin", None, None, spin.SpinOptions, ["--help"], about=None)
-    assert capsys.readouterr().out.startswith("usage: spin.py [@RECIPE")
-
-
 def test_streams_that_are_closed(start, data, here, monkeypatch):
     """Neither output nor error, for which Python has None then: the run does its work."""
     for name in ("stdout", "stderr"):

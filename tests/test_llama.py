@@ -1,6 +1,7 @@
 """llama.py against transformers' Llama, Mistral, Qwen2 and Qwen3: the network, its cache, its files, a whole game."""
 
 import json
+import math
 from pathlib import Path
 
 import peft
@@ -224,6 +225,12 @@ def test_the_class_of_a_model_is_that_of_its_model_type(tmp_path):
         Player.class_of(tmp_path)
 
 
+def test_attention_dropout_acts_in_training_only(tmp_path):
+    model, ids = tiny(tmp_path, attention_dropout=0.5).eval(), tokens(1, 9)
+    plain = model(ids)
+    assert torch.equal(model(ids), plain) and not torch.allclose(model.train()(ids), plain, atol=1e-2)
+
+
 # ---------------------------------------------------------------- a game
 
 
@@ -252,8 +259,9 @@ def test_a_dry_run_of_the_recipes(recipe, model_type, start, data, tmp_path, mon
 def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path, monkeypatch):
     """LoRA on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
     monkeypatch.chdir(tmp_path)
-    config = tiny_start(start, tmp_path / "start")
+    config = tiny_start(start, tmp_path / "start", attention_dropout=0.5)
     assert spin.main(flags("start", data, "run", iterations=2, prompts=16, eval_limit=4)) == 0
+    assert rows(Path("run/steps-1.jsonl"))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "without dropout"
     ours = Llama.from_pretrained("start")
     lora.load_adapter(ours, "run/iterate-2")
     assert len(dict(lora.lora_layers(ours))) == 2 * 7

@@ -127,15 +127,6 @@ def test_a_name_matches_whole_components() -> None:
     assert lora.add_lora(copy.deepcopy(model), 1, 1, targets=["a.proj"]) == ["a.proj"]
 
 
-def test_a_shared_layer_is_replaced_at_each_of_its_names() -> None:
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.Tanh(), shared)
-    lora.add_lora(model, 1, 1, targets=["0"])
-    assert isinstance(model[0], lora.LoRALinear) and model[0] is model[2]
-    lora.remove_lora(model)
-    assert type(model[0]) is nn.Linear and model[0] is model[2]
-
-
 def test_a_is_drawn_by_the_generator_in_the_models_order() -> None:
     def a_of(targets: list[str], seed: int) -> list[Tensor]:
         model = gpt_neo()

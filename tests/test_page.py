@@ -118,11 +118,15 @@ def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(whole, st
 
 
 def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):
+    """Bytes that make up no character are a piece after the fourth."""
     _, _, run = begin(start, data, tmp_path / "run")
     ids = run.work.tokenizer.encode("a\u00e9\U0001f600b").ids
     pieces = run.work.pieces([*ids, run.work.eos_token_id], [-0.5] * (len(ids) + 1))
     assert [text for text, _ in pieces] == ["a", "\u00e9", "\U0001f600", "b", ""]
     assert sum(logp for _, logp in pieces) == -0.5 * (len(ids) + 1)
+    first = run.work.tokenizer.encode("\u00e9").ids[0]
+    pieces = run.work.pieces([first] * 4 + run.work.tokenizer.encode("b").ids, [-0.5] * 5)
+    assert [logp for _, logp in pieces] == [-2.0, -0.5] and pieces[1][0] == "b"
 
 
 # ---------------------------------------------------------------- what the page says
@@ -193,6 +197,12 @@ def test_several_runs_are_compared(tmp_path):
     assert f'class="s1" fill="{COLOURS[1]}"' in text and "answer 2 to 4" in text and "answer 1 to 4" in text
     text = page_of(one, write_run(tmp_path / "other", 4, 1, 4))
     assert "Responses to held-out" not in text
+
+
+def test_a_prompt_is_better_or_worse_by_the_edits_of_its_last_response():
+    for text, error, kind in (("b", 0, "better"), ("b", 2, "worse"), ("b", 1, "changed"), ("a", 1, "same")):
+        block = page.block(["start", "iterate 1"], [heldout_row(0, "a", 2.0, 1.0), heldout_row(0, text, 1.5, error)])
+        assert (block["kind"], block["change"]) == (kind, 0.5)
 
 
 def test_the_page_of_many_prompts_stays_small(tmp_path):

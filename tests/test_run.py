@@ -108,23 +108,36 @@ def test_a_run_on_cuda_resumes(start, data, here, rank):
         assert lines[-1]["loss"] == pytest.approx(again[-1]["loss"], rel=0.05)
 
 
-@pytest.mark.parametrize("command, options", [("spin", {}), ("family", {"rank": 0, "alpha": 0.5, "lr": 1e-3})])
-def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsys, command, options):
-    """It is read again: with LoRA for final/, with --alpha and full parameters as the base policy."""
-    model = shutil.copytree(start, here / "model")
+@pytest.mark.parametrize(
+    "command, changed, options",
+    [
+        ("spin", "model", {}),
+        ("family", "model", {"rank": 0, "alpha": 0.5, "lr": 1e-3}),
+        ("family", "adapter", {"rank": None, "alpha": 0.5, "adapter": "adapter"}),
+    ],
+)
+def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsys, command, changed, options):
+    """It is read again: with LoRA for final/, with --alpha as the base policy, if it is not the model below."""
+    script, original = SCRIPTS[command], SCRIPTS[command].score
+    shutil.copytree(start, here / "model")
+    model = GPTNeo.from_pretrained(start)
+    lora.add_lora(model, 2, 4.0)
+    lora.save_adapter(model, here / "adapter")
 
-    def change(*args) -> bool:
-        GPTNeo(GPTNeoConfig.from_json(start / "config.json")).init_weights().save_pretrained(model)
-        return False
+    def change() -> None:
+        if changed == "adapter":
+            lora.add_lora(other := GPTNeo.from_pretrained(start), 2, 4.0)
+            lora.save_adapter(other, here / "adapter")
+        else:
+            GPTNeo(GPTNeoConfig.from_json(start / "config.json")).init_weights().save_pretrained(here / "model")
 
-    argv = flags(model, data, "run", **FEW, **options)
-    script = SCRIPTS[command]
-    original = script.score
+    argv = flags(here / "model", data, "run", **FEW, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "score", lambda *args: (change(), original(*args))[1])
-        assert f"--model {model}: has changed since the run began" in failed(argv, capsys, 1, script)
-    for path in start.iterdir():
-        shutil.copy(path, model)
+        error = failed(argv, capsys, 1, script)
+    assert f"--{changed} " in error and ": has changed since the run began" in error
+    shutil.copytree(start, here / "model", dirs_exist_ok=True)
+    lora.save_adapter(model, here / "adapter")
     assert script.main(argv) == 0
 
 

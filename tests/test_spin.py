@@ -143,14 +143,14 @@ def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
     spy(monkeypatch, spin, "generate", lambda a, k: chosen.append([e.prompt for e in a[1]]))
     spy(monkeypatch, model_module, "checkpoint", lambda a, k: recomputed.append(a[0]))
     options = dict(temperature=1.5, top_k=7, top_p=0.9, beta=[0.5, 2], clip=0.25, prompts=10, checkpoint=True, batch=5)
-    options |= dict(lr=[1e-3, 5e-4], epochs=[1, 2], warmup=0)
+    options |= dict(lr=[1e-3, 5e-4], epochs=[1, 2], warmup=0, gen_batch=3, gen_tokens=999)
     assert spin.main(flags(start, data, tmp_path / "run", iterations=2, eval_limit=4, **options)) == 0
     settings = [(k["temperature"], k.get("top_k", 0), k.get("top_p", 1.0)) for k in sampled]
     evaluation = [(0.0, 0, 1.0), (1.0, 0, 1.0)]
     assert settings == [(1.0, 0, 1.0), *evaluation, (0.8, 0, 1.0)] + [(1.5, 7, 0.9), *evaluation] * 2
     assert sampled[4]["seed"] != sampled[7]["seed"], "the opponent's noise is the same in every iteration"
     assert sampled[1]["seed"] == sampled[5]["seed"], "evaluation noise is shared by all iterates"
-    assert {k["max_new_tokens"] for k in sampled} == {8}
+    assert {(k["max_new_tokens"], k["batch_size"], k["cache_tokens"]) for k in sampled} == {(8, 3, 999)}
     first, second = (rows(tmp_path / f"run/steps-{t}.jsonl") for t in range(2))
     assert betas == [0.5] * betas.count(0.5) + [2.0] * betas.count(2.0) and set(betas) == {0.5, 2.0}
     assert (first[0]["lr"], second[0]["lr"]) == pytest.approx((1e-3, 5e-4)) and len(second) == 2 * len(first)

@@ -71,6 +71,13 @@ def test_three_steps_that_are_not_finite_stop_the_run(start, data, tmp_path, cap
     assert len(rows(tmp_path / "out/metrics.jsonl")) == 1
 
 
+def test_a_run_of_fewer_steps_none_of_which_is_finite_stops_too(start, data, tmp_path, capsys, monkeypatch):
+    real = spin.pair_loss
+    monkeypatch.setattr(spin, "pair_loss", lambda *args: (values := real(*args)) | {"loss": values["loss"] * math.nan})
+    error = failed(flags(start, data, tmp_path / "out", **FIVE | dict(prompts=16)), capsys, 1)
+    assert "iteration 0, steps 1 to 2 of 2: loss or gradient is not finite" in error
+
+
 def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_path, capsys, monkeypatch):
     """The weights stay as they were, the next step starts from there, and a warning counts it."""
     weights, real = [], spin.pair_loss

@@ -186,6 +186,7 @@ def test_sampled_ids_are_scored_as_sampled(start, data, tmp_path, monkeypatch):
     pairs, counts = spin.generate(player, examples[:2], 0, run)
     assert [pair.generated_ids for pair in pairs] == [[i] for i in ids]
     assert (counts["truncated"], counts["generated_length"]) == (0.5, 5.5)
+    assert counts["real_length"] == fmean(len(e.real_ids) for e in examples[:2]) != 5.5
     seen = []
     spy(monkeypatch, player_module, "linear_logprobs", lambda a, k: seen.append(a[2].tolist()))
     spin.score(player, pairs[:1], run)

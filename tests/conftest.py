@@ -16,11 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from helpers import ROOT, small
+from helpers import ROOT, random_model, small
 
 import spin
 from kernels import onednn
-from model import GPTNeo, GPTNeoConfig
 from report import page
 
 THREADS = torch.get_num_threads()
@@ -46,12 +45,7 @@ def start(tmp_path_factory) -> Path:
     """A hub-layout directory: the embedded task's tokenizer and a random model, so that nothing is memorised."""
     path = tmp_path_factory.mktemp("start")
     shipped = json.loads((ROOT / "pronounce/start/config.json").read_text())
-    config = GPTNeoConfig(
-        vocab_size=shipped["vocab_size"], max_position_embeddings=64, hidden_size=16, num_layers=2, num_heads=2,
-        attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
-        bos_token_id=shipped["eos_token_id"], eos_token_id=shipped["eos_token_id"],
-    )  # fmt: skip
-    GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(path)
+    random_model(shipped["vocab_size"], shipped["eos_token_id"]).save_pretrained(path)
     (path / "tokenizer.json").write_text((ROOT / "pronounce/start/tokenizer.json").read_text())
     return path
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import sampling
 import sft
@@ -89,14 +90,14 @@ def assert_same_logits_and_gradients(ours, theirs, ids: torch.Tensor, least: flo
         assert (parameter.grad - gradient).abs().max() <= 1e-4 * scale, key
 
 
-def write_gpt2_tokenizer(folder) -> dict[str, int]:
-    """Writes the shipped tokenizer as vocab.json and merges.txt, GPT-2's kind of files. Returns the vocabulary."""
-    model = json.loads((ROOT / "pronounce/start/tokenizer.json").read_text())["model"]
-    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
-    merges = ["#version: 0.2", *(" ".join(m) if isinstance(m, list) else m for m in model["merges"])]
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
-    return vocab
+def exact_logps(model: GPTNeo, items: list[tuple[list[int], ...]], temperature: float = 1.0) -> torch.Tensor:
+    """(R, B) in float64, each response in a row of its own, by a plain log-softmax over all tokens."""
+    texts = [(prompt, response) for prompt, *responses in items for response in responses]
+    ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in texts], batch_first=True)
+    logps = (model(ids) @ model.head_weight.T / temperature).log_softmax(-1)
+    spans = [range(len(prompt) - 1, len(prompt + response) - 1) for prompt, response in texts]
+    sums = [logps[i, span, response].sum() for i, (span, (_, response)) in enumerate(zip(spans, texts))]
+    return torch.stack(sums).view(len(items), -1).T
 
 
 class Died(Exception):
@@ -148,23 +149,34 @@ def tree(folder) -> dict[str, bytes]:
     return found
 
 
-def refused(argv, out, capsys, script=spin) -> str:
-    """The one line that a refused command prints; checks the exit code and that no file was written."""
-    assert script.main([str(a) for a in argv]) == 2
+def failed(argv, capsys, code=2, script=spin) -> str:
+    """The one line on stderr of a command that ends with this exit code."""
+    assert script.main([str(a) for a in argv]) == code
     error = capsys.readouterr().err
     name = script.__name__.rpartition(".")[2]
     assert error.startswith(f"{name}.py: error: ") and error.count("\n") == 1, error
+    return error
+
+
+def refused(argv, out, capsys, script=spin) -> str:
+    """The one line that a refused command prints; checks that no file was written."""
+    error = failed(argv, capsys, script=script)
     assert not out.exists() or not any(out.iterdir())
     return error
 
 
+def random_model(vocab_size: int, end: int, **changes) -> GPTNeo:
+    """A GPT-Neo of a few thousand random weights, with a global and a local layer. `end` is its end token."""
+    like = dict(max_position_embeddings=64, hidden_size=16, num_layers=2, num_heads=2, window_size=4)
+    like |= dict(attention_types=((("global", "local"), 1),), initializer_range=0.2, bos_token_id=end, eos_token_id=end)
+    config = GPTNeoConfig(vocab_size=vocab_size, **(like | changes))
+    return GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+
+
 def known_model() -> GPTNeo:
     """No attention, no MLP, no positions: the next token depends on the current one alone, by a known table."""
-    config = GPTNeoConfig(
-        vocab_size=11, max_position_embeddings=32, hidden_size=8, num_layers=1, num_heads=2,
-        attention_types=((("global",), 1),), bos_token_id=10, eos_token_id=10,
-    )  # fmt: skip
-    model = GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    kinds = ((("global",), 1),)
+    model = random_model(11, 10, hidden_size=8, num_layers=1, attention_types=kinds, initializer_range=0.02)
     with torch.no_grad():
         model.transformer["wpe"].weight.zero_()
         for module in (model.transformer["h"][0].attn.attention.out_proj, model.transformer["h"][0].mlp.c_proj):

@@ -5,11 +5,10 @@ import random
 from dataclasses import replace
 
 import pytest
-from helpers import write_gpt2_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data.examples import Example, digest, draw, encode, held_out, load_tokenizer
-from data.templates import DEFAULT_TEMPLATE, Template
+from data.templates import DEFAULT_TEMPLATE
 
 POINTER = "version git-lfs/v1\nsize 9\n"
 EMPTY = Tokenizer(models.BPE()).to_str()
@@ -58,23 +57,6 @@ def test_the_digest_is_that_of_the_contents():
 # ---------------------------------------------------------------- special tokens
 
 
-def test_a_prompt_forges_no_special_token(tokenizer):
-    """It forges neither the end of the sequence nor a part of the template; its text stays, as plain text."""
-    marks = [tokenizer.token_to_id(text) for text in ("### Instruction: ", "\n\n### Response: ")]
-    for prompt in (f"a{EOS_TEXT}b", EOS_TEXT, "x\n\n### Response: HH", "### Instruction: ", "{prompt}"):
-        ids = prompt_ids(tokenizer, prompt)
-        assert (ids[0], ids[-1]) == tuple(marks)
-        assert not {393, *marks} & {*ids[1:-1]}
-        assert tokenizer.decode(ids[1:-1], skip_special_tokens=False) == prompt
-
-
-def test_special_tokens_of_the_template_count_and_those_of_prompts_on_request(tokenizer):
-    plain = prompt_ids(tokenizer, "ab", "{prompt}")
-    assert prompt_ids(tokenizer, "ab", EOS_TEXT + "{prompt}" + EOS_TEXT) == [393, *plain, 393]
-    template = Template("{prompt}", tokenizer, special_tokens=True)
-    assert prompt_ids(tokenizer, f"ab{EOS_TEXT}ab", template) == [*plain, 393, *plain]
-
-
 @pytest.mark.parametrize("template", [TEMPLATE, "{prompt}", "Say {prompt} or {prompt}: ", f"{EOS_TEXT} {{prompt}}\n"])
 @pytest.mark.parametrize("kind", ["shipped", "words"])
 def test_ordinary_prompts_are_encoded_as_one_text(kind, template, tokenizer):
@@ -98,11 +80,6 @@ def test_special_tokens_that_take_the_space_beside_them():
 
 
 # ---------------------------------------------------------------- which examples are held out and drawn
-
-
-def test_the_held_out_share_is_the_share_asked_for():
-    share = sum(held_out(f"word{i}", 0.1) for i in range(20_000)) / 20_000
-    assert abs(share - 0.1) < 0.01
 
 
 def test_the_drawn_examples_depend_on_no_order():
@@ -130,18 +107,6 @@ def changed_tokenizer(start, folder, tokens=(), **changes):
     settings["model"] |= changes
     settings["added_tokens"] += [settings["added_tokens"][0] | token for token in tokens]
     (folder / "tokenizer.json").write_text(json.dumps(settings))
-
-
-def test_gpt2_style_tokenizer_equals_that_of_transformers(tmp_path):
-    """vocab.json and merges.txt give the ids of transformers' GPT-2 tokenizer."""
-    from transformers import GPT2TokenizerFast
-
-    vocab = write_gpt2_tokenizer(tmp_path)
-    ours = load_tokenizer(tmp_path, vocab[EOS_TEXT], len(vocab))
-    theirs = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    for text in ("HH AH0 L OW1", "### Instruction: x\n\n### Response: ", "caf\u00e9 \u4f60 12", f" {EOS_TEXT}"):
-        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
-        assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
 
 
 MARK = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}

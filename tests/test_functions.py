@@ -8,14 +8,14 @@ import json
 import shutil
 
 import pytest
-from helpers import die_at, flags, refused, rows, tree
+from helpers import die_at, failed, flags, refused, rows, small, tree
 
 import spin
+from methods import family
 from runtime import functions
 from runtime.functions import load_metrics
 from runtime.run import Run
 from runtime.stopping import Stopped
-from runtime.training import Training
 
 SHARE = "def vowels(prompt, response, references):\n    return sum(c in 'AEIOU' for c in response) / 7 + len(prompt)\n"
 
@@ -67,14 +67,24 @@ def test_a_resumed_run_finds_the_metrics_that_were_computed(metric, start, data,
     assert tree(tmp_path / "run") == died
 
 
-def test_a_run_is_not_resumed_with_another_metric(metric, start, data, tmp_path, capsys):
-    argv = flags(start, data, tmp_path / "run")
-    die_at(Training, "step", [*argv, "--metric", metric])
-    (tmp_path / "changed.py").write_text(SHARE.replace("7", "8"))
-    for other in ([], ["--metric", f"{tmp_path}/changed.py:vowels"], ["--metric", "exact"]):
-        assert spin.main([*argv, *other]) == 2
-        assert "--metric: not the contents that the run in" in capsys.readouterr().err
-    die_at(Training, "step", [*argv, "--metric", metric])
+@pytest.mark.parametrize(
+    "flag, script, source",
+    [
+        ("metric", spin, "def f(prompt, response, references):\n    return 1\n"),
+        ("scorer", family, "def f(prompt, responses):\n    return [1, 0]\n"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_function_but_its_file_may_move(
+    flag, script, source, start, data, here, capsys
+):
+    for name, text in (("mine", source), ("moved", source), ("other", source.replace("1", "0.5"))):
+        (here / f"{name}.py").write_text(text)
+    for out, began, others in (("a", None, ["mine.py:f"]), ("b", "mine.py:f", ["other.py:f", None])):
+        die_at(Run, "evaluate", small(start, data, out=out, **{flag: began}), script=script)
+        for other in others:
+            error = failed(small(start, data, out=out, **{flag: other}), capsys, script=script)
+            assert f"--{flag}: not the contents that the run in" in error
+    die_at(Run, "evaluate", small(start, data, out="b", **{flag: "moved.py:f"}), script=script)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_several_turns_and_a_system_turn():
         {"conversations": said(*shared)},
         {"prompt": texts, "completion": [assistant("a2")]},
         {"chosen": [*texts, assistant("a2")]},
+        {"messages": [*texts, assistant("a2")], "system": "s"},
     ):
         parts = read(record)
         assert (parts.turns, parts.response) == (turns, "a2")
@@ -163,6 +164,7 @@ def test_prompts_without_an_answer():
         ({"prompt": "a", "response": "b", "references": "b"}, {}, "field 'references' must be a list of texts"),
         ({"prompt": "a", "response": "b", "references": [3]}, {}, "field 'references' is int, expected text"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "wins": [1]}, {"layout": "pairs"}, "two probabilities"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "wins": [90, 20]}, {"layout": "pairs"}, "two probabilities"),
         ({"instruction": "q", "input": 3, "output": "a"}, {}, "field 'input' is int, expected text"),
         ({"messages": "x"}, {}, "field 'messages': not valid JSON ("),
         ({"messages": "3"}, {}, "field 'messages' must be a list of {'role', 'content'}"),

@@ -1,13 +1,14 @@
 """llama.py against transformers' Llama, Mistral, Qwen2 and Qwen3: the network, its cache, its files, a whole game."""
 
 import json
+import math
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from helpers import ROOT, assert_same_logits_and_gradients, flags, rows, spy
+from helpers import OPTIONS, ROOT, assert_same_logits_and_gradients, flags, player_of, rows, spy
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -103,8 +104,7 @@ def test_greedy_responses_and_their_log_probabilities_equal_those_of_transformer
 def test_several_responses_in_one_row_are_as_in_a_row_each(name, tmp_path):
     """Log-probabilities and gradients of two and of three responses to a prompt, under --checkpoint, too."""
     model, _ = pair(name, tmp_path)
-    args = type("Args", (), dict(micro_tokens=2000, max_new_tokens=8, gen_batch=4, gen_tokens=1000))
-    player = Player(model, 2, args)
+    player = player_of(model)
     items = [tuple(tokens(n + row).tolist() for n in (9, 12, 4, 7)) for row in range(3)]
     together = player.response_logps(items)
     apart = torch.stack([torch.cat([player.response_logps([(i[0], i[n])])[0] for i in items]) for n in (1, 2, 3)])
@@ -225,6 +225,12 @@ def test_the_class_of_a_model_is_that_of_its_model_type(tmp_path):
         Player.class_of(tmp_path)
 
 
+def test_attention_dropout_acts_in_training_only(tmp_path):
+    model, ids = tiny(tmp_path, attention_dropout=0.5).eval(), tokens(1, 9)
+    plain = model(ids)
+    assert torch.equal(model(ids), plain) and not torch.allclose(model.train()(ids), plain, atol=1e-2)
+
+
 # ---------------------------------------------------------------- a game
 
 
@@ -253,8 +259,9 @@ def test_a_dry_run_of_the_recipes(recipe, model_type, start, data, tmp_path, mon
 def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path, monkeypatch):
     """LoRA on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
     monkeypatch.chdir(tmp_path)
-    config = tiny_start(start, tmp_path / "start")
+    config = tiny_start(start, tmp_path / "start", attention_dropout=0.5)
     assert spin.main(flags("start", data, "run", iterations=2, prompts=16, eval_limit=4)) == 0
+    assert rows(Path("run/steps-1.jsonl"))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "without dropout"
     ours = Llama.from_pretrained("start")
     lora.load_adapter(ours, "run/iterate-2")
     assert len(dict(lora.lora_layers(ours))) == 2 * 7
@@ -277,8 +284,7 @@ def test_any_of_several_end_tokens_ends_a_response(start, data, tmp_path, monkey
     Path("start/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     model = Llama.from_pretrained("start")
     assert model.config.eos_token_id == ends
-    args = type("Args", (), dict(micro_tokens=2000, max_new_tokens=60, gen_batch=64, gen_tokens=10**5))
-    player = Player(model, config.eos_token_id, args)
+    player = Player(model, config.eos_token_id, OPTIONS["spin"](max_new_tokens=60))
     drawn = player.respond([[50 + i] for i in range(40)], 0)
     assert {ids[-1] for ids, finished in drawn if finished} & {40, 41}
     assert all((ids[-1] in ends) == finished and not {*ids[:-1]} & {*ends} for ids, finished in drawn)

@@ -127,15 +127,6 @@ def test_a_name_matches_whole_components() -> None:
     assert lora.add_lora(copy.deepcopy(model), 1, 1, targets=["a.proj"]) == ["a.proj"]
 
 
-def test_a_shared_layer_is_replaced_at_each_of_its_names() -> None:
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.Tanh(), shared)
-    lora.add_lora(model, 1, 1, targets=["0"])
-    assert isinstance(model[0], lora.LoRALinear) and model[0] is model[2]
-    lora.remove_lora(model)
-    assert type(model[0]) is nn.Linear and model[0] is model[2]
-
-
 def test_a_is_drawn_by_the_generator_in_the_models_order() -> None:
     def a_of(targets: list[str], seed: int) -> list[Tensor]:
         model = gpt_neo()
@@ -298,25 +289,6 @@ def test_factors_are_ready_inside_the_block_only() -> None:
         assert {factor.dtype for _, layer in lora.lora_layers(model) for factor in layer.ready} == {torch.bfloat16}
         1 / 0  # noqa: B018
     assert all(layer.ready is None for _, layer in lora.lora_layers(model))
-
-
-def test_dropout_acts_in_training_only_and_on_the_adapter_path_only() -> None:
-    """Without it, no random numbers are drawn."""
-    linear = nn.Linear(40, 30)
-    layer = randomize(lora.LoRALinear(linear, 4, 4, dropout=0.5))
-    x = torch.randn(8, 40)
-    assert not torch.equal(layer(x), layer(x))
-    torch.manual_seed(0)
-    update = layer(x) - linear(x)
-    torch.manual_seed(0)
-    dropped = nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(update, dropped @ layer.lora_A.T @ layer.lora_B.T, **CLOSE)
-    state = torch.get_rng_state()
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train().dropout = 0.0
-    layer(x)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---------------------------------------------------------------- switching off

@@ -92,7 +92,7 @@ def test_other_calls_are_left_alone(calls):
 
 
 def test_compiled_graphs_choose_for_themselves(calls):
-    """--compile on a CPU: the compiler would refuse a graph with oneDNN's operator in it."""
+    """The compiler would refuse a graph with oneDNN's operator in it."""
     layer, x = nn.Linear(4, 5), normal(3, 4)
     expected = layer(x).sum()
     with onednn.products():

@@ -118,11 +118,15 @@ def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(whole, st
 
 
 def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):
+    """Bytes that make up no character are a piece after the fourth."""
     _, _, run = begin(start, data, tmp_path / "run")
     ids = run.work.tokenizer.encode("a\u00e9\U0001f600b").ids
     pieces = run.work.pieces([*ids, run.work.eos_token_id], [-0.5] * (len(ids) + 1))
     assert [text for text, _ in pieces] == ["a", "\u00e9", "\U0001f600", "b", ""]
     assert sum(logp for _, logp in pieces) == -0.5 * (len(ids) + 1)
+    first = run.work.tokenizer.encode("\u00e9").ids[0]
+    pieces = run.work.pieces([first] * 4 + run.work.tokenizer.encode("b").ids, [-0.5] * 5)
+    assert [logp for _, logp in pieces] == [-2.0, -0.5] and pieces[1][0] == "b"
 
 
 # ---------------------------------------------------------------- what the page says
@@ -162,6 +166,7 @@ def test_the_page_of_a_real_run(whole):
     assert "--top-k" not in reader.text.partition("All options")[0]
     digest = json.loads((whole / "run.json").read_text())["digests"]["model"]
     assert digest in reader.text
+    assert text.count('<tbody class="prompt"') == 6 and '<div class="controls" hidden>' in text, "without the script"
     scripts = [attrs for tag, attrs in reader.tags if tag == "script"]
     assert scripts == [{}] and not [tag for tag, _ in reader.tags if tag in ("link", "img", "iframe")]
 
@@ -192,6 +197,12 @@ def test_several_runs_are_compared(tmp_path):
     assert f'class="s1" fill="{COLOURS[1]}"' in text and "answer 2 to 4" in text and "answer 1 to 4" in text
     text = page_of(one, write_run(tmp_path / "other", 4, 1, 4))
     assert "Responses to held-out" not in text
+
+
+def test_a_prompt_is_better_or_worse_by_the_edits_of_its_last_response():
+    for text, error, kind in (("b", 0, "better"), ("b", 2, "worse"), ("b", 1, "changed"), ("a", 1, "same")):
+        block = page.block(["start", "iterate 1"], [heldout_row(0, "a", 2.0, 1.0), heldout_row(0, text, 1.5, error)])
+        assert (block["kind"], block["change"]) == (kind, 0.5)
 
 
 def test_the_page_of_many_prompts_stays_small(tmp_path):
@@ -309,8 +320,7 @@ addEventListener("load", () => setTimeout(async () => {
   found.down = await set("order", "down");
   found.texts = [...document.querySelectorAll("td.text")].map((cell) => cell.textContent);
   found.resources = performance.getEntriesByType("resource").map((entry) => entry.name);
-  found.wide = document.documentElement.scrollWidth - innerWidth;
-  found.paper = getComputedStyle(document.body).backgroundColor;
+
   const answer = document.createElement("pre");
   answer.id = "answer";
   answer.textContent = encodeURIComponent(JSON.stringify(found));
@@ -320,24 +330,21 @@ addEventListener("load", () => setTimeout(async () => {
 """
 
 
-def browse(path, *flags: str, look: bool = True) -> tuple[dict, str]:
-    """What LOOK found in a page, and its DOM afterwards. Fails where the console has a line."""
+def browse(path) -> dict:
+    """What LOOK found in a page. Fails where the console has a line."""
     if not CHROMIUM:
         pytest.skip("needs Chromium, of which neither `chromium` nor `google-chrome` is installed")
-    if look:
-        path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--disable-extensions",
-        f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=20000", *flags,
-        "--dump-dom", path.as_uri(),
+        f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     for _ in range(10):  # on a busy machine Chromium may print the page before LOOK has ended
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "CONSOLE" not in done.stderr, done.stderr
-        found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout)
-        if found or not look:
-            return json.loads(unquote(found[1])) if found else {}, done.stdout
+        if found := re.search(r'<pre id="answer">(.*?)</pre>', done.stdout):
+            return json.loads(unquote(found[1]))
     raise AssertionError("LOOK has not ended")
 
 
@@ -345,7 +352,7 @@ def test_in_a_browser_filters_work_and_nothing_is_loaded(tmp_path):
     folder = write_run(tmp_path / "run", 6, 2, 2)
     path = tmp_path / "page.html"
     assert script.main([str(folder), "--out", str(path)]) == 0
-    found, _ = browse(path)
+    found = browse(path)
     order = [4, 5, 0, 1, 2, 3]  # the changed ones first
     assert found["all"] == [f"prompt {i}" for i in order]
     assert found["better"] == ["prompt 4", "prompt 5"] and found["same"] == [f"prompt {i}" for i in range(4)]
@@ -359,19 +366,7 @@ def test_in_a_browser_filters_work_and_nothing_is_loaded(tmp_path):
 def test_in_a_browser_hostile_text_stays_text(tmp_path):
     path = tmp_path / "page.html"
     assert script.main([str(hostile_run(tmp_path / "run")), "--out", str(path)]) == 0
-    found, _ = browse(path)
+    found = browse(path)
     assert found["hacked"] is None and found["resources"] == []
     for text in HOSTILE[:7]:
         assert text in found["texts"] and f"before {text}" in found["texts"]
-
-
-def test_in_a_browser_on_a_narrow_dark_screen_and_without_scripts(whole, tmp_path):
-    """No sideways scrolling, another paper; without scripts all rows are there, and no controls that do nothing."""
-    path = tmp_path / "page.html"
-    shutil.copy(whole / "report.html", path)
-    found, _ = browse(path, "--window-size=500,900", "--blink-settings=preferredColorScheme=0")
-    assert found["wide"] <= 0 and found["paper"] == "rgb(20, 23, 27)" and found["drawn"]
-    path.write_text(re.sub("(?s)<script>.*</script>", "", (whole / "report.html").read_text()))
-    _, dom = browse(path, look=False)
-    count = len(rows(whole / "heldout-0.jsonl"))
-    assert dom.count('<tbody class="prompt"') == count and '<div class="controls" hidden="">' in dom

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import begin, flags, refused, rows, write_rows
 
+import lora
 import respond
 import spin
 from data.examples import Example, encode, load_examples
@@ -144,6 +145,22 @@ def test_an_adapter_outside_its_run_needs_its_base(run, start, answers, tmp_path
     out = tmp_path / "out"
     assert "names no base model; --base names it" in refused([folder, "--prompt", "x"], out, capsys, respond)
     assert asked([folder, "--base", start, "--prompt", "x"], capsys)
+
+
+def test_what_a_run_began_with_holds_for_its_iterates(run, tmp_path):
+    """--eos, --special-tokens, and the adapter of its start. An option of respond.py goes before."""
+    (tmp_path / "run").mkdir()
+    record, adapter = json.loads((run / "run.json").read_text()), str(run / "iterate-2")
+    record["args"] |= {"eos": "394", "special_tokens": True, "adapter": adapter}
+    Folder(tmp_path / "run").write_record(record)
+    begun = respond.Responder(str(tmp_path / "run/iterate-0"), respond.RespondOptions())
+    expected = GPTNeo.from_pretrained(record["args"]["model"])
+    lora.load_adapter(expected, adapter)
+    found = dict(begun.player.model.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in expected.named_parameters())
+    assert begun.eos == begun.player.eos_token_id == 394 and begun.template.special_tokens
+    asked = respond.Responder(str(tmp_path / "run/iterate-0"), respond.RespondOptions(eos="393"))
+    assert asked.eos == 393
 
 
 @pytest.mark.parametrize(

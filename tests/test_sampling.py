@@ -8,12 +8,12 @@ import weakref
 
 import pytest
 import torch
-from helpers import spy
+from helpers import random_model, spy
 from transformers import GPTNeoForCausalLM
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-from model import GPTNeo, GPTNeoConfig
-from sampling import Batch, KVCache, Responses, draw, filter_logits, respond, uniforms
+from model import GPTNeo
+from sampling import Batch, KVCache, draw, filter_logits, respond, uniforms
 
 EOS = 50
 
@@ -21,12 +21,7 @@ EOS = 50
 @pytest.fixture(scope="module")
 def model() -> GPTNeo:
     """Weights large enough for distributions far from uniform, and a window shorter than the prompts."""
-    config = GPTNeoConfig(
-        vocab_size=51, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4,
-        attention_types=((("global", "local"), 1),), window_size=4, initializer_range=0.2,
-        bos_token_id=EOS, eos_token_id=EOS,
-    )  # fmt: skip
-    return GPTNeo(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    return random_model(51, EOS, hidden_size=32, num_heads=4)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -49,31 +44,6 @@ def test_greedy_responses_and_their_log_probabilities_equal_those_of_transformer
         torch.testing.assert_close(torch.tensor(logps), whole[range(len(ids)), ids], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(top_k=20), dict(top_p=0.9)])
-def test_rows_do_not_depend_on_their_batch(model, settings):
-    """Batch sizes 1, 3 and 10 over ragged prompts, some of which stop early: the same ids, in the prompts' order.
-
-    With 3 slots, rows wait and then take the slots of others; with cache_tokens = 80 there are 2 slots. Two processes
-    that divide the rows between them get the same responses too. Another seed gives others.
-    """
-    state = torch.random.get_rng_state()
-    settings = dict(max_new_tokens=20, eos_token_id=[EOS, 1, 2, 3], seed=3) | settings
-    first = respond(model, prompts(10), batch_size=1, **settings)
-    others = [respond(model, prompts(10), batch_size=size, **settings) for size in (3, 10)]
-    others.append(respond(model, prompts(10), cache_tokens=80, **settings))
-    numbers = [range(0, 10, 2), range(1, 10, 2)]
-    shares = [respond(model, [prompts(10)[i] for i in some], rows=some, **settings) for some in numbers]
-    others.append(Responses(*([shares[i % 2][field][i // 2] for i in range(10)] for field in range(3))))
-    if settings.get("temperature", 1):
-        assert len({len(ids) for ids in first.ids}) > 3, "the test means little unless rows stop at different steps"
-        assert respond(model, prompts(10), **settings | {"seed": 4}).ids != first.ids
-    assert torch.equal(state, torch.random.get_rng_state()), "the global generator was touched"
-    for other in others:
-        assert other.ids == first.ids and other.finished == first.finished
-        for a, b in zip(other.logps, first.logps):
-            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0)
-
-
 def test_a_freed_slot_is_refilled_immediately(model, monkeypatch):
     """No step leaves a slot idle while a prompt waits; then the batch shrinks, so that few slots idle. Progress counts
     every row and token."""
@@ -87,16 +57,6 @@ def test_a_freed_slot_is_refilled_immediately(model, monkeypatch):
     drained = [active < 8 for active, _ in seen].index(True)
     assert sum(active for active, _ in seen[:drained]) > tokens / 2
     assert all(active > size - math.ceil(size / 3) for active, size in seen[drained:])
-
-
-def test_large_batches_wait_for_a_few_idle_slots(model, monkeypatch):
-    """With 64 slots, prompts are admitted by four or more; idle slots change nothing in the results."""
-    settings = dict(max_new_tokens=20, eos_token_id=EOS, temperature=1.5)
-    expected = respond(model, prompts(150), batch_size=150, **settings)
-    admitted = []
-    spy(monkeypatch, Batch, "admit", lambda a, k: admitted.append(len(a[1])))
-    assert respond(model, prompts(150), batch_size=64, **settings).ids == expected.ids
-    assert admitted[0] == 64 and all(count >= 4 for count in admitted[:-1]) and len(admitted) > 5
 
 
 def test_cache_holds_no_more_than_its_budget(model, monkeypatch):
@@ -204,19 +164,6 @@ def test_attention_reads_no_further_than_the_longest_active_row(model, monkeypat
     assert seen == [48] * 8 + [8] * 7 + [16]
 
 
-def test_under_autocast_the_cache_has_its_dtype(model, monkeypatch):
-    caches = []
-    spy(monkeypatch, KVCache, "__init__", lambda a, k: caches.append(a[0]))
-    settings = dict(max_new_tokens=12, eos_token_id=None, seed=0)
-    expected = respond(model, prompts(6), **settings)
-    with torch.autocast("cpu", torch.bfloat16):
-        responses = respond(model, prompts(6), **settings)
-    assert [cache.keys[0].dtype for cache in caches] == [torch.float32, torch.bfloat16]
-    firsts = torch.tensor([[logps[0] for logps in r.logps] for r in (expected, responses)])
-    assert [ids[0] for ids in responses.ids] == [ids[0] for ids in expected.ids]
-    torch.testing.assert_close(firsts[0], firsts[1], atol=0.2, rtol=0)  # bf16 hidden states
-
-
 @pytest.mark.parametrize("position", [2, 3, 11])
 def test_logits_that_are_not_finite_are_an_error(model, position):
     """The first, the second or the last new token is damaged; the positions before it are sound."""
@@ -278,10 +225,7 @@ def test_every_token_of_a_long_tail_can_be_drawn():
 
 
 def test_mode_is_restored_and_dropout_is_off_while_sampling(model):
-    config = GPTNeoConfig(**{**model.config.__dict__, "resid_dropout": 0.5})
-    noisy = GPTNeo(config)
-    noisy.load_state_dict(model.state_dict())
-    noisy.train()
+    noisy = random_model(51, EOS, hidden_size=32, num_heads=4, resid_dropout=0.5).train()
     settings = dict(max_new_tokens=10, eos_token_id=EOS, temperature=0)
     assert respond(noisy, prompts(6), **settings).ids == respond(model, prompts(6), **settings).ids
     assert noisy.training and not model.training

@@ -158,8 +158,11 @@ def test_messages_take_the_chat_template_and_texts_the_text(chat, start, data, t
     text = (TEXT.replace("{prompt}", word), TEXT)
     assert prompt_of(chat, data) == prompt_of(start, talks) == prompt_of(start, data) == text
     assert prompt_of(chat, talks, template=r"{prompt}\n") == (f"{word}\n", "{prompt}\n")
-    (chat / "chat_template.jinja").write_text("{{ messages[0].role ~ messages[0].content }}")
-    assert prompt_of(chat, talks) == (f"user{word}", "chat"), "the file goes before the field"
+    (chat / "chat_template.jinja").write_text("{{ messages[0].role ~ messages[0].content ~ bos_token }}")
+    (chat / "tokenizer_config.json").rename(chat / "special_tokens_map.json")
+    assert prompt_of(chat, talks) == (f"user{word}<|endoftext|>", "chat"), "bos_token is in the other file"
+    (chat / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    assert prompt_of(chat, talks) == (f"user{word}<|endoftext|>", "chat"), "the file goes before the field"
 
 
 def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_path):

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import begin, die_at, flags, rows, small, spy
+from helpers import begin, die_at, failed, flags, rows, small, spy
 
 import sft
 import spin
 from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
-from spin import Pair
 
 FIVE = dict(prompts=40, batch=8, eval_limit=2, eval_temperatures=1)  # a run of five steps
 
@@ -63,14 +62,20 @@ def test_checkpoints_follow_every_step_or_the_last_one(start, data, tmp_path, mo
 def test_three_steps_that_are_not_finite_stop_the_run(start, data, tmp_path, capsys):
     """A first step that makes all weights huge makes the second step's loss NaN. What was written before stays."""
     diverge = dict(rank=0, lr=1e3, weight_decay=1e30, warmup=0, **FIVE)
-    assert spin.main(flags(start, data, tmp_path / "out", **diverge)) == 1
-    error = capsys.readouterr().err
-    assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error and error.count("\n") == 1
+    error = failed(flags(start, data, tmp_path / "out", **diverge), capsys, 1)
+    assert "iteration 0, steps 2 to 4 of 5: loss or gradient is not finite" in error
     assert not (tmp_path / "out/iterate-1").exists()
     steps = rows(tmp_path / "out/steps-0.jsonl")
     assert [step["skipped"] for step in steps] == [False, True, True, True], "the way there is logged"
     assert steps[-1]["loss"] is None, "NaN is not JSON"
     assert len(rows(tmp_path / "out/metrics.jsonl")) == 1
+
+
+def test_a_run_of_fewer_steps_none_of_which_is_finite_stops_too(start, data, tmp_path, capsys, monkeypatch):
+    real = spin.pair_loss
+    monkeypatch.setattr(spin, "pair_loss", lambda *args: (values := real(*args)) | {"loss": values["loss"] * math.nan})
+    error = failed(flags(start, data, tmp_path / "out", **FIVE | dict(prompts=16)), capsys, 1)
+    assert "iteration 0, steps 1 to 2 of 2: loss or gradient is not finite" in error
 
 
 def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_path, capsys, monkeypatch):
@@ -90,13 +95,6 @@ def test_one_step_that_is_not_finite_is_skipped_and_counted(start, data, tmp_pat
     assert "steps skipped, since their loss or gradient was not finite: 1" in capsys.readouterr().err
     row = rows(tmp_path / "out/metrics.jsonl")[-1]
     assert row["skipped"] == 1 and row["loss"] == steps[-1]["loss"]
-
-
-def test_a_tie_counts_as_wrong(start, data, tmp_path):
-    """accuracy is the share of margins above 0, and so is it if all are 0."""
-    player, examples, _ = begin(start, data, tmp_path / "run")
-    pair = Pair(examples[0].prompt_ids, examples[0].real_ids, [examples[0].real_ids], True, "", -1.0, [-1.0])
-    assert spin.pair_loss(player, [pair], 1.0)["accuracy"].tolist() == [0.0]
 
 
 def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):

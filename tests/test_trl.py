@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import rows
+from helpers import random_model, rows
 from tokenizers import Tokenizer, models
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
@@ -15,18 +15,18 @@ import lora
 import sft
 import spin
 from methods import family
-from model import GPTNeo, GPTNeoConfig
+from model import GPTNeo
 from spin import Pair, SpinOptions
 
 pytest.importorskip("trl")
 from generation_cases import in_transformers
 from training_cases import our_run, trl_trainer
 
-CONFIG = GPTNeoConfig(
-    vocab_size=97, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
-    attention_types=((("global", "local"), 1),), initializer_range=0.1, bos_token_id=96, eos_token_id=96,
-)  # fmt: skip
 SETTINGS = dict(batch=4, lr=3e-3)
+
+
+def tiny() -> GPTNeo:
+    return random_model(97, 96, hidden_size=32, num_heads=4, window_size=8, initializer_range=0.1)
 
 
 def random_pairs(count: int) -> list[Pair]:
@@ -42,7 +42,7 @@ def random_pairs(count: int) -> list[Pair]:
 
 def theirs(pairs: list[Pair], **options) -> tuple[GPTNeo, list[float]]:
     """The losses of TRL's trainer, and our model with the adapters that theirs began with."""
-    model = GPTNeo(CONFIG).init_weights(torch.Generator().manual_seed(0)).eval()
+    model = tiny()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trl_trainer(
@@ -109,7 +109,7 @@ def test_losses_of_dynamic_fine_tuning_equal_trls(monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
     pairs = [replace(pair, real_ids=[*([7, 8, 9] + pair.real_ids * 6)[:5], 96]) for pair in random_pairs(40)]
     records = [dict(input_ids=p.prompt_ids + p.real_ids, labels=[-100] * len(p.prompt_ids) + p.real_ids) for p in pairs]
-    model = GPTNeo(CONFIG).init_weights(torch.Generator().manual_seed(0)).eval()
+    model = tiny()
     config = SFTConfig(
         str(tmp_path), loss_type="dft", per_device_train_batch_size=4, num_train_epochs=1,
         learning_rate=3e-3, warmup_steps=0, weight_decay=0, report_to=[], disable_tqdm=True, save_strategy="no",

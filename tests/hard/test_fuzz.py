@@ -17,7 +17,6 @@ GOOD = b'{"prompt": "abc", "response": "EY1 B IY0"}\n'
 DATA = b"".join(GOOD.replace(b"abc", bytes([a, b])) for a in b"abcde" for b in b"abcde") + GOOD.replace(
     b"abc", b"a" * 30 + b"!"
 )
-EOS = "<|endoftext|>"
 
 
 def mutated(rng: random.Random, content: bytes) -> bytes:

@@ -49,7 +49,8 @@ def scatter(title: str, across: str, upwards: str, spots: dict[str, list[Spot]],
     def scale(values: list[float], first: float, last: float) -> tuple[Callable[[float], float], list[float]]:
         """A function from values to places on the paper, and the values of the ticks."""
         low, high = min(0.0, *values), max(0.0, *values)
-        low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
+        room = 0.04 * (high - low) or 1.0
+        low, high = low - room, high + room
         return lambda value: first + (last - first) * (value - low) / (high - low), ticks(low, high, 7)
 
     px, xs = scale([x for s in every for x in (s.x - s.x_error, s.x + s.x_error)], 60, 440)

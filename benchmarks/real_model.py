@@ -41,7 +41,7 @@ import real_model_report
 import torch
 from bench import current_commit
 from measuring import ROOT, run_script, write_lines
-from real_model_report import Values
+from real_model_report import Report, Values
 
 from evaluate import Row
 from player import Item
@@ -60,8 +60,8 @@ class Size:
     written: int = 300
     start_epochs: int = 4
     iterations: int = 2
-    rates: int = 8  # Each arm has so many trials.
-    seeds: int = 3
+    rates: int = 8  # Each arm has so many trials with the first seed.
+    seeds: int = 3  # The further ones have those rates that are best in a question.
 
 
 SIZES = {
@@ -92,9 +92,14 @@ SAMPLED = (0.7, 1.0, 1.2)  # temperatures of written definitions, for equal entr
 KEPT = 50  # responses of each model, to be read
 
 
-def trials(size: Size) -> list[tuple[str, str, int]]:
-    """(arm, rate, seed) in the order of the runs: first one rate of every arm, then the others, then further seeds."""
-    return [(arm, ARMS[arm][2][i], seed) for seed in range(size.seeds) for i in range(size.rates) for arm in ARMS]
+def trials(size: Size, found: Row, values: Values) -> Iterator[tuple[str, str, int]]:
+    """(arm, rate, seed): first one rate of every arm, then the others, then further seeds of the rates that are best.
+
+    Which ones are best on the tuning words is known once the trials before them are in `found`.
+    """
+    yield from ((arm, ARMS[arm][2][i], 0) for i in range(size.rates) for arm in ARMS)
+    report = Report(found, values)
+    yield from ((arm, rate, seed) for seed in range(1, size.seeds) for arm in ARMS for rate in report.rates(arm))
 
 
 def write_data(size: Size, work: Path) -> None:
@@ -229,7 +234,7 @@ class Experiment:
             true_ones = [end(map(len, ids)) == len(ids[0]) for _, *ids in judge.choices]
             self.found.setdefault("lengths", {})[name] = float(np.mean(true_ones))
         yield from self.look(judge, "start", self.work / "start")
-        for arm, rate, seed in trials(self.size):
+        for arm, rate, seed in trials(self.size, self.found, self.values):
             key = f"{arm} | {rate} | {seed}"
             if f"{key} | {last}" in self.found["trials"]:
                 continue

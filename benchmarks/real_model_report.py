@@ -57,7 +57,8 @@ class Report:
     def about(self) -> str:
         size, lengths = self.size, {name: f"{share:.0%}" for name, share in self.found["lengths"].items()}
         whole = [row["seconds"] for row in self.trials if row["iterate"] == size["iterations"]]
-        left = size["rates"] * len(ARMS) * size["seeds"] - len(whole)
+        again = sum(len(self.rates(arm)) for arm in ARMS) * (size["seeds"] - 1)
+        left = size["rates"] * len(ARMS) + again - len(whole)
         return (
             f"{len(self.trials)} iterates, {sum(whole) / 60:.0f} minutes of training, {left} trials not "
             f"run; {size['train']:,} definitions to train on, {size['test']:,} for the NLL, {size['choice']:,} choices "
@@ -102,11 +103,19 @@ class Report:
 
     # ------------------------------------------------------------ verdicts
 
-    def chosen(self, arm: str, measure: str, seed: int) -> str:
-        """The trial of a seed at the rate and iterate that are best on the tuning words with the first seed, or ""."""
+    def best(self, arm: str, measure: str) -> Row | None:
+        """The trial of the first seed that is best on the tuning words."""
         first = [row for row in self.trials if row["arm"] == arm and row["seed"] == 0]
         sign = QUESTIONS[measure]
-        best = max(first, key=lambda row: sign * self.of_words(row["key"], measure, tuning=True).mean(), default=None)
+        return max(first, key=lambda row: sign * self.of_words(row["key"], measure, tuning=True).mean(), default=None)
+
+    def rates(self, arm: str) -> list[str]:
+        """Those at which an arm is best in any of the questions."""
+        return list(dict.fromkeys(row["rate"] for measure in QUESTIONS if (row := self.best(arm, measure))))
+
+    def chosen(self, arm: str, measure: str, seed: int) -> str:
+        """The trial of a seed at the rate and iterate of the best one, or ""."""
+        best = self.best(arm, measure)
         key = best and f"{arm} | {best['rate']} | {seed} | {best['iterate']}"
         return key if key in self.found["trials"] else ""
 

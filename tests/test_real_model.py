@@ -82,6 +82,22 @@ def test_a_judge_is_not_asked_about_kinds_that_are_trained_on(tmp_path):
     assert all(line["generated"] != line["response"] for line in lines["pairs"])
 
 
+def test_further_seeds_have_the_rates_that_are_best_on_the_tuning_words():
+    """The second rate of every arm has the best NLL on the tuning words, the first one on the test words, and both have
+    equal choices: then the first one stands for them."""
+    size = Size(8, 1, 1, 1, 1, iterations=1, rates=2, seeds=2)
+    found, values = {"size": dataclasses.asdict(size), "trials": {}}, {}
+    grid = [(arm, rates[i], 0) for i in (0, 1) for arm, (*_, rates) in real_model.ARMS.items()]
+    for arm, rate, seed in grid:
+        second, key = rate == real_model.ARMS[arm][2][1], f"{arm} | {rate} | {seed} | 1"
+        found["trials"][key] = {"arm": arm, "rate": rate, "seed": seed, "iterate": 1, "seconds": 1.0}
+        nll = np.array([1.0, 2.0] if second else [2.0, 1.0])
+        values |= {f"{key}/{name}": nll for name in ("nll", "best_nll")}
+        values |= {f"{key}/{name}": np.ones(2) for name in ("summed", "per_token", "tokens")}
+    again = [(arm, rate, 1) for arm, (*_, rates) in real_model.ARMS.items() for rate in (rates[1], rates[0])]
+    assert list(real_model.trials(size, found, values)) == grid + again
+
+
 def test_errors_of_choices_are_those_of_kinds():
     """Questions of one kind that change together count as one: the error is that of the mean of four kinds."""
     kinds, of_kinds = np.repeat(np.arange(4), 25), np.array([1.0, -1.0, 0.0, 2.0])

@@ -24,7 +24,7 @@ LEFT_OUT = {
     "temperature and beta": ("T 1.2", "T 1.5, beta 3"),
     "few words": ("alpha", "lr 3e-5", "LoRA 16, lr 1e-4", "four iterations"),
     "start": ("wide", "narrow: lr 1e-4"), "definitions": ("lr 3e-4",), "hot definitions": ("lr 3e-5",),
-    "pairs": ("625",), "adapters": ("LoRA 4",),
+    "pairs": ("625",), "adapters": ("LoRA 4",), "greedy opponent": ("lr 1e-5",),
     "methods": ("hinge", "SPACE", "SPIF", "IRIS", "NLL term", "alpha", "SPPO", "IPO", "fictitious", "four"),
 }  # fmt: skip
 

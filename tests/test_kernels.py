@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,16 @@ def saved_by(call) -> tuple[Tensor, list[Tensor]]:
     return result, saved
 
 
+def test_without_gradient_nothing_is_saved(device: str) -> None:
+    targets = some_targets(5, 17, device)
+    inputs = [leaf(normal(*shape, device=device)) for shape in ((5, 17), (5, D), (17, D))]
+    for grad_mode, tensors in ((torch.no_grad, inputs), (torch.enable_grad, [t.detach() for t in inputs])):
+        for function, some in ((token_logprobs, tensors[:1]), (linear_logprobs, tensors[1:])):
+            with grad_mode():
+                result, saved = saved_by(partial(function, *some, targets))
+            assert not saved and not result.requires_grad
+
+
 def test_a_frozen_head_saves_one_row_of_hidden_width_per_token(device: str) -> None:
     hidden, weight = (normal(n, D, device=device, dtype=torch.bfloat16) for n in (5, 1023))
     _, saved = saved_by(lambda: linear_logprobs(leaf(hidden), weight, some_targets(5, 1023, device)))
@@ -558,7 +569,7 @@ def test_triton_compiles_once_for_any_number_of_rows(device: str, monkeypatch: p
 def test_everything_under_the_triton_interpreter() -> None:
     pytest.importorskip("triton")
     elsewhere = "never_exist or misfits or autocast or twice or fit_the_cap or one_row_of_hidden or matrix_products"
-    elsewhere += " or compiled"
+    elsewhere += " or compiled or nothing_is_saved"
     command = [sys.executable, "-m", "pytest", "-rp", "-p", "no:cacheprovider", "-k", f"not ({elsewhere})", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -566,6 +577,49 @@ def test_everything_under_the_triton_interpreter() -> None:
     # These two fail or are skipped unless rows really go through Triton.
     assert f"PASSED tests/{Path(__file__).name}::test_the_expected_backend_does_the_work[cpu]" in run.stdout
     assert f"PASSED tests/{Path(__file__).name}::test_targets_out_of_range_in_triton_give_nan[cpu-5]" in run.stdout
+
+
+def hopper_assembly(kernel, dtype: str, odd: bool, **constants: int) -> str:
+    """PTX of a Triton kernel for compute capability 9.0, which needs no GPU, for logits of this type.
+
+    The strides are multiples of 16 unless they are odd.
+    """
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    pointers = dict.fromkeys(("logp_out", "shift_out", "log_sum_out", "logp", "shift", "log_sum", "scale"), "*fp32")
+    pointers |= {"targets": "*i64", "weighted": "*fp32", "terms": "*bf16", "logits": f"*{dtype}", "grad": f"*{dtype}"}
+    strides = ("logits_stride", "terms_stride", "grad_stride")
+    types = pointers | dict.fromkeys((*strides, "first", "V", "ignore_index"), "i32")
+    aligned = (*pointers, "first", *(() if odd else strides))
+    names = kernel.arg_names
+    source = compiler.ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+    )
+    return compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
+def test_logits_are_loaded_by_16_bytes_and_those_of_a_tile_once() -> None:
+    """Rows of 50257 logits in 16 bits, most of which start unaligned: the unmasked blocks, 12 of 13. A row of a tile is
+    one block, with one exponential per logit. Triton 3.6 and 3.9 differ in what they vectorise."""
+    pytest.importorskip("triton")
+    from kernels import triton_rows
+
+    constants = dict(C=50257, D=0, WITH_TERMS=False, SHIFTED=True, BLOCK=triton_rows.BLOCK)
+    for kernel in (triton_rows._logprobs_kernel, triton_rows._gradient_kernel):
+        ptx = hopper_assembly(kernel, "bf16", True, **constants)
+        assert "ld.global.v4.b32" in ptx
+        assert "st.global.v4.b32" in ptx or kernel is triton_rows._logprobs_kernel  # which stores no terms
+    C, block = tiles.tile_shape(torch.device("cuda"), 8192, 50257, 6)[1], tiles.CUDA_COLUMNS
+    constants = dict(C=C, D=0, WITH_TERMS=True, SHIFTED=False, BLOCK=block)
+    ptx = hopper_assembly(triton_rows._logprobs_kernel, "fp32", False, **constants)
+    per_thread = block // (8 * 32)
+    assert per_thread // 4 <= ptx.count("ld.global.v4.b32") <= per_thread // 4 + 2  # not twice as many
+    assert per_thread <= ptx.count("ex2.approx") <= per_thread + 2  # and one to rescale the sums
 
 
 # ---- vendoring ----

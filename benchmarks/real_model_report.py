@@ -141,7 +141,8 @@ class Report:
                 over = {control: self.leads(arm, control, measure) for control in ("start", "A", "R")}
                 if ruled := ruling(over, self.size["seeds"]):
                     rulings.append(f"{title}, {arm}: {ruled}.")
-        text = table([("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")], columns)
+        pairs = [("D", "A"), ("B", "A"), ("B", "R"), ("C", "A"), ("C", "R")]
+        text = table([pair for pair in pairs if self.leads(*pair, "nll")], columns)  # An arm may not have run.
         enough = "large enough" if better(self.leads("D", "A", "nll"), ENOUGH) else "too small"
         first = f"the test set is {enough}" if self.chosen("D", "nll", 0) else "D is missing"
         return f"{text}\nBy the rules {first}. {' '.join(rulings) or 'SPIN is supported in no question.'}\n"

@@ -15,8 +15,8 @@ and knowing it saves registers. Loop bounds are written out each time because th
 into a tensor, which range() does not accept.
 
 If rows have an odd number of 16-bit logits, most of them start at an address from which no thread can load 16 bytes at
-once. A row is therefore read from the last 16-byte boundary before it, `lead` elements early; only its first and last
-blocks are masked.
+once. A row is therefore read from the last 16-byte boundary before it, `lead` elements early; only blocks
+that reach beyond the row are masked.
 
 Legend: N rows, V vocabulary entries, D hidden width, C columns of a tile.
 """

@@ -245,3 +245,10 @@ def test_weights_that_are_not_finite(start, data, tmp_path, capsys):
     tensors["transformer.ln_f.bias"][0] = torch.nan
     save_file(tensors, model / "model.safetensors")
     assert "the model's logits are not finite" in failed(flags(model, data, tmp_path / "out"), capsys, 1)
+
+
+def test_python_without_docstrings(capsys):
+    """python -OO has none to begin --help with."""
+    with pytest.raises(SystemExit):
+        cli.main("spin", None, None, spin.SpinOptions, ["--help"], about=None)
+    assert capsys.readouterr().out.startswith("usage: spin.py [@RECIPE")

@@ -229,3 +229,16 @@ def test_mode_is_restored_and_dropout_is_off_while_sampling(model):
     settings = dict(max_new_tokens=10, eos_token_id=EOS, temperature=0)
     assert respond(noisy, prompts(6), **settings).ids == respond(model, prompts(6), **settings).ids
     assert noisy.training and not model.training
+
+
+def test_under_autocast_the_cache_has_its_dtype(model, monkeypatch):
+    caches = []
+    spy(monkeypatch, KVCache, "__init__", lambda a, k: caches.append(a[0]))
+    settings = dict(max_new_tokens=12, eos_token_id=None, seed=0)
+    expected = respond(model, prompts(6), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        responses = respond(model, prompts(6), **settings)
+    assert [cache.keys[0].dtype for cache in caches] == [torch.float32, torch.bfloat16]
+    firsts = torch.tensor([[logps[0] for logps in r.logps] for r in (expected, responses)])
+    assert [ids[0] for ids in responses.ids] == [ids[0] for ids in expected.ids]
+    torch.testing.assert_close(firsts[0], firsts[1], atol=0.2, rtol=0)  # bf16 hidden states

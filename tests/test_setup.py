@@ -217,3 +217,11 @@ def test_an_adapter_brings_its_settings_and_one_that_is_missing_is_named(start, 
     argv = flags(start, data, tmp_path / "out", adapter=tmp_path / "adaptor", rank=None)
     error = refused(argv, tmp_path / "out", capsys)
     assert f"--adapter {tmp_path}/adaptor: no such directory" in error
+
+
+def test_given_pairs_need_no_room_for_a_generated_response(start, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "ABCDEFGH", "chosen": "B", "rejected": "D"}\n')
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "A", "response": "B"}\n')
+    options = dict(pairs=tmp_path / "pairs.jsonl", eval_data=tmp_path / "eval.jsonl", template="{prompt}")
+    _, (example,), _ = begin(start, None, tmp_path / "run", command="family", max_new_tokens=60, **options)
+    assert len(example.prompt_ids) > 4, "else it would fit the context of 64 tokens"

@@ -107,3 +107,11 @@ def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):
     assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(-sum(logps) / tokens, rel=1e-5)
     before, after = rows(out / "metrics.jsonl")
     assert after["nll"] < before["nll"] - 0.1
+
+
+def test_a_tie_counts_as_wrong():
+    """accuracy is the share of margins above 0, and so is it if all are 0."""
+    player = SimpleNamespace(device="cpu", response_logps=lambda items: torch.zeros(2, len(items)))
+    pair = spin.Pair([1], [2], [[3]], True, "", 0.0, [0.0])
+    values = spin.pair_loss(player, [pair], 1.0)
+    assert (values["margin"].item(), values["accuracy"].item()) == (0.0, 0.0)

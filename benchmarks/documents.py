@@ -37,6 +37,7 @@ class Spot(NamedTuple):
     y: float
     x_error: float = 0.0
     y_error: float = 0.0
+    path: str = ""  # A line joins the spots of an entry that have the same one.
 
 
 def scatter(title: str, across: str, upwards: str, spots: dict[str, list[Spot]], sure: float = 0.0) -> str:
@@ -71,6 +72,9 @@ def scatter(title: str, across: str, upwards: str, spots: dict[str, list[Spot]],
     parts.append(f'<text transform="rotate(-90 16 240)" x="16" y="240" text-anchor="middle">{upwards} \u2192</text>')
     for i, (colour, (entry, some)) in enumerate(zip(COLOURS, spots.items())):
         parts.append(f'<g fill="{colour}" stroke="{colour}"><circle cx="470" cy="{66 + 20 * i}" r="4" stroke="none"/>')
+        for path in dict.fromkeys(s.path for s in some if s.path):
+            corners = "L".join(f"{px(s.x):.1f} {py(s.y):.1f}" for s in some if s.path == path)
+            parts += [f'<path d="M{corners}" fill="none"/>'] * ("L" in corners)
         for s in some:
             bars = f"M{px(s.x - s.x_error):.1f} {py(s.y):.1f}H{px(s.x + s.x_error):.1f}"
             bars += f"M{px(s.x):.1f} {py(s.y - s.y_error):.1f}V{py(s.y + s.y_error):.1f}"

@@ -160,11 +160,12 @@ class Report:
         return table(range(min(12, self.size["written"])), columns)
 
     def figure(self) -> str:
-        """Every trial minus the start: the NLL at the best temperature, and the choice."""
+        """Every trial minus the start: the NLL at the best temperature, and the choice. Lines go through the rates."""
         spots: dict[str, list[Spot]] = {}
-        for row in sorted(self.trials, key=lambda row: row["arm"]):
+        for row in sorted(self.trials, key=lambda row: (row["arm"], float(row["rate"].split()[1]))):
             (x, dx), (y, dy) = (self.change("start", row["key"], measure) for measure in ("best_nll", "summed"))
-            spot = Spot(row["key"], x, 100 * y, dx, 100 * dy)
+            others = f"{row['rate'].split()[2:]} {row['seed']} {row['iterate']}"  # what trials of a line share
+            spot = Spot(row["key"], x, 100 * y, dx, 100 * dy, others)
             spots.setdefault(f"{row['arm']}: {ARMS[row['arm']]}", []).append(spot)
         title = "SmolLM2-135M after further training, minus its start"
         axes = "NLL, nats per token at the best temperature: worse", "choice of the true definition, points: better"

@@ -14,6 +14,7 @@ from kernels import onednn
 from report import console, page, trackers
 from runtime import folder, parallel, plan
 from runtime.options import combined, parse
+from runtime.run import Run
 from runtime.setup import setup
 from runtime.stopping import SIGNALS, Interrupted, Stopped
 
@@ -67,7 +68,7 @@ def main(
     return 0
 
 
-def observers(run: Any, script: str) -> list[Any]:
+def observers(run: Run, script: str) -> list[Any]:
     """Those who are told what the run does: see runtime/run.py."""
     out = run.folder.path
     told = [console.Console(script, out), page.Page(out, folder.write_text)]

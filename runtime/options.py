@@ -15,10 +15,13 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.files import shown
 from evaluate import SHIPPED, metrics_with
+
+if TYPE_CHECKING:
+    from runtime.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELD_NAMES = ("prompt", "response", "system", "messages", "references", "generated", "wins")
@@ -145,7 +148,7 @@ class RunOptions:
         """Returns the sha256 of further input files by option."""
         return {}
 
-    def prepare(self, model: Any, examples: list[Any], run: Any) -> None:
+    def prepare(self, model: Any, examples: list[Any], run: "Run") -> None:
         """Checks more before anything is written, and may remove examples. Raises: ValueError."""
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import documents
@@ -96,6 +97,21 @@ def test_further_seeds_have_the_rates_that_are_best_on_the_tuning_words():
         values |= {f"{key}/{name}": np.ones(2) for name in ("summed", "per_token", "tokens")}
     again = [(arm, rate, 1) for arm, (*_, rates) in real_model.ARMS.items() for rate in (rates[1], rates[0])]
     assert list(real_model.trials(size, found, values)) == grid + again
+
+
+def test_the_figure_joins_the_rates_of_an_arm_from_the_lowest_to_the_highest():
+    size, rates = dataclasses.asdict(Size(8, 0, 1, 1, 1, iterations=1)), ("--lr 3e-5 --beta 1", "--lr 1e-6 --beta 1")
+    found, values = {"size": size, "trials": {}}, {}
+    for name, rate, nll in [("start", "", 0.0), ("one", rates[0], 3.0), ("two", rates[1], 1.0), ("three", "--lr 2", 2)]:
+        if rate:
+            found["trials"][name] = {"arm": "B", "rate": rate, "seed": 0, "iterate": 1}
+        values |= {f"{name}/{measure}": np.array([nll]) for measure in ("best_nll", "summed")}
+        values |= {f"{name}/{measure}": np.ones(1, int) for measure in ("tokens", "kinds")}
+    figure = Report(found, values).figure()
+    dots = dict(re.findall(r'<circle cx="([0-9.]+) *" cy="([0-9.]+)"[^>]*><title>', figure))
+    assert len(dots) == 3
+    two, _, one = sorted(dots, key=float)  # The NLL goes to the right.
+    assert f'd="M{two} {dots[two]}L{one} {dots[one]}"' in figure
 
 
 def test_errors_of_choices_are_those_of_kinds():

@@ -31,7 +31,7 @@ FEW = Start("few", "--epochs 20 --batch 64 --lr 3e-3 --weight-decay 0.3", play="
 # with a reference: by all of them at first ("sampled"), later by those that are not the most frequent ones ("content").
 GLOSSES = Start(
     "glosses", "--epochs 6 --lr 3e-3 --batch 64 --weight-decay 0.1", width=96, model="glosses/start", play="glosses",
-    prompts=2500, test="test-glosses", limit="--max-new-tokens 48", measure="sampled", draws=4,
+    prompts=2500, test="test-glosses", limit="--max-new-tokens 48", measure="sampled",
 )  # fmt: skip
 STARTS = {
     "underfitted": SHIPPED,
@@ -41,7 +41,8 @@ STARTS = {
     "few words": FEW,
     "few words, other words": replace(FEW, play="other", prompts=5000, iterations=2),  # words that are new to it
     "glosses": GLOSSES,
-    "glosses, other prompts": replace(GLOSSES, test="test-glosses-again", measure="content"),  # new to all settings
+    # Prompts that are new to all settings.
+    "glosses, other prompts": replace(GLOSSES, test="test-glosses-again", measure="content", draws=4),
     "long": Start(
         "long", "--epochs 4 --batch 64 --lr 3e-3 --weight-decay 0.1", "underfitted", play="long", prompts=2000,
         test="test-long", limit="--max-new-tokens 64",
@@ -49,8 +50,8 @@ STARTS = {
 }  # fmt: skip
 # Each again, for the greedy opponent, whose cases were added when the weights of the other runs were gone.
 STARTS |= {f"{name}, again": start for name, start in STARTS.items()}
-STARTS["glosses, again"] = replace(GLOSSES, measure="content", draws=0)
-STARTS["glosses, four draws"] = GLOSSES
+STARTS["glosses, again"] = replace(GLOSSES, measure="content")
+STARTS["glosses, four draws"] = replace(GLOSSES, draws=4)
 STARTS |= {  # of the ways to learn from demonstrations alone: the shipped start twice, and one that SDFT can teach
     "shipped": replace(SHIPPED, prompts=2500),
     "reads answers": Start("answers", "--epochs 2 --lr 3e-3", "underfitted", prompts=2500),

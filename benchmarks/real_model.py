@@ -1,7 +1,7 @@
 """The paper's question on a real language model: does self-play give more than further supervised training?
 
     python benchmarks/real_model.py                  all trials on SmolLM2-135M-Instruct (make evidence-smollm2)
-    python benchmarks/real_model.py --size medium    fewer words, one rate for each arm, for a CPU; small: fewer still
+    python benchmarks/real_model.py --size medium    fewer words, one rate for each arm, for a CPU
     python benchmarks/real_model.py --minutes 60     begins no trial after an hour; the same command goes on
     python benchmarks/real_model.py --device cuda    the same on a GPU
     python benchmarks/real_model.py --write          tables and figure from the stored results
@@ -67,11 +67,10 @@ class Size:
 SIZES = {
     "full": Size(),
     "medium": Size(400, 60, 1000, 1000, 40, start_epochs=1, iterations=1, rates=1, seeds=2),
-    "small": Size(400, 60, 250, 250, 40, start_epochs=1, iterations=1, rates=1, seeds=2),
     "tiny": Size(8, 4, 4, 8, 4, start_epochs=1, iterations=1, rates=1, seeds=1),  # for tests
 }
 
-# The first of each list is the middle of a pilot's, made with other code; it is the only one of a small experiment.
+# The first of each list is the middle of a pilot's, made with other code; it is the only one of the medium size.
 SUPERVISED = [f"--lr {rate}" for rate in ("5.4e-5", "2e-5", "2e-4", "1e-4", "2.8e-5", "3.9e-5", "7.5e-5", "1.4e-4")]
 PAIRS = [f"--lr {rate} --beta {beta}" for beta in (0.1, 1) for rate in ("1e-5", "3e-6", "1e-6", "3e-5")]
 ARMS = {  # ways to go on from the start: (script, flags, rates)
@@ -82,7 +81,7 @@ ARMS = {  # ways to go on from the start: (script, flags, rates)
     "C": ("spin", "--data WORK/start.jsonl --temperature 0", PAIRS),
     "F": ("sft", "--data WORK/start.jsonl --loss dft", SUPERVISED),
 }
-COMMON = "--rank 0 --batch 16 --epochs 1 --weight-decay 0 --max-new-tokens 48 --gen-batch 64"
+COMMON = "--rank 0 --precision fp32 --batch 16 --epochs 1 --weight-decay 0 --max-new-tokens 48 --gen-batch 64"
 COMMON += r" --template '<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n'"
 COMMON += " --eval-data WORK/tuning.jsonl --eval-limit 4 --eval-temperatures 1 --save-minutes 5"
 ANSWERS = 4  # a choice between so many definitions
@@ -111,7 +110,8 @@ def write_data(size: Size, work: Path) -> None:
             order = hashlib.sha256(f"order {row['prompt']}".encode()).digest()
             prompt = f"Define the word.\n{word} (a kind of {kind}):"
             rows.append((order, kind, {"prompt": prompt, "response": row["response"]}))
-    rows.sort()
+    # Of words with the same definition the first one stays: none is trained on and asked for, too.
+    rows = sorted({row[2]["response"]: row for row in sorted(rows, reverse=True)}.values())
     kinds = Counter(kind for _, kind, _ in rows)
     asked: list[str] = []  # kinds of nine words or more, whose words are not trained on
     for kind in dict.fromkeys(kind for _, kind, _ in rows):
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or ROOT / f"benchmarks/results/smollm2-{args.size}.json"
     new = {"commit": current_commit(), "size": dataclasses.asdict(size), "models": {}, "trials": {}}
     new["machine"] = f"{platform.machine()}, {args.device}, {args.threads} threads"
-    found = measuring.begun(out, new, () if args.write else ("commit", "size"))
+    found = measuring.begun(out, new, () if args.write else ("commit", "size", "machine"))
     values = measuring.loaded(out.with_suffix(".npz")) if found["models"] else {}
     if not args.write:
         if not (args.model / "config.json").exists():
@@ -290,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = args.work or ROOT / f"runs/smollm2/{args.size}"
         for line in Experiment(size, work, args.model, args.device, out, found, values).play(deadline):
             print(line, flush=True)
-    if found["models"]:
+    if found["trials"]:
+        print(Report(found, values).about(), end="")
         real_model_report.write_all(found, values, args.size)
 
 

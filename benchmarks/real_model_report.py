@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 import measuring
 import numpy as np
 from documents import Columns, Spot, scatter, table, write_blocks
+from evidence_report import normal_errors
 from measuring import ROOT, linearised
 
 from evaluate import Row
 
 Values = dict[str, np.ndarray]
-Leads = list[tuple[float, float]]  # of every seed, with its standard error over test words
+Change = tuple[float, float, int]  # with its standard error over test words, and the degrees of freedom of that
 
 ARMS = {
     "A": "more supervised training", "B": "SPIN, temperature 1", "C": "SPIN, greedy opponent",
@@ -26,11 +27,11 @@ COLUMNS = {  # measure -> (title, scale, digits)
     "content at equal entropy": ("F1 at equal entropy", 100, 1), "length": ("greedy tokens", 1, 1),
     "repeats": ("repeat themselves", 100, 0), "unfinished": ("do not end", 100, 0), "fluency": ("fluency", 1, 2),
 }  # fmt: skip
-IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length")
+IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length", "repeats", "unfinished")
 QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: larger values are better; -1: smaller ones
 READ = ("B", "C", "R")  # arms whose definitions stand beside the start's
 LONGEST = 36  # letters of a definition in a document
-SURE = 3.0  # Every seed must lead by so many standard errors.
+SURE = 3.0  # Every seed must lead by so many standard errors, by Student's t.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 
 
@@ -41,7 +42,8 @@ def write_all(found: Row, values: Values, size: str) -> None:
     if report.trials:
         (ROOT / f"benchmarks/results/smollm2-{size}.svg").write_text(report.figure())
         (ROOT / "runs").mkdir(exist_ok=True)
-        (ROOT / f"runs/smollm2-{size}-tables.md").write_text(report.changes(COLUMNS))
+        parts = report.about(), report.changes(COLUMNS), report.verdict(), report.answers()
+        (ROOT / f"runs/smollm2-{size}-tables.md").write_text("\n".join(parts))
 
 
 class Report:
@@ -56,12 +58,12 @@ class Report:
 
     def about(self) -> str:
         size, lengths = self.size, {name: f"{share:.0%}" for name, share in self.found["lengths"].items()}
-        whole = [row["seconds"] for row in self.trials if row["iterate"] == size["iterations"]]
+        done = sum(row["iterate"] == size["iterations"] for row in self.trials)
         again = sum(len(self.rates(arm)) for arm in ARMS) * (size["seeds"] - 1)
-        left = size["rates"] * len(ARMS) + again - len(whole)
+        kinds = len(set(self.of_words("start", "kinds")))
         return (
-            f"{len(self.trials)} iterates, {sum(whole) / 60:.0f} minutes of training, {left} trials not "
-            f"run; {size['train']:,} definitions to train on, {size['test']:,} for the NLL, {size['choice']:,} choices "
+            f"{done} trials, {size['rates'] * len(ARMS) + again - done} not run; {size['train']:,} definitions to "
+            f"train on, {size['test']:,} for the NLL, {size['choice']:,} choices of {kinds} kinds "
             f"(the true one is the longest in {lengths['longest']}, the shortest in {lengths['shortest']}, with ties), "
             f"{size['written']} to write; {self.found['machine']}, commit {self.found['commit']}.\n"
         )
@@ -75,8 +77,8 @@ class Report:
             values = values[:first] if tuning else values[first:]
         return linearised(values, self.of_words(model, "tokens", tuning)) if "nll" in measure else values
 
-    def change(self, before: str, now: str, measure: str) -> tuple[float, float] | None:
-        """The change of a measure from one model to another on test words, with its standard error."""
+    def change(self, before: str, now: str, measure: str) -> Change | None:
+        """The change of a measure from one model to another on test words."""
         if measure == "content at equal entropy":
             both = [self.values[f"{model}/frontier"] for model in (now, before)]
             if not (shared := measuring.reached(*both)):
@@ -85,7 +87,7 @@ class Report:
         else:
             changes = self.of_words(now, measure) - self.of_words(before, measure)
         is_choice = measure in ("summed", "per_token")
-        return float(changes.mean()), error_of(changes, self.of_words(now, "kinds") if is_choice else None)
+        return float(changes.mean()), *error_of(changes, self.of_words(now, "kinds") if is_choice else None)
 
     def changes(self, measures: Iterable[str] = IN_DOCUMENTS) -> str:
         """Every trial, minus the start; trials that differ in the seed share a line."""
@@ -119,15 +121,15 @@ class Report:
         key = best and f"{arm} | {best['rate']} | {seed} | {best['iterate']}"
         return key if key in self.found["trials"] else ""
 
-    def leads(self, arm: str, control: str, measure: str) -> Leads:
+    def leads(self, arm: str, control: str, measure: str) -> list[Change]:
         """Of an arm over another one or the start, by seed; positive if the arm is better."""
         result = []
         for seed in range(self.size["seeds"]):
             mine = self.chosen(arm, measure, seed)
             theirs = control if control == "start" else self.chosen(control, measure, seed)
             if mine and theirs:
-                lead, error = self.change(theirs, mine, measure)
-                result.append((QUESTIONS[measure] * lead, error))
+                lead, *error = self.change(theirs, mine, measure)
+                result.append((QUESTIONS[measure] * lead, *error))
         return result
 
     def verdict(self) -> str:
@@ -163,7 +165,7 @@ class Report:
         """Every trial minus the start: the NLL at the best temperature, and the choice. Lines go through the rates."""
         spots: dict[str, list[Spot]] = {}
         for row in sorted(self.trials, key=lambda row: (row["arm"], float(row["rate"].split()[1]))):
-            (x, dx), (y, dy) = (self.change("start", row["key"], measure) for measure in ("best_nll", "summed"))
+            (x, dx, _), (y, dy, _) = (self.change("start", row["key"], measure) for measure in ("best_nll", "summed"))
             others = f"{row['rate'].split()[2:]} {row['seed']} {row['iterate']}"  # what trials of a line share
             spot = Spot(row["key"], x, 100 * y, dx, 100 * dy, others)
             spots.setdefault(f"{row['arm']}: {ARMS[row['arm']]}", []).append(spot)
@@ -172,29 +174,29 @@ class Report:
         return scatter(title, *axes, spots)
 
 
-def error_of(changes: np.ndarray, kinds: np.ndarray | None) -> float:
-    """The standard error of a mean over test words.
+def error_of(changes: np.ndarray, kinds: np.ndarray | None) -> tuple[float, int]:
+    """The standard error of a mean over test words, and its degrees of freedom.
 
     Questions of one kind share wrong answers. Of the error over words and the one over kinds the larger one counts,
     since the second is itself uncertain if kinds are few.
     """
     centred = changes - changes.mean()
-    sums = [centred] if kinds is None else [centred, np.bincount(kinds.astype(int), centred)]
-    return float(max((some**2).sum() ** 0.5 for some in sums) / len(changes))
+    sums = [centred] if kinds is None else [centred, np.bincount(np.unique(kinds, return_inverse=True)[1], centred)]
+    return max((float((some**2).sum() ** 0.5 / len(changes)), len(some) - 1) for some in sums)
 
 
-def of_seeds(leads: Leads, measure: str) -> str:
+def of_seeds(leads: Sequence[Change], measure: str) -> str:
     """The lead of every seed, with the largest of their standard errors."""
     _, scale, digits = COLUMNS[measure]
-    values = ", ".join(f"{scale * value:+.{digits}f}" for value, _ in leads)
-    return f"{values} ± {scale * max(error for _, error in leads):.{digits}f}" if leads else ""
+    values = ", ".join(f"{scale * value:+.{digits}f}" for value, *_ in leads)
+    return f"{values} ± {scale * max(error for _, error, _ in leads):.{digits}f}" if leads else ""
 
 
-def better(leads: Sequence[Sequence[float]], by: float = SURE) -> bool:
-    return bool(leads) and all(lead > by * error for lead, error in leads)
+def better(leads: Sequence[Change], by: float = SURE) -> bool:
+    return bool(leads) and all(normal_errors(*lead) > by for lead in leads)
 
 
-def ruling(over: dict[str, Sequence[Sequence[float]]], seeds: int) -> str:
+def ruling(over: dict[str, Sequence[Change]], seeds: int) -> str:
     """What the rules say about an arm of SPIN, from its leads over the start, A and R."""
     if not better(over["start"]):
         return ""

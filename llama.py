@@ -36,12 +36,12 @@ QWEN = dict(
     sliding_window=4096, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
-FAMILY: dict[str, dict[str, Any]] = {  # By model_type, the fields whose defaults differ from Llama's.
+FAMILY: dict[str, dict[str, Any]] = {  # The fields whose defaults differ from Llama's, keyed by model_type.
     "llama": {}, "mistral": MISTRAL, "qwen2": QWEN, "qwen3": QWEN | {"head_dim": 128},
 }  # fmt: skip
 # Fields that change the computation in ways that are not implemented, and the values that do not.
 REFUSED = {"partial_rotary_factor": (None, 1), "rope_interleaved": (None, False)}
-ROPE_FIELDS = {  # By type of rotary positions, the fields that it requires.
+ROPE_FIELDS = {  # The fields that each type of rotary positions requires.
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),

@@ -49,7 +49,7 @@ class RespondOptions:
     compare: tuple[str, ...] = option((), "Other iterates or models to show below the first.", metavar="MODEL")
     base: str = option("", "Base model of an adapter; default: the one that its run began with.")
     eos: str = RUN["eos"]
-    prompt: tuple[str, ...] = option((), "Prompts. Without any, prompts are read from the terminal.", metavar="TEXT",
+    prompt: tuple[str, ...] = option((), "Prompts; default: they are read from the terminal.", metavar="TEXT",
                                      group="prompts", check=str.strip, expected="a text")
     prompts: tuple[str, ...] = option((), "Files, directories or hub data sets with prompts.", metavar="PATH")
     fields: tuple[str, ...] = RUN["fields"]

@@ -192,7 +192,7 @@ class Run(Protocol):
     def previous_pairs(self, t: int) -> list[Row]: ...  # fields of the pairs of iteration t - 1, or []
     def training(self, player: Player, items: list, t: int) -> AbstractContextManager["Training"]: ...
     def evaluate(self, player: Player) -> Row: ...  # held-out metrics
-    def finish_iterate(self, player: Player, row: Row, pairs: list[Pair]) -> None: ...  # keeps all three
+    def finish_iterate(self, player: Player, row: Row, pairs: list[Pair]) -> None: ...  # writes all three
 
 
 class Training(Protocol):
@@ -203,7 +203,7 @@ class Training(Protocol):
 
     def batches(self, optimizer: Optimizer) -> Iterator[tuple[int, list]]: ...  # (step, items of its batch)
     def micro_batches(self, batch: list) -> Iterator[tuple[list, float]]: ...  # (part, weight), 0 for a repeated part
-    def add(self, values: dict[str, Tensor], weight: float) -> None: ...  # towards the step's row of the log
+    def add(self, values: dict[str, Tensor], weight: float) -> None: ...  # adds to the step's row of the log
     def step(self, optimizer: Optimizer, clip: float) -> None: ...  # skipped if the loss is not finite
     def signals(self) -> Row: ...  # what the values were at the end of training
 

@@ -31,14 +31,14 @@ class Example:
 
     where: str  # The place of the record, for messages: file:line.
     line: int  # Identifies the record. Numbering continues across input files.
-    prompt: str  # Without the template; a conversation is written as text.
+    prompt: str  # The text without the template; a conversation is written as text.
     response: str  # "" if the prompt has no answer.
     references: list[str]  # All texts that count as right in evaluation.
     generated: str | None = None  # The worse response of a given pair.
     wins: tuple[float, float] = (1.0, 0.0)  # For a given pair: the probabilities that each response is preferred.
-    prompt_ids: list[int] = field(default_factory=list)  # With the template.
-    real_ids: list[int] = field(default_factory=list)  # They end with exactly one end-of-sequence token.
-    generated_ids: list[int] = field(default_factory=list)  # They end like real_ids.
+    prompt_ids: list[int] = field(default_factory=list)  # The ids of the prompt with the template.
+    real_ids: list[int] = field(default_factory=list)  # These ids end with exactly one end-of-sequence token.
+    generated_ids: list[int] = field(default_factory=list)  # These ids end like real_ids.
     turns: tuple[Turn, ...] = ()  # The turns of the prompt if the data has messages.
 
     @property

@@ -37,7 +37,7 @@ class Reader:
     def __init__(self, layout: str = "responses", fields: Sequence[str] = ()) -> None:
         self.layout = layout
         self.fields = dict(pair.split("=", 1) for pair in fields)
-        self.fields_used = False  # Whether any record has them.
+        self.fields_used = False  # Whether any record has the fields of --fields.
         self.taken: dict[str, str] = {}  # What was read from a field.
         self.left_out: dict[str, None] = {}  # Fields, and what was left out of conversations.
         self.unwanted = 0  # The number of records that are marked as not to be trained on.

@@ -147,7 +147,7 @@ class SeftOptions(TrainingOptions):
     top_k: int = SPIN["top_k"]
     top_p: float = SPIN["top_p"]
     # fmt: off
-    reviser: str = option("", "Folder of a finished run that trained a reviser; without it, this run trains one.",
+    reviser: str = option("", "Folder of a finished run that trained a reviser; default: this run trains one.",
                           changeable=True)
     pairs: tuple[str, ...] = option(
         (), 'Given pairs to train a reviser on, in place of --data: records also hold a "generated" response.',

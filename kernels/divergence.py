@@ -4,7 +4,7 @@
     d KL_i / d z_iv = p_iv (log p_iv - log q_iv - KL_i)           z_i = W h_i
 
 A tile is some rows of both models' logits. The backward pass computes the logits again, so that no more than one tile
-exists at a time. In plain torch, with fp32 logits.
+exists at a time. The code is plain torch, and logits are fp32.
 
 Legend: N rows (tokens), D hidden width, V vocabulary entries. All divergences are in nats.
 """

@@ -76,7 +76,7 @@ def tiles(hidden: Tensor, weight: Tensor, with_terms: bool, with_logits: bool = 
 
 
 def tile_shape(device: torch.device, N: int, V: int, bytes_per_logit: int) -> tuple[int, int]:
-    """(rows, columns) of a tile. A fixed rule and not a search, so that the first call is as fast as the others.
+    """(rows, columns) of a tile. The rule is fixed; a search would make the first call slow.
 
     On CUDA a tile has as many rows as the memory cap allows with half of CUDA_COLUMNS, which keeps the processors busy
     in the second product, whose result is (rows, D), and then as many columns as the cap and CUDA_COLUMNS allow. They

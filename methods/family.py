@@ -29,10 +29,9 @@ from data.examples import Example
 from methods import losses
 from player import Player
 from runtime import cli, functions
-from runtime.options import option
 from runtime.run import Run
 from runtime.stopping import Stopped
-from spin import Pair, Row
+from spin import Pair, Row, option
 
 
 class Loss(NamedTuple):
@@ -54,7 +53,7 @@ LOSSES = {
     "tspin": Loss(losses.tspin_loss, "triplets with the start", "arXiv 2601.08198", SUMMARY),
     "iris": Loss(losses.iris_loss, "Renyi divergence", "arXiv 2604.20933", "reconstructed from a summary"),
 }
-MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses of nothing but the difference of the two ratios
+MARGIN_LOSSES = ("logistic", "hinge", "ipo")  # losses that depend only on the difference of the two ratios
 DITTO_SHARES = 0.7, 0.2, 0.1  # Shares of (real, newest), (real, older) and (newer, older) pairs.
 SETTINGS = {"mu": "space", "form": "gsil", "order": "iris", "historical": "tspin"}  # Each option belongs to one loss.
 
@@ -266,24 +265,24 @@ def ask_scorer(examples: list[Example], pairs: list[Pair], run: Run) -> None:
 # ---------------------------------------------------------------- options
 
 # A flag alone stands for any value but the default.
-REQUIRES = [  # (flag, those of which it requires one)
+REQUIRES = [  # (flag, flags of which it requires one)
     *((f"--{name}", [f"--loss {loss}"]) for name, loss in SETTINGS.items()),
     ("--adaptive-order", ["--loss iris"]),
     ("--min-win", ["--scorer", "--pairs"]),
     ("--reinforce", ["--adapter"]),
     ("--reinforce", ["--eval-data"]),
 ]
-EXCLUDES = [  # (flag, those that cannot go with it, why)
-    ("--pairs", ["--data", "--reinforce"], "pairs replace them"),
-    ("--history", ["--pairs", "--reinforce", "--samples"], "it draws one response of many opponents"),
-    ("--adaptive-order", ["--order"], "it chooses the order"),
-    ("--loss tspin", ["--alpha", "--mix-previous", "--reference sampled"], "it has no reference"),
-    ("--loss tspin", ["--pairs", "--reinforce", "--scorer"], "it makes triplets"),
-    ("--ditto", ["--pairs", "--reinforce", "--history", "--scorer"], "it makes pairs of its own"),
-    ("--ditto", ["--mix-previous", "--loss tspin", "--reference sampled"], "it makes pairs of its own"),
+EXCLUDES = [  # (flag, flags that exclude it, reason)
+    ("--pairs", ["--data", "--reinforce"], "given pairs replace it"),
+    ("--history", ["--pairs", "--reinforce", "--samples"], "--history draws one response of many opponents"),
+    ("--adaptive-order", ["--order"], "--adaptive-order chooses the order"),
+    ("--loss tspin", ["--alpha", "--mix-previous", "--reference sampled"], "T-SPIN has no reference"),
+    ("--loss tspin", ["--pairs", "--reinforce", "--scorer"], "T-SPIN makes triplets"),
+    ("--ditto", ["--pairs", "--reinforce", "--history", "--scorer"], "--ditto makes its own pairs"),
+    ("--ditto", ["--mix-previous", "--loss tspin", "--reference sampled"], "--ditto makes its own pairs"),
     ("--samples", ["--pairs", "--reinforce", "--scorer"], "a pair then has one generated response"),
-    ("--samples", ["--temperature 0"], "all would be equal"),
-    ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce", "--ditto"], "it cuts to one response's length"),
+    ("--samples", ["--temperature 0"], "all samples would be equal"),
+    ("--unfinished cut", ["--samples", "--loss tspin", "--reinforce", "--ditto"], "cut needs a single other response"),
     ("--reference sampled", ["--pairs", "--reinforce"], "the responses were not sampled from the opponent"),
     ("--reference sampled", ["--temperature 0", "--top-k", "--top-p"], "real responses could have probability 0"),
 ]
@@ -311,8 +310,8 @@ class FamilyOptions(spin.SpinOptions):
     alpha: float = option(0.0, "Share of the start in the reference of the log-ratios (alpha-SPIN).", within="[0, 1]")
     history: int = option(1, "Number of the latest opponents that responses are drawn from; 0: all (fictitious play).",
                           within="[0, inf)")
-    reinforce: bool = option(False, "Pair responses with --adapter and without it; needs no answers "
-                             "(self-reinforcement).")
+    reinforce: bool = option(False, "Pair a response of the model with --adapter with one of the model alone; the "
+                             "data needs no answers (self-reinforcement).")
     ditto: bool = option(False, "Pair a few demonstrations with --samples responses of every iterate so far, and newer "
                          "with older ones (DITTO).")
     scorer: str = option(
@@ -343,7 +342,7 @@ class FamilyOptions(spin.SpinOptions):
     def digests(self) -> dict[str, str]:
         if not self.scorer:
             return {}
-        functions.load_scorer(self.scorer)  # one that cannot be loaded is refused before the run begins
+        functions.load_scorer(self.scorer)  # A scorer that cannot be loaded is refused before the run begins.
         return {"scorer": functions.digest([self.scorer])}
 
 
@@ -356,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     table = "\n".join(f"  {name:10}{loss.what}; {loss.source}, {loss.found}" for name, loss in LOSSES.items())
     about = f"The methods beside SPIN: the same loop with other pairs, another reference, or another loss.\n{table}"
     about += "\nFurther methods: python -m methods.sdft, python sft.py --loss dft, python examples/seft.py."
-    return cli.main("family", play, Player, FamilyOptions, argv, about=about)
+    return cli.main("family", play, Player, FamilyOptions, argv, about=about, program="python -m methods.family")
 
 
 if __name__ == "__main__":

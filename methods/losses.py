@@ -54,8 +54,8 @@ def sppo_loss(
 def space_loss(real_ratios: Tensor, generated_ratios: Tensor, beta: float, mu: float = 1.0) -> Tensor:
     """-log s(beta * ratio) - mu log(1 - s(beta * ratio')), s(x) = 1 / (1 + mu exp(-x)): noise-contrastive estimation.
 
-    Real and generated responses are classified each on its own, s being the probability that a response is real where
-    mu generated ones come to each real one. So the size of each ratio matters, not the margin alone.
+    Real and generated responses are classified each on its own, s being the probability that a response is real if
+    there are mu generated ones per real one. So the size of each ratio matters, not the margin alone.
     Optimum at the paper's beta of 1: p_data, whatever the opponent and mu. Another beta scales the ratio as in the
     other losses; its goal log(p_data / p_t) / beta is then no log-ratio of two distributions, and met approximately.
     Source: SPACE, arXiv 2512.07175; found in a summary, and the same as the abstract's "binary classification".

@@ -98,7 +98,7 @@ class SdftOptions(TrainingOptions):
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main("sdft", play, Player, SdftOptions, argv, about=__doc__, recipe="")
+    return cli.main("sdft", play, Player, SdftOptions, argv, about=__doc__, recipe="", program="python -m methods.sdft")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,13 @@ from report.page import page
 from report.panels import figures
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"report: error: {message}; --help lists all options\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--out", type=Path, help="the page; default: report.html in the run, or here for several runs")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write every figure as SVG into this folder")

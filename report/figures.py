@@ -40,9 +40,9 @@ class Panel:
 
     name: str
     series: list[list[Mark]]  # one list per run, whose index is its colour; may be empty
-    format: str  # that of the values
+    format: str  # how its values are written
     better: int = 0  # 1 if larger values are better, -1 if smaller ones are, 0 if neither are
-    note: str = ""  # below the title
+    note: str = ""  # text below the title
     least: float = 0.0  # The y axis spans at least this.
     curves: bool = False  # The marks are curves with bands, not points with bars.
     lines: Sequence[tuple[float, str]] = ()  # vertical lines with labels

@@ -1,6 +1,7 @@
 """From a command line to a run, and from every way in which a run can end to an exit code and one line."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -27,18 +28,24 @@ def main(
     argv: Sequence[str] | None = None,
     about: str | None = "",
     recipe: str = "pronounce.args",
+    program: str = "",
 ) -> int:
     """Runs method(player, examples, run) with the options in `argv` (default: those of the command line).
 
-    --help shows the first two paragraphs of `about`; `recipe` is what a command line without model and data runs.
+    --help shows the first two paragraphs of `about`; `recipe` is what a command line without model and data runs;
+    `program` is what people type, unless it is the name of the command with ".py".
 
     Returns: 0 if the run is finished, 1 if it cannot go on, 2 for bad input, 128 + N if signal N stopped it.
     """
-    script, about = f"{command}.py", "\n\n".join((about or "").split("\n\n")[:2])  # python -OO has no docstrings
+    script, about = (
+        program or f"{command}.py",
+        "\n\n".join((about or "").split("\n\n")[:2]),
+    )  # python -OO has no docstrings
     began = ""  # the folder of the run, once it holds files
     try:
         with streams(), SIGNALS.noted(), onednn.products(), contextlib.ExitStack() as stack:
             args = parse(combined(options_class), sys.argv[1:] if argv is None else argv, script, about, recipe)
+            args = dataclasses.replace(args, out=args.out or f"runs/{command}")
             trackers.check(args.log)
             parallel.join(on_gpu=args.device != "cpu", alone=args.fsdp)
             model, examples, run = setup(args, command, player_class.class_of)
@@ -69,7 +76,7 @@ def main(
 
 
 def observers(run: Run, script: str) -> list[Any]:
-    """Those who are told what the run does: see runtime/run.py."""
+    """The observers of a run, which `Run.tell` calls."""
     out = run.folder.path
     told = [console.Console(script, out), page.Page(out, folder.write_text)]
     return [*told, *trackers.start(run.args.log, out, run.record)]
@@ -94,7 +101,7 @@ def fail(script: str, error: BaseException, code: int, note: str = "") -> int:
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
     if isinstance(error, BrokenPipeError):  # Python flushes stdout again at its end, and would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE  # as shells report it of `yes | head`
+        return 128 + signal.SIGPIPE  # Shells report the same code for `yes | head`.
     return getattr(error, "exit_code", code)
 
 

@@ -20,8 +20,8 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
     Each raises Stopped if it fails or does not return a finite number. Raises: FileNotFoundError, ValueError.
     """
-    functions = {name_of(name): SHIPPED.get(name) or load("--metric", name) for name in names}
-    metrics = {name: _checked(f"--metric {name}", function, _number) for name, function in functions.items()}
+    functions = {name: SHIPPED.get(name) or load("--metric", name) for name in names}
+    metrics = {name_of(name): _checked(f"--metric {name}", f, _number) for name, f in functions.items()}
     if len({*metrics, "error"}) <= len(names):  # Two columns would have one name, or one would be greedy_error.
         raise ValueError(f"--metric {', '.join(names)}: expected names that differ, and none that is 'error'")
     return metrics
@@ -81,8 +81,8 @@ def _checked(what: str, function: Callable[..., Any], convert: Callable[[Any], A
 
 
 def _number(value: Any) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number, not {value}")
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, not {shown(repr(value))}")
     return float(value)
 
 

@@ -85,9 +85,9 @@ class RunOptions:
         "error", "Examples that do not fit the context: error stops the run at once, skip leaves them out.",
         choices=("error", "skip"))
 
-    out: str = option("runs/spin", "Folder for all files of the run; a stopped run in it is resumed.", changeable=True,
-                      check=lambda path: path and path.isprintable(), expected="a printable path", metavar="PATH",
-                      group="run")
+    out: str = option("", "Folder for all files of the run; a stopped run in it is resumed; default: runs/ and the "
+                      "name of the script.", changeable=True, check=str.isprintable, expected="a printable path",
+                      metavar="PATH", group="run")
     iterations: int = option(3, "Rounds of training and evaluation.", within="[1, 1000000]")
     prompts: int = option(0, "Examples per iteration, drawn afresh for each; 0: all.", within="[0, inf)")
     max_new_tokens: int = option(256, "Length limit of generated responses, in tokens.", within="[1, inf)")
@@ -114,7 +114,7 @@ class RunOptions:
                         "1/32 of the prompts, within 4 to 64 batches.", within="[0, inf)")
     # fmt: on
 
-    from_scratch = False  # sft.py makes it an option.
+    from_scratch = False  # Only sft.py has it as an option.
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -255,21 +255,27 @@ def parse(options_class: type, argv: Sequence[str], prog: str, about: str = "", 
         raise ValueError(f"{shown(flag)}: no such option; {f'did you mean {near[0]}?' if near else '--help lists all'}")
     own = [name for name in ADAPTER_SETTINGS if name in given]
     if own and getattr(given, "adapter", ""):
-        raise ValueError(f"{flag_of(own[0])}: --adapter brings its own; give only one of the two")
+        raise ValueError(f"{flag_of(own[0])}: --adapter has settings of its own; give only one of the two")
     return options_class(**vars(given))
 
 
-def with_recipes(words: Sequence[str]) -> Iterator[str]:
-    """Puts the words of a recipe in the place of its @RECIPE. In a recipe, $SPIN is this project's folder."""
+def with_recipes(words: Sequence[str], opened: tuple[str, ...] = ()) -> Iterator[str]:
+    """Puts the words of a recipe in the place of its @RECIPE. In a recipe, $SPIN is this project's folder.
+
+    `opened` are the recipes that these words stand in.
+    """
     for word in words:
-        if word.startswith("@"):
-            try:
-                split = shlex.split(Path(word[1:]).read_text("utf-8"), comments=True)
-                yield from with_recipes([one.replace("$SPIN", str(ROOT)) for one in split])
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{shown(word)}: {error}") from None
-        else:
+        if not word.startswith("@"):
             yield word
+            continue
+        try:
+            split = shlex.split(Path(word[1:]).read_text("utf-8"), comments=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{shown(word)}: {reason}; expected a recipe, which is a file of flags") from None
+        if word in opened:
+            raise ValueError(f"{shown(word)}: this recipe reads itself")
+        yield from with_recipes([one.replace("$SPIN", str(ROOT)) for one in split], (*opened, word))
 
 
 class Parser(argparse.ArgumentParser):
@@ -277,7 +283,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file, flush=True)  # argparse hides that nobody reads it.
+        print(self.format_help(), end="", file=file, flush=True)  # argparse would hide the error of a closed pipe.
 
 
 def parser_of(options_class: type, prog: str, about: str) -> Parser:
@@ -317,5 +323,6 @@ def add_argument(group: Any, field: dataclasses.Field) -> None:
     if kind is not bool:
         choices = f"{{{','.join(facts['choices'])}}}" if "choices" in facts else METAVARS[kind]
         shape = {"metavar": facts.get("metavar", choices), "nargs": "+" if several else None}
-    help = f"{facts['help']} [{'none' if default == '' else default}]".replace("%", "%%")
+    own = "" if "default:" in facts["help"] or facts.get("positional") else f" [{'none' if default == '' else default}]"
+    help = f"{facts['help']}{own}".replace("%", "%%")
     group.add_argument(field.name if facts.get("positional") else flag_of(field.name), help=help, **shape)

@@ -41,9 +41,10 @@ def check_same(args: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
         same = given >= before if name == "iterations" else given == before
         if name in PER_ITERATION:
             same = (given or [])[:both] == (before or [])[:both]
+        if not same and name == "command":
+            raise ValueError(f"--out {args.out}: holds a run of {before}; give another --out")
         if not same and name not in may_change:
-            is_flag = name not in ("command", "ranks")
-            given, before = (as_typed(name, value) if is_flag else f"{name} {value}" for value in (given, before))
+            given, before = (as_typed(name, v) if name != "ranks" else f"{v} ranks" for v in (given, before))
             raise ValueError(f"{given}: the run in {args.out} began with {before}; give the old value or another --out")
 
 

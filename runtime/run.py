@@ -90,7 +90,7 @@ class Run:
             reasons = "all responses were identical to the real ones, unfinished, or left out by an option"
             raise Stopped(f"iteration {t}: nothing is left to train on: {reasons}")
         if parallel.is_writer():
-            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.path.mkdir(parents=True, exist_ok=True)  # Outside `iterations` nothing has made it yet.
         with self.weights.to_train(player):
             player.model.train()
             yield Training(self.work, self.folder, player, items, t, self.tell)
@@ -133,7 +133,7 @@ class Run:
             if self.iterate:
                 self.folder.write_folder(f"iterate-{self.iterate}", lambda path: self.weights.save(model, path))
             self.folder.write_rows("metrics.jsonl", self.rows)  # The row of this iterate makes it finished.
-            self.folder.append("times.jsonl", json.dumps(times) + "\n")  # for people: no run reads it
+            self.folder.append("times.jsonl", json.dumps(times) + "\n")  # People read this file; no run does.
             self.tell("iterate", self.rows, self.heldout_responses, note)
 
         parallel.on_writer(write)

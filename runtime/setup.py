@@ -65,7 +65,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     device = choose_device(args.device)
     if args.precision == "auto":
         args = dataclasses.replace(args, precision="bf16" if device.type == "cuda" else "fp32")
-    options = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists in place of tuples, as in the file
+    options = json.loads(json.dumps(dataclasses.asdict(args)))  # lists in place of tuples, as in run.json
     record: dict[str, Any] = {"command": command, "args": options, "ranks": parallel.world_size()}
     if found:
         resume.check_same(args, found, record)
@@ -115,7 +115,7 @@ def choose_device(name: str) -> torch.device:
             raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
         device = torch.device("cuda", parallel.local_rank())
     if (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, no {device}")
+        raise ValueError(f"--device {name}: CUDA devices of this machine: {torch.cuda.device_count()}")
     torch.cuda.set_device(device.index or 0)
     return device
 
@@ -240,7 +240,7 @@ def load_model(run: Run) -> nn.Module:
     else:
         dtype = run.weights.dtype if args.rank else torch.float32
         model = model_class.from_pretrained(path, dtype=dtype, device=device)
-    if not args.dropout:  # The opponent is scored without dropout; with it, the player would not begin as p_t.
+    if not args.dropout:  # The opponent is scored without dropout; with dropout the player would not begin as p_t.
         switch_off_dropout(model)
     add_adapters(model, args, run.generator(0, "lora"))
     model.checkpointing = args.checkpoint
@@ -259,4 +259,7 @@ def add_adapters(model: nn.Module, args: Any, rng: torch.Generator | None) -> No
         lora.load_adapter(model, args.adapter)
     elif args.rank:
         targets = args.lora_targets or tuple(lora.linear_names(model))
-        lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, targets, rng)
+        try:
+            lora.add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, targets, rng)
+        except ValueError as error:
+            raise ValueError(f"--lora-targets: {error}") from None

@@ -153,8 +153,9 @@ def failed(argv, capsys, code=2, script=spin) -> str:
     """The one line on stderr of a command that ends with this exit code."""
     assert script.main([str(a) for a in argv]) == code
     error = capsys.readouterr().err
-    name = script.__name__.rpartition(".")[2]
-    assert error.startswith(f"{name}.py: error: ") and error.count("\n") == 1, error
+    folder, _, name = script.__name__.rpartition(".")
+    program = f"python -m methods.{name}" if folder == "methods" else f"{name}.py"
+    assert error.startswith(f"{program}: error: ") and error.count("\n") == 1, error
     return error
 
 

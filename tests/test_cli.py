@@ -18,6 +18,7 @@ from helpers import ROOT, failed, flags, refused, small, tree
 from safetensors.torch import load_file, save_file
 
 import respond
+import sft
 import spin
 from runtime import cli
 from runtime.stopping import Interrupted, Stopped
@@ -93,6 +94,16 @@ def test_what_is_wrong_before_the_run_begins_is_bad_input_and_later_a_line_says_
     assert play(**{f"{where}_error": error}) == (code, f"spin.py: error: {line}\n", events)
 
 
+@pytest.mark.parametrize("argv, out", [([], "runs/sft"), (["--out", "o"], "o")])
+def test_the_default_folder_of_a_run_has_the_name_of_its_script(argv, out, monkeypatch, capsys):
+    def setup(args, command, class_of):
+        raise ValueError(args.out)
+
+    monkeypatch.setattr(cli, "setup", setup)
+    assert sft.main(["--model", "m", "--data", "d", *argv]) == 2
+    assert capsys.readouterr().err == f"sft.py: error: {out}\n"
+
+
 @pytest.mark.parametrize("where, error", [
     ("method_error", ValueError("a bug")), ("method_error", RuntimeError("shapes")), ("setup_error", KeyError("x")),
     ("setup_error", RuntimeError("shapes")),
@@ -115,7 +126,7 @@ def process(argv, cwd, **options) -> subprocess.CompletedProcess:
 def test_a_shell_sees_exit_code_2_and_one_line(tmp_path):
     done = process(["-m", "methods.family", "--temprature=1"], tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("family.py: error: ") and list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith("python -m methods.family: error: ") and list(tmp_path.iterdir()) == []
 
 
 SHORT = dict(prompts=8, eval_limit=2, max_new_tokens=2)

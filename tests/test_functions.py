@@ -90,7 +90,8 @@ def test_a_run_is_not_resumed_with_another_function_but_its_file_may_move(
 @pytest.mark.parametrize(
     "body, says",
     [
-        ("return None", "TypeError: must be real number, not NoneType (for"), ("return 'x'", "TypeError: must be"),
+        ("return None", "TypeError: must be real number, not NoneType (for"),
+        ("return 'x'", "ValueError: expected a finite number, not 'x'"),
         ("return float('nan')", "ValueError: expected a finite number, not nan"), ("return [1]", "TypeError: "),
         ("raise KeyError('k')", "KeyError: 'k' (for the prompt '"), ("raise SystemExit", "SystemExit: "),
     ],
@@ -99,7 +100,7 @@ def test_a_metric_that_fails_is_refused_before_the_run(body, says, start, data, 
     """The message names the function, its result and the prompt. The metric is tried on a real response."""
     (tmp_path / "bad.py").write_text(f"def f(prompt, response, references):\n    {body}\n")
     error = refused(flags(start, data, tmp_path / "out", metric=f"{tmp_path}/bad.py:f"), tmp_path / "out", capsys)
-    assert f"--metric f: {says}" in error and "for the prompt '" in error
+    assert f"bad.py:f: {says}" in error and "for the prompt '" in error
 
 
 @pytest.mark.parametrize(

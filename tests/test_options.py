@@ -74,7 +74,7 @@ def test_help_shows_every_option_once_in_its_group_with_its_default(options_clas
     assert {"model", "data", "run", "machine", "training", own} <= set(groups[::2])
     entries = [" ".join(entry.split()) for some in groups[3::2] for entry in re.split(r"\n  (?=--)", some)]
     assert [e.split()[0].strip(",") for e in entries] == list(map(options.flag_of, options_class.__dataclass_fields__))
-    assert all(re.search(r"\. \[.+\]$", entry) for entry in entries), "the default"
+    assert all(re.search(r"\. \[.+\]$|default: .+\.$", entry) for entry in entries), "the default"
     assert "--optimizer {adamw,rmsprop} The optimizer; the paper uses rmsprop. [adamw]" in entries
     assert "--dry-run" in text and "[off]" in text and "[none]" in text and "[5e-05]" in text
     assert own != "more" or "--alpha X Share of the start, 100% at most. [0.0]" in entries
@@ -186,7 +186,7 @@ def test_flags_are_read_in_both_forms_and_lists_are_separated_by_spaces():
         ("-x", "'-x': expected flags that begin with --, or @RECIPE"),
         ("--lr", "--lr: expected at least one argument"),
         ("--seed --lr 1", "--seed: expected one argument"),
-        ("--adapter a --rank 8", "--rank: --adapter brings its own; give only one of the two"),
+        ("--adapter a --rank 8", "--rank: --adapter has settings of its own; give only one of the two"),
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_refused(argv, message):
@@ -241,7 +241,8 @@ def test_a_flag_wins_over_recipes_wherever_it_stands_and_a_later_recipe_over_an_
         (b"--template 'x", "@r: No closing quotation"),
         (b"--out \xff", "@r: 'utf-8' codec"),
         (b"--lr \\", "@r: No escaped character"),
-        (b"@paper", "@r: @paper: [Errno 2] No such file"),
+        (b"@paper", "@paper: No such file or directory; expected a recipe"),
+        (b"--seed 1 @r", "@r: this recipe reads itself"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_named(content, message, folder):

@@ -275,6 +275,10 @@ def test_what_people_get_wrong_is_one_line(tmp_path, capsys):
         assert script.main([*map(str, argv)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("report: error: ") and error.count("\n") == 1 and said in error
+    with pytest.raises(SystemExit, match="2"):
+        script.main([str(run), "--oout", "x"])
+    error = capsys.readouterr().err
+    assert error.startswith("report: error: ") and error.count("\n") == 1 and "--oout" in error
 
 
 def test_a_pipe_whose_reader_has_gone(tmp_path):

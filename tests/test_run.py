@@ -218,7 +218,7 @@ def test_data_and_weights_must_be_the_same(begun, start, data, capsys):
 def test_a_run_of_one_script_is_not_resumed_by_another(begun, start, data, capsys):
     before = tree(begun)
     for script, argv in ((sft, small_sft(start, data, gen_batch=None)), (family, small(start, data))):
-        assert ": the run in run began with command spin" in failed(argv, capsys, script=script)
+        assert "--out run: holds a run of spin; give another --out" in failed(argv, capsys, script=script)
     assert tree(begun) == before
 
 

@@ -46,8 +46,8 @@ class Ways:
     calls: dict[str, Callable[[], Any]]
     peers: dict[str, Callable[[], Callable]] = field(default_factory=dict)  # Each sets a way up and returns its call.
     work: tuple[float, str] | None = None  # amount and unit of what one call does
-    rounds: int = 5  # minimum
-    check: Callable[[Callable], str] | None = None  # runs a way before it is measured, and returns a note on it
+    rounds: int = 5  # least number of rounds
+    check: Callable[[Callable], str] | None = None  # called with a way before its measurement; returns a note
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Case:
     name: str
     build: Callable[[torch.device], Ways]
     estimate: float = 0.0  # seconds in total on a GPU; the case is skipped if fewer remain
-    extra: bool = False  # runs only if --match names it
+    extra: bool = False  # An extra case runs only if --match names it.
 
 
 def ours(call: Callable, device: torch.device) -> dict[str, Callable]:
@@ -79,7 +79,7 @@ def measure(ways: Ways, device: torch.device, seconds: float, deadline: float = 
     """
     calls = dict(ways.calls)
     rows: dict[str, dict] = {name: {} for name in [*calls, *ways.peers]}
-    times: dict[str, list[float]] = {name: [] for name in rows}  # of the ways that have not failed
+    times: dict[str, list[float]] = {name: [] for name in rows}  # times of the ways that have not failed
     for turn in itertools.count():
         now = time.perf_counter()
         if turn <= 1:
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     if on_gpu and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no CUDA device")
     minutes = args.minutes if args.minutes is not None else GPU_MINUTES if on_gpu else float("inf")
-    seconds = 0 if args.quick else 2 if on_gpu else 20  # of timing for each case
+    seconds = 0 if args.quick else 2 if on_gpu else 20  # seconds of timing per case
     deadline = time.perf_counter() + 60 * minutes
     stance = "force_eager" if args.quick else "default"  # compilation takes longer than all the rest
     with tempfile.TemporaryDirectory() as nowhere, torch.compiler.set_stance(stance):

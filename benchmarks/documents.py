@@ -11,7 +11,7 @@ from report.figures import FONT, ticks
 
 DOCUMENTS = ("docs/evidence.md", "docs/family.md", "README.md")
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0548b", "#8a6d00", "#56b4e9", "#444444", "#c0a000", "#7a4ad0")
-Columns = dict[str, str | Callable[[Any], str]]  # by title: a function of a row, or a format string of its fields
+Columns = dict[str, str | Callable[[Any], str]]  # title -> a function of a row, or a format string of its fields
 
 
 def write_blocks(kind: str, block: Callable[[str], str]) -> None:

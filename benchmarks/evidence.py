@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence_report
-import measuring  # before torch: it sets the number of threads
+import measuring  # This import precedes that of torch, since measuring sets the number of threads.
 import numpy as np
 import theory
 from bench import current_commit
@@ -62,7 +62,7 @@ def write_data(
     Self-play draws its prompts from so many `words`; `lines` of two words each are for the task with long responses.
     Every second prompt of `answers` holds its answer, as the teacher's of SDFT does.
     """
-    train, heldout = split(load_examples(str(ROOT / data)), 0.1)  # as the shipped start's
+    train, heldout = split(load_examples(str(ROOT / data)), 0.1)  # the same share as the shipped start's
     some, tests = draw(train, words), draw(heldout, test + 50)
     rng = random.Random(0)
     rng.shuffle(some)
@@ -141,7 +141,7 @@ def words_of_run(case: Case, seed: int, work: Path, out: Path) -> list[str]:
 def run(job: tuple[Case, int], work: Path) -> Row:
     """Trains a case with a seed and measures its iterates."""
     case, seed = job
-    if not case.script:  # a placebo
+    if not case.script:  # The case is a placebo.
         place = frontier_of(work, case.key, seed, 1)
         return {"seconds": 0.0, "iterates": {"1": look(case.start, place_of(case.start, work), place, work, seed)}}
     out = work / "runs" / digest(case.key, seed)
@@ -251,7 +251,7 @@ def with_error(values: Sequence[np.ndarray]) -> list[float]:
     Welch and Satterthwaite for a sum of two variances.
     """
     by_seed, examples = [some.mean() for some in values], len(values[0])
-    variances = {examples - 1: np.mean(values, 0).var() / examples}  # by their own degrees of freedom
+    variances = {examples - 1: np.mean(values, 0).var() / examples}  # variances by their degrees of freedom
     if len(values) > 1:
         variances[len(values) - 1] = np.var(by_seed, ddof=1) / len(values)
     total, parts = sum(variances.values()), sum(variance**2 / own for own, variance in variances.items())
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     new |= {"command": "python benchmarks/evidence.py", "starts": {}, "runs": {}, "summary": []}
     found = measuring.begun(args.out, new, () if args.write else ("machine", "temperatures"))
     if not args.write:
-        found["commit"] = current_commit()  # of what is run now; each row has its own
+        found["commit"] = current_commit()  # commit of what is run now; each row has a commit of its own
         wanted = [case for case in CASES if case.regime in args.only or case.start in args.only]
         save = partial(measuring.store, args.out, found)
         with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save()
     if args.out == STORED or len(args.only) == len(regimes):
         evidence_report.write_all(found)
-    else:  # some regimes, measured anew: the documents keep what is stored
+    else:  # Only some regimes were measured anew, so the documents keep what is stored.
         print("\n".join(evidence_report.regimes(found, [name], True) for name in regimes if name in args.only))
 
 

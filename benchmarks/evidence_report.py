@@ -16,7 +16,7 @@ FULL_TABLES = ROOT / "runs/evidence-tables.md"
 OVER = ("over start", "over supervised")
 SURE = 3.3  # standard errors: one of 60 settings that change nothing is beyond them by chance with probability 5%
 MOST = 8.0  # standard errors at the edge of the figure
-MEASURES = {"sampled_error": "error", "sampled": "F1", "content": "content F1"}  # in points if scaled by 100
+MEASURES = {"sampled_error": "error", "sampled": "F1", "content": "content F1"}  # metrics; points if scaled by 100
 
 # Settings that say what their neighbours say, by words in start and label. The documents leave them out if they are
 # level with both controls; FULL_TABLES has them.
@@ -39,7 +39,7 @@ def write_all(found: Row) -> None:
 
 
 def block(found: Row, name: str) -> str:
-    """A block of a document: one of these, or one or several regimes with " + " between them, which share a table."""
+    """A block of a document: a special one, or one or several regimes with " + " between them, which share a table."""
     special = {
         "about": about, "verdict": verdict, "starts": starts, "placebo": placebo,
         "capacity": capacity, "sequences": sequences, "first gradients": first_gradients,
@@ -140,7 +140,7 @@ def verdict(found: Row) -> str:
 
 
 def regimes(found: Row, names: Sequence[str], everything: bool = False) -> str:
-    """The cases of regimes: their leads over both controls. Without `everything`, what the documents show."""
+    """The cases of regimes: their leads over both controls. Without `everything`, only those that documents show."""
     rows, notes = [row for row in prepared(found) if row["regime"] in names], []
     if not everything:
         shown = [row for row in rows if row["iterate"] in (1, row["iterations"]) and is_chosen(found, row)]
@@ -197,7 +197,7 @@ def label_of(found: Row, row: Row) -> str:
 
 
 def starts(found: Row) -> str:
-    """Those that are measured several times have one line."""
+    """Starts that are measured several times have one line."""
     rows = [row | {"name": name} for name, row in found["starts"].items()]
     rows = [row for row in rows if row["name"] not in ("shipped", "eight words") and "," not in row["name"]]
     columns: Columns = {"start": "{name}", "greedy": "{greedy:.1%}", "sampled error": "{sampled_error[3]:.1%}"}
@@ -231,7 +231,7 @@ def sequences(found: Row) -> str:
 
 
 def first_gradients(found: Row) -> str:
-    """Of the greedy opponent. With samples the gradient is that of supervised training, which is 0 at the data."""
+    """Gradients of the greedy opponent. With samples the gradient is that of supervised training: 0 at the data."""
     columns = {"start": "{start}", "supervised norm": "{supervised:.3f}", "norm, greedy": "{spin:.3f}"}
     direction = {"cosine": lambda row: "" if row["start"] == "data" else f"{row['cosine']:+.2f}"}
     return table(found["first gradients"], columns | direction)

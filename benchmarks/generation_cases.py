@@ -1,8 +1,8 @@
 """Generation: sampling.py beside transformers' generate on the same weights, prompts, lengths and sampling settings.
 
-Weights are random, so no model ends a response by itself. Where responses are to be as long as real ones, the length of
-each is drawn from GSM8K's and the end is forced by a bias on its logit, in transformers by a logits processor. Both do
-all their usual work.
+Weights are random, so no model ends a response by itself. If responses are to be as long as real ones, the length of
+each is drawn from GSM8K's and the end is forced by a bias on its logit, in transformers by a logits processor. Both
+programs do all their usual work.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def gsm8k_like(count: int, longest: int) -> tuple[list[list[int]], list[int]]:
 def forced_ends(lengths: list[int] | None) -> Iterator[None]:
     """Row i ends after lengths[i] tokens, and no earlier: a bias decides whether the last token, the end, is drawn.
 
-    A sampler does not know a row's position. A random number tells it: where the response is to end, it is 1 larger.
+    A sampler does not know a row's position, so the random number that ends a response is 1 larger.
     """
     uniforms, choose = sampling.uniforms, sampling.Sampler.__call__
 
@@ -103,7 +103,7 @@ def respond(
 def theirs(
     model: object, prompts: list, lengths: list[int] | None, batch: int, M: int, eos: int | None, **settings: object
 ) -> Callable:
-    """The same by transformers: batches of prompts sorted by length, padded on the left."""
+    """Responses of transformers, in batches of prompts sorted by length, padded on the left."""
 
     def end(width: int, last: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
         """Forces the end of each row at its length, and nowhere else."""

@@ -32,10 +32,10 @@ def iteration(shape: str, dtype: torch.dtype, count: int, batch: int, limit: int
 
             def call() -> None:
                 generate()
-                start = next(turn) % count  # else the second call would find the reference's figures in a cache on disk
+                start = next(turn) % count  # Otherwise the second call would find the reference's figures on disk.
                 trainer = peer_trainer(other, player, pairs[start:] + pairs[:start], batch, precompute=True)
                 trainer.train()
-                trainer.model.unload()  # takes the adapters off again
+                trainer.model.unload()  # This call takes the adapters off again.
 
             return call
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import linear_logprobs, token_logprobs
 
 V_ODD, V_EVEN = 50257, 50304
-TRL_TOKENS = 512  # of a sequence
+TRL_TOKENS = 512  # tokens per sequence
 CHECKED = 64  # rows whose log-probabilities are compared with float64
 PRODUCTS = {"scoring": "one product", "frozen head": "two products", "trained head": "three products"}
 
@@ -29,7 +29,7 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """In sequences of TRL_TOKENS tokens, over which TRL's function loops."""
+    """TRL's function loops over sequences, here of TRL_TOKENS tokens."""
     from trl.trainer.utils import selective_log_softmax
 
     rows = len(targets) // TRL_TOKENS or 1
@@ -68,7 +68,7 @@ def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: t
             logp = way(hidden, weight, targets)
         if kind != "scoring":
             (logp * upstream).sum().backward()
-        hidden.grad = weight.grad = None  # freed here, or the next call would free it and seem to need less memory
+        hidden.grad = weight.grad = None  # Else the next call would free the gradients and seem to need less memory.
         return logp
 
     def floor() -> None:
@@ -79,7 +79,7 @@ def linear_ways(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: t
             if kind == "trained head":
                 torch.mm(room.T, hidden)
 
-    torch._dynamo.reset()  # else, after eight shapes, torch.compile would run eager code without a word
+    torch._dynamo.reset()  # Otherwise torch.compile would silently run eager code after eight shapes.
     others = {
         "eager": eager,
         "torch.compile of eager": torch.compile(eager, dynamic=False),

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one thread per process
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # This must precede the import of torch: one thread per process.
 
 import numpy as np
 from bench import FOLDER, write_whole  # It makes the modules of this project importable.
@@ -106,9 +106,9 @@ def overlap(text: str, references: Sequence[str], without: Collection[str] = ())
 
 @functools.cache
 def judges_of_definitions(trained_on: Path) -> tuple[Judge, Judge, Judge]:
-    """Overlap, overlap without frequent words, and how many of these there are.
+    """Overlap, overlap without frequent words, and the number of frequent words.
 
-    They are the 40 words that stand most often in the responses of a file: "a", "the", "of", ..., "genus", "person".
+    Frequent words are the 40 that stand most often in responses of a file: "a", "the", "of", ..., "genus", "person".
     """
     responses = [json.loads(line)["response"] for line in trained_on.read_text().splitlines()]
     counts = Counter(word for response in responses for word in response.split())
@@ -122,7 +122,7 @@ def judges_of_definitions(trained_on: Path) -> tuple[Judge, Judge, Judge]:
 # (temperatures, metrics, examples): for each metric a value of each example, whose mean over examples is the metric.
 Frontier = np.ndarray
 MEASURED = ("entropy", "sampled", "sampled_error", "nll")  # nats per response, share, rate, nats per token
-OF_TEXTS = ("content", "frequent")  # of definitions: F1 without the most frequent words; how many of these there are
+OF_TEXTS = ("content", "frequent")  # for definitions: F1 without the most frequent words; number of frequent words
 
 
 def frontier(
@@ -169,9 +169,9 @@ def reached(mine: Frontier, control: Frontier) -> set[int]:
 def lead(mine: Frontier, control: Frontier, metric: str, temperatures: Collection[int]) -> np.ndarray:
     """How far one frontier lies above another in a metric at equal entropy, as a value of each example: (n,).
 
-    Averaged over these temperatures of `mine`, all of which the control must reach. Between its own temperatures the
-    control is interpolated by the cubic f through the four nearest, with weights L_k. A change de_k of a knot's entropy
-    acts like a change -f'(e_k) de_k of its metric, so the values account for the noise of both entropies (delta
+    The lead is a mean over these temperatures of `mine`, all of which the control must reach. Between its temperatures
+    the control is interpolated by the cubic f through the four nearest, with weights L_k. A change de_k of a knot's
+    entropy acts like a change -f'(e_k) de_k of its metric, so the values account for the noise of both entropies (delta
     method), and the standard error of their mean is std / sqrt(n).
     """
     k, found = names_of(mine).index(metric), []

@@ -28,7 +28,7 @@ from runtime import parallel
 from runtime.folder import in_shards
 
 PROMPTS, SHARD, LONGEST = 48, 12, 48  # prompts to generate for, of which a rank takes SHARD at a time; new tokens
-PAIRS = 32  # of a training step
+PAIRS = 32  # pairs per training step
 TRAINED = {"all parameters": 0, "LoRA": 16}  # rank of the adapters
 TIMES = {"generate": f"generation, {PROMPTS} prompts"}
 TIMES |= {f"train {name}": f"training step of {PAIRS} pairs, {name}" for name in TRAINED}
@@ -51,14 +51,14 @@ def worker(shape: str) -> dict[str, float]:
         player, run, pairs, _ = parts(shape, FP32, torch.device("cpu"), PROMPTS, LONGEST, rank, **sizes)
         for pair in pairs:
             pair.opponent_real_logp, pair.opponent_generated_logps = -100.0, [-100.0]
-        spin.train(player, pairs[PAIRS : PAIRS + 4], 0, run)  # warms up
+        spin.train(player, pairs[PAIRS : PAIRS + 4], 0, run)  # a warm-up
         found[f"train {trained}"] = timed(partial(spin.train, player, pairs[:PAIRS], 0, run))
 
-    def respond(items: range) -> list:  # with adapters, which come last
+    def respond(items: range) -> list:  # The model has adapters here, since these come last.
         return player.respond([pairs[i].prompt_ids for i in items], 0, rows=items)
 
     with forced_ends([len(pair.generated_ids[0]) for pair in pairs]):
-        respond(range(1))  # warms up
+        respond(range(1))  # a warm-up
         return found | {"generate": timed(lambda: in_shards(None, "generate", PROMPTS, SHARD, respond))}
 
 
@@ -99,7 +99,7 @@ def main() -> None:
         if parallel.is_writer():
             print(json.dumps(found), flush=True)
         return parallel.leave()
-    torch.set_num_threads(1)  # which device_name tells
+    torch.set_num_threads(1)  # device_name tells this number.
     rounds: dict[str, list[dict]] = {"1": [], "2": [], "side by side": []}
     for n in range(args.rounds):
         for ranks in (1, 2) if n % 2 else (2, 1):

@@ -22,7 +22,7 @@ def results() -> dict[str, list[Row]]:
 
 # ---------------------------------------------------------------- optima of the loss
 
-DATA = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()  # of seven responses
+DATA = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=torch.float64).log()  # log p of seven responses
 FEATURES = torch.tensor([0, 1, 0, 1, 0, 1, 2], dtype=torch.float64)
 
 
@@ -61,7 +61,7 @@ def played(log_p: Callable, weights: Tensor, data: Tensor, generated: Tensor, be
 
 
 def minimised(loss: Callable, weights: Tensor) -> Tensor:
-    """The weights at the end of L-BFGS from these on."""
+    """The weights at the end of L-BFGS, which begins at `weights`."""
     weights = weights.detach().clone().requires_grad_()
     limits = dict(max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-13)
     optimizer = torch.optim.LBFGS([weights], line_search_fn="strong_wolfe", **limits)
@@ -79,13 +79,13 @@ def minimised(loss: Callable, weights: Tensor) -> Tensor:
 # ---------------------------------------------------------------- sequences, all of them enumerated
 
 SYMBOLS, LONGEST = 3, 3  # a response has at most three symbols; shorter ones end with a further token
-SEQUENCES = [y for n in range(LONGEST + 1) for y in itertools.product(range(SYMBOLS), repeat=n)]  # 40
-PREFIXES = {y: i for i, y in enumerate(y for y in SEQUENCES if len(y) < LONGEST)}  # 13, each with a softmax
+SEQUENCES = [y for n in range(LONGEST + 1) for y in itertools.product(range(SYMBOLS), repeat=n)]  # 40 sequences
+PREFIXES = {y: i for i, y in enumerate(y for y in SEQUENCES if len(y) < LONGEST)}  # 13 prefixes, each with a softmax
 CHOICES = torch.zeros(len(SEQUENCES), len(PREFIXES), SYMBOLS + 1, dtype=torch.float64)  # 1: a token of the sequence
 for row, y in enumerate(SEQUENCES):
     for i, token in enumerate((*y, SYMBOLS)[:LONGEST]):
         CHOICES[row, PREFIXES[y[:i]], token] = 1
-LENGTHS = CHOICES.sum((1, 2))  # in tokens
+LENGTHS = CHOICES.sum((1, 2))  # lengths in tokens
 
 
 def random_table(seed: int) -> Tensor:
@@ -128,7 +128,7 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 def coefficients(y: Tensor, *columns: Tensor) -> list[float]:
-    """Those of the columns in the fit of y by least squares, with an intercept."""
+    """The columns' coefficients in the fit of y by least squares, with an intercept."""
     *found, _ = torch.linalg.lstsq(torch.stack([*columns, torch.ones_like(y)], 1), y[:, None]).solution.flatten()
     return [float(one) for one in found]
 

@@ -66,7 +66,7 @@ def trl_trainer(model: Any, pairs: list[Pair], *, batch: int, beta: float, lr: f
         losses: list[float]
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            return dataset  # already token ids
+            return dataset  # The dataset already holds token ids.
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
@@ -121,7 +121,7 @@ def parts(
 
 
 def peer_trainer(other: Any, player: Player, pairs: list[Pair], batch: int, precompute: bool) -> Any:
-    """With the settings of `parts`. On a GPU 32 pairs at once would need more than 80 GB at the 1.3B shape."""
+    """Trainer with the settings of `parts`. On a GPU 32 pairs at once would need more than 80 GB at the 1.3B shape."""
     return trl_trainer(
         other, pairs, precompute=precompute, batch=batch, micro=min(batch, 8) if other.device.type == "cuda" else None,
         beta=BETA, lr=LR, rank=RANK, alpha=ALPHA, targets=lora.linear_names(player.model), bf16=other.dtype == BF16,
@@ -143,7 +143,7 @@ def step(shape: str, dtype: torch.dtype, count: int, batch: int, estimate: float
         spin.score(player, pairs, run)
         calls = ours(train, device)
         calls["ours, opponent scored too"] = partial(calls["ours"], True)
-        if device.type == "cuda":  # whether the default is too small for a large GPU
+        if device.type == "cuda":  # This way shows whether the default is too small for a large GPU.
             calls["ours, four times the tokens per pass"] = partial(train, tokens=4 * player.micro_tokens)
         peers = {
             "TRL, reference precomputed before": lambda: peer_trainer(peer(), player, pairs, batch, True).train,

@@ -1,4 +1,4 @@
-"""Shared by the tests: a start of a few thousand parameters and a little real data."""
+"""What the tests share: a start of a few thousand parameters and a little real data."""
 
 import contextlib
 import gzip
@@ -61,10 +61,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(start, data, tmp_path_factory) -> Path:
-    """The folder of the run of `small`, which nothing disturbs. Beside it, pages.json has its page after each iterate.
-
-    Do not write into it.
-    """
+    """The folder of the undisturbed run of `small`: only read it. pages.json beside it has a page per iterate."""
     folder, pages, make = tmp_path_factory.mktemp("whole"), [], page.page
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr(onednn, "available", lambda: False)

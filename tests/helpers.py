@@ -58,7 +58,7 @@ def small(start, data, **options) -> list[str]:
 
 
 def small_sft(start, data, **options) -> list[str]:
-    """The same for sft.py, which has no self-play options."""
+    """The command line of `small` for sft.py, which has no self-play options."""
     return small(start, data, **(dict(beta=None, mix_previous=None) | options))
 
 
@@ -91,7 +91,7 @@ def assert_same_logits_and_gradients(ours, theirs, ids: torch.Tensor, least: flo
 
 
 def exact_logps(model: GPTNeo, items: list[tuple[list[int], ...]], temperature: float = 1.0) -> torch.Tensor:
-    """(R, B) in float64, each response in a row of its own, by a plain log-softmax over all tokens."""
+    """log p, (R, B), in float64, each response in a row of its own, by a plain log-softmax over all tokens."""
     texts = [(prompt, response) for prompt, *responses in items for response in responses]
     ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in texts], batch_first=True)
     logps = (model(ids) @ model.head_weight.T / temperature).log_softmax(-1)
@@ -175,7 +175,7 @@ def random_model(vocab_size: int, end: int, **changes) -> GPTNeo:
 
 
 def known_model() -> GPTNeo:
-    """No attention, no MLP, no positions: the next token depends on the current one alone, by a known table."""
+    """A model without attention, MLP and positions: a known table gives the next token from the current one alone."""
     kinds = ((("global",), 1),)
     model = random_model(11, 10, hidden_size=8, num_layers=1, attention_types=kinds, initializer_range=0.02)
     with torch.no_grad():

@@ -41,7 +41,7 @@ from runtime.folder import Folder
 from runtime.run import Run
 from runtime.training import Training
 
-onednn.available = lambda: False  # as in conftest.py
+onednn.available = lambda: False  # conftest.py does the same.
 MOMENTS = (
     (folder, "write"), (folder.os, "replace"), (Folder, "save_training"), (Player, "response_logps"),
     (Training, "step"), (sampling.Batch, "_step"), (parallel, "values_of_all"), (parallel, "sum_gradients"),

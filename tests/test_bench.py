@@ -38,7 +38,7 @@ def stored(results: Results) -> dict[str, dict]:
 
 
 def test_a_case_that_cannot_be_built_ends_no_other(tmp_path, capsys):
-    """Its failure is printed, stored, and in the tables, beside the stored cases of other runs."""
+    """The failure of the case is printed, stored, and in the tables, beside the stored cases of other runs."""
     Results(tmp_path, CPU).put("of another run", {"failed": "why"})
     results = Results(tmp_path, CPU)
     bench.run_part("kernel", [Case("broken", broken), case("whole")], results, CPU, 0.0, float("inf"))
@@ -51,7 +51,7 @@ def test_a_case_that_cannot_be_built_ends_no_other(tmp_path, capsys):
 
 @pytest.mark.parametrize("good_calls", [0, 1, 3])
 def test_a_way_that_raises_ends_no_other(results, good_calls):
-    """While its memory is measured, in its first timed call, and between two rounds; so does a peer without a wheel."""
+    """A way raises while its memory is measured, in its first timed call or between two rounds; a peer has no wheel."""
     calls: list[None] = []
 
     def fails_later() -> None:

@@ -142,7 +142,7 @@ def test_a_terminal_that_knows_ascii_only(start, data, here, monkeypatch):
 
 
 def test_streams_that_are_closed(start, data, here, monkeypatch):
-    """Neither output nor error, for which Python has None then: the run does its work."""
+    """Output and error are closed, so Python has None for both: the run does its work."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     assert spin.main(flags(start, data, "run", **SHORT)) == 0 and (here / "run/final/model.safetensors").is_file()
@@ -150,7 +150,7 @@ def test_streams_that_are_closed(start, data, here, monkeypatch):
 
 @contextlib.contextmanager
 def unread_pipe():
-    """The end to write to of a pipe whose reader has gone, as under `| true`."""
+    """The writing end of a pipe whose reader has gone, as under `| true`."""
     read, write = os.pipe()
     os.close(read)
     yield write
@@ -259,7 +259,7 @@ def test_weights_that_are_not_finite(start, data, tmp_path, capsys):
 
 
 def test_python_without_docstrings(capsys):
-    """python -OO has none to begin --help with."""
+    """python -OO has no docstring to begin --help with."""
     with pytest.raises(SystemExit):
         cli.main("spin", None, None, spin.SpinOptions, ["--help"], about=None)
     assert capsys.readouterr().out.startswith("usage: spin.py [@RECIPE")

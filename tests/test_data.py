@@ -46,7 +46,7 @@ def test_eos_inside_a_response_is_refused(tokenizer):
 
 
 def test_the_digest_is_that_of_the_contents():
-    """Not of the place of the file. It changes with the line, by which --history knows a record."""
+    """The place of the file does not count. The line does, since --history knows a record by its line."""
     example = Example("f:1", 1, "p", "r", ["r"], "g", (0.9, 0.1), [1], [2], [3])
     changes = [{"prompt_ids": [3]}, {"real_ids": [3]}, {"generated_ids": [2]}, {"wins": (0.9, 0.2)}, {"line": 2}]
     changes += [{"references": ["r", "s"]}, {"where": "g:1"}]
@@ -69,11 +69,11 @@ def test_ordinary_prompts_are_encoded_as_one_text(kind, template, tokenizer):
 
 
 def test_special_tokens_that_take_the_space_beside_them():
-    """Templates of some chat models have them. Of two that begin alike, the longer one counts."""
+    """Templates of some chat models have tokens that take spaces. Of two that begin alike, the longer one counts."""
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("aboterhHsx \n")}, []))
     ends = [AddedToken("<e>", special=True, rstrip=True), AddedToken("<e>!", special=True, lstrip=True)]
     tokenizer.add_special_tokens(ends)
-    tokenizer.add_tokens([AddedToken("ab", single_word=True)])  # It is not special: the template is not cut there.
+    tokenizer.add_tokens([AddedToken("ab", single_word=True)])  # "ab" is not special: no template is cut there.
     for template in ("<e> \n{prompt}", "{prompt} <e>!", "a<e>{prompt}<e>! <e>", "aab {prompt}"):
         whole = tokenizer.encode(template.replace("{prompt}", "ab"), add_special_tokens=False).ids
         assert encoded(tokenizer, "ab", "", template).prompt_ids == whole, template
@@ -83,7 +83,7 @@ def test_special_tokens_that_take_the_space_beside_them():
 
 
 def test_the_drawn_examples_depend_on_no_order():
-    """They depend neither on the order of records, which is often alphabetical, nor on the hash of `held_out`."""
+    """The drawn examples depend neither on the order of records, often alphabetical, nor on the hash of `held_out`."""
     words = [Example("x", i, f"word{i:05}", "r", []) for i in range(5000)]
     drawn = draw(words, 500)
     assert len(drawn) == 500

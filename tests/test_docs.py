@@ -20,7 +20,7 @@ def blocks(text: str) -> list[str]:
 
 
 def test_every_file_works_alone_as_its_example_says(alone, tmp_path):
-    """docs/vendoring.md has them: the file of a section's heading, and for later examples model.py, too."""
+    """Examples of docs/vendoring.md get the files of their section's heading and, but for the first, model.py."""
     shown = set()
     for number, section in enumerate((ROOT / "docs/vendoring.md").read_text().split("\n## ")[1:]):
         for i, code in enumerate(blocks(section)):
@@ -37,7 +37,7 @@ def test_every_file_works_alone_as_its_example_says(alone, tmp_path):
 
 
 def test_the_iteration_from_python_runs(start, data, here):
-    """It has at most 20 lines."""
+    """The iteration in docs/python.md has at most 20 lines."""
     code, *_ = blocks((ROOT / "docs/python.md").read_text())
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     code = code.replace("runs/sft/final", str(start)).replace("train.jsonl", str(data)).replace("runs/mine", "run")
@@ -67,7 +67,7 @@ LAYERS = {  # What may import what, by the name of a folder or a file.
     "llama": {"model"},
     "player": {"model", "llama", "lora", "sampling", "kernels"},
     "runtime": {"model", "lora", "sampling", "kernels", "data", "evaluate", "report"},
-    "spin": {"player", "runtime"},  # runtime in main() alone: see test_minimal.py
+    "spin": {"player", "runtime"},  # main() alone imports runtime: see test_minimal.py.
     "sft": {"player", "runtime", "spin"},
 }  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_options_from_python_say_which_is_wrong():
 
 
 def test_every_command_line_in_the_documents_is_valid(monkeypatch):
-    """Those of README.md, docs/ and the recipes, of every script."""
+    """The command lines of README.md, docs/ and the recipes are parsed, for every script."""
     monkeypatch.chdir(ROOT)
     files = [*DOCUMENTS, *(ROOT / "recipes").glob("*.args")]
     texts = [re.sub(r"-m methods\.(\w+)", r"\1.py", file.read_text()) for file in files]

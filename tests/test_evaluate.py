@@ -28,7 +28,7 @@ def test_columns_of_functions_and_of_other_methods_have_formats_and_directions()
 
 
 def test_edit_distance_is_that_of_the_whole_table():
-    """Against the textbook's table of distances, on random lists of up to 90 words, longer than a machine word."""
+    """The textbook's table gives the same distances, on random lists of up to 90 words, longer than a machine word."""
     rng = random.Random(0)
     for sizes in [(0, 3), (3, 0), *((rng.randrange(90), rng.randrange(90)) for _ in range(100))]:
         a, b = ([rng.choice("abc") for _ in range(size)] for size in sizes)
@@ -41,7 +41,7 @@ def test_edit_distance_is_that_of_the_whole_table():
 
 
 def test_standard_errors_are_the_spread_over_resampled_data():
-    """Of a mean and its paired change in closed form; of those of a ratio against 2000 resampled data sets."""
+    """Errors of a mean and its paired change have a closed form; a ratio's are compared with 2000 resampled sets."""
     mean, error, _ = evaluate.ratio_of((value, 1.0) for value in (1.0, 0.0, 0.0, 0.0))
     assert mean == 0.25 and error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     before, now = ([{"values": {"x": (v, 1.0)}} for v in values] for values in ([0, 1, 0, 1], [1, 1, 0, 1]))
@@ -49,7 +49,7 @@ def test_standard_errors_are_the_spread_over_resampled_data():
     assert evaluate.changes(now, now)["x"] == (0.0, 0.0)
     rng = torch.Generator().manual_seed(0)
     weights = torch.randint(1, 9, (2, 300), generator=rng).double()
-    noise = torch.randn(300, generator=rng)  # shared by both iterates
+    noise = torch.randn(300, generator=rng)  # Both iterates share this noise.
     values = [weights[0] * 2 + 3 * noise, weights[1] * 1.5 + 3 * noise + torch.randn(300, generator=rng)]
     index = torch.randint(300, (2000, 300), generator=rng)
     before, now = (v[index].sum(1) / w[index].sum(1) for v, w in zip(values, weights))
@@ -60,7 +60,7 @@ def test_standard_errors_are_the_spread_over_resampled_data():
 
 
 def test_an_iterate_is_better_or_worse_than_the_start_by_more_than_two_standard_errors():
-    """By more of them with few examples; never if the error is 0, as with one example, or if all change alike."""
+    """Few examples require more standard errors; one example, an error of 0 or changes all alike decide nothing."""
     for name, change, error, examples, expected in (
         ("nll", -0.21, 0.1, 1000, 1), ("nll", -0.2, 0.1, 1000, 0), ("greedy", -1, 0.1, 1000, -1),
         ("entropy", 1, 0.1, 1000, 0), ("greedy", 0.5, 0.1, 3, 0), ("greedy", 0.6, 0.1, 3, 1),
@@ -74,7 +74,7 @@ def test_an_iterate_is_better_or_worse_than_the_start_by_more_than_two_standard_
 
 
 def test_chance_alone_is_called_a_change_in_4_55_percent_whatever_the_number_of_examples():
-    """Quantiles are those of the GUM's table G.2; then the share of changes called significant, of pure noise."""
+    """Quantiles are those of the GUM's table G.2; then pure noise gives the share of changes called significant."""
     for freedom, expected in {1: 13.97, 2: 4.53, 3: 3.31, 4: 2.87, 5: 2.65, 10: 2.28, 20: 2.13, 50: 2.05}.items():
         quantile = evaluate.significant_errors(freedom + 1) / math.sqrt(1 + 1 / freedom)
         assert quantile == pytest.approx(expected, rel=0.004)
@@ -82,13 +82,13 @@ def test_chance_alone_is_called_a_change_in_4_55_percent_whatever_the_number_of_
     assert evaluate.significant_errors(10_000) == pytest.approx(2, abs=1e-3)
     for n in (2, 3, 10):
         noise = torch.randn(100_000, n, generator=torch.Generator().manual_seed(n))
-        errors = noise.std(1, correction=0) / math.sqrt(n)  # as `changes` estimates them
+        errors = noise.std(1, correction=0) / math.sqrt(n)  # the estimate of `changes`
         share = (noise.mean(1).abs() > evaluate.significant_errors(n) * errors).float().mean()
         assert share == pytest.approx(0.0455, abs=0.003)
 
 
 def test_evaluation_counts_any_reference_as_right(start, data, tmp_path, monkeypatch):
-    """At every temperature. The KL is a difference, which is negative where the player is likelier than the start."""
+    """References count at every temperature. The KL is negative if the player is likelier than the start."""
     player, _, run = begin(start, data, tmp_path / "run")
     run = run.work
     samples = evaluate.StartSamples([(e.prompt_ids, e.real_ids) for e in run.heldout[:2]], [-1000.0, -1000.0])
@@ -139,7 +139,7 @@ def test_evaluation_sees_all_held_out_prompts_and_no_other(start, data, tmp_path
 
 
 def test_kl_and_entropy_are_those_of_the_whole_distribution():
-    """One-token responses, where KL(theta_0 || theta) and entropy are sums over 11 tokens: both agree within 5 se."""
+    """Responses have one token, so KL(theta_0 || theta) and entropy are sums over 11 tokens: both agree within 5 se."""
     model = known_model()
     player = player_of(model, max_new_tokens=1, micro_tokens=20)
     examples = [Example("", 1, "3", "5", ["5"], prompt_ids=[3], real_ids=[5, 10])] * 3000
@@ -165,7 +165,7 @@ def test_kl_and_entropy_are_those_of_the_whole_distribution():
 
 
 def at_temperatures(sets, n, temperatures, metric, noise, seed):
-    """Held-out rows, as of `answers`, of models at temperatures, in many data sets. The first is the temperature 1."""
+    """Held-out rows, as of `answers`, of models at temperatures, in many data sets. The first temperature is 1."""
     draws = torch.randn(sets, n, len(temperatures), 2, generator=torch.Generator().manual_seed(seed))
     entropy = 10 * torch.tensor(temperatures) + draws[..., 0]
     sampled = metric(10 * torch.tensor(temperatures)) + noise * draws[..., 1]
@@ -202,7 +202,7 @@ def test_a_gain_at_equal_entropy_is_what_a_lower_temperature_does_not_give(gain)
 
 
 def test_the_standard_error_at_equal_entropy_is_the_spread():
-    """Over 200 data sets. The metric is flat at the iterate's entropy and steep at the start's: noise counts there."""
+    """The spread is over 200 data sets. The metric is flat at the iterate's entropy; noise counts at the start's."""
 
     def metric(entropy):
         return 0.005 * (entropy - 9) ** 3

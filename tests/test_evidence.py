@@ -40,7 +40,7 @@ def test_what_was_measured_elsewhere_is_kept_and_gets_no_further_run(tmp_path):
 
 
 def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
-    """Twice the epochs of the same prompts, for every case of self-play; no setting stands twice in a regime."""
+    """The control of a case has twice its epochs on the same prompts; no setting stands twice in a regime."""
     controls = {case.group for case in CASES if case.is_control}
     assert len({(case.regime, case.key) for case in CASES}) == len(CASES)
     for case in (case for case in CASES if case.script):  # All but placebos are trained.
@@ -53,7 +53,7 @@ def test_every_case_parses_and_has_a_control_of_equal_cost(tmp_path):
 
 
 def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
-    """Data, a start, all kinds of run, the summary; what is done is not done again."""
+    """Data, starts, all kinds of run and the summary are made; what is done is not done again."""
     few = dataclasses.replace(STARTS["few words"], flags="--epochs 1 --lr 1e-3", width=8)
     monkeypatch.setitem(STARTS, "few words", few)
     monkeypatch.setitem(STARTS, "draws", dataclasses.replace(STARTS["underfitted"], draws=2))
@@ -83,7 +83,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
     first, *_, once, twice, _, _, placebo = found["summary"]
     assert "control" not in placebo and placebo["over start"]["best_nll"][0] == pytest.approx(0, abs=1e-6)
     assert placebo["over start"]["sampled_error"][0] != 0
-    for row in (first, once, twice):  # a learning rate of 1e-9 changes nothing: level with its start in every respect
+    for row in (first, once, twice):  # A learning rate of 1e-9 changes nothing, so the row is level with its start.
         for value, *_ in row["over start"].values():
             assert value == pytest.approx(0, abs=1e-3)
     assert first["control"] == "supervised, lr 0.01", "the control with the lowest NLL"
@@ -94,7 +94,7 @@ def test_all_parts_on_a_tiny_start(tmp_path, monkeypatch):
 
 
 def test_a_mean_has_the_errors_of_examples_and_of_seeds():
-    """Its error adds that over examples, of the seeds' mean, and that over seeds."""
+    """The mean's error adds that over examples, of the seeds' mean, and that over seeds."""
     rng = np.random.default_rng(0)
     a, b = ((rng.random(100) < p).astype(float) for p in (0.5, 0.9))
     mean, error, freedom = evidence.with_error([a, b])
@@ -118,7 +118,7 @@ def test_all_seeds_of_a_row_are_compared_at_the_same_temperatures():
     "t, freedom, normal", [(4.3027, 2, 1.96), (2.2281, 10, 1.96), (8.6103, 4, 3.2905), (31.599, 2, 3.2905)]
 )
 def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, normal):
-    """Quantiles of two-sided probability 5% and 0.1%, from tables."""
+    """The cases are quantiles of two-sided probability 5% and 0.1%, from tables."""
     assert evidence_report.normal_errors(-t, 1.0, freedom) == pytest.approx(-normal, abs=1e-3)
     assert evidence_report.normal_errors(0.03, 0.01, 2500) == pytest.approx(3, abs=5e-3)
     assert [evidence_report.sign([some * t, 1.0, freedom]) for some in (0.9, -2)] == [0, -1 if t > 5 else 0]
@@ -128,7 +128,7 @@ def test_a_lead_over_few_seeds_is_judged_by_students_t(t, freedom, normal):
 
 
 def exponents(temperature: float, beta: float, iterations: int) -> list[float]:
-    """Of the iterates p_data^g if a response is one choice: g -> g + (1 - g / T) / beta, which ends at T."""
+    """Exponents of the iterates p_data^g if a response is one choice: g -> g + (1 - g / T) / beta, which ends at T."""
     found = [1.0]
     for _ in range(iterations):
         found.append(found[-1] + (1 - found[-1] / temperature) / beta)
@@ -137,7 +137,7 @@ def exponents(temperature: float, beta: float, iterations: int) -> list[float]:
 
 @pytest.mark.parametrize("temperature, beta", [(1.5, 1), (1.5, 3), (0.8, 2)])
 def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(temperature, beta):
-    """Trained on the expected loss, for responses of one token."""
+    """The table is trained on the expected loss, for responses of one token."""
     logits = theory.DATA
     for expected in exponents(temperature, beta, 4)[1:]:
         generated = (logits.log_softmax(0) / temperature).softmax(0)
@@ -147,7 +147,7 @@ def test_iterates_of_a_softmax_table_have_the_exponents_of_the_closed_form(tempe
 
 @pytest.mark.parametrize("temperature, beta", [(1.5, 1), (0.8, 2)])
 def test_sequences_end_at_data_that_is_tempered_token_by_token(temperature, beta):
-    """Not response by response: a further token counts by itself, so the slope over responses is not the exponent."""
+    """Tempering is not by response: each token counts by itself, so the slope over responses is not the exponent."""
     first, *rows, last = theory.sequence_game(temperature, beta, 4)
     expected = exponents(temperature, beta, 4)[-1]
     for row in (*rows, last):
@@ -171,12 +171,12 @@ def test_the_first_gradient_is_the_supervised_one_at_temperature_1_and_another_w
     sampled, greedy = (theory.first_gradients(start, temperature) for temperature in (1.0, 0.0))
     assert sampled["spin"] == pytest.approx(sampled["supervised"], abs=1e-12)
     assert greedy["spin"] > max(0.1, 5 * greedy["supervised"])
-    if start != "data":  # there the supervised gradient is 0 and has no direction
+    if start != "data":  # At the data the supervised gradient is 0 and has no direction.
         assert sampled["cosine"] == pytest.approx(1) and abs(greedy["cosine"]) < 0.7
 
 
 def test_self_play_ends_at_the_likeliest_model_even_where_that_is_not_the_data():
-    """At temperature 1, with one parameter for seven responses. Not with a hot opponent or a small beta."""
+    """A model of one parameter ends at its optimum at temperature 1, not with a hot opponent or a small beta."""
     steps = theory.limited_capacity(1, 1, 6)
     assert steps[0] > 0.05 and steps[1] > 1e-4 and abs(steps[-1]) < 1e-7
     slower = theory.limited_capacity(1, 3, 6)

@@ -28,7 +28,7 @@ MODELS = {
     "opt": lambda: hub.OPTForCausalLM(
         hub.OPTConfig(ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, init_std=0.3, **SMALL, **TOKENS)
     ),
-    # Falcon keeps it in its config, too, and its linear layers are of a class of their own.
+    # Falcon keeps this probability in its config, too, and its linear layers are of a class of their own.
     "falcon": lambda: hub.FalconForCausalLM(hub.FalconConfig(**DROPOUT, **SMALL, **TOKENS)),
     "gpt2": lambda: hub.GPT2LMHeadModel(
         hub.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, **TOKENS)
@@ -56,7 +56,7 @@ def player_of(start, **options):
 
 
 def test_log_probabilities_are_those_of_the_model(start):
-    """Items of one and two responses, of ragged lengths: float64 sums over the logits of each sequence alone."""
+    """Items of one and two responses, of ragged lengths, agree with float64 sums over each sequence's logits alone."""
     player = player_of(start)
     items = [([5, 6, 7], [8, 393], [9]), ([1], [2, 3, 4, 5, 393], [6, 393]), ([3] * 9, [4], [5, 6, 7, 8])]
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_log_probabilities_are_those_of_the_model(start):
 
 
 def test_responses_are_those_of_each_prompt_alone(start):
-    """Greedy, in batches with padding on the left; sampled ones depend on the seed and end where they say so."""
+    """Padding on the left changes no greedy response; sampled ones depend on the seed and end where they say so."""
     player = player_of(start)
     prompts = [[5], [6, 7, 8, 9], [1, 2], [3] * 12, [4, 5, 6]]
     settings = example.GenerationConfig(max_new_tokens=6, eos_token_id=393, pad_token_id=393)

@@ -40,7 +40,7 @@ def read(path):
 
 @pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "GPT2Tokenizer"])
 def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
-    """The embedded task's start, also if it names the class that replaces its pre-tokenizer; GPT-2's files."""
+    """The start is the embedded task's, also naming the class that replaces its pre-tokenizer, or has GPT-2's files."""
     own = kind == "vocab.json"
     start = gpt2_start(tmp_path) if own else shutil.copytree(ROOT / "pronounce/start", tmp_path / "s")
     if kind == "GPT2Tokenizer":
@@ -82,7 +82,7 @@ def test_transformers_gives_the_same_ids_nll_and_greedy_text(kind, tmp_path):
 
 @pytest.fixture
 def chat(start, tmp_path):
-    """A start with all files that a chat model comes with, whose tokenizer ends with <|im_end|>, config.json not."""
+    """A start with all files that a chat model comes with; its tokenizer, unlike config.json, ends with <|im_end|>."""
     path = shutil.copytree(start, tmp_path / "chat")
     tokenizer = read(path / "tokenizer.json")
     tokenizer["added_tokens"][1] |= {"content": "<|im_start|>"}
@@ -172,7 +172,7 @@ def test_damaged_side_files_are_named(name, content, says, chat):
 
 @pytest.mark.parametrize("template", [TEMPLATE, "chat", ""])
 def test_a_text_template_becomes_the_chat_template_of_a_start_without_one(template, start, chat, tmp_path):
-    """The start's own stays. That it writes the same prompts is shown in test_template.py."""
+    """The start's own template stays. That an exported one writes the same prompts is shown in test_template.py."""
     tokenizer, config = load_tokenizer(start, 393, 396), GPTNeoConfig.from_json(start / "config.json")
     for path in (start, chat):
         export(GPTNeo.from_pretrained(path), config, tmp_path / f"{path.name}-out", path, tokenizer, template)

@@ -44,7 +44,7 @@ def exact_steps(model: GPTNeo, batches: Sequence[Tensor], loss_of: Callable[[Ten
 
 
 def logged_steps(path: Path) -> Tensor:
-    """The same from the log of a run."""
+    """Loss and norm of the gradient of each step, from the log of a run."""
     return torch.tensor([[row["loss"], row["grad_norm"]] for row in rows(path)])
 
 
@@ -88,8 +88,8 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ten_steps_equal_an_implementation_in_float64(start, data, tmp_path, monkeypatch, method):
-    """Of the whole step: references, loss, AdamW and schedule, micro-batches that cut the batches. No kernel, no packed
-    rows, equations as in the papers."""
+    """The whole step is compared: references, loss, AdamW and schedule, micro-batches that cut the batches. The other
+    implementation uses no kernel, and its equations are those of the papers."""
     options, loss_of = METHODS[method]
     # IRIS weighs a pair by its share of a micro-batch, which the equations take for the whole batch.
     micro_tokens = 10**6 if options.get("loss") == "iris" else 100
@@ -121,12 +121,12 @@ def test_ten_steps_equal_an_implementation_in_float64(start, data, tmp_path, mon
 
 
 def test_the_adaptive_order_grows_with_the_gap():
-    """1/2 for an opponent that writes like the data, below 2 always."""
+    """The order is 1/2 for an opponent that writes like the data, and 2 at most."""
     pairs = [Pair([1], [2, 3], [[4, 5, 6, 7]], True, "", -2.0, [-4.0]) for _ in range(2)]
     assert family.adaptive_order(pairs) == 0.5
     orders = []
     for gap in (0.2, -0.2, 4.0, 1000.0):
-        pairs[0].opponent_real_logp = -2.0 - 4 * gap  # over two tokens and two pairs
+        pairs[0].opponent_real_logp = -2.0 - 4 * gap  # The gap is a mean over two tokens and two pairs.
         orders.append(family.adaptive_order(pairs))
     assert orders[0] == orders[1] == pytest.approx(2 - 1.5 * math.exp(-0.2)) and orders[0] < orders[2] < orders[3] <= 2
 
@@ -135,7 +135,7 @@ def test_the_adaptive_order_grows_with_the_gap():
 
 
 def test_pairs_hold_all_responses(start, data, tmp_path):
-    """--samples 3: two further responses, others than the first, previous pairs are mixed in, IRIS has its order."""
+    """--samples 3 adds two responses, mostly others than the first; previous pairs are mixed in, IRIS has its order."""
     options = dict(samples=3, iterations=2, mix_previous=True, temperature=1.3, loss="iris", adaptive_order=True)
     assert family.main(flags(start, data, tmp_path / "run", eval_limit=4, **options)) == 0
     pairs, metrics = rows(tmp_path / "run/pairs-0.jsonl"), rows(tmp_path / "run/metrics.jsonl")
@@ -149,8 +149,8 @@ def test_pairs_hold_all_responses(start, data, tmp_path):
 def test_every_response_is_drawn_with_random_numbers_of_its_own_by_the_player_or_the_start(
     start, data, tmp_path, monkeypatch
 ):
-    """Those of the opponent, of its further samples and, from iteration 1 on, of theta_0, whose weights the model has
-    for that time only."""
+    """Responses are the opponent's, its further samples and, from iteration 1 on, those of theta_0, whose weights the
+    model has for that time only."""
     asked = []
 
     def respond(work, player, examples, name, seed, temperature, **options):
@@ -230,7 +230,7 @@ def test_the_history_of_a_prompt(start, data, tmp_path):
     _, examples, run = begin(start, data, tmp_path / "run", "family", history=0)
     run.folder.begin()
 
-    def draw(examples, t):  # which opponent's response each example has; that of theta_t is [t], unfinished if t is odd
+    def draw(examples, t):  # The result is each example's opponent; theta_t responds [t], unfinished if t is odd.
         drawn = family.draw_from_history(examples, [([t], t % 2 == 0) for _ in examples], t, run)
         assert all(finished == (opponent % 2 == 0) for (opponent,), finished in drawn)
         return [opponent for (opponent,), _ in drawn]
@@ -251,11 +251,11 @@ def test_the_history_of_a_prompt(start, data, tmp_path):
 
 
 def test_ditto_s_pairs_and_its_steps_equal_an_implementation_in_float64(start, data, tmp_path):
-    """Eight demonstrations, three responses of each iterate to each prompt, three iterations, thirteen steps.
+    """Three iterations on eight demonstrations, with three responses of each iterate per prompt, take thirteen steps.
 
     The pairs of an iteration are found among those that the paper names: a demonstration over a new response, over an
     older one, and a newer response over an older one, 70, 20 and 10%. All are scored under the start. The second
-    implementation begins with it and takes every step itself, by a plain log-softmax in float64.
+    implementation begins with the start and takes every step itself, by a plain log-softmax in float64.
     """
     few, out = tmp_path / "few.jsonl", tmp_path / "run"
     few.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
@@ -329,7 +329,7 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
     assert sorted(found) == sorted(expected)
     assert all(p["generated_ids"][0][-1] == p["real_ids"][-1] == run.work.eos_token_id for p in stored)
     steps = rows(tmp_path / "run/steps-0.jsonl")
-    # ratios are 0 at first: half the sum of the squared goals
+    # Ratios are 0 at first, so the loss is half the sum of the squared goals.
     goals = [0.4**2 + 0.3**2, 0.5, 0.5]
     assert steps[0]["loss"] == pytest.approx(sum(goals) / 2 / 3, abs=1e-5)
     assert steps[-1]["loss"] < steps[0]["loss"] / 2
@@ -338,7 +338,7 @@ def test_given_pairs_are_trained_on_as_they_are(start, data, tmp_path, pairs_fil
 
 
 def test_equal_responses_count_where_more_than_a_margin_does(start, data, tmp_path):
-    """Without a margin, or with an NLL term, they have a gradient, and the closed forms include them."""
+    """Without a margin, or with an NLL term, equal responses have a gradient, and the closed forms include them."""
     lines = [{"prompt": "a", "chosen": "B", "rejected": "B"}, {"prompt": "b", "chosen": "B", "rejected": "D"}]
     path = write_rows(tmp_path / "pairs.jsonl", lines)
     counts = dict(logistic=1, hinge=1, ipo=1, sppo=2, space=2, gsil=2, spif=2, iris=2)
@@ -350,7 +350,7 @@ def test_equal_responses_count_where_more_than_a_margin_does(start, data, tmp_pa
 
 
 def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
-    """It sees the prompt and both texts; --min-win leaves out pairs whose real response it does not think better."""
+    """The scorer sees the prompt and both texts; --min-win leaves out pairs whose real response has a lower score."""
     (tmp_path / "judge.py").write_text(
         f"REAL = {[json.loads(line)['response'] for line in data.read_text().splitlines()]}\n"
         "def judge(prompt, responses):\n"
@@ -369,7 +369,7 @@ def test_scorer_gives_probabilities_and_filters(start, data, tmp_path):
 
 
 def test_a_signal_is_heard_while_a_scorer_works(start, data, tmp_path, capsys):
-    """Between two questions, not after the thousand of a shard."""
+    """The signal ends the run between two questions, not after the thousand of a shard."""
     (tmp_path / "judge.py").write_text(
         "import signal\nASKED = []\n\ndef judge(prompt, responses):\n    ASKED.append(prompt)\n"
         "    open('asked', 'a').write('.')\n    if len(ASKED) == 3:\n        signal.raise_signal(signal.SIGTERM)\n"
@@ -419,15 +419,14 @@ def test_options_that_are_refused(start, data, tmp_path, capsys, pairs_file, opt
 
 
 def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, tmp_path, tuned, monkeypatch):
-    """Prompts without answers; the better side is sampled with the adapter, the worse one without; the opponent is
-    the tuned model."""
+    """Prompts lack answers; the adapter samples the better side, its base the worse; the opponent has the adapter."""
     prompts = write_rows(tmp_path / "prompts.jsonl", ({"prompt": line["prompt"]} for line in rows(data)))
     out, enabled = tmp_path / "run", []
     options = dict(adapter=tuned, rank=None, reinforce=True, eval_data=data, eval_limit=4, shard=100)
     with monkeypatch.context() as patch:
         spy(patch, sampling, "respond", lambda args, _: enabled.append(next(lora.lora_layers(args[0]))[1].enabled))
         assert family.main(flags(start, prompts, out, **options)) == 0
-    # the start's for KL, greedy, sampled, at 0.8; tuned, untuned; greedy and sampled of the player
+    # Responses: the start's for KL, greedy, sampled, at 0.8; tuned, untuned; the player's, greedy and sampled.
     assert enabled == [True] * 4 + [True, False] + [True] * 2
     assert "adapter" in json.loads((out / "run.json").read_text())["digests"]
     pairs = rows(out / "pairs-0.jsonl")
@@ -435,7 +434,7 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
     player, *_ = begin(start, prompts, tmp_path / "again", "family", **options)
     on = torch.tensor(player.logps(items)).T
     with lora.lora_disabled(player.model):
-        gains = (on - torch.tensor(player.logps(items)).T).mean(1)  # of the tuned model over the base, per response
+        gains = (on - torch.tensor(player.logps(items)).T).mean(1)  # the tuned model's gains over the base
     assert gains[0] > 1 > -1 > gains[1]
     torch.testing.assert_close(stored_logps(pairs), on, atol=1e-4, rtol=0)
     assert rows(out / "steps-0.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -443,7 +442,7 @@ def test_self_reinforcement_plays_adapters_on_against_adapters_off(start, data, 
 
 
 def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):
-    """Of given pairs, which need no generation, and of self-reinforcement, whose prompts have no answers to measure."""
+    """Given pairs need no generation, and self-reinforcement has prompts without answers to measure."""
     prompts = write_rows(tmp_path / "prompts.jsonl", ({"prompt": word} for word in ("abc", "abd", "b")))
     # No response to a given pair is generated. This prompt leaves 64 - 50 tokens, the rehearsal would like 30.
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "q" * 50, "chosen": "B", "rejected": "D"}])
@@ -472,7 +471,7 @@ def test_dry_runs(start, data, tmp_path, tuned, pairs_file, capsys):
     ],
 )
 def test_a_run_that_died_twice_ends_with_the_same_files(start, data, here, options, asked, phase):
-    """In the second iteration, before a phase that is the method's own, and then amid the steps."""
+    """The run dies in the second iteration, before a phase that is the method's own, and then amid the steps."""
     (here / "judge.py").write_text("def judge(prompt, responses):\n    return [0.9, len(responses[1]) % 2]\n")
     argv = flags(start, data, "run", iterations=2, prompts=20, eval_limit=4, batch=8, save_minutes=0, **options)
     second = lambda work, *args: args[2] == phase and work.folder.resume.name == "iterate-2"  # noqa: E731

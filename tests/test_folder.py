@@ -92,7 +92,7 @@ def test_files_replace_links_and_are_as_readable_as_others_of_the_user(tmp_path)
 
 
 def test_rows_are_read_as_they_were_written_or_not_at_all(tmp_path):
-    """Floats to the bit; the first row of a damaged or missing file is not given out."""
+    """Floats keep every bit; not even the first row of a damaged or missing file is given out."""
     run = Folder(tmp_path)
     values = [0.1, 1 / 3, 1e-320, -0.0, [None, True], {"a": "\u2028"}]
     run.write_rows("x.jsonl", values)
@@ -105,7 +105,7 @@ def test_rows_are_read_as_they_were_written_or_not_at_all(tmp_path):
 
 
 def test_old_and_new_content_are_valid_if_a_process_dies_between_checksum_and_rename(tmp_path, monkeypatch):
-    """Otherwise only the new one is, and no file in place of another."""
+    """In all other cases only the new content is valid, and no file in place of another."""
     run = Folder(tmp_path)
     run.write_rows("x", [1])
     shutil.copy(tmp_path / "x", tmp_path / "old")
@@ -151,7 +151,7 @@ def test_files_of_an_iterate_count_as_soon_as_it_is_finished(tmp_path):
 
 
 def test_sha256sum_reads_the_checksums_of_a_run(whole):
-    """All files are in it once, apart from pages and plots that are drawn anew."""
+    """The checksums name all files once, apart from pages and plots that are drawn anew."""
     names = [line[66:] for line in (whole / "checksums").read_text().splitlines()]
     assert sorted(names) == sorted(tree(whole).keys() - {"checksums", "metrics.svg"})
     if shutil.which("sha256sum"):
@@ -182,7 +182,7 @@ def test_shards_are_read_or_computed_but_never_mixed_up(tmp_path, capsys):
     assert in_shards(run, "x", 7, 4, work) == expected and len(asked) == 12
     assert in_shards(run, "y", 0, 4, work) == []
     assert capsys.readouterr().err == ""
-    shutil.copy(place / "x-3-6.jsonl", place / "x-0-3.jsonl")  # it is intact, but belongs elsewhere
+    shutil.copy(place / "x-3-6.jsonl", place / "x-0-3.jsonl")  # The shard is intact, but belongs elsewhere.
     assert in_shards(run, "x", 7, 3, work) == expected and asked[12:] == [range(0, 3)]
     assert "x-0-3.jsonl: damaged" in capsys.readouterr().err
     assert in_shards(run, "x", 7, 3, work) == expected and len(asked) == 13

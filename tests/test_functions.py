@@ -31,7 +31,7 @@ def metric(tmp_path):
 
 
 def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(metric, start, data, tmp_path, capsys):
-    """In the rows, the table, the plot and the changes. --best may name it, and a shipped metric joins it."""
+    """The metric is in the rows, the table, the plot and the changes; --best may name it; a shipped metric joins it."""
     argv = [*flags(start, data, tmp_path / "run", best="sampled_vowels", prompts=8), "--metric", metric, "exact"]
     assert spin.main(argv) == 0
     printed = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_a_metric_is_computed_for_both_responses_and_shown_beside_the_others(met
 
 
 def test_a_resumed_run_finds_the_metrics_that_were_computed(metric, start, data, tmp_path, monkeypatch):
-    """They may be slow. The run ends like one that did not die, although the function's file was moved in between."""
+    """Metrics may be slow. The run ends like one that did not die, though the function's file was moved in between."""
     argv = [*flags(start, data, tmp_path / "run", shard=2, prompts=8, eval_limit=4), "--metric"]
     asked = []
     die_at(Run, "finish_iterate", [*argv, metric], lambda run, *rest: run.iterate == 1)
@@ -145,7 +145,7 @@ def test_shipped_metrics_on_values_computed_by_hand():
 
 
 def test_functions_of_one_file_share_its_module_and_what_lies_beside_it(tmp_path):
-    """So a model that the file loads is loaded once."""
+    """Functions of a file share its module, so a model that the file loads is loaded once."""
     (tmp_path / "beside.py").write_text("value = 2\n")
     (tmp_path / "late.py").write_text("value = 2\n")
     text = "import beside\ndef a():\n    import late\n    return beside.value * late.value\ndef b(): pass\n"

@@ -176,7 +176,7 @@ def test_many_tiles(device: str, dtype: torch.dtype, small_tiles: None) -> None:
 
 @pytest.mark.parametrize("columns", [7, 2, 1])
 def test_large_logits(device: str, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    """In tiles, too: one that raises the shift by thousands, one that raises it a little, one far below it."""
+    """Tiles have large logits, too: one raises the shift by thousands, one raises it a little, one is far below it."""
     monkeypatch.setattr(tiles, "tile_shape", lambda device, N, V, bytes_per_logit: (3, columns))
     near, far = 10000.0, -10000.0
     rows = [[near, near, near - 1, far, far, far, far]] * 3 + [[far, far - 2, far, far, near, near - 9, near + 2]]
@@ -186,7 +186,7 @@ def test_large_logits(device: str, monkeypatch: pytest.MonkeyPatch, columns: int
     expected = reference(exact, targets)
     (expected_grad,) = gradients(expected, upstream, exact)
     logits.requires_grad_()
-    identity = torch.eye(7, device=device)  # rows times the identity: the same logits, exactly, from a product
+    identity = torch.eye(7, device=device)  # Rows times the identity are exactly the same logits, from a product.
     for some_head in (identity, leaf(identity)):
         for actual in (token_logprobs(logits, targets), linear_logprobs(logits, some_head, targets)):
             assert_close(actual, expected, rtol=1e-6, atol=1e-6)
@@ -210,7 +210,7 @@ def test_infinite_logits(device: str) -> None:
 
 @pytest.mark.parametrize("columns", [range(6), range(6, 12), range(12, 17)])
 def test_a_tile_of_infinite_logits(device: str, columns: range, small_tiles: None) -> None:
-    """A whole tile without any token, even the first or the last one: exp(-inf - -inf) would be nan."""
+    """A whole tile may have no token, even the first or the last one: exp(-inf - -inf) would be nan."""
     weight = normal(17, D, device=device)
     weight[list(columns)] = -float("inf")
     hidden, targets = normal(4, D, device=device).abs(), torch.tensor([0, 4, 12, 16], device=device)
@@ -296,7 +296,7 @@ def test_ignored_rows_are_zero_whatever_they_hold_and_whatever_comes_from_above(
         for logp, inputs in (
             (token_logprobs(logits, targets), [logits]),
             (linear_logprobs(hidden, weight.detach(), targets), [hidden]),
-            (linear_logprobs(sound, weight, targets), [sound, weight]),  # whose gradient is a sum over hidden rows
+            (linear_logprobs(sound, weight, targets), [sound, weight]),  # The weight's gradient sums over hidden rows.
             (linear_logprobs(sound.bfloat16(), weight.bfloat16(), targets), [sound, weight]),
         ):
             found += [logp, *torch.autograd.grad(logp, inputs, upstream)]
@@ -356,7 +356,7 @@ def test_a_frozen_head_saves_one_row_of_hidden_width_per_token(device: str) -> N
 def test_number_of_matrix_products(
     device: str, monkeypatch: pytest.MonkeyPatch, hidden_grad: bool, weight_grad: bool, forward: int, both: int
 ) -> None:
-    """One product if no gradient is wanted, two for a frozen head, including the backward pass."""
+    """One product is made if no gradient is wanted, two for a frozen head, including the backward pass."""
     products: list[str] = []
     original = tiles.add_product
     for module in (logprobs, tiles):
@@ -416,7 +416,7 @@ def test_compiled_code_calls_the_functions_as_they_are(device: str, trained: boo
     hidden, weight = leaf(normal(5, D, device=device)), head(1023, device, trained)
     logits = leaf(normal(5, 1023, device=device))
     for function, *inputs in (
-        (lambda h, w: linear_logprobs(2 * h, w, targets) + 1, hidden, weight),  # with neighbours that it may move
+        (lambda h, w: linear_logprobs(2 * h, w, targets) + 1, hidden, weight),  # The compiler may move neighbours.
         (lambda z: token_logprobs(z, targets), logits),
     ):
         compiled = torch.compile(function, backend=backend)
@@ -470,7 +470,7 @@ def test_the_logits_never_exist_on_cuda() -> None:
 @pytest.mark.parametrize("N", [0, 1, 128, 2048, 8192, 11000, 16384, 10**6])
 @pytest.mark.parametrize("V", [17, 64, 50257, 50304, 262144])
 def test_cuda_tiles_fit_the_cap_and_a_block(N: int, V: int) -> None:
-    """They are below the cap, of aligned shapes, and a block of the row kernel holds a row of them."""
+    """Tiles are below the cap, of aligned shapes, and a block of the row kernel holds a row of a tile."""
     logit = 6  # bytes
     R, C = tiles.tile_shape(torch.device("cuda"), N, V, logit)
     assert 1 <= R <= max(1, N) and 1 <= C <= min(V, tiles.CUDA_COLUMNS)
@@ -604,8 +604,8 @@ def hopper_assembly(kernel, dtype: str, odd: bool, **constants: int) -> str:
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
 def test_logits_are_loaded_by_16_bytes_and_those_of_a_tile_once() -> None:
-    """Rows of 50257 logits in 16 bits, most of which start unaligned: the unmasked blocks, 12 of 13. A row of a tile is
-    one block, with one exponential per logit. Triton 3.6 and 3.9 differ in what they vectorise."""
+    """Rows of 50257 logits in 16 bits mostly start unaligned: 12 of 13 blocks, the unmasked ones, are loaded so. A row
+    of a tile is one block, with one exponential per logit. Triton 3.6 and 3.9 differ in what they vectorise."""
     pytest.importorskip("triton")
     from kernels import triton_rows
 
@@ -613,13 +613,13 @@ def test_logits_are_loaded_by_16_bytes_and_those_of_a_tile_once() -> None:
     for kernel in (triton_rows._logprobs_kernel, triton_rows._gradient_kernel):
         ptx = hopper_assembly(kernel, "bf16", True, **constants)
         assert "ld.global.v4.b32" in ptx
-        assert "st.global.v4.b32" in ptx or kernel is triton_rows._logprobs_kernel  # which stores no terms
+        assert "st.global.v4.b32" in ptx or kernel is triton_rows._logprobs_kernel  # The latter stores no terms.
     C, block = tiles.tile_shape(torch.device("cuda"), 8192, 50257, 6)[1], tiles.CUDA_COLUMNS
     constants = dict(C=C, D=0, WITH_TERMS=True, SHIFTED=False, BLOCK=block)
     ptx = hopper_assembly(triton_rows._logprobs_kernel, "fp32", False, **constants)
     per_thread = block // (8 * 32)
-    assert per_thread // 4 <= ptx.count("ld.global.v4.b32") <= per_thread // 4 + 2  # not twice as many
-    assert per_thread <= ptx.count("ex2.approx") <= per_thread + 2  # and one to rescale the sums
+    assert per_thread // 4 <= ptx.count("ld.global.v4.b32") <= per_thread // 4 + 2  # not twice as many loads
+    assert per_thread <= ptx.count("ex2.approx") <= per_thread + 2  # One more exponential rescales the sums.
 
 
 # ---- vendoring ----
@@ -646,7 +646,7 @@ assert os.path.dirname(os.path.dirname(kernels.__file__)) in ("", os.getcwd())
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no second run")
 def test_the_package_works_alone_and_without_triton(alone, tmp_path: Path) -> None:
-    """It is in sys.path twice, the second time through a link."""
+    """The package is in sys.path twice, the second time through a link."""
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "again").mkdir()
     (tmp_path / "again/kernels").symlink_to(tmp_path / "kernels")
@@ -687,7 +687,7 @@ assert linear_logprobs(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2]
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no second run")
 def test_hugging_faces_package_of_this_name_works_beside_it(alone, tmp_path: Path) -> None:
-    """transformers imports names from it, which a stand-in has here."""
+    """transformers imports names from Hugging Face's package, which a stand-in has here."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text(STAND_IN)
     (tmp_path / "kernels/deeper.py").write_text("answer = 42\n")

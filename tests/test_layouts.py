@@ -192,7 +192,7 @@ def test_a_record_that_fits_no_layout_is_refused_with_the_reason(record, options
 
 
 def test_a_prompt_that_ends_with_its_own_response_is_refused(tmp_path):
-    """Whole rendered texts do, as in derivatives of Alpaca; a choice that is named last in the question is no error."""
+    """Whole rendered texts end so, as in derivatives of Alpaca; a choice named last in the question is no error."""
 
     def load(*pairs):
         return load_examples(write_rows(tmp_path / "x.jsonl", ({"prompt": p, "response": r} for p, r in pairs)))

@@ -22,7 +22,7 @@ TINY = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None,
 )  # fmt: skip
-TINY_FIELDS = {name: value for name, value in TINY.items() if name != "pad_token_id"}  # of our LlamaConfig
+TINY_FIELDS = {name: value for name, value in TINY.items() if name != "pad_token_id"}  # fields of our LlamaConfig
 LINEAR = dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))
 LLAMA3 = dict(
     rope_parameters=dict(
@@ -62,7 +62,7 @@ def pair(name: str, folder: Path, dtype: torch.dtype = torch.float32, **saving) 
         for parameter in theirs.parameters():
             parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
     theirs.to(dtype).save_pretrained(folder, **saving)
-    if dtype != torch.float32:  # Read again, since the cast has rounded the frequencies of its positions.
+    if dtype != torch.float32:  # The model is read again, since the cast has rounded the frequencies of its positions.
         theirs = type(theirs).from_pretrained(folder, dtype=torch.float32)
     return Llama.from_pretrained(folder), theirs.eval()
 
@@ -77,12 +77,12 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def test_logits_and_gradients_equal_those_of_transformers(models):
-    assert_same_logits_and_gradients(*models, tokens(2, 40), least=1e-2)  # Queries with a window of 1 have none.
+    assert_same_logits_and_gradients(*models, tokens(2, 40), least=1e-2)  # Queries with a window of 1 have no gradient.
 
 
 @torch.no_grad()
 def test_greedy_responses_and_their_log_probabilities_equal_those_of_transformers(models, monkeypatch):
-    """Through the cache, in a batch of ragged prompts; a window shorter than the text becomes a ring buffer."""
+    """Responses use the cache, in a batch of ragged prompts; a window shorter than the text becomes a ring buffer."""
     ours, theirs = models
     caches = []
     spy(monkeypatch, KVCache, "__init__", lambda a, k: caches.append(a[0]))
@@ -102,7 +102,7 @@ def test_greedy_responses_and_their_log_probabilities_equal_those_of_transformer
 
 @pytest.mark.parametrize("name", FEW)
 def test_several_responses_in_one_row_are_as_in_a_row_each(name, tmp_path):
-    """Log-probabilities and gradients of two and of three responses to a prompt, under --checkpoint, too."""
+    """Three responses to a prompt have equal log-probabilities and gradients, under --checkpoint, too."""
     model, _ = pair(name, tmp_path)
     player = player_of(model)
     items = [tuple(tokens(n + row).tolist() for n in (9, 12, 4, 7)) for row in range(3)]
@@ -119,7 +119,7 @@ def test_several_responses_in_one_row_are_as_in_a_row_each(name, tmp_path):
 
 @pytest.mark.parametrize("name", FEW)
 def test_files_go_to_transformers_and_back(name, tmp_path):
-    """bf16 in several files, then our own file, which transformers loads with nothing missing or left over."""
+    """Our model loads bf16 from several files; transformers loads our file, with nothing missing or left over."""
     ours, theirs = pair(name, tmp_path / "theirs", torch.bfloat16, max_shard_size="8KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     ids = tokens(2, 30)
@@ -155,7 +155,7 @@ def test_wrapped_and_bare_keys_are_read_with_one_line(prefix, tmp_path, capsys):
 
 
 def test_a_head_in_the_file_of_a_tied_model(tmp_path):
-    """The same numbers as the embedding are left out; others would be lost, so they are refused."""
+    """A head with the embedding's numbers is left out; another head would be lost, so it is refused."""
     tiny(tmp_path, tie_word_embeddings=True)
     state = load_file(tmp_path / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -201,7 +201,7 @@ def test_rotary_settings_of_transformers_4_and_5_are_the_same(tmp_path):
 
 
 def test_defaults_are_those_of_transformers(tmp_path):
-    """Of each model_type: a config.json may leave out what is the default of its class."""
+    """The defaults of each model_type are compared: a config.json may leave out what is the default of its class."""
     for kind in ("Llama", "Mistral", "Qwen2", "Qwen3"):
         theirs = getattr(transformers, f"{kind}Config")()
         (tmp_path / "config.json").write_text(json.dumps({"model_type": theirs.model_type}))
@@ -245,7 +245,7 @@ def tiny_start(start: Path, folder: Path, **changes) -> LlamaConfig:
 
 @pytest.mark.parametrize("recipe, model_type", [("zephyr-7b", "mistral"), ("qwen3-0.6b", "qwen3")])
 def test_a_dry_run_of_the_recipes(recipe, model_type, start, data, tmp_path, monkeypatch, capsys):
-    """On a tiny random model of the recipe's type, with a chat template; nothing is written."""
+    """The model is a tiny random one of the recipe's type, with a chat template; nothing is written."""
     monkeypatch.chdir(tmp_path)
     tiny_start(start, tmp_path / "start", model_type=model_type)
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{{ 'assistant: ' }}"
@@ -257,7 +257,7 @@ def test_a_dry_run_of_the_recipes(recipe, model_type, start, data, tmp_path, mon
 
 
 def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path, monkeypatch):
-    """LoRA on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
+    """LoRA is on all linear layers by default; final/ and the adapter give transformers and PEFT the same logits."""
     monkeypatch.chdir(tmp_path)
     config = tiny_start(start, tmp_path / "start", attention_dropout=0.5)
     assert spin.main(flags("start", data, "run", iterations=2, prompts=16, eval_limit=4)) == 0
@@ -277,7 +277,7 @@ def test_a_game_of_a_llama_ends_in_a_model_of_transformers(start, data, tmp_path
 
 
 def test_any_of_several_end_tokens_ends_a_response(start, data, tmp_path, monkeypatch, capsys):
-    """They are listed in config.json or, as Qwen's, in generation_config.json; final/ keeps the list."""
+    """End tokens are listed in config.json or, as Qwen's, in generation_config.json; final/ keeps the list."""
     monkeypatch.chdir(tmp_path)
     config = tiny_start(start, tmp_path / "start")
     ends = [config.eos_token_id, 40, 41]

@@ -277,7 +277,7 @@ def test_factors_that_are_made_ready_change_no_number(dtype: torch.dtype) -> Non
         found.append([*outputs, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
-        # Rounded once, after the sum over both passes, or twice, before it.
+        # Gradients are rounded once, after the sum over both passes, or twice, before the sum.
         torch.testing.assert_close(one, other, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6)
     for one, other in zip(*(outputs[:2] for outputs in found), strict=True):
         assert torch.equal(one, other)
@@ -335,7 +335,7 @@ def test_merge_and_unmerge_are_idempotent_and_restore_the_bits(dtype: torch.dtyp
     with torch.autocast("cpu", torch.bfloat16):
         lora.merge(model)
     once, merged = weights(model), logits(model)
-    model.train().eval()  # neither merges or unmerges
+    model.train().eval()  # Neither call merges or unmerges.
     lora.merge(model)
     assert all(map(torch.equal, weights(model).values(), once.values()))
     assert not any(map(torch.equal, once.values(), before.values()))
@@ -354,7 +354,7 @@ def test_merge_and_unmerge_are_idempotent_and_restore_the_bits(dtype: torch.dtyp
 
 
 def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
-    """Unmerging ties them again, even in a copy of other numbers."""
+    """Unmerging ties head and embedding again, even in a copy in float64."""
     model = adapted(Tied(), ("lm_head",))
     embedding, unmerged = model.embed.weight.clone(), model(IDS % 11)
     lora.merge(model)
@@ -425,10 +425,10 @@ def test_the_round_trip_is_exact_and_overwrites(merged: bool, tmp_path: Path) ->
     if merged:
         lora.merge(model)
     lora.save_adapter(model, folder)
-    lora.load_adapter(other, folder)  # adds layers
+    lora.load_adapter(other, folder)  # This call adds layers.
     assert torch.equal(logits(other), expected)
-    parameters = list(other.parameters())  # an optimizer may hold them
-    lora.load_adapter(randomize(other, 2.0), folder)  # fills them
+    parameters = list(other.parameters())  # An optimizer may hold these parameters.
+    lora.load_adapter(randomize(other, 2.0), folder)  # This call fills the layers.
     assert all(a is b for a, b in zip(parameters, other.parameters(), strict=True))
     (folder / "adapter_model.safetensors").write_bytes(b"")  # the model does not depend on the file any longer
     assert torch.equal(logits(other), expected)

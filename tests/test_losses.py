@@ -19,8 +19,8 @@ from methods import family, losses
 
 @pytest.mark.parametrize("name", family.LOSSES)
 def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
-    """It maps (B,) and (B,) to (B,) fp32 and K generated responses to K pairs; a pair's loss depends on it alone, but
-    for IRIS, which weighs each pair by its share of the batch. Its defaults are those of the options."""
+    """A loss maps (B,) and (B,) to (B,) fp32 and K generated responses to K pairs; a pair's loss depends on the pair
+    alone, but for IRIS, which weighs each pair by its share of the batch. The defaults are those of the options."""
     function, default = family.LOSSES[name].function, inspect.Parameter.empty
     parameters = inspect.signature(function).parameters
     required = [p for p in parameters.values() if p.default is default]
@@ -39,7 +39,7 @@ def test_every_loss_is_a_function_of_two_ratios_and_beta(name):
 
 
 def test_losses_on_hand_computed_numbers():
-    """Ratios 1 and -2, so a margin of 3. The others are compared with equations in float64 in test_family.py."""
+    """The ratios are 1 and -2, so the margin is 3. The other losses are compared with float64 in test_family.py."""
     real, generated = torch.tensor([1.0]), torch.tensor([-2.0])
     assert losses.hinge_loss(real, generated, 0.25).item() == 0.25
     assert losses.hinge_loss(real, generated, 0.5).item() == 0
@@ -92,8 +92,8 @@ UNIFORM = torch.full((5,), 0.2, dtype=torch.float64)
 
 @pytest.mark.parametrize("alpha, beta", [(0.0, 0.5), (0.0, 1.0), (0.0, 2.0), (0.3, 3.0), (1.0, 1.0)])
 def test_minimiser_of_spin_and_of_alpha_spin(alpha, beta):
-    """Proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser cancels: without
-    alpha one step to the data at beta = 1."""
+    """The minimiser is proportional to q (p_data / p_t)^(1/beta) with q = p_t^(1 - alpha) p_0^alpha, whose normaliser
+    cancels: without alpha one step leads to the data at beta = 1."""
     p_data, p_t = TABLES
     q = family.mixture_logp(p_t.log(), P_0.log(), alpha).exp()
     is_optimum(trained(of_ratios(spin.spin_loss, q, beta), p_t, p_data), q * (p_data / p_t) ** (1 / beta))
@@ -118,7 +118,7 @@ def test_ditto_balances_its_three_kinds_of_pairs(p_data):
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_minimiser_of_fictitious_play(beta):
-    """y' from the average of three opponents, log-ratios to the newest: p_t (p_data / average)^(1/beta)."""
+    """The minimiser, for ratios to the newest of three averaged opponents, is p_t (p_data / average)^(1/beta)."""
     p_data, p_t = TABLES
     average = (p_t + p_data.flip(0) + UNIFORM) / 3
     expected = p_t * (p_data / average) ** (1 / beta)
@@ -127,7 +127,7 @@ def test_minimiser_of_fictitious_play(beta):
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
 def test_minimiser_of_ipo(beta):
-    """p_t exp(D s), normalised, with s = (p_data - p_t) / (p_data + p_t), D = 1 / (beta (2 + K)) and
+    """The minimiser is p_t exp(D s), normalised, with s = (p_data - p_t) / (p_data + p_t), D = 1 / (beta (2 + K)) and
     K = sum (p_data - p_t)^2 / (p_data + p_t): a least-squares problem, solved by hand."""
     p_data, p_t = TABLES
     s = (p_data - p_t) / (p_data + p_t)
@@ -149,7 +149,7 @@ def test_minimiser_of_sppo(wins):
 
 
 def test_hinge_without_a_finite_optimum_still_points_to_the_data():
-    """Where no pair has reached its margin, the loss is linear: its gradient is beta times the supervised one's
+    """If no pair has reached its margin, the loss is linear: its gradient is beta times the supervised one's
     difference to the opponent, p_t - p_data in the logits."""
     p_data, p_t = TABLES
     logits = p_t.log().requires_grad_()
@@ -168,7 +168,7 @@ def test_hinge_without_a_finite_optimum_still_points_to_the_data():
     ],
 )
 def test_minimiser_of_space_and_gsil_is_the_data_whatever_the_opponent(loss, more, p_t):
-    """In one iteration. It is not so at another beta, where p_data against itself still is."""
+    """One iteration leads to p_data at beta 1, and not at another beta, where p_data against itself stays optimal."""
     p_data = TABLES[0]
     is_optimum(trained(of_ratios(loss, p_t, 1.0, *more), p_t, p_data), p_data, atol=1e-6)
     if more == [4.0]:
@@ -178,9 +178,9 @@ def test_minimiser_of_space_and_gsil_is_the_data_whatever_the_opponent(loss, mor
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_spif_is_sppo_and_leads_to_the_data(beta):
-    """SPPO's hard form at beta / 2. One iteration is a step, rewards within [-1, 1] on average; many end at p_data."""
+    """SPIF is SPPO's hard form at beta / 2. Rewards of one step are within [-1, 1] on average; many end at p_data."""
     p_data, p_t = TABLES
-    reward = ((p_data - p_t) / (p_data + p_t)).requires_grad_()  # a free one: best, and worth 1 - chi^2 to the mixture
+    reward = ((p_data - p_t) / (p_data + p_t)).requires_grad_()  # the best free reward: 1 - chi^2 to the mixture
     value = (p_data[:, None] * p_t * losses.spif_loss(reward[:, None] / beta, reward[None] / beta, beta)).sum()
     assert torch.autograd.grad(value, reward)[0].abs().max() < 1e-12
     mixture = (p_data + p_t) / 2
@@ -196,8 +196,8 @@ def test_spif_is_sppo_and_leads_to_the_data(beta):
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_minimiser_of_tspin_is_not_the_data(beta):
-    """Current advantages alone: (p_data / p_t)^(1/beta), so uniform against an opponent that writes like the data. From
-    iteration to iteration log p_data / (1 + beta) is reached if beta is above 1; below, the players swing."""
+    """With current advantages alone the minimiser is (p_data / p_t)^(1/beta): uniform if the opponent writes like the
+    data. From iteration to iteration log p_data / (1 + beta) is reached if beta is above 1; below, players swing."""
     p_data, p_t = TABLES
     loss = of_ratios(losses.tspin_loss, None, beta)
     is_optimum(trained(loss, p_t, p_data), (p_data / p_t) ** (1 / beta))
@@ -217,7 +217,7 @@ def test_the_historical_advantage_balances_three_distributions():
     beta, historical = 0.8, 0.7
     for p_t in (TABLES[1], p_data):
 
-        def loss(logp, i, j, p_t=p_t):  # the start's response in expectation
+        def loss(logp, i, j, p_t=p_t):  # The start's response is in expectation.
             terms = [P_0[k] * losses.tspin_loss(logp[i], logp[j], beta, logp[k], historical) for k in range(5)]
             return torch.stack(terms).sum(0)
 
@@ -246,7 +246,7 @@ def iris_in_expectation(real, generated, p_data, p_t, beta, order):
 
 @pytest.mark.parametrize("order, beta", [(0.0, 1.0), (0.3, 2.0), (1.0, 2.0), (2.0, 1.0), (3.0, 2.0)])
 def test_minimiser_of_iris(order, beta):
-    """p_t (p_data / p_t)^(1/beta) for every order; the least value is minus the Renyi divergence over the order."""
+    """p_t (p_data / p_t)^(1/beta) is best for every order; its value is minus the Renyi divergence over the order."""
     p_data, p_t = TABLES
 
     def value(logp):
@@ -263,17 +263,17 @@ def test_minimiser_of_iris(order, beta):
 
 
 def test_limits_of_iris():
-    """Its gradient at a table far from both distributions, against those of the losses that the paper calls its limits.
+    """Far from both distributions, the gradient is compared with those of the losses that the paper calls its limits.
 
-    Order 1: SPACE's with mu to infinity, which is the supervised one, p_theta - p_data in the logits. It is not
-    Eq. 4.7's, of any beta, and generated responses do not have equal weights. Order 0: SPACE's with mu to 0, apart from
-    a factor on the real side. Where the player is the opponent, all gradients point the same way.
+    At order 1 the gradient is SPACE's with mu to infinity, the supervised one: p_theta - p_data in the logits, not that
+    of Eq. 4.7 at any beta, and generated responses do not have equal weights. At order 0 the gradient is SPACE's with
+    mu to 0, apart from a factor on the real side. If the player is the opponent, all gradients point the same way.
     """
     p_data, p_t = TABLES
     p_theta = torch.tensor([0.15, 0.35, 0.2, 0.2, 0.1], dtype=torch.float64)
 
     def gradients(loss_of, at):
-        """By the log-probabilities of the five responses as real ones and as generated ones, and by the logits."""
+        """Gradients by the log-probabilities of the responses as real and as generated ones, and by the logits."""
         real, generated, logits = (at.log().clone().requires_grad_() for _ in range(3))
         sides = torch.autograd.grad(loss_of(real, generated), [real, generated])
         logp = logits.log_softmax(0)
@@ -293,7 +293,7 @@ def test_limits_of_iris():
     for a, b in zip(one, large):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     torch.testing.assert_close(one[2], p_theta - p_data)
-    torch.testing.assert_close(one[1], p_t * (p_theta / p_t))  # not p_t, which equal weights would be
+    torch.testing.assert_close(one[1], p_t * (p_theta / p_t))  # Equal weights would give p_t.
     zero, small = gradients(iris(0.0), p_theta), gradients(pairs(losses.space_loss, 1.0, 1e-8), p_theta)
     assert cosine(zero[0], 1e8 * small[0]) == pytest.approx(1) and cosine(zero[1], 1e8 * small[1]) == pytest.approx(1)
     for beta in (1e-3, 0.1, 1.0, 5.0):
@@ -309,8 +309,8 @@ def test_limits_of_iris():
 
 @pytest.mark.parametrize("temperature, beta", [(0.7, 2.0), (1.5, 1.0), (1.5, 0.5)])
 def test_minimisers_with_either_reference_of_a_tempered_opponent(beta, temperature):
-    """y' from q, p_t at a temperature. Reference p_t: p_t (p_data / q)^(1/beta), which where p_t is p_data already is
-    p_t^(1 + (1 - 1/T) / beta): a hot opponent sharpens for ever. Reference q: q (p_data / q)^(1/beta), there
+    """y' is from q, p_t at a temperature. Reference p_t gives p_t (p_data / q)^(1/beta), which for p_t = p_data is
+    p_t^(1 + (1 - 1/T) / beta): a hot opponent sharpens for ever. Reference q gives q (p_data / q)^(1/beta), then
     p_t^(1 + (1 - 1/T) (1/beta - 1)): p_data at beta 1."""
     p_data = TABLES[0]
     for p_t in (TABLES[1], p_data):
@@ -344,7 +344,7 @@ def after_steps(loss: str, start, p_data, steps: int):
 
 
 def test_dft_ends_at_the_likeliest_response_and_hardly_learns_an_unlikely_one():
-    """Its gradient is that of minus the mean probability of the real responses, sum p_data p. So all probability ends
+    """DFT's gradient is that of minus the mean probability of the real responses, sum p_data p. So all probability ends
     on the likeliest, and the NLL rises without bound: from p_data at once, from a flatter start after a fall. A
     response that the start wrongly thinks unlikely has a small gradient; supervised training learns it."""
     p_data, start = TABLES

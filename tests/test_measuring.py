@@ -34,7 +34,7 @@ def test_a_frontier_leads_by_what_it_is_better_not_by_being_colder():
 
 @pytest.mark.parametrize("tie, steep", [(-0.5, 0.0), (0.0, 0.5)])
 def test_the_standard_error_of_a_lead_is_its_spread(tie, steep):
-    """Over 200 data sets. It counts the noise of both entropies: by accuracy's tie to it, and by each knot's slope."""
+    """The spread is over 200 data sets. Both entropies' noise counts: by accuracy's tie to it, by each knot's slope."""
     rng = np.random.default_rng(1)
     frontiers = [[synthetic(rng, 400, 0, hotter, tie, steep) for hotter in (-0.05, 0)] for _ in range(200)]
     values = [lead(*pair) for pair in frontiers]
@@ -54,7 +54,7 @@ def test_linearised_values_have_mean_and_error_of_the_ratio():
 
 
 def test_the_frontier_of_a_model(start, data):
-    """At temperature 1 it is what a run reports. A model whose logits are divided has the same frontier elsewhere."""
+    """At temperature 1 a run reports the frontier. A model whose logits are divided has the same frontier elsewhere."""
     player, run = measuring.ruler(str(start), str(data), "--max-new-tokens", "32")
     player.model.load_weights(start)
     row = evaluate(player, sample_start(player, run), run)

@@ -17,7 +17,7 @@ assert not {name.split(".")[0] for name in sys.modules} & {"runtime", "data", "r
 
 
 def test_the_method_needs_nothing_of_the_machinery(alone, tmp_path):
-    """The files that minimal.py names, alone in a folder: it imports, and no module of the machinery is loaded."""
+    """minimal.py imports in a folder that holds only the files it names, and loads no module of the machinery."""
     for name in FILES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, tmp_path / name)
@@ -26,7 +26,7 @@ def test_the_method_needs_nothing_of_the_machinery(alone, tmp_path):
 
 
 def test_pairs_and_losses_are_those_of_spin(tmp_path, capsys):
-    """Two iterations with LoRA on the same texts: every id, log-probability, loss and margin has the same bits.
+    """Two iterations with LoRA on the same texts have the same bits in every id, log-probability, loss and margin.
 
     One process, one machine, the same number of threads: only then are bits to be expected.
     """

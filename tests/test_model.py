@@ -66,7 +66,7 @@ def test_logits_and_gradients_equal_those_of_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointing_changes_nothing_but_memory(dropout):
-    """Not even what dropout drops."""
+    """Checkpointing does not even change what dropout drops."""
     model = tiny(resid_dropout=dropout, attention_dropout=dropout, embed_dropout=dropout).train()
     ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(0))
     results = []
@@ -88,7 +88,7 @@ def test_checkpointing_changes_nothing_but_memory(dropout):
 @pytest.mark.parametrize("name", ["embed_dropout", "resid_dropout"])
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_of_embeddings_and_of_residuals_drops_what_transformers_drops(name, training, tmp_path):
-    """From the same random numbers."""
+    """Both models draw the same random numbers."""
     ours, theirs = (model.train(training) for model in pair({name: 0.5}, tmp_path))
     ids, found = torch.arange(40).view(2, 20), []
     for logits_of in (lambda ids: ours.logits(ours(ids)), lambda ids: theirs(ids).logits):
@@ -163,7 +163,7 @@ def test_logits_under_autocast_are_fp32_and_those_of_an_fp32_model_are_one_produ
 
 
 def test_a_norm_keeps_the_dtype_of_its_input_under_autocast():
-    """It is the fp32 norm, rounded once. Only on CUDA would autocast cast the input to fp32."""
+    """The norm is that of fp32, rounded once. Only on CUDA would autocast cast the input to fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     norm = module.LayerNorm(32, device=device).requires_grad_(False)
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)

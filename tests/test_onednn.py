@@ -57,7 +57,7 @@ def test_linear_and_its_gradients(calls, shape, bias, wanted):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_products_of_the_kernels_go_there(calls, monkeypatch, trained, autocast):
-    """Strided tiles, and sums over tiles. Under autocast they are fp32 products of bf16 factors."""
+    """Tiles are strided, and summed over. Under autocast their products are in fp32, of bf16 factors."""
     monkeypatch.setattr(tiles, "CPU_ROWS", 8)
     monkeypatch.setattr(tiles, "CPU_COLUMNS", 200)
     targets = torch.arange(20)
@@ -69,13 +69,13 @@ def test_the_products_of_the_kernels_go_there(calls, monkeypatch, trained, autoc
             logp.sum().backward()
         results.append([logp.detach(), h.grad] + ([w.grad] if trained else []))
         products = 2 + trained + (trained and not autocast)  # A trained head keeps its terms in bf16 alone.
-        assert len(calls) == products * 3 * 6  # tiles
+        assert len(calls) == products * 3 * 6  # There are 3 * 6 tiles.
     for a, b in zip(*results):
         assert (a - b).norm() <= (0.01 if autocast else RTOL) * b.norm()  # autocast rounds gradients to bf16
 
 
 def test_other_calls_are_left_alone(calls):
-    """Other dtypes, autocast and biases that oneDNN would misread; and errors stay errors."""
+    """Other dtypes, autocast and biases that oneDNN would misread never reach it; errors stay errors."""
     x, w = normal(3, 4), normal(5, 4, seed=1)
     with onednn.products():
         F.linear(x.double(), w.double())

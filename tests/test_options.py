@@ -25,7 +25,7 @@ class MoreOptions(SpinOptions):
     loss: str = option("logistic", "Loss of a pair.", choices=("logistic", "ipo"), changeable=True)
     alpha: float = option(0.0, "Share of the start, 100% at most.", within="[0, 1]")
     weights: tuple[float, ...] = option((1.0,), "Weights.", within="[0, inf)")
-    seed: int = option(7, "Another seed.")  # It replaces that of RunOptions.
+    seed: int = option(7, "Another seed.")  # This seed replaces that of RunOptions.
 
     def check_together(self):
         super().check_together()

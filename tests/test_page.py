@@ -85,7 +85,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_a_run_writes_its_page_after_every_iterate(whole):
-    """With all iterates so far; besides it times and memory of each phase."""
+    """The page has all iterates so far; times.jsonl has times and memory of each phase."""
     seen = json.loads((whole.parent / "pages.json").read_text())
     assert [("is not finished: 1 of 2" in text, "Only the start" in text) for text in seen] == [
         (False, True), (True, False), (False, False), (False, False),
@@ -104,7 +104,7 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsy
 
 
 def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(whole, start, data, tmp_path):
-    """Of the start's greedy responses and of the real ones, token by token; the pieces of these make up the text."""
+    """The start's greedy and the real responses are compared by token; the pieces of the latter make up the text."""
     player, _, run = begin(start, data, tmp_path / "again", eval_limit=6)
     responses = player.respond([e.prompt_ids for e in run.work.heldout], 0, temperature=0.0)
     for row, example, (greedy, _) in zip(rows(whole / "heldout-0.jsonl"), run.work.heldout, responses, strict=True):
@@ -114,7 +114,7 @@ def test_tokens_have_the_log_probabilities_that_a_pass_over_them_gives(whole, st
             expected, expected_logps = zip(*run.work.pieces(ids, by_token))
             assert pieces == expected and list(logps) == pytest.approx(expected_logps, abs=0.002)
         assert "".join(pieces).strip() == example.references[0]
-        assert sum(logps) == pytest.approx(-row["values"]["nll"][0], abs=0.001 * len(logps))  # of the real response
+        assert sum(logps) == pytest.approx(-row["values"]["nll"][0], abs=0.001 * len(logps))  # the real response's
 
 
 def test_bytes_of_one_character_are_one_piece(start, data, tmp_path):
@@ -172,7 +172,7 @@ def test_the_page_of_a_real_run(whole):
 
 
 def test_runs_without_some_files_still_get_a_page(whole, tmp_path):
-    """Not finished, being written, or supervised."""
+    """A run may be unfinished, being written, or supervised."""
     older = shutil.copytree(whole, tmp_path / "older")
     for name in ("heldout-0.jsonl", "heldout-1.jsonl", "heldout-2.jsonl", "steps-1.jsonl", "times.jsonl"):
         (older / name).unlink()
@@ -188,7 +188,7 @@ def test_runs_without_some_files_still_get_a_page(whole, tmp_path):
 
 
 def test_several_runs_are_compared(tmp_path):
-    """What differs between them, the last responses side by side if the prompts are the same, a colour each."""
+    """The page has what differs, the last responses side by side if the prompts are the same, and a colour per run."""
     one = write_run(tmp_path / "one", 5, 2, 2, lr=[1e-3])
     two = write_run(tmp_path / "two", 5, 1, 4, lr=[5e-4])
     text = page_of(one, two)
@@ -206,7 +206,7 @@ def test_a_prompt_is_better_or_worse_by_the_edits_of_its_last_response():
 
 
 def test_the_page_of_many_prompts_stays_small(tmp_path):
-    """3 iterations, 2,000 held-out prompts, 500 steps each: the changed responses come first, and it says so."""
+    """3 iterations of 500 steps have 2,000 held-out prompts: changed responses come first, and the page says so."""
     text = page_of(write_run(tmp_path / "run", 2000, 3, 200, steps=500))
     assert len(text.encode()) < 1_000_000
     kinds = [attrs["data-kind"] for tag, attrs in Reader(text).tags if tag == "tbody" and "data-kind" in attrs]
@@ -227,7 +227,7 @@ def hostile_run(folder):
 
 
 def test_hostile_text_is_text(tmp_path):
-    """Data, responses and options: the page has the tags of a harmless one, and can be written as UTF-8."""
+    """Data, responses and options are hostile: the page has the tags of a harmless one, and can be written as UTF-8."""
     text = page_of(hostile_run(tmp_path / "<img src=x onerror=hacked>"))
     tags = Reader(text).tags
     assert [tag for tag, _ in tags if tag in ("script", "img", "b") or tag.startswith("!")].count("script") == 1
@@ -282,7 +282,7 @@ def test_what_people_get_wrong_is_one_line(tmp_path, capsys):
 
 
 def test_a_pipe_whose_reader_has_gone(tmp_path):
-    """As under `| true`: a shell makes 141 of SIGPIPE. The page is there, and nothing is said."""
+    """The pipe is that of `| true`: a shell makes 141 of SIGPIPE. The page is there, and nothing is said."""
     run = write_run(tmp_path / "run", 3, 1, 1)
     read, write = os.pipe()
     os.close(read)
@@ -335,7 +335,7 @@ addEventListener("load", () => setTimeout(async () => {
 
 
 def browse(path) -> dict:
-    """What LOOK found in a page. Fails where the console has a line."""
+    """What LOOK found in a page. Fails if the console has a line."""
     if not CHROMIUM:
         pytest.skip("needs Chromium, of which neither `chromium` nor `google-chrome` is installed")
     path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
@@ -357,12 +357,12 @@ def test_in_a_browser_filters_work_and_nothing_is_loaded(tmp_path):
     path = tmp_path / "page.html"
     assert script.main([str(folder), "--out", str(path)]) == 0
     found = browse(path)
-    order = [4, 5, 0, 1, 2, 3]  # the changed ones first
+    order = [4, 5, 0, 1, 2, 3]  # Changed responses come first.
     assert found["all"] == [f"prompt {i}" for i in order]
     assert found["better"] == ["prompt 4", "prompt 5"] and found["same"] == [f"prompt {i}" for i in range(4)]
     assert found["searched"] == ["prompt 3"]
     assert found["up"] == [f"prompt {i}" for i in (5, 4, 3, 2, 1, 0)] and found["down"] == found["up"][::-1]
-    # three words, then four of which the last is the same, then two responses that differ in one
+    # [words, marked words]: three words, then four of which the last is the same, then two that differ in one word.
     assert found["spans"][:4] == [[3, 0], [4, 3], [4, 1], [4, 1]]
     assert found["panels"] == 4 and found["drawn"] and found["resources"] == [] and found["hacked"] is None
 

@@ -81,7 +81,7 @@ def test_another_method_on_two_ranks(launch, start, data, tmp_path):
 def test_fsdp_computes_what_a_whole_model_does(launch, start, data, tmp_path, precision):
     """The whole copy scores with the numbers that training computes with, so the first margin is 0 but for rounding.
 
-    In fp32 it samples the same responses, too; in bf16 rounding may turn a token into another one. The widths of
+    In fp32 FSDP samples the same responses, too; in bf16 rounding may turn a token into another one. The widths of
     the layers, 16 and 64, are no multiples of three.
     """
     argv = run_in(start, data, rank=0, precision=precision)
@@ -193,7 +193,7 @@ def test_a_dry_run_says_what_each_rank_needs(launch, start, data, tmp_path):
 
 
 def test_torchrun_restarts_a_world_in_which_a_rank_died(launch, start, data, tmp_path):
-    """As with torchrun --max-restarts 1: the second world resumes what the first one has finished."""
+    """torchrun has --max-restarts 1: the second world resumes what the first one has finished."""
     (folder,) = folders(tmp_path, "a")
     world = launch(run_in(start, data), [folder] * 2, restarts=1, die_in=["step", 1, 1])
     assert world.codes == [0], world.err
@@ -218,7 +218,7 @@ def test_shares_are_disjoint_complete_and_balanced(ranks):
 
 
 def test_all_ranks_have_the_same_number_of_micro_batches(monkeypatch):
-    """Those with weight 1 make up the batch, each item once; the others have weight 0."""
+    """Micro-batches with weight 1 make up the batch, each item once; the others have weight 0."""
     tokens = [90, 10, 10, 10, 10, 10, 10, 30]
     monkeypatch.setenv("WORLD_SIZE", "3")
     seen, counts = [], set()

@@ -22,7 +22,7 @@ def test_disk_that_a_run_may_use_is_free_space_and_its_own_files(tmp_path, monke
 def test_memory_is_refused_at_the_byte_that_weights_gradients_and_optimizer_need(
     start, data, tmp_path, monkeypatch, rank, optimizer, slots
 ):
-    """Counted on a model that was trained a step, against the limit below which the plan refuses to begin."""
+    """The bytes are counted on a model with gradients, and are the limit below which the plan refuses to begin."""
     player, examples, run = begin(start, data, tmp_path / "run", rank=rank, optimizer=optimizer)
     trained = [p for p in player.model.parameters() if p.requires_grad]
     player.response_logps([(e.prompt_ids, e.real_ids) for e in examples[:4]]).sum().backward()
@@ -53,7 +53,7 @@ def test_disk_is_an_upper_bound_of_what_a_run_writes(start, data, here, monkeypa
 
 @pytest.mark.parametrize("command", ["spin", "sft"])
 def test_a_dry_run_tells_the_plan_and_what_two_batches_took(command, start, data, here, capsys, monkeypatch):
-    """It writes nothing. Of the peak memory of all phases it tells the largest: here that of the first."""
+    """A dry run writes nothing. Of the peak memory of all phases it tells the largest: here that of the first."""
     sizes = itertools.chain([5 * 2**30], itertools.repeat(2**30))
     monkeypatch.setattr(progress, "peak_memory", lambda device: next(sizes))
     argv = (small_sft if command == "sft" else small)(start, data, lr=(1e-3, 1e-4), dry_run=True)

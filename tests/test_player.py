@@ -18,7 +18,7 @@ def table_of(model, temperature: float = 1.0) -> torch.Tensor:
 
 
 def test_each_response_token_is_predicted_from_the_token_before_it():
-    """The one-token shift, on a model whose next-token table is known: lucidrains' spin.py gathered without it."""
+    """A model whose next-token table is known shows the one-token shift: lucidrains' spin.py gathered without it."""
     model = known_model()
     table, player = table_of(model), player_of(model, micro_tokens=12)
     items = [([3, 1, 4], [1, 5, 10]), ([9], [2, 6]), ([5, 3], [10])]
@@ -36,7 +36,7 @@ def test_each_response_token_is_predicted_from_the_token_before_it():
 
 @pytest.mark.parametrize("masked_tokens", [1024, 0])
 def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
-    """They are those of the logits divided by the temperature, on the model whose table is known."""
+    """Log-probabilities are those of the logits divided by the temperature, on the model whose table is known."""
     monkeypatch.setattr(player_module.Player, "masked_tokens", masked_tokens)
     model = known_model()
     table = table_of(model, 0.1)
@@ -47,7 +47,7 @@ def test_log_probabilities_at_a_temperature(monkeypatch, masked_tokens):
     torch.testing.assert_close(player.response_logps(items, 0.1).detach(), torch.tensor(expected), atol=1e-5, rtol=0)
     scored = torch.tensor(player.logps(items, temperature=0.1)).T
     torch.testing.assert_close(scored, torch.tensor(expected), atol=1e-5, rtol=0)
-    if masked_tokens:  # `respond` samples from the same: 4,000 draws of a token, within 5 standard errors
+    if masked_tokens:  # `respond` samples from this table: 4,000 draws of a token agree within 5 standard errors.
         drawn = player.respond([[4]] * 4000, 0, temperature=0.1, max_new_tokens=1)
         shares = torch.bincount(torch.tensor([ids[0] for ids, _ in drawn]), minlength=11) / 4000
         p = player.response_logps([([4], *[[token] for token in range(11)])], 0.1)[:, 0].detach().exp()

@@ -24,11 +24,11 @@ def texts(svg: str) -> set[str]:
     ],
 )
 def test_signs_of_degeneration_are_warned_of(now, said):
-    """Real responses that lose more than 0.1 nats per token; cut responses that become 5% more; both only by more."""
+    """Signs are more than 0.1 nats per token lost by real responses, over 5% more cut responses, and skipped steps."""
     before = {"iterate": 1, "nll": 1.0, "truncated": 0.02, "skipped": 0}
     found = console.warnings([before, before | {"iterate": 2} | now])
     assert len(found) == bool(said) and all(text in found[0] for text in said)
-    start = {"iterate": 0, "nll": 1.0}  # which has no share of cut responses
+    start = {"iterate": 0, "nll": 1.0}  # The start has no share of cut responses.
     assert console.warnings([start]) == []
     assert console.warnings([start, {"iterate": 1, "nll": 1.0, "truncated": 1, "skipped": 0}]) == []
 
@@ -50,7 +50,7 @@ def test_a_table_is_aligned():
 
 
 def test_metrics_that_are_0_throughout_are_left_out():
-    """As exact match is for long answers; one that is 0 for some iterates stays. Those of --metric come last."""
+    """Exact match is 0 for long answers; a metric that is 0 for some iterates stays. Metrics of --metric come last."""
     rows = [
         {"iterate": 0, "greedy_f": 5.0, "greedy_f_se": 1.0, "greedy": 0, "greedy_se": 0, "sampled": 0, "sampled_se": 0},
         {"iterate": 1, "greedy_f": 6.0, "greedy_f_se": 1.0, "greedy": 0, "greedy_se": 0, "sampled": 0.1}

@@ -116,7 +116,7 @@ def test_models_of_different_contexts_are_measured_on_common_examples(start, dat
 
 
 def test_held_out_metrics_are_those_of_the_run(run, data, capsys, tmp_path):
-    """With the limit of the run they are computed on the same examples; KL is that from the first model."""
+    """With the limit of the run the metrics are computed on the same examples; KL is that from the first model."""
     argv = [run / "iterate-0", "--compare", run / "iterate-2", "--eval-data", data, "--eval-limit", 20]
     text = asked([*argv, "--metric", "edit_distance", "--out", tmp_path / "m"], capsys)
     first, last = written = rows(tmp_path / "m")
@@ -148,7 +148,7 @@ def test_an_adapter_outside_its_run_needs_its_base(run, start, answers, tmp_path
 
 
 def test_what_a_run_began_with_holds_for_its_iterates(run, tmp_path):
-    """--eos, --special-tokens, and the adapter of its start. An option of respond.py goes before."""
+    """--eos, --special-tokens and the start's adapter hold for iterates. An option of respond.py takes precedence."""
     (tmp_path / "run").mkdir()
     record, adapter = json.loads((run / "run.json").read_text()), str(run / "iterate-2")
     record["args"] |= {"eos": "394", "special_tokens": True, "adapter": adapter}

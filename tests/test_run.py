@@ -78,7 +78,7 @@ def test_a_run_resumes_at_the_step_and_the_shard_it_had_reached(start, data, her
 
     def step(*args):
         steps.append(1)
-        if len(steps) == 5:  # of 3 steps in the first iteration and 6 in the second
+        if len(steps) == 5:  # There are 3 steps in the first iteration and 6 in the second.
             raise OSError(errno.EIO, "the disk has gone")
         return take(*args)
 
@@ -94,7 +94,7 @@ def test_a_run_resumes_at_the_step_and_the_shard_it_had_reached(start, data, her
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_run_on_cuda_resumes(start, data, here, rank):
-    """Not bit-identical there, but with nothing lost or doubled, and with the random numbers of dropout in place."""
+    """The end is not bit-identical, but nothing is lost or doubled, and the random numbers of dropout are in place."""
     argv = small(start, data, device="cuda", rank=rank, lr=1e-3, alpha=0.5, history=0)
     steps = itertools.count(1)
     die_at(Training, "step", argv, lambda *args: next(steps) == 8, script=family)
@@ -117,7 +117,7 @@ def test_a_run_on_cuda_resumes(start, data, here, rank):
     ],
 )
 def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsys, command, changed, options):
-    """It is read again: with LoRA for final/, with --alpha as the base policy, if it is not the model below."""
+    """The start is read again: with LoRA for final/, with --alpha as the base policy, if it is not the model below."""
     script, original = SCRIPTS[command], SCRIPTS[command].score
     shutil.copytree(start, here / "model")
     model = GPTNeo.from_pretrained(start)
@@ -142,7 +142,7 @@ def test_a_start_that_changes_during_the_run_is_noticed(start, data, here, capsy
 
 
 def test_dropout_of_the_config_is_off_unless_asked_for(start, data, tmp_path):
-    """The opponent is scored without it: the first loss is ln 2 and every margin 0. --dropout keeps it."""
+    """The opponent is scored without dropout: the first loss is ln 2 and every margin 0. --dropout keeps dropout."""
     model = shutil.copytree(start, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config |= {"embed_dropout": 0.3, "attention_dropout": 0.3, "resid_dropout": 0.3}
@@ -151,7 +151,7 @@ def test_dropout_of_the_config_is_off_unless_asked_for(start, data, tmp_path):
         out = tmp_path / str(dropout)
         assert spin.main(flags(model, data, out, rank=0, lr=1e-3, dropout=dropout, **FEW)) == 0
         first = rows(out / "steps-0.jsonl")[0]
-        rounding = 50 * torch.finfo(torch.float32).eps  # of log-probabilities of about -20, scored in other batches
+        rounding = 50 * torch.finfo(torch.float32).eps  # rounding of log-probabilities near -20 in other batches
         assert (abs(first["loss"] - math.log(2)) < rounding) == (dropout is None)
         assert json.loads((out / "final/config.json").read_text())["embed_dropout"] == 0.3, "final/ is as the start"
 
@@ -181,7 +181,7 @@ def test_memory_speed_and_places_of_inputs_may_change(begun, start, data, capsys
     folder = Folder(begun / "run")
     folder.write_record(folder.record() | {"torch": "1.0"})
     changes = dict(gen_batch=4, gen_tokens=500, checkpoint=True, save_minutes=5, best="sampled")
-    changes |= dict(precision="auto")  # fp32 on a CPU, as it was
+    changes |= dict(precision="auto")  # auto is fp32 on a CPU, as before.
     assert spin.main(small(moved, begun / "words.jsonl", **changes)) == 0
     printed = capsys.readouterr().out
     assert "resuming run: 1 of 2 iterations are finished" in printed and "the run began with torch 1.0" in printed
@@ -231,7 +231,7 @@ def test_two_processes_do_not_share_a_directory(begun, start, data, capsys):
 
 
 def test_files_of_a_process_that_ran_while_this_one_loaded_are_not_taken_over(start, data, here, monkeypatch, capsys):
-    """It ran with other options in the same folder, and ended before this process took the lock."""
+    """The other process ran with other options in the same folder, and ended before this one took the lock."""
     original = cli.setup
 
     def setup(*args):
@@ -263,7 +263,7 @@ def test_a_folder_with_another_run_json_is_refused(start, data, here, capsys, te
 
 
 def test_iterations_of_a_finished_run_may_grow(start, data, here, capsys):
-    """It ends like one that had them all from the beginning, also if it dies on the way; other options stay."""
+    """A grown run ends like one that had all iterations at first, also if it dies on the way; other options stay."""
 
     def argv(**options):
         return small(start, data, **(FEW | dict(rank=0) | options))
@@ -283,7 +283,7 @@ def test_iterations_of_a_finished_run_may_grow(start, data, here, capsys):
 
 
 def test_pairs_of_an_iteration_that_has_none_are_an_empty_file(start, data, here, monkeypatch):
-    """With --mix-previous it trains on those of the iteration before, and the next iteration reads its own none."""
+    """With --mix-previous such an iteration trains on pairs of the one before; the next iteration finds none to add."""
     generate = spin.generate
 
     def some(opponent, examples, t, run):
@@ -299,7 +299,7 @@ def test_pairs_of_an_iteration_that_has_none_are_an_empty_file(start, data, here
 def test_a_finished_run_says_so(start, data, whole, here, capsys):
     """The same command changes nothing (uclaml #10: duplicate rows), a command with other options is refused."""
     shutil.copytree(whole, here / "run")
-    (here / "run/resume").mkdir()  # of a process that died in its last line
+    (here / "run/resume").mkdir()  # A process that died in its last line left this folder.
     assert spin.main(small(start, data)) == 0
     assert "run: this run is finished" in capsys.readouterr().out
     assert tree(here / "run") == tree(whole) and not (here / "run/resume").exists()

@@ -71,7 +71,7 @@ def test_sft_recipe_trains_from_scratch(here):
 
 
 def test_gsm8k_at_the_125m_shape(here):
-    """One short iteration on real text and the real vocabulary, through two of the twelve layers."""
+    """One short iteration runs on real text with the real vocabulary, through two of the twelve layers."""
     if not SHARED.is_dir():
         pytest.skip("SPIN_SHARED names no directory with GSM8K and the GPT-2 vocabulary")
     kinds = ((("global", "local"), 1),)

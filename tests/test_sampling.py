@@ -20,7 +20,7 @@ EOS = 50
 
 @pytest.fixture(scope="module")
 def model() -> GPTNeo:
-    """Weights large enough for distributions far from uniform, and a window shorter than the prompts."""
+    """A model with weights large enough for distributions far from uniform, and a window shorter than the prompts."""
     return random_model(51, EOS, hidden_size=32, num_heads=4)
 
 
@@ -51,7 +51,7 @@ def test_a_freed_slot_is_refilled_immediately(model, monkeypatch):
     spy(monkeypatch, Batch, "_step", lambda a, k: seen.append((int(a[0].active.sum()), a[0].size)))
     settings = dict(max_new_tokens=20, eos_token_id=EOS, temperature=1.5, batch_size=8)
     responses = respond(model, prompts(30), progress=lambda *args: counts.append(args), **settings)
-    tokens = sum(len(ids) - 1 for ids in responses.ids)  # the first comes from the prompt's pass
+    tokens = sum(len(ids) - 1 for ids in responses.ids)  # The first token comes from the prompt's pass.
     assert [*map(sum, zip(*counts))] == [30, tokens + 30] and len(counts) > 6
     assert sum(active for active, _ in seen) == tokens
     drained = [active < 8 for active, _ in seen].index(True)
@@ -143,7 +143,7 @@ def test_a_long_prompt_is_prefilled_alone(model, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_models_logps_come_from_fp32_logits(model, monkeypatch, dtype):
-    """They equal those of fp32 products of the same hidden states; rounded logits would be off by 1e-2."""
+    """Log-probabilities equal those of fp32 products of the same hidden states; rounded logits would be off by 1e-2."""
     low, hidden = copy.deepcopy(model).to(dtype), []
     for name in ("forward", "decode"):
         call = getattr(low, name)
@@ -200,7 +200,7 @@ def test_filters_equal_transformers():
 
 
 def test_uniforms_are_splitmix64_of_a_hash():
-    """Compared with Python's integers, over both halves of the range of int64."""
+    """Uniforms are compared with Python's integers, over both halves of the range of int64."""
 
     def expected(seed, row, i):
         start = int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8], "big")
@@ -216,7 +216,7 @@ def test_uniforms_are_splitmix64_of_a_hash():
 
 
 def test_every_token_of_a_long_tail_can_be_drawn():
-    """Neighbours of probability 1e-9 each: 24 bits would never draw most of them."""
+    """Neighbours have probability 1e-9 each: 24 bits would never draw most of them."""
     logits = torch.zeros(1, 1000)
     logits[0, 0] = math.log(1e9)
     cumulated = logits.double().softmax(1).cumsum(1)
@@ -241,4 +241,4 @@ def test_under_autocast_the_cache_has_its_dtype(model, monkeypatch):
     assert [cache.keys[0].dtype for cache in caches] == [torch.float32, torch.bfloat16]
     firsts = torch.tensor([[logps[0] for logps in r.logps] for r in (expected, responses)])
     assert [ids[0] for ids in responses.ids] == [ids[0] for ids in expected.ids]
-    torch.testing.assert_close(firsts[0], firsts[1], atol=0.2, rtol=0)  # bf16 hidden states
+    torch.testing.assert_close(firsts[0], firsts[1], atol=0.2, rtol=0)  # Hidden states are bf16.

@@ -36,7 +36,7 @@ def exact_kl(hidden, weight, other_hidden, other_weight):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("rows_per_tile", [1, 5, 100])
 def test_the_divergence_and_its_gradients_equal_float64(monkeypatch, dtype, frozen, rows_per_tile):
-    """Tiles of one row, some that leave a rest, and one tile; logits up to 50, so that probabilities underflow."""
+    """Tiles have one row, leave a rest, or are one for all; logits are up to 50, so that probabilities underflow."""
     N, V, rng = 17, 41, torch.Generator().manual_seed(0)
     monkeypatch.setattr(kernels.divergence, "TILE_LOGITS", rows_per_tile * V)
     tensors = [torch.randn(n, d, generator=rng).mul(3).to(dtype) for n, d in ((N, 8), (V, 8), (N, 12), (V, 12))]
@@ -57,7 +57,7 @@ def test_the_divergence_and_its_gradients_equal_float64(monkeypatch, dtype, froz
 
 
 def test_the_minimiser_is_the_teacher():
-    """A softmax table of four prompts and five tokens. Its own head is trained, the teacher's gets no gradient."""
+    """A softmax table of four prompts and five tokens is trained; the teacher's head gets no gradient."""
     p_teacher = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).add(0.1)
     table, prompts = torch.zeros(5, 4, requires_grad=True), torch.eye(4)
     teacher = p_teacher.log().T.clone().requires_grad_()
@@ -77,24 +77,14 @@ def test_the_minimiser_is_the_teacher():
 # ---------------------------------------------------------------- ten steps
 
 
-def test_ten_losses_equal_trls(monkeypatch, tmp_path):
-    """All parameters, full logits, alpha 1 (reverse KL), a teacher that stays the start, and given responses.
-
-    A Llama, since TRL pads prompts on the left, which shifts the positions of a GPT-Neo.
-    """
-    pytest.importorskip("trl")
+def losses_of_trl(model: Llama, prompts: list, demonstrations: list, answer_of: dict, folder) -> list[float]:
+    """Losses of TRL's trainer, which begins at `model` and is given its responses. It works in `folder`."""
     from datasets import Dataset
     from generation_cases import in_transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from training_cases import our_run
     from transformers import PreTrainedTokenizerFast
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    rng = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 15, (24,), generator=rng).tolist()
-    ids = [torch.randint(1, 96, (length,), generator=rng).tolist() for length in lengths]
-    prompts, demonstrations, answers = ids[:8], ids[8:16], ids[16:]
-    answer_of = {tuple(prompt): [*answer, 96] for prompt, answer in zip(prompts, answers)}
     losses = []
 
     class Trainer(SDFTTrainer):
@@ -105,16 +95,13 @@ def test_ten_losses_equal_trls(monkeypatch, tmp_path):
             losses.append(super().compute_loss(*args, **kwargs))
             return losses[-1]
 
-    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, initializer_range=0.2)
-    llama = LlamaConfig(model_type="llama", num_attention_heads=4, num_key_value_heads=2, eos_token_id=96, **sizes)
-    model = Llama(llama).init_weights(torch.Generator().manual_seed(0)).eval()
-    in_transformers(model).save_pretrained(tmp_path / "start")
+    in_transformers(model).save_pretrained(folder / "start")
     words = {"<pad>": 0, "<eos>": 96} | {f"w{i}": i for i in range(1, 96)}
     tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     texts = [[" ".join(f"w{i}" for i in ids) for ids in column] for column in (prompts, demonstrations)]
     config = SDFTConfig(
-        str(tmp_path / "trl"), distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None,
+        str(folder / "trl"), distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None,
         teacher_model_kind="base", teacher_prompt_template="{privileged_context} {prompt}", num_generations=1,
         shuffle_dataset=False, per_device_train_batch_size=4, num_train_epochs=5, learning_rate=3e-3, warmup_steps=0,
         weight_decay=0, report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False,
@@ -123,11 +110,28 @@ def test_ten_losses_equal_trls(monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Trainer(
-            model=str(tmp_path / "start"), args=config,
+            model=str(folder / "start"), args=config,
             train_dataset=Dataset.from_dict({"prompt": texts[0], "privileged_context": texts[1]}),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
         ).train()  # fmt: skip
+    return [loss.item() for loss in losses]
 
+
+def test_ten_losses_equal_trls(monkeypatch, tmp_path):
+    """All parameters are trained with full logits, alpha 1 (reverse KL), the start as teacher, and given responses.
+    The model is a Llama, since TRL pads prompts on the left, which shifts the positions of a GPT-Neo."""
+    pytest.importorskip("trl")
+    from training_cases import our_run
+
+    rng = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 15, (24,), generator=rng).tolist()
+    ids = [torch.randint(1, 96, (length,), generator=rng).tolist() for length in lengths]
+    prompts, demonstrations, answers = ids[:8], ids[8:16], ids[16:]
+    answer_of = {tuple(prompt): [*answer, 96] for prompt, answer in zip(prompts, answers)}
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, initializer_range=0.2)
+    llama = LlamaConfig(model_type="llama", num_attention_heads=4, num_key_value_heads=2, eos_token_id=96, **sizes)
+    model = Llama(llama).init_weights(torch.Generator().manual_seed(0)).eval()
+    expected = losses_of_trl(model, prompts, demonstrations, answer_of, tmp_path)
     player, run = our_run(model, False, sdft.SdftOptions, batch=4, epochs=(5,), lr=(3e-3,), micro_tokens=60, rank=0)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
     monkeypatch.setattr(player, "respond", lambda asked, *_, **__: [(answer_of[tuple(p)], True) for p in asked])
@@ -136,7 +140,7 @@ def test_ten_losses_equal_trls(monkeypatch, tmp_path):
     spin.optimize(player, examples, sdft.distillation(player, teacher, run), 0, run)
     ours = [row["loss"] for row in rows(run.folder.path / "steps-0.jsonl")]
     assert len(ours) == 10 and min(ours) < 0.8 * ours[0]
-    assert ours == pytest.approx([loss.item() for loss in losses], rel=1e-4)
+    assert ours == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------- the teacher, and whole runs
@@ -182,7 +186,7 @@ def test_the_teacher_is_theta_t_and_every_step_draws_afresh(start, data, tmp_pat
 
 
 def test_a_run_that_died_twice_ends_with_the_same_files(start, data, here):
-    """It dies amid the steps of both iterations."""
+    """The run dies amid the steps of both iterations."""
     options = dict(lora_dropout=0.1, precision="bf16", iterations=2, prompts=24, batch=8, eval_limit=4)
     argv = sdft_flags(start, data, "run", **options)
     for t in range(2):

@@ -17,14 +17,14 @@ REVISE = r"{prompt}{response}\n\n### Response: "
 
 
 def seft_flags(start, data, out, **options) -> list[str]:
-    """A command line of a tiny run; no option of self-play."""
+    """A command line of a tiny run, without options of self-play."""
     return flags(start, data, out, **(dict(beta=None, revise_template=REVISE, save_minutes=0) | options))
 
 
 @pytest.fixture(scope="module")
 def reviser(start, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("reviser") / "run"
-    assert seft.main(seft_flags(start, data, out, rank=0, epochs=4, eval_limit=4)) == 0  # Some of its revisions end.
+    assert seft.main(seft_flags(start, data, out, rank=0, epochs=4, eval_limit=4)) == 0  # Some revisions end.
     first, *_, last = rows(out / "steps-0.jsonl")
     assert last["loss"] < 0.8 * first["loss"]
     return out
@@ -100,8 +100,8 @@ def test_a_reviser_whose_training_died_ends_bit_identical(start, data, here):
 
 
 def test_the_policy_is_fine_tuned_on_revisions_of_its_responses(start, data, reviser, tmp_path, monkeypatch):
-    """pairs-0.jsonl holds them, revision first; the first loss is their negative log-probability a token. The second
-    round revises what the evolved policy writes."""
+    """pairs-0.jsonl holds revisions and responses, in this order; the first loss is the revisions' negative
+    log-probability per token. The second round revises what the evolved policy writes."""
     prompts = write_rows(tmp_path / "prompts.jsonl", ({"prompt": r["prompt"]} for r in rows(data)[:40]))
     out, policies = tmp_path / "run", []
     options = dict(reviser=reviser, eval_data=data, eval_limit=4, rank=0, lr=1e-3, batch=500, iterations=2)

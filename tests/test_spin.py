@@ -34,7 +34,7 @@ def test_loss_on_hand_computed_numbers():
 
 
 def test_pair_loss_puts_the_four_log_probabilities_in_their_places(monkeypatch):
-    """The hand-computed numbers above, from pairs and a player that is known.
+    """Pairs and a player that is known give the hand-computed numbers above.
 
     The two bugs of the seed implementation give other numbers on the same input: with the opponent's generated in
     place of its real log-probability the margin is (-2 + 4) - (-5 + 4) = 3, with the real term's sign flipped 0.
@@ -63,11 +63,11 @@ def test_pair_loss_puts_the_four_log_probabilities_in_their_places(monkeypatch):
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
 def test_the_first_gradient_of_an_iteration_is_half_beta_times_the_supervised_one(beta):
-    """In expectation, for a table of responses. Where it ends is in test_losses.py, at alpha 0."""
+    """The gradient is an expectation over a table of responses. test_losses.py has the optimum, at alpha 0."""
     p_data, p_opponent = TABLES
     logits = p_opponent.log().requires_grad_()
     ratios = logits.log_softmax(0) - p_opponent.log()
-    losses = spin.spin_loss(ratios[:, None], ratios[None], beta)  # by real and generated response
+    losses = spin.spin_loss(ratios[:, None], ratios[None], beta)  # losses by real and generated response
     (gradient,) = torch.autograd.grad((p_data[:, None] * p_opponent * losses).sum(), logits)
     (supervised,) = torch.autograd.grad(-(p_data * logits.log_softmax(0)).sum(), logits)
     torch.testing.assert_close(gradient, beta / 2 * supervised)
@@ -115,7 +115,7 @@ def test_opponent_of_iteration_1_is_the_player_after_iteration_0(played, start, 
 
 
 def test_scoring_happens_once_before_training_and_with_the_one_model(start, data, tmp_path, monkeypatch):
-    """No second model: every forward pass of a whole run goes through the same module."""
+    """There is no second model: every forward pass of a whole run goes through the same module."""
     models, phases, merges = set(), [], []
     spy(monkeypatch, GPTNeo, "forward", lambda a, k: models.add(id(a[0])))
     for where, name in ((spin, "generate"), (spin, "score"), (spin, "train"), (Run, "evaluate")):
@@ -128,14 +128,14 @@ def test_scoring_happens_once_before_training_and_with_the_one_model(start, data
 
 
 def test_previous_pairs_are_mixed_in_on_request(played):
-    """Those of the last iteration alone: the third one has as many steps as the second."""
+    """Only pairs of the last iteration are mixed in: the third iteration has none of the first."""
     pairs, steps = ([len(rows(played[0] / f"{name}-{t}.jsonl")) for t in range(3)] for name in ("pairs", "steps"))
     assert steps == [math.ceil(count / 16) for count in (pairs[0], pairs[0] + pairs[1], pairs[1] + pairs[2])]
 
 
 def test_options_reach_what_they_are_for(start, data, tmp_path, monkeypatch):
-    """The opponent samples as asked, nothing else does; beta, lr, epochs, clip, checkpoint; new prompts and noise every
-    time. Lists hold one value per iteration. Signs of degeneration are logged."""
+    """The opponent samples as asked, nothing else does; beta, lr, epochs, clip and checkpoint act; prompts and noise
+    are new every time. Lists hold one value per iteration. Signs of degeneration are logged."""
     sampled, betas, clips, chosen, recomputed = [], [], [], [], []
     spy(monkeypatch, sampling, "respond", lambda a, k: sampled.append(k))
     spy(monkeypatch, spin, "pair_loss", lambda a, k: betas.append(a[2]))
@@ -194,7 +194,7 @@ def test_sampled_ids_are_scored_as_sampled(start, data, tmp_path, monkeypatch):
 
 
 def test_generation_and_training_see_the_same_prompt(start, data, tmp_path, monkeypatch):
-    """One template, encoded once: the ids that were sampled from are the ids that are trained on (uclaml #33)."""
+    """The template is encoded once: the ids that were sampled from are the ids that are trained on (uclaml #33)."""
     prompts = []
     spy(monkeypatch, sampling, "respond", lambda a, k: prompts.extend(a[1]))
     player, examples, run = begin(start, data, tmp_path / "run", template="Say {prompt}: ")
@@ -259,7 +259,7 @@ def test_training_raises_real_and_lowers_generated_responses(start, data, tmp_pa
 
 
 def test_micro_batches_change_nothing(start, data, tmp_path, monkeypatch):
-    """16 pairs a step, cut into single pairs, a few or not at all, give the same weights, the last small step's too.
+    """16 pairs per step, cut into single pairs, a few or not at all, give the same weights, the last small step's too.
 
     Neither the mean loss nor the norm of its gradient, before it is clipped, depends on the cut.
     """

@@ -36,7 +36,7 @@ def test_a_signal_before_anything_has_begun(start, data, here, monkeypatch, caps
 
 
 def test_a_signal_saves_the_step_and_says_how_to_resume(start, data, here, whole, monkeypatch, capsys, handlers):
-    """The step in which it arrives is finished and saved. The same command then ends as if nothing happened."""
+    """The step in which the signal arrives is finished and saved. The same command then ends as if nothing happened."""
     argv, steps = small(start, data, save_minutes=1000), itertools.count(1)
     checkpoint = here / "run/resume/iterate-1/train.safetensors"
 
@@ -67,7 +67,7 @@ def test_a_second_signal_ends_the_process_at_once(launch, start, data, here):
 
 
 def test_a_signal_in_generation_keeps_the_shards_that_are_finished(start, data, here, monkeypatch, capsys):
-    """It stops between two tokens of the second shard; the 8 responses of the first one are not sampled again."""
+    """The run stops between two tokens of the second shard; the 8 responses of the first one are not sampled again."""
     argv, folder, sampled = small(start, data, iterations=1), here / "run/resume/iterate-1", []
 
     def look(args, _):

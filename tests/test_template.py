@@ -18,7 +18,7 @@ CHATML = (
     "{{ '<|im_end|>' }}\n{% endfor %}\n"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-OTHERS = [  # They are written in the ways of known models.
+OTHERS = [  # These templates are written in the ways of known models.
     "{{ bos_token }}{% for message in messages %}{% if loop.index0 > 5 %}{% break %}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -62,7 +62,7 @@ def test_a_chat_template_gives_the_ids_of_transformers(source, turns, tokenizer)
 @pytest.mark.parametrize("text", [TEXT, "Say {prompt} or {prompt}: ", '"{prompt}" \\n {{x}}\n', "{prompt}"])
 @pytest.mark.parametrize("turns", [CONVERSATION, CONVERSATION[-1:]])
 def test_a_text_template_is_exported_as_a_chat_template_that_writes_the_same(text, turns, tokenizer):
-    """Several turns: the template for each of the user's, the others with a blank line behind them."""
+    """Each turn of the user is in the template, and the other turns have a blank line behind them."""
     assert ours(tokenizer, text, turns) == theirs(tokenizer, jinja_of(text), turns)
     expected = "".join(text.replace("{prompt}", t) if role == "user" else f"{t}\n\n" for role, t in turns)
     assert tokenizer.decode(ours(tokenizer, text, turns), skip_special_tokens=False) == expected
@@ -116,7 +116,7 @@ def test_a_template_that_leaves_out_the_text_of_the_user_is_refused(tokenizer):
     ],
 )  # fmt: skip
 def test_the_end_of_a_turn_is_what_the_template_writes_behind_it(source, ends, tokenizer):
-    """Of two ends that begin alike it is the longer one."""
+    """Of two ends that begin alike the longer one is chosen."""
     tokenizer.add_special_tokens([AddedToken("<|im_end|>!", special=True)])
     end = Template(source, tokenizer, VARIABLES).turn_end()
     assert end == (ends and tokenizer.token_to_id(ends))
@@ -166,7 +166,7 @@ def test_messages_take_the_chat_template_and_texts_the_text(chat, start, data, t
 
 
 def test_responses_end_as_the_chat_template_ends_a_turn(chat, data, talks, tmp_path):
-    """--eos goes before, and with a text template the end is that of config.json."""
+    """--eos takes precedence, and with a text template the end is that of config.json."""
     file = chat / "chat_template.jinja"
     file.write_text("{% for m in messages %}{{ m.content + '### Instruction: ' }}{% endfor %}")
 

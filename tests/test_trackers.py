@@ -11,7 +11,7 @@ import spin
 from report import trackers
 
 CHEAP = dict(prompts=16, eval_limit=4)
-EVENTS = [  # of a run of two iterations: (event, file, row)
+EVENTS = [  # (event, file, row) of a run of two iterations
     ("iterate", "metrics", {"iterate": 0, "nll": 2.0, "frontier": []}),
     *(("step", "steps-0", {"iteration": 0, "step": n, "loss": 0.1 * n, "skipped": False}) for n in (1, 2, 3)),
     ("iterate", "metrics", {"iterate": 1, "nll": 1.5, "since_start": {}}),
@@ -25,7 +25,7 @@ LOGGED = [
 
 
 def process(out, events, finished=False):
-    """What a process logs that takes part in the run. It tells of a step and writes it, but writes an iterate first."""
+    """What a process of the run logs. A step is told before it is written, an iterate only afterwards."""
     logged = []
 
     def log(values, number):
@@ -51,9 +51,9 @@ def process(out, events, finished=False):
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("died", range(1, len(EVENTS) + 1))
 def test_a_resumed_run_logs_every_row_under_its_number(died, told, tmp_path):
-    """A process dies after any event, or before it has told of it; the next one repeats an unfinished iteration."""
+    """A process dies after any event, or before the event is told; the next one repeats an unfinished iteration."""
     assert process(tmp_path, EVENTS[: died - 1 + told]) == LOGGED[: died - 1 + told]
-    if not told and EVENTS[died - 1][0] == "iterate":  # it had written the row
+    if not told and EVENTS[died - 1][0] == "iterate":  # The process had written the row.
         with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(EVENTS[died - 1][2]) + "\n")
     finished = len(rows(tmp_path / "metrics.jsonl")) - 1

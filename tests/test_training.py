@@ -110,7 +110,7 @@ def test_sft_minimises_the_mean_token_loss(start, data, tmp_path):
 
 
 def test_a_tie_counts_as_wrong():
-    """accuracy is the share of margins above 0, and so is it if all are 0."""
+    """accuracy is the share of margins above 0, so it is 0 if all margins are 0."""
     player = SimpleNamespace(device="cpu", response_logps=lambda items: torch.zeros(2, len(items)))
     pair = spin.Pair([1], [2], [[3]], True, "", 0.0, [0.0])
     values = spin.pair_loss(player, [pair], 1.0)

@@ -30,7 +30,7 @@ def tiny() -> GPTNeo:
 
 
 def random_pairs(count: int) -> list[Pair]:
-    """Ragged, and beyond the local window."""
+    """Pairs of ragged lengths, some beyond the local window."""
     rng = torch.Generator().manual_seed(1)
 
     def ids(longest: int) -> list[int]:
@@ -70,7 +70,7 @@ def ours(model: GPTNeo, pairs: list[Pair], monkeypatch, **options) -> list[float
 
 
 def test_the_first_20_losses_equal_trls(monkeypatch):
-    """fp32, LoRA from the same A: within 1e-4 relative. TRL computes the reference's log-probabilities in each step."""
+    """Losses in fp32, LoRA from the same A, agree within 1e-4 relative. TRL scores with the reference in each step."""
     pairs = random_pairs(80)
     model, expected = theirs(pairs, precompute=False, beta=0.5)
     losses = ours(model, pairs, monkeypatch, beta=(0.5,))
@@ -83,7 +83,7 @@ def test_the_first_20_losses_equal_trls(monkeypatch):
     "name, trls, beta, factor", [("hinge", "hinge", 0.5, 1), ("ipo", "ipo", 2.0, 1), ("sppo", "sppo_hard", 0.5, 2)]
 )
 def test_other_losses_equal_trls(monkeypatch, name, trls, beta, factor):
-    """Six steps each, after TRL's scoring. Its SPPO is the sum over both responses, ours (and the authors') half."""
+    """Six steps follow TRL's scoring. TRL's SPPO is the sum over both responses, ours (and the authors') half of it."""
     pairs = random_pairs(24)
     model, expected = theirs(pairs, precompute=True, beta=beta, loss=trls)
     losses = ours(model, pairs, monkeypatch, beta=(beta,), loss=name)
@@ -92,7 +92,7 @@ def test_other_losses_equal_trls(monkeypatch, name, trls, beta, factor):
 
 
 def test_losses_of_dynamic_fine_tuning_equal_trls(monkeypatch, tmp_path):
-    """All parameters, ten steps. TRL divides by the tokens of the batch, so here all responses have as many."""
+    """Ten steps train all parameters. TRL divides by the tokens of the batch, so here all responses have as many."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -100,7 +100,7 @@ def test_losses_of_dynamic_fine_tuning_equal_trls(monkeypatch, tmp_path):
 
     class Trainer(SFTTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset  # already token ids
+            return dataset  # The dataset already holds token ids.
 
         def compute_loss(self, *args, **kwargs):
             losses.append(super().compute_loss(*args, **kwargs))

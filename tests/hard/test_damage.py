@@ -53,14 +53,14 @@ def died(start, data, tmp_path_factory):
 
 
 def spoil(path, damage, rng) -> bool:
-    """Whether the file is another one then."""
+    """Damages or removes the file. Returns whether that made a difference."""
     content = path.read_bytes()
     path.unlink() if damage is None else path.write_bytes(damage(content, rng))
     return damage is None or path.read_bytes() != content
 
 
 def test_no_damage_to_any_file_is_silent(died, whole, start, data, here, capsys):
-    """Every file that a resumed run finds, damaged in one of the ways: the same end as without damage, or one line."""
+    """Every third file that a resumed run finds is damaged: the end is that without damage, or one line is printed."""
     expected, rng = tree(whole), random.Random(0)
     ends = []
     for name, damage in zip(sorted(tree(died))[::3], itertools.cycle(DAMAGES)):  # every third file: it takes long
@@ -78,7 +78,7 @@ def test_no_damage_to_any_file_is_silent(died, whole, start, data, here, capsys)
 
 
 def test_a_finished_run_has_all_its_files(whole, start, data, here, capsys):
-    """One missing or changed file of a finished run, final/ and earlier iterates included: exit code 2, one line."""
+    """A finished run misses any removed or changed file, of final/ and earlier iterates, too: exit code 2, one line."""
     shutil.copytree(whole, here / "run")
     files = {name: content for name, content in tree(here / "run").items() if name != "metrics.svg"}
     for (name, content), damage in zip(files.items(), itertools.cycle((None, flipped))):
@@ -108,7 +108,7 @@ def test_a_run_that_is_removed_stays_removed(start, data, here, monkeypatch, cap
 
 @contextlib.contextmanager
 def largest_file(size: int):
-    """The kernel refuses to write more than so many bytes into one file."""
+    """The kernel refuses to write more than `size` bytes into one file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -127,7 +127,7 @@ def test_files_that_cannot_be_written(start, data, here, whole, capsys, size):
         code = spin.main(small(start, data))
     assert code == (2 if size == 200 else 1)
     lines = capsys.readouterr().err.splitlines(keepends=True)
-    error = "".join(line for line in lines if "report.html: not written" not in line)  # of the page a warning
+    error = "".join(line for line in lines if "report.html: not written" not in line)  # The page gets a warning.
     assert error.count("\n") == 1 and error.startswith("spin.py: error: ") and "run/" in error, error
     assert not [name for name in tree(here) if ".tmp" in name]
     assert spin.main(small(start, data)) == 0

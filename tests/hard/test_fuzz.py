@@ -85,7 +85,7 @@ def fuzz(end, path, contents, least: int) -> None:
 
 
 def test_what_the_cases_start_from_is_accepted(end):
-    """Or the cases below would prove nothing."""
+    """The undamaged input is accepted, or the cases below would prove nothing."""
     assert end() == "" and end(sft) == ""
 
 

@@ -19,7 +19,7 @@ from examples import seft
     ],
 )  # fmt: skip
 def test_killed_at_random_moments_ends_bit_identical(launch, start, data, tmp_path, seed, script, options):
-    """SIGKILL from the first file to the last ones; all files at the end are those of a run that was never stopped.
+    """SIGKILL hits a run from the first file to the last ones; all files at the end are those of an undisturbed run.
 
     The moments are calls: of writes and renames, of checkpoints, of steps of sampling, of scoring and of training.
     """

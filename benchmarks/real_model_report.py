@@ -30,7 +30,7 @@ COLUMNS = {  # measure -> (title, scale, digits)
 IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length", "repeats", "unfinished")
 QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: larger values are better; -1: smaller ones
 READ = ("B", "C", "R")  # arms whose definitions stand beside the start's
-LONGEST = 32  # letters of a definition in a document
+LONGEST = 28  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors, by Student's t.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 

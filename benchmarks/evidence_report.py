@@ -126,8 +126,8 @@ def verdict(found: Row) -> str:
     counts = [{0: "none is", 1: "one is"}.get(len(some), f"{len(some)} are") for some in (wins, ahead, below)]
     text = (
         f"Of {len(rows)} settings of self-play, each over two to five seeds, **{counts[0]} better than both "
-        f"controls at equal entropy**, as surely as {SURE} standard errors of a normal variable; {counts[1]} better than "
-        f"the start, and {counts[2]} worse than one of the controls or both."
+        f"controls at equal entropy**, as surely as {SURE} standard errors of a normal variable; {counts[1]} better "
+        f"than the start, and {counts[2]} worse than one of the controls or both."
     )
     for row in wins:
         over_start, over_supervised = (row[name].strip("*") for name in ("ahead of start", "ahead"))

@@ -3,7 +3,6 @@
 `found` has the facts of every trial, `values` a number of each word, by "model/measure".
 """
 
-import textwrap
 from collections.abc import Iterable, Sequence
 
 import measuring
@@ -29,21 +28,17 @@ COLUMNS = {  # measure -> (title, scale, digits)
 }  # fmt: skip
 IN_DOCUMENTS = ("nll", "best_nll", "summed", "per_token", "content at equal entropy", "length", "repeats", "unfinished")
 QUESTIONS = {"nll": -1, "best_nll": -1, "summed": 1, "per_token": 1}  # 1: larger values are better; -1: smaller ones
-READ = ("B", "C", "R")  # arms whose definitions stand beside the start's
-LONGEST = 28  # letters of a definition in a document
 SURE = 3.0  # Every seed must lead by so many standard errors, by Student's t.
 ENOUGH = 5.0  # Standard errors by which fresh definitions must beat more training, or the test set is too small
 
 
 def write_all(found: Row, values: Values, size: str) -> None:
-    """Writes the tables into the documents, the figure, and the table of every column."""
+    """Writes the tables into the documents, and the figure and a page with all of it beside the results."""
     report = Report(found, values)
     write_blocks(f"smollm2 {size}", report.block)
     if report.trials:
         (ROOT / f"benchmarks/results/smollm2-{size}.svg").write_text(report.figure())
-        (ROOT / "runs").mkdir(exist_ok=True)
-        parts = report.about(), report.changes(COLUMNS), report.verdict(), report.answers()
-        (ROOT / f"runs/smollm2-{size}-tables.md").write_text("\n".join(parts))
+        (ROOT / f"benchmarks/results/smollm2-{size}.md").write_text(report.page())
 
 
 class Report:
@@ -53,8 +48,12 @@ class Report:
 
     def block(self, name: str) -> str:
         """A block of a document."""
-        blocks = {"about": self.about, "table": self.changes, "verdict": self.verdict, "answers": self.answers}
-        return blocks[name]()
+        return {"about": self.about, "table": self.changes, "verdict": self.verdict}[name]()
+
+    def page(self) -> str:
+        """What is known of all trials: every column, and what the first trials of all arms wrote."""
+        title = "# SmolLM2-135M after further training, minus its start\n"
+        return "\n".join([title, self.about(), self.changes(COLUMNS), self.verdict(), self.answers()])
 
     def about(self) -> str:
         size, lengths = self.size, {name: f"{share:.0%}" for name, share in self.found["lengths"].items()}
@@ -152,13 +151,10 @@ class Report:
     # ------------------------------------------------------------ to be seen
 
     def answers(self) -> str:
-        """The beginnings of twelve greedy definitions of the start and of the first trial of each arm of READ."""
+        """Twelve greedy definitions of the start and of the first trial of each arm. The order of words is random."""
         first = {row["arm"]: row["texts"] for row in reversed(self.trials)}
-        texts = {"start": self.found["models"]["start"]["texts"]} | {arm: first[arm] for arm in READ if arm in first}
-        columns = {
-            name: lambda i, some=some: textwrap.shorten(some[i].replace("|", "/"), LONGEST, placeholder=" ...")
-            for name, some in texts.items()
-        }
+        texts = {"start": self.found["models"]["start"]["texts"]} | dict(sorted(first.items()))
+        columns = {name: lambda i, some=some: some[i].replace("|", "/") for name, some in texts.items()}
         return table(range(min(12, self.size["written"])), columns)
 
     def figure(self) -> str:

@@ -44,7 +44,7 @@ def check_same(args: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
         if not same and name == "command":
             raise ValueError(f"--out {args.out}: holds a run of {before}; give another --out")
         if not same and name not in may_change:
-            given, before = (as_typed(name, v) if name != "ranks" else f"{v} ranks" for v in (given, before))
+            given, before = (as_typed(name, v) if name != "ranks" else f"ranks {v}" for v in (given, before))
             raise ValueError(f"{given}: the run in {args.out} began with {before}; give the old value or another --out")
 
 

@@ -29,6 +29,7 @@ def test_documents_and_figure_say_what_is_stored(size):
         text = (ROOT / name).read_text()
         assert documents.with_blocks(text, f"smollm2 {size}", report.block) == text
     assert stored.with_suffix(".svg").read_text() == report.figure()
+    assert stored.with_suffix(".md").read_text() == report.page()
 
 
 @pytest.fixture
@@ -58,8 +59,9 @@ def test_all_parts_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     assert {(len(values[f"{key}/nll"]), len(values[f"{key}/summed"])) for key in found["trials"]} == {(8, 16)}
     report = Report(found, values)
     assert report.block("about").startswith(f"{len(real_model.ARMS)} trials, 0 not run")
-    for block in ("table", "verdict", "answers"):
+    for block in ("table", "verdict"):
         assert report.block(block).count("\n") > 2
+    assert report.answers().count("\n") == 2 + 4 and " | ".join(sorted(real_model.ARMS)) in report.answers()
     assert report.figure().count("<title>") == len(real_model.ARMS), "a spot for each trial"
     capsys.readouterr()
     real_model.main([*argv, *threads])

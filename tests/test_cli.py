@@ -218,7 +218,7 @@ def test_data_that_is_wrong_is_named_by_file_and_line(line, says, start, data, t
     [
         ({"data": None}, "--data is missing"), ({"start": None}, "--model is missing"),
         ({"start": "a.gguf"}, "neither a directory nor a hub id of the form owner/name[@revision]; smollm2/convert.py"),
-        ({"lora_targets": "nolayer"}, "nolayer"), ({"device": "cuda:99"}, "cuda:99"),
+        ({"lora_targets": "nolayer"}, "--lora-targets: target 'nolayer'"), ({"device": "cuda:99"}, "cuda:99"),
         ({"fields": "prompt=qestion"}, "--fields prompt=qestion: no record of"),
     ],
 )  # fmt: skip

@@ -75,6 +75,7 @@ def test_help_shows_every_option_once_in_its_group_with_its_default(options_clas
     entries = [" ".join(entry.split()) for some in groups[3::2] for entry in re.split(r"\n  (?=--)", some)]
     assert [e.split()[0].strip(",") for e in entries] == list(map(options.flag_of, options_class.__dataclass_fields__))
     assert all(re.search(r"\. \[.+\]$|default: .+\.$", entry) for entry in entries), "the default"
+    assert not any("default:" in entry and "[none]" in entry for entry in entries)
     assert "--optimizer {adamw,rmsprop} The optimizer; the paper uses rmsprop. [adamw]" in entries
     assert "--dry-run" in text and "[off]" in text and "[none]" in text and "[5e-05]" in text
     assert own != "more" or "--alpha X Share of the start, 100% at most. [0.0]" in entries

@@ -104,7 +104,7 @@ def test_further_seeds_have_the_rates_that_are_best_on_the_tuning_words():
 
 
 def test_the_figure_joins_the_rates_of_an_arm_from_the_lowest_to_the_highest():
-    size, rates = dataclasses.asdict(Size(8, 0, 1, 1, 1, iterations=1)), ("--lr 3e-5 --beta 1", "--lr 1e-6 --beta 1")
+    size, rates = dataclasses.asdict(Size(8, 0, 1, 1, 1, iterations=1)), ("--lr 1e-5 --beta 1", "--lr 3e-6 --beta 1")
     found, values = {"size": size, "trials": {}}, {}
     for name, rate, nll in [("start", "", 0.0), ("one", rates[0], 3.0), ("two", rates[1], 1.0), ("three", "--lr 2", 2)]:
         if rate:

@@ -277,9 +277,8 @@ def at_equal_entropy(start: list[Row], now: list[Row]) -> Row:
     temperatures, ratios = zip(*by_temperature(start))
     entropies, _, entropy_parts = zip(*(ratio["entropy"] for ratio in ratios))
     entropy, _, own_entropy_parts = ratio_of(row["values"]["entropy"] for row in now)
-    told_apart = all(
-        a < b for a, b in itertools.pairwise(entropies)
-    )  # With few examples the entropies may be out of order.
+    # With few examples the entropies may be out of order.
+    told_apart = all(a < b for a, b in itertools.pairwise(entropies))
     if not told_apart or not entropies[0] <= entropy <= entropies[-1]:
         return {}
 

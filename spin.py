@@ -192,7 +192,7 @@ class Run(Protocol):
     def previous_pairs(self, t: int) -> list[Row]: ...  # fields of the pairs of iteration t - 1, or []
     def training(self, player: Player, items: list, t: int) -> AbstractContextManager["Training"]: ...
     def evaluate(self, player: Player) -> Row: ...  # held-out metrics
-    def finish_iterate(self, player: Player, row: Row, pairs: list[Pair]) -> None: ...  # writes all three
+    def finish_iterate(self, player: Player, row: Row, pairs: list[Pair]) -> None: ...  # keeps weights, row and pairs
 
 
 class Training(Protocol):

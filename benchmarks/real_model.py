@@ -15,7 +15,8 @@ definitions (D on others), by the scripts of this project. Three questions are a
 - as a writer: what its definitions share with people's, their length, repetitions, and fluency.
 
 The arms, the rates and the rules, `ruling` in real_model_report.py, were written down before the first trial. Results
-are in benchmarks/results/smollm2-<size>.json and .npz, each trial with its values per word, and of one commit only.
+are in benchmarks/results/smollm2-<size>.json and .npz, with values of each word, all of one commit and machine. The
+page beside them, .md, has every column and some definitions.
 """
 
 import argparse

@@ -32,15 +32,12 @@ def main(
 ) -> int:
     """Runs method(player, examples, run) with the options in `argv` (default: those of the command line).
 
-    --help shows the first two paragraphs of `about`; `recipe` is what a command line without model and data runs;
-    `program` is what people type, unless it is the name of the command with ".py".
+    --help shows `program` and two paragraphs of `about`. A command line without model and data reads `recipe`.
 
     Returns: 0 if the run is finished, 1 if it cannot go on, 2 for bad input, 128 + N if signal N stopped it.
     """
-    script, about = (
-        program or f"{command}.py",
-        "\n\n".join((about or "").split("\n\n")[:2]),
-    )  # python -OO has no docstrings
+    script = program or f"{command}.py"
+    about = "\n\n".join((about or "").split("\n\n")[:2])  # python -OO has no docstrings
     began = ""  # the folder of the run, once it holds files
     try:
         with streams(), SIGNALS.noted(), onednn.products(), contextlib.ExitStack() as stack:

@@ -65,7 +65,7 @@ def prepare(args: Any, command: str, class_of: Callable, found: dict[str, Any] |
     device = choose_device(args.device)
     if args.precision == "auto":
         args = dataclasses.replace(args, precision="bf16" if device.type == "cuda" else "fp32")
-    options = json.loads(json.dumps(dataclasses.asdict(args)))  # lists in place of tuples, as in run.json
+    options = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists in place of tuples, as run.json has them
     record: dict[str, Any] = {"command": command, "args": options, "ranks": parallel.world_size()}
     if found:
         resume.check_same(args, found, record)
@@ -115,7 +115,7 @@ def choose_device(name: str) -> torch.device:
             raise ValueError(f"--device {name}: with several ranks expected cuda, since every rank takes a GPU")
         device = torch.device("cuda", parallel.local_rank())
     if (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: CUDA devices of this machine: {torch.cuda.device_count()}")
+        raise ValueError(f"--device {name}: expected cpu or one of {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(device.index or 0)
     return device
 

@@ -79,7 +79,7 @@ class Training:
         If the loss or the gradient is not finite, the weights stay as they are and the step is logged as "skipped",
         with None for values that are not finite, since JSON has no NaN.
         """
-        sums = parallel.sum_gradients(self.parameters, self.sums)  # sums over all ranks
+        sums = parallel.sum_gradients(self.parameters, self.sums)  # These are sums over all ranks.
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
         means = torch.stack([*(total / len(self.batch) for total in sums.values()), norm]).tolist()  # one wait for CUDA
         row = {name: value if math.isfinite(value) else None for name, value in zip([*sums, "grad_norm"], means)}
@@ -115,9 +115,7 @@ class Training:
         if parallel.is_writer():  # Readers see the log grow; a resumed run cuts it to the checkpoint's steps.
             self.folder.append(self.log_name, json.dumps(self.log[-1]) + "\n")
         if len(self.log) == self.steps:
-            parallel.on_writer(
-                lambda: self.folder.write_rows(self.log_name, self.log)
-            )  # The complete log gets its checksum.
+            parallel.on_writer(lambda: self.folder.write_rows(self.log_name, self.log))  # This adds its checksum.
         if failed:
             steps = f"iteration {self.t}, steps {last[0]['step']} to {last[-1]['step']} of {self.steps}"
             advice = "begin another run with a lower --lr or with --precision fp32"

@@ -73,7 +73,7 @@ LAYERS = {  # What may import what, by the name of a folder or a file.
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_imports_go_down(name):
+def test_imports_go_down_and_functions_are_short(name):
     ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     path = ROOT / name
     for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
@@ -82,6 +82,8 @@ def test_imports_go_down(name):
             found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             found = {module.partition(".")[0] for module in found if module} & ours - {name}
             assert found <= LAYERS[name], f"{file}: imports {found - LAYERS[name]}"
+        for node in filter(lambda node: isinstance(node, ast.FunctionDef), ast.walk(ast.parse(file.read_text()))):
+            assert node.end_lineno - node.lineno < 50, f"{file}: {node.name} has more than 50 lines"
 
 
 def test_there_is_one_recommendation_for_beta():

@@ -14,7 +14,7 @@ from measuring import ROOT, linearised
 from evaluate import Row
 
 Values = dict[str, np.ndarray]
-Change = tuple[float, float, int]  # with its standard error over test words, and the degrees of freedom of that
+Change = tuple[float, float, int]  # (value, its standard error over test words, degrees of freedom of that error)
 
 ARMS = {
     "A": "more supervised training", "B": "SPIN, temperature 1", "C": "SPIN, greedy opponent",

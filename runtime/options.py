@@ -323,6 +323,7 @@ def add_argument(group: Any, field: dataclasses.Field) -> None:
     if kind is not bool:
         choices = f"{{{','.join(facts['choices'])}}}" if "choices" in facts else METAVARS[kind]
         shape = {"metavar": facts.get("metavar", choices), "nargs": "+" if several else None}
-    own = "" if "default:" in facts["help"] or facts.get("positional") else f" [{'none' if default == '' else default}]"
-    help = f"{facts['help']}{own}".replace("%", "%%")
+    told = "default:" in facts["help"] or facts.get("positional")  # The text says it, or the option has none.
+    ending = "" if told else f" [{'none' if default == '' else default}]"
+    help = f"{facts['help']}{ending}".replace("%", "%%")
     group.add_argument(field.name if facts.get("positional") else flag_of(field.name), help=help, **shape)

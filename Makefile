@@ -1,4 +1,4 @@
-# make run    the default run on the embedded task (about two minutes on two cores)
+# make run    the default run on the embedded task (two to three minutes)
 # make test   all tests
 # make bench  times and memory beside peers, ARGS=kernel|generation|training|iteration for one part
 # make test-gpu, make bench-gpu  the same on a CUDA GPU; all benchmarks together take at most 6 minutes
